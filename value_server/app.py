@@ -1,0 +1,199 @@
+"""The HTTP side: routes, and what an error looks like.
+
+Errors are JSON: {"error": {"type", "message", "field"}}, with the status of errors.py.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from value_server.batcher import Batcher
+from value_server.contract import wire
+from value_server.contract.values import length_from_logit
+from value_server.engine import Engine, Job, JobResult, StepRow
+from value_server.errors import MalformedError, RequestError, UnknownSessionError
+from value_server.guard import Guard
+from value_server.metrics import Metrics
+from value_server.text import TextRequest, Texts
+
+log = logging.getLogger(__name__)
+
+HTTP_TYPES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(
+    engine: Engine,
+    texts: Texts,
+    *,
+    token: str | None = None,
+    max_body_bytes: int = 16 << 20,
+    max_waiting: int = 1024,
+) -> FastAPI:
+    """The application; its lifespan starts and stops the engine's thread."""
+    metrics = Metrics(engine)
+    batcher = Batcher(engine, max_waiting, metrics.on_pass)
+    ready = threading.Event()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(engine.warm_up)
+        batcher.start()
+        ready.set()
+        yield
+        ready.clear()
+        await run_in_threadpool(batcher.stop)
+
+    def answer(error: RequestError) -> Response:
+        metrics.errors.labels(error.type).inc()
+        return error_response(error.status, error.type, error.message, error.field)
+
+    async def run(job: Job) -> JobResult:
+        return await asyncio.wrap_future(batcher.submit(job))
+
+    async def values(request: TextRequest) -> list[float]:
+        """Predicted remaining length after each token of the text."""
+        ids = await run_in_threadpool(texts.ids, request)
+        name = f"text-{uuid.uuid4()}"
+        try:
+            result = await run(Job([StepRow(name, 0, ids)]))
+        finally:
+            batcher.forget(name)
+        z = torch.from_numpy(result.texts[0])
+        lengths: list[float] = length_from_logit(z.double(), engine.gamma).tolist()
+        return lengths
+
+    app = FastAPI(title="LenVM value server", lifespan=lifespan)
+    app.add_middleware(Guard, token=token, max_body_bytes=max_body_bytes, answer=answer)
+
+    @app.exception_handler(RequestError)
+    async def on_request_error(_: Request, error: RequestError) -> Response:
+        return answer(error)
+
+    @app.exception_handler(wire.WireError)
+    async def on_wire_error(_: Request, error: wire.WireError) -> Response:
+        name, colon, _rest = str(error).partition(":")
+        return answer(MalformedError(str(error), name if colon and " " not in name else None))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return answer(MalformedError(f"body: not JSON: {first['ctx']['error']}", "body"))
+        where = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        return answer(RequestError(f"{where or 'body'}: {first['msg']}", where))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: Request, error: HTTPException) -> Response:
+        kind = HTTP_TYPES.get(error.status_code, "http_error")
+        return error_response(error.status_code, kind, str(error.detail), None)
+
+    @app.exception_handler(Exception)
+    async def on_bug(_: Request, error: Exception) -> Response:
+        metrics.errors.labels("internal_error").inc()
+        return error_response(500, "internal_error", "internal error, see the server's log", None)
+
+    @app.post(wire.STEP_PATH)
+    async def step(request: Request) -> Response:
+        """Score candidates. Body and answer: msgpack, see value_server/contract/wire.py."""
+        begin = time.perf_counter()
+        message = wire.decode_request(await request.body())
+        result = await run(Job(_rows(message), message.closed))
+        reply = wire.StepReply(logits=wire.pack_logits(result.logits), unknown=result.unknown)
+        metrics.step_seconds.observe(time.perf_counter() - begin)
+        return Response(wire.encode(reply), media_type=wire.MEDIA_TYPE)
+
+    @app.post(wire.PREDICT_PATH)
+    async def predict(request: TextRequest) -> dict[str, float]:
+        """Completion tokens to expect after this prompt, end-of-sequence included."""
+        return {"predicted_tokens": (await values(request))[-1]}
+
+    @app.post(wire.VALUES_PATH)
+    async def token_values(request: TextRequest) -> dict[str, list[float]]:
+        """Tokens to expect after each token of this text."""
+        return {"predicted_tokens": await values(request)}
+
+    @app.delete(wire.SESSIONS_PATH + "/{name}", status_code=204)
+    async def close(name: str) -> None:
+        """Forget a session."""
+        job = Job([], [name])
+        await run(job)
+        if not job.found:
+            raise UnknownSessionError(f"no session {name!r}", "id")
+
+    @app.get(wire.MODEL_PATH)
+    async def model() -> dict[str, Any]:
+        """Facts of the value model and limits of the server."""
+        facts: dict[str, Any] = msgspec.to_builtins(model_info(engine))
+        return facts
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the server answers and its engine's thread lives."""
+        if ready.is_set() and not batcher.alive:
+            return error_response(503, "engine_dead", "the engine's thread has ended", None)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def is_ready() -> Response:
+        """200 once the model has been warmed up."""
+        if not ready.is_set():
+            return error_response(503, "not_ready", "the model is warming up", None)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        """Prometheus text format."""
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def model_info(engine: Engine) -> wire.ModelInfo:
+    """What `GET /v1/model` tells."""
+    lenvm = engine.model.lenvm
+    return wire.ModelInfo(
+        gamma=lenvm.gamma,
+        base_model=lenvm.base_model,
+        tokenizer_fingerprint=lenvm.tokenizer_fingerprint,
+        vocab_size=engine.vocab_size,
+        max_position=engine.max_position,
+        max_sessions=engine.cache.max_sessions,
+        max_candidates=engine.max_candidates,
+    )
+
+
+def error_response(status: int, kind: str, message: str, field: str | None) -> Response:
+    """The one form of an error."""
+    content = {"error": {"type": kind, "message": message, "field": field}}
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse(content, status, headers)
+
+
+def _rows(message: wire.StepRequest) -> list[StepRow]:
+    """The message's flat rows, cut up."""
+    tokens = wire.unpack_ids(message.tokens).tolist()
+    candidates = wire.unpack_ids(message.candidates).tolist()
+    rows, t, k = [], 0, 0
+    for name, start, n, m in zip(
+        message.sessions,
+        message.starts,
+        message.token_counts,
+        message.candidate_counts,
+        strict=True,
+    ):
+        rows.append(StepRow(name, start, tokens[t : t + n], candidates[k : k + m]))
+        t, k = t + n, k + m
+    return rows

@@ -1,0 +1,205 @@
+"""Who owns which KV slot. Plain Python, no torch: tested against a naive model in milliseconds.
+
+A slot holds the keys, the values and the logit of one token in one place of one text. Slots form
+a tree: the key (slot of the token before, token) finds the slot of a token, so a slot stands for
+a whole prefix and two texts that begin alike share their slots. The dictionary compares keys, not
+hashes: a collision is a miss, never a wrong answer.
+
+        A: the cat |sat on                the ── cat ─┬─ sat ── on
+        B: the cat |ran         →                     └─ ran ─┬ (candidate: off)
+                                                              └ (candidate: away)
+
+A candidate is an ordinary child of the session's last token, held until the session's next
+step. "Adopting" the candidate that was emitted is therefore the same look-up as sharing a prompt.
+
+Every session owns its whole path from the root, so a slot outlives its children. A slot that
+nobody owns is free at once.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+ROOT = -1
+
+
+class CacheFullError(Exception):
+    """No slot or session is left, even after idle sessions lost theirs."""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One text and the candidates of its last step, as slots.
+
+    path: slot of each token from the start of the text.
+    candidates: slots of the last step's candidates, each a child of `path`'s end; an entry per
+        candidate asked for, so a slot may stand here twice (and is owned twice).
+    pinned: part of a running request; not evicted, not expired.
+    """
+
+    path: "array[int]" = field(default_factory=lambda: array("i"))
+    candidates: list[int] = field(default_factory=list)
+    pinned: bool = False
+    used_at: float = 0.0
+
+
+class SlotCache:
+    """`slots` places for tokens, at most `max_sessions` sessions, dropped after `ttl` idle seconds.
+
+    `now` is a clock in seconds. Not thread-safe: one thread owns it.
+    """
+
+    def __init__(self, slots: int, max_sessions: int, ttl: float, now: Callable[[], float]) -> None:
+        self.size = slots
+        self.max_sessions = max_sessions
+        self.ttl = ttl
+        self.now = now
+        self.sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+        self.evictions = 0
+        self.ready = bytearray(slots)  # 1: keys, values and logit of the slot are written
+        self.token = array("i", bytes(4 * slots))
+        self._parent = array("i", bytes(4 * slots))
+        self._owners = array("i", bytes(4 * slots))
+        self._child: dict[tuple[int, int], int] = {}
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return self.size - len(self._free)
+
+    def update(
+        self, name: str, start: int, tokens: Sequence[int], candidates: Sequence[int]
+    ) -> Session | None:
+        """Make the session's text its first `start` tokens plus `tokens`, and hold `candidates`.
+
+        Pins the session. Slots that are new are not `ready`. None if the session is not held as
+        far as `start`. Raises CacheFullError; the session, if it existed, then still holds its
+        first `start` tokens, so the same request may be repeated.
+        """
+        session = self.sessions.get(name)
+        if session is None and start == 0:
+            session = self._open(name)
+        if session is None or start > len(session.path):
+            return None
+        session.pinned = True
+        session.used_at = self.now()
+        self.sessions.move_to_end(name)
+        try:
+            self._move(session, start, tokens, candidates)
+        except CacheFullError:
+            session.pinned = False
+            raise
+        return session
+
+    def unpin(self, session: Session) -> None:
+        """The request that used the session is over."""
+        session.pinned = False
+
+    def close(self, name: str) -> bool:
+        """Forget the session; False if there is none."""
+        session = self.sessions.pop(name, None)
+        if session is None:
+            return False
+        self._release(session.candidates)
+        self._release(session.path)
+        return True
+
+    def expire(self) -> int:
+        """Forget the sessions that nobody has used for `ttl` seconds; how many there were."""
+        limit = self.now() - self.ttl
+        old = [n for n, s in self.sessions.items() if s.used_at < limit and not s.pinned]
+        for name in old:
+            self.close(name)
+        return len(old)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError unless free + owned = all and every owner is counted."""
+        owners = [0] * self.size
+        for session in self.sessions.values():
+            end = ROOT
+            for slot in session.path:
+                owners[slot] += 1
+                if self._parent[slot] != end:
+                    raise RuntimeError(f"slot {slot} hangs on {self._parent[slot]}, not on {end}")
+                end = slot
+            for slot in session.candidates:
+                owners[slot] += 1
+        owned = sum(1 for n in owners if n)
+        if len(self._free) + owned != self.size or len(self._child) != owned:
+            raise RuntimeError(
+                f"{len(self._free)} free + {owned} owned slots, expected {self.size} in all; "
+                f"{len(self._child)} in the tree"
+            )
+        for slot, count in enumerate(owners):
+            if count != self._owners[slot]:
+                raise RuntimeError(f"slot {slot}: {count} owners, {self._owners[slot]} counted")
+
+    def _open(self, name: str) -> Session:
+        if len(self.sessions) >= self.max_sessions:
+            self._evict(f"all {self.max_sessions} sessions are in use")
+        session = self.sessions[name] = Session()
+        return session
+
+    def _move(
+        self, session: Session, start: int, tokens: Sequence[int], candidates: Sequence[int]
+    ) -> None:
+        # Keep what is known already, release the rest, and only then ask for new slots.
+        #   path:  [0, start) as it was | [start, start + known) found | [.., end) new
+        path = session.path[:start]
+        for token in tokens:
+            slot = self._child.get((path[-1] if path else ROOT, token))
+            if slot is None:
+                break
+            self._owners[slot] += 1
+            path.append(slot)
+        known = len(path) - start
+        held = []
+        if known == len(tokens):
+            end = path[-1] if path else ROOT
+            held = [s for c in candidates if (s := self._child.get((end, c))) is not None]
+            for slot in held:
+                self._owners[slot] += 1
+        old_path, old_candidates = session.path[start:], session.candidates
+        session.path, session.candidates = path, []
+        self._release(old_candidates)
+        self._release(old_path)
+        try:
+            for token in tokens[known:]:
+                path.append(self._own(path[-1] if path else ROOT, token))
+            end = path[-1] if path else ROOT
+            for token in candidates:
+                session.candidates.append(self._own(end, token))
+        finally:
+            self._release(held)
+
+    def _own(self, parent: int, token: int) -> int:
+        """The child of `parent` for `token`, with one more owner; a new slot if need be."""
+        slot = self._child.get((parent, token))
+        if slot is None:
+            while not self._free:
+                self._evict(f"all {self.size} slots are in use")
+            slot = self._free.pop()
+            self._child[parent, token] = slot
+            self._parent[slot] = parent
+            self.token[slot] = token
+            self.ready[slot] = 0
+        self._owners[slot] += 1
+        return slot
+
+    def _release(self, slots: Sequence[int]) -> None:
+        for slot in reversed(slots):
+            self._owners[slot] -= 1
+            if self._owners[slot] == 0:
+                del self._child[self._parent[slot], self.token[slot]]
+                self._free.append(slot)
+
+    def _evict(self, reason: str) -> None:
+        """Close the least recently used session that is not pinned."""
+        for name, session in self.sessions.items():
+            if not session.pinned:
+                self.close(name)
+                self.evictions += 1
+                return
+        raise CacheFullError(reason)

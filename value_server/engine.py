@@ -1,0 +1,238 @@
+"""The value model on the slot cache: many sessions, one forward pass.
+
+A slot keeps its token's logit z next to its keys and values, so a state that was scored once (a
+repeated request, the first candidates of 64 samples of one prompt) is never forwarded again.
+
+Not thread-safe: one thread, the batcher's, owns it. Only `check` may be called from others.
+
+Legend: Q queries of a pass, K candidates, T tokens, H hidden size.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from value_server.attention import NAME, KVPool, Row, build_pass, register
+from value_server.cache import CacheFullError, SlotCache
+from value_server.contract.checkpoint import CheckpointError
+from value_server.errors import BusyError, ModelError, RequestError
+from value_server.model import ValueModel
+from value_server.scheduler import Chunk, JobRow, is_done, next_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One session's part of a request; see contract.wire.StepRequest."""
+
+    session: str
+    start: int
+    tokens: Sequence[int]
+    candidates: Sequence[int] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request.
+
+    rows: one for each of `steps`, filled in by `admit`; None is unknown.
+    found: how many of the sessions to close there were.
+    """
+
+    steps: Sequence[StepRow]
+    closed: Sequence[str] = ()
+    rows: list[JobRow | None] = field(default_factory=list)
+    found: int = 0
+
+    @property
+    def touched(self) -> set[str]:
+        """Sessions that no other job may use at the same time."""
+        return {step.session for step in self.steps}.union(self.closed)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """logits: (K,) z of the candidates, NaN in unknown rows; texts: (T,) z of each row's text."""
+
+    logits: NDArray[np.float32]
+    texts: list[NDArray[np.float32]]
+    unknown: list[int]
+
+
+class Engine:
+    """Serves `model`, whose backbone it switches to slot attention for good."""
+
+    def __init__(
+        self,
+        model: ValueModel,
+        *,
+        slots: int = 65536,
+        max_sessions: int = 256,
+        max_candidates: int = 64,
+        session_ttl: float = 600.0,
+        pass_tokens: int = 2048,
+        prefill_tokens: int = 512,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        register()
+        self.model = model.eval()
+        self.gamma = model.lenvm.gamma
+        model.backbone.set_attn_implementation(NAME)
+        self.device = next(model.parameters()).device
+        self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
+        self.max_position = _max_position(model)
+        self.max_candidates = max_candidates
+        self.pass_tokens = pass_tokens
+        self.prefill_tokens = prefill_tokens
+        self.cache = SlotCache(slots, max_sessions, session_ttl, now)
+        self.pool = KVPool(slots)
+        self.forwarded = 0  # tokens and candidates that went through the model
+        self.requested = 0  # the same, had nothing been cached
+        self._z = np.zeros(slots, dtype=np.float32)
+        self._token = np.frombuffer(self.cache.token, dtype=np.int32)
+        self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
+
+    def check(self, steps: Sequence[StepRow]) -> None:
+        """Raises RequestError for what no state of the server could answer."""
+        for step in steps:
+            for name, ids in (("tokens", step.tokens), ("candidates", step.candidates)):
+                if len(ids) and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+                    wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+                    raise RequestError(
+                        f"{name}: id {wrong} is outside the vocabulary of {self.vocab_size}", name
+                    )
+            if len(step.candidates) > self.max_candidates:
+                raise RequestError(
+                    f"candidate_counts: {len(step.candidates)} candidates for one session, "
+                    f"at most {self.max_candidates}",
+                    "candidate_counts",
+                )
+            length = step.start + len(step.tokens) + bool(step.candidates)
+            if length > self.max_position:
+                raise RequestError(
+                    f"tokens: the text would be {length} tokens long with a candidate, "
+                    f"the model has {self.max_position} positions",
+                    "tokens",
+                )
+
+    def admit(self, job: Job) -> None:
+        """Give the job its slots. Raises BusyError; the job may be admitted again later."""
+        for name in job.closed:
+            job.found += self.cache.close(name)
+        job.rows = []
+        try:
+            for step in job.steps:
+                session = self.cache.update(step.session, step.start, step.tokens, step.candidates)
+                job.rows.append(JobRow(session) if session else None)
+        except CacheFullError as error:
+            self.release(job)
+            raise BusyError(f"{error}: try again") from error
+        self.requested += sum(
+            len(s.tokens) + len(s.candidates)
+            for s, row in zip(job.steps, job.rows, strict=True)
+            if row
+        )
+
+    def release(self, job: Job) -> None:
+        """The job is over, well or not: its sessions may be evicted again."""
+        for row in job.rows:
+            if row:
+                self.cache.unpin(row.session)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether `result` has everything."""
+        return all(is_done(self.cache, row) for row in job.rows if row)
+
+    @torch.inference_mode()
+    def advance(self, jobs: Sequence[Job]) -> int:
+        """One forward pass for all jobs; returns its Q.
+
+        Whatever it raises, no slot counts as computed that is not, and the pass may be repeated.
+        """
+        rows = [row for job in jobs for row in job.rows if row]
+        chunks = next_chunks(self.cache, rows, self.pass_tokens, self.prefill_tokens)
+        if not chunks:
+            return 0
+        flat, positions = _flatten(chunks)
+        lenvm_pass = build_pass(self.pool, flat, self.device)
+        written = lenvm_pass.written.cpu().numpy()
+        ids = torch.from_numpy(self._token[written].astype(np.int64)).to(self.device)
+        output = self.model.backbone(
+            input_ids=ids[None],  # (1, Q)
+            position_ids=torch.from_numpy(positions).to(self.device)[None],
+            use_cache=False,
+            lenvm_pass=lenvm_pass,
+        )
+        z = self.model.head(output.last_hidden_state[0])  # (Q, H) → (Q,)
+        self._z[written] = z.float().cpu().numpy()
+        self._ready[written] = 1
+        self.forwarded += len(written)
+        return len(written)
+
+    def result(self, job: Job) -> JobResult:
+        """The logits of a finished job.
+
+        Raises ModelError if one is not a finite number; the sessions of the job are then gone.
+        """
+        logits, texts, unknown = [], [], []
+        for index, (step, row) in enumerate(zip(job.steps, job.rows, strict=True)):
+            if row is None:
+                unknown.append(index)
+                logits.append(np.full(len(step.candidates), np.nan, dtype=np.float32))
+                texts.append(np.empty(0, dtype=np.float32))
+                continue
+            logits.append(self._z[np.array(row.session.candidates, dtype=np.int64)])
+            texts.append(self._z[np.array(row.session.path, dtype=np.int64)])
+            if not (np.isfinite(logits[-1]).all() and np.isfinite(texts[-1]).all()):
+                for other in job.steps:
+                    self.cache.close(other.session)
+                raise ModelError("the model gave a logit that is not a finite number")
+        flat = np.concatenate(logits) if logits else np.empty(0, dtype=np.float32)
+        return JobResult(flat, texts, unknown)
+
+    def run(self, job: Job) -> JobResult:
+        """Serve one job alone."""
+        self.check(job.steps)
+        self.admit(job)
+        try:
+            while not self.is_done(job):
+                self.advance([job])
+            return self.result(job)
+        finally:
+            self.release(job)
+
+    def warm_up(self) -> None:
+        """Allocate the pool and prove that the model runs. Raises whatever goes wrong."""
+        name = "warm-up"
+        length = min(self.prefill_tokens, self.max_position - 1, self.cache.size // 2)
+        for candidates in ([0], [0, 1 % self.vocab_size]):
+            self.run(Job([StepRow(name, 0, [0] * length, candidates)]))
+        self.cache.close(name)
+        self.forwarded = self.requested = 0
+
+
+def _flatten(chunks: Sequence[Chunk]) -> tuple[list[Row], NDArray[np.int64]]:
+    """Rows of the pass, and the (Q,) position of each query."""
+    rows, positions, first = [], [], 0
+    for chunk in chunks:
+        path = np.array(chunk.row.session.path[: chunk.end], dtype=np.int64)
+        rows.append(Row(first, path, chunk.end - chunk.start, chunk.candidates))
+        positions.append(np.arange(chunk.start, chunk.end))
+        positions.append(np.full(len(chunk.candidates), chunk.end))
+        first += chunk.queries
+    return rows, np.concatenate(positions)
+
+
+def _max_position(model: ValueModel) -> int:
+    """Positions of the backbone. Raises CheckpointError if they depend on the text's length."""
+    config = model.backbone.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind == "dynamic":
+        raise CheckpointError(f"rope_type: {kind!r} changes keys as a text grows: no cache")
+    if kind == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return int(config.max_position_embeddings)

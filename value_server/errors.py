@@ -1,0 +1,57 @@
+"""Everything that the server tells a client it did wrong, or cannot do now.
+
+RequestError 422 ┬ UnknownSessionError 404
+                 ├ MalformedError 400
+                 ├ UnauthorizedError 401
+                 ├ TooLargeError 413
+                 ├ BusyError 503
+                 └ ModelError 500
+"""
+
+
+class RequestError(Exception):
+    """A request that cannot be served. `field`: the part of the request at fault, if one is."""
+
+    status = 422
+    type = "invalid_request"
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class UnknownSessionError(RequestError):
+    status = 404
+    type = "unknown_session"
+
+
+class MalformedError(RequestError):
+    """A body that cannot be decoded."""
+
+    status = 400
+    type = "malformed_request"
+
+
+class UnauthorizedError(RequestError):
+    status = 401
+    type = "unauthorized"
+
+
+class TooLargeError(RequestError):
+    status = 413
+    type = "body_too_large"
+
+
+class BusyError(RequestError):
+    """No slots, no sessions or no place in the queue: try again."""
+
+    status = 503
+    type = "busy"
+
+
+class ModelError(RequestError):
+    """The forward pass failed or gave a number that is none."""
+
+    status = 500
+    type = "model_error"

@@ -1,0 +1,83 @@
+"""ASGI middleware in front of all routes: bearer token and size of the body."""
+
+import hmac
+from collections.abc import Awaitable, Callable
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from value_server.errors import RequestError, TooLargeError, UnauthorizedError
+
+OPEN_PATHS = ("/health", "/ready")
+
+
+class Guard:
+    """Refuses requests before the application sees them.
+
+    Reads the whole body, at most `max_body_bytes` of it whatever its headers say, and replays it.
+    `answer` makes the response to an error.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        token: str | None,
+        max_body_bytes: int,
+        answer: Callable[[RequestError], Response],
+    ) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.answer = answer
+        self._expected = f"Bearer {token}".encode() if token else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._check_token(scope)
+            body = await self._read(scope, receive)
+        except RequestError as error:
+            await self.answer(error)(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, _replay(body, receive), send)
+
+    def _check_token(self, scope: Scope) -> None:
+        if self._expected is None or scope["path"] in OPEN_PATHS:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(given, self._expected):
+            raise UnauthorizedError("missing or wrong bearer token", "authorization")
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client has left."""
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        self._check_size(int(length) if length.isdigit() else 0)
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            self._check_size(len(body))
+            more = message.get("more_body", False)
+        return bytes(body)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_body_bytes:
+            raise TooLargeError(f"the body is larger than {self.max_body_bytes} bytes", "body")
+
+
+def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    done = False
+
+    async def replay() -> Message:
+        nonlocal done
+        if done:
+            return await receive()
+        done = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,97 @@
+"""From what a person sends (messages, text or ids) to token ids."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from value_server.contract.checkpoint import CheckpointError, tokenizer_fingerprint
+from value_server.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+
+class TextRequest(BaseModel):
+    """Exactly one of `messages` (chat template), `prompt` (plain text) and `token_ids`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    token_ids: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "TextRequest":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of messages, prompt and token_ids, got {given or 'none'}"
+            )
+        return self
+
+
+class Texts:
+    """Turns text requests into ids. Without a tokenizer only `token_ids` can be served."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # fast tokenizers do not like two threads
+
+    @classmethod
+    def load(cls, source: str, fingerprint: str) -> "Texts":
+        """The tokenizer of `source` (hub name or folder), if it has one.
+
+        Raises CheckpointError if it is not the one that the model was trained with.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            log.warning("no tokenizer in %s, predict takes token ids only: %s", source, error)
+            return cls(None)
+        found = tokenizer_fingerprint(tokenizer)
+        if found != fingerprint:
+            raise CheckpointError(
+                f"tokenizer of {source} has fingerprint {found}, "
+                f"the checkpoint was trained with {fingerprint}"
+            )
+        return cls(tokenizer)
+
+    def ids(self, request: TextRequest) -> list[int]:
+        """Token ids, at least one. Raises RequestError naming the field."""
+        if request.token_ids is not None:
+            name, ids = "token_ids", request.token_ids
+        elif self._tokenizer is None:
+            name = "messages" if request.messages is not None else "prompt"
+            raise RequestError(f"{name}: this server has no tokenizer, send token_ids", name)
+        elif request.messages is not None:
+            name, ids = "messages", self._chat(request.messages)
+        else:
+            with self._lock:
+                name, ids = "prompt", self._tokenizer(request.prompt)["input_ids"]
+        if not ids:
+            raise RequestError(f"{name}: no tokens in it", name)
+        return ids
+
+    def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        assert self._tokenizer is not None
+        try:
+            with self._lock:
+                encoded = self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True
+                )
+        except Exception as error:  # templates are programs: they raise what they like
+            raise RequestError(
+                f"messages: the chat template refuses them: {error}", "messages"
+            ) from error
+        return list(encoded["input_ids"])
+
+
+def tokenizer_source(checkpoint: Path, base_model: str) -> str:
+    """The checkpoint's own tokenizer if it brings one, else the base model's."""
+    own = (checkpoint / "tokenizer.json").exists() or (
+        checkpoint / "tokenizer_config.json"
+    ).exists()
+    return str(checkpoint) if own else base_model
