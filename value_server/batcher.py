@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from value_server.engine import Engine, Job, JobResult
@@ -159,10 +160,8 @@ class Batcher:
                 self._fail([entry], error)
                 continue
             self._drop(entry)
-            try:
+            with suppress(InvalidStateError):  # the caller has left
                 entry.future.set_result(result)
-            except InvalidStateError:
-                pass  # the caller has left
 
     def _fail(self, entries: list[_Entry], error: RequestError) -> None:
         for entry in entries:
@@ -175,7 +174,5 @@ class Batcher:
 
 
 def _fail_future(entry: _Entry, error: RequestError) -> None:
-    try:
+    with suppress(InvalidStateError):  # the caller has left
         entry.future.set_exception(error)
-    except InvalidStateError:
-        pass  # the caller has left

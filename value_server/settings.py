@@ -29,17 +29,17 @@ class ServerSettings(BaseSettings):
 
     base_model: str | None = None
     host: str = "127.0.0.1"
-    port: int = Field(8100, ge=0, le=65535)
+    port: int = Field(default=8100, ge=0, le=65535)
     uds: Path | None = None
     device: str = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    threads: int | None = Field(None, ge=1)
-    slots: int = Field(65536, ge=64)
-    max_sessions: int = Field(512, ge=1)
-    max_candidates: int = Field(64, ge=1)
-    session_ttl: float = Field(600.0, gt=0)
-    pass_tokens: int = Field(2048, ge=16)
-    prefill_tokens: int = Field(512, ge=16)
-    max_waiting: int = Field(1024, ge=1)
-    max_body_bytes: int = Field(16 << 20, ge=1024)
+    threads: int | None = Field(default=None, ge=1)
+    slots: int = Field(default=65536, ge=64)
+    max_sessions: int = Field(default=512, ge=1)
+    max_candidates: int = Field(default=64, ge=1)
+    session_ttl: float = Field(default=600.0, gt=0)
+    pass_tokens: int = Field(default=2048, ge=16)
+    prefill_tokens: int = Field(default=512, ge=16)
+    max_waiting: int = Field(default=1024, ge=1)
+    max_body_bytes: int = Field(default=16 << 20, ge=1024)
     token: SecretStr | None = None
