@@ -1,0 +1,146 @@
+"""The candidate cut of a step, and the way back from a steered distribution to logits.
+
+Legend: V vocabulary, B guided rows, K candidates, M written entries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lenvm_vllm.steering import log1mexp
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Per row: its own temperature and candidate limits, and the tokens that end its text.
+
+    top_k 0 means no limit of that kind.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    eos_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The model's distribution over the candidates, float64 on the CPU.
+
+    ids: (B, K) tokens that do not end the text, most probable first.
+    log_q: (B, K) their log-probabilities among themselves, -inf where cut.
+    log_p0: (B,) log-probability of the end, -inf where it is cut.
+    log_rest: (B,) log(1 - p0), exact where p0 rounds to 1.
+    """
+
+    ids: Tensor
+    log_q: Tensor
+    log_p0: Tensor
+    log_rest: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, K) bool."""
+        return ~self.log_q.isneginf()
+
+    def worth_scoring(self) -> Tensor:
+        """(B,) bool: rows that leave a choice."""
+        return (self.kept.sum(-1) + ~self.log_p0.isneginf()) > 1
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Changes to the logits, on the CPU: row `rows[i]`, token `ids[i]` gets `deltas[i]` added;
+    every other token of those rows becomes -inf."""
+
+    rows: Tensor
+    ids: Tensor
+    deltas: Tensor
+
+    def apply_inplace(self, logits: Tensor) -> None:
+        """logits: (batch, V)."""
+        rows, ids = self.rows.to(logits.device), self.ids.to(logits.device)
+        kept = logits[rows, ids] + self.deltas.to(logits.device, logits.dtype)
+        logits[rows] = -torch.inf
+        logits[rows, ids] = kept
+
+
+def eos_index(eos: list[list[int]], size: int) -> tuple[Tensor, Tensor]:
+    """(M,) row and (M,) token of every end token below `size` of every row."""
+    pairs = [(row, token) for row, ids in enumerate(eos) for token in ids if token < size]
+    index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    return index[:, 0], index[:, 1]
+
+
+def cut_candidates(logits: Tensor, cuts: list[Cut], width: int) -> Candidates:
+    """Cut each row as its request says, the end apart from the rest.
+
+    logits: (B, V), not changed. width: K at most. A token at -inf is never a candidate. The
+    end counts against no limit of the others, so an end that must not come leaves them.
+    """
+    temperature = torch.tensor([cut.temperature for cut in cuts], dtype=torch.float32)
+    x = logits.float() / temperature.to(logits.device)[:, None]
+    rows, tokens = (index.to(x.device) for index in eos_index([c.eos_ids for c in cuts], len(x[0])))
+    ends = torch.full_like(x, -torch.inf)
+    ends[rows, tokens] = x[rows, tokens]
+    x[rows, tokens] = -torch.inf
+    top, ids = x.topk(min(width, x.shape[-1]), dim=-1)
+    end, full = ends.logsumexp(-1).double().cpu(), x.logsumexp(-1).double().cpu()
+    return _cut(top.double().cpu(), ids.cpu(), end, full, cuts)
+
+
+def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -> Candidates:
+    """top: (B, K) logits over temperature, sorted; end, full: (B,) logsumexp of ends and rest."""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([[float(getattr(cut, name))] for cut in cuts], dtype=torch.float64)
+
+    top_k, top_p, log_min_p = column("top_k"), column("top_p"), column("min_p").log()
+    rank = torch.arange(top.shape[-1])[None]
+    top = top.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
+    total = torch.where(top_k > 0, top.logsumexp(-1, keepdim=True), full[:, None])  # (B, 1)
+    before = (top - total).exp().cumsum(-1) - (top - total).exp()
+    cut = (before >= top_p) | (top < log_min_p + top[:, :1])
+
+    # The end stands in one line with the others: how many, and how much, comes before it.
+    end = end[:, None]
+    joint = torch.logaddexp(total, end)
+    ahead = top > end
+    outside = (top_k > 0) & (ahead.sum(-1, keepdim=True) >= top_k)
+    outside |= torch.where(ahead, (top - joint).exp(), 0.0).sum(-1, keepdim=True) >= top_p
+    outside |= end < log_min_p + torch.maximum(top[:, :1], end)
+
+    top = top.masked_fill(cut, -torch.inf)
+    rest = top.logsumexp(-1, keepdim=True)
+    end = end.masked_fill(outside, -torch.inf)
+    both = torch.logaddexp(rest, end)
+    log_q = torch.where(top.isneginf(), -torch.inf, top - rest)
+    return Candidates(ids, log_q, (end - both)[:, 0], (rest - both)[:, 0])
+
+
+def plan_writes(
+    rows: list[int], cuts: list[Cut], before: Candidates, log_q: Tensor, log_p0: Tensor, size: int
+) -> Writes:
+    """Turn steered (log_q, log_p0) of `rows` into changes of their logits.
+
+    vLLM divides by the temperature afterwards, so a log-ratio is written times T. Adding to
+    the model's own logits, and not replacing them, leaves penalties what they were.
+    """
+    temperature = torch.tensor([cut.temperature for cut in cuts], dtype=torch.float64)
+    index = torch.tensor(rows)
+    # (B, K): log of p'(x) / p(x)
+    ratio = log_q + log1mexp(log_p0)[:, None] - before.log_q - before.log_rest[:, None]
+    row, column = (before.kept & ratio.isfinite()).nonzero(as_tuple=True)
+    end_row, end_id = eos_index([cut.eos_ids for cut in cuts], size)
+    end_ratio = log_p0 - before.log_p0
+    stays = end_ratio.isfinite()[end_row]
+    end_row, end_id = end_row[stays], end_id[stays]
+    return Writes(
+        rows=index[torch.cat([row, end_row])],
+        ids=torch.cat([before.ids[row, column], end_id]),
+        deltas=torch.cat(
+            [(temperature[:, None] * ratio)[row, column], (temperature * end_ratio)[end_row]]
+        ),
+    )

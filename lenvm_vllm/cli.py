@@ -1,0 +1,15 @@
+"""The `lenvm` command. Subcommands load when they run, so that each needs its own extra only."""
+
+from cyclopts import App
+
+app = App(name="lenvm", help="Length control for LLM serving.")
+app.command("value_server.serve:serve", name="serve")
+app.command("trainer.rollout:rollout", name="rollout")
+app.command("trainer.train:train", name="train")
+app.command("trainer.evaluate:evaluate", name="evaluate")
+app.command("lenvm_vllm.predict:predict", name="predict")
+app.command("lenvm_vllm.demo:demo", name="demo")
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,165 @@
+# ruff: noqa: N818 - names as in the tree below
+"""Client of the value server: one synchronous call per engine step.
+
+ValueServerError
+├── Unreachable     no connection, or it broke
+├── TimedOut        no answer in time
+├── Refused         an HTTP status that is an error
+├── BadReply        an answer that cannot be read
+├── Mismatch        values of another tokenizer or protocol
+└── CircuitOpen     failed a moment ago: not asked
+"""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import httpx
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from value_server.contract import wire
+
+T = TypeVar("T")
+
+
+class ValueServerError(Exception):
+    """No values, for a reason that the message tells."""
+
+
+class Unreachable(ValueServerError):
+    """No connection, or it broke."""
+
+
+class TimedOut(ValueServerError):
+    """No answer within the time-out."""
+
+
+class Refused(ValueServerError):
+    """The server answered with an error status."""
+
+
+class BadReply(ValueServerError):
+    """The answer cannot be read."""
+
+
+class Mismatch(ValueServerError):
+    """The server's values are not for this model's tokens."""
+
+
+class CircuitOpen(ValueServerError):
+    """The server failed a moment ago and is not asked yet."""
+
+
+class ValueClient:
+    """Asks one value server, and after a failure leaves it alone for a while.
+
+    The first call, and the first after a failure, asks `/v1/model` what is served, in `probe_s`
+    at most, so that a dead server costs a step little. Not for use from several threads.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout_s: float = 2.0,
+        probe_s: float = 0.25,
+        backoff_s: tuple[float, float] = (0.5, 5.0),
+        transport: httpx.BaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """url: http://host:port or unix:/path. backoff_s: first and longest pause after a
+        failure; it doubles. Connects to nothing yet."""
+        if url.startswith("unix:"):
+            transport = transport or httpx.HTTPTransport(uds=url.removeprefix("unix:"))
+            url = "http://localhost"
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(
+            base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+        )
+        self._probe_s = min(probe_s, timeout_s)
+        self._first_pause, self._longest_pause = backoff_s
+        self._pause = self._first_pause
+        self._open_until = -float("inf")
+        self._clock = clock
+        self._info: wire.ModelInfo | None = None
+
+    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
+        """What is served. Asks once per connection, and then compares the tokenizers.
+
+        fingerprint: of the tokenizer in use, None to compare nothing. Raises ValueServerError.
+        """
+        if self._info is None:
+            self._guarded(lambda: self._probe(fingerprint))
+        assert self._info is not None
+        return self._info
+
+    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
+        """(K,) logits in the order of the request, and the rows that the server does not hold.
+
+        Raises ValueServerError.
+        """
+        return self._guarded(lambda: self._step(request))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _guarded(self, ask: Callable[[], T]) -> T:
+        """`ask()` behind the circuit breaker; foreign errors come out as ours."""
+        if self._clock() < self._open_until:
+            raise CircuitOpen("the value server failed a moment ago")
+        try:
+            answer = _mapped(ask)
+        except ValueServerError:
+            self._info = None
+            self._open_until = self._clock() + self._pause
+            self._pause = min(2 * self._pause, self._longest_pause)
+            raise
+        return answer
+
+    def _probe(self, fingerprint: Callable[[], str | None]) -> None:
+        reply = self._http.get(wire.MODEL_PATH, timeout=self._probe_s)
+        info = msgspec.json.decode(_checked(reply), type=wire.ModelInfo)
+        if info.version != wire.WIRE_VERSION:
+            raise Mismatch(f"version: the server speaks {info.version}, not {wire.WIRE_VERSION}")
+        ours = fingerprint()
+        if ours is not None and ours != info.tokenizer_fingerprint:
+            raise Mismatch(
+                f"tokenizer_fingerprint: the value model was trained with "
+                f"{info.tokenizer_fingerprint[:12]}, vLLM serves {ours[:12]}"
+            )
+        self._info = info
+
+    def _step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
+        reply = self._http.post(
+            wire.STEP_PATH,
+            content=wire.encode(request),
+            headers={"Content-Type": wire.MEDIA_TYPE},
+        )
+        message = wire.decode_reply(_checked(reply), sum(request.candidate_counts))
+        if any(not 0 <= row < len(request.sessions) for row in message.unknown):
+            raise BadReply(f"unknown: rows {message.unknown} of {len(request.sessions)}")
+        self._pause = self._first_pause
+        return wire.unpack_logits(message.logits), message.unknown
+
+
+def _checked(reply: httpx.Response) -> bytes:
+    if reply.status_code != 200:
+        raise Refused(f"{reply.url.path}: HTTP {reply.status_code} {reply.text[:200]}")
+    return reply.content
+
+
+def _mapped(ask: Callable[[], T]) -> T:
+    """The one place where foreign errors become ours."""
+    try:
+        return ask()
+    except httpx.TimeoutException as error:
+        raise TimedOut(f"no answer in time ({type(error).__name__})") from error
+    except httpx.DecodingError as error:
+        raise BadReply(f"{error}") from error
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise Unreachable(f"{error}") from error
+    except (wire.WireError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadReply(f"{error}") from error

@@ -1,0 +1,178 @@
+"""From the logits of guided rows to their steered distribution: asks for values, then steers.
+
+Knows nothing of vLLM: it takes request states and logits, and a client that answers `step`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lenvm_vllm.candidates import Candidates, Cut, Writes, cut_candidates, plan_writes
+from lenvm_vllm.settings import Settings
+from lenvm_vllm.state import RequestState
+from lenvm_vllm.steering import MODES, Goals, steer
+from value_server.contract import wire
+from value_server.contract.values import remaining_goal
+
+
+class Client(Protocol):
+    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo: ...
+
+    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]: ...
+
+
+class Guide:
+    """Steers the rows of one step with one call to the value server."""
+
+    def __init__(
+        self, client: Client, settings: Settings, fingerprint: Callable[[], str | None]
+    ) -> None:
+        """fingerprint: of the tokenizer that vLLM serves; asked for once per connection."""
+        self._client = client
+        self._settings = settings
+        self._fingerprint = fingerprint
+        self._closed: list[str] = []
+
+    def close(self, state: RequestState) -> None:
+        """Tell the server with the next step that this request is over."""
+        if state.sent:
+            self._closed.append(state.session)
+
+    def plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
+        """How to change `logits` (batch, V) so that the rows in `states` are steered.
+
+        None: change nothing. Raises ValueServerError.
+        """
+        if not states and not self._closed:
+            return None
+        info = self._client.model(self._fingerprint)
+        rows = [row for row, state in states.items() if _can_ask(state, info)]
+        rows = rows[: info.max_sessions]
+        if not rows and not self._closed:
+            return None
+        if not rows:
+            self._ask([], [])
+            return None
+        cuts = [cut_of(states[row], self._settings) for row in rows]
+        # Ids that the value model does not know are the padding of vLLM's vocabulary.
+        known = logits[:, : info.vocab_size]
+        width = min(self._settings.max_candidates, info.max_candidates)
+        candidates = cut_candidates(known[rows], cuts, width)
+        worth = candidates.worth_scoring()
+        z = self._scores(candidates, worth, [states[row] for row in rows])
+        known_z = worth & ~(z.isnan() & candidates.kept).any(-1)
+        keep = known_z.nonzero()[:, 0].tolist()
+        if not keep:
+            return None
+        candidates = _pick(candidates, known_z)
+        rows, cuts, z = [rows[i] for i in keep], [cuts[i] for i in keep], z[known_z]
+        goals = goals_of([states[row] for row in rows], info.gamma, self._settings.max_kl)
+        log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, goals)
+        return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
+
+    def _scores(
+        self, candidates: Candidates, worth: Tensor, states: Sequence[RequestState]
+    ) -> Tensor:
+        """(B, K) float64 value logits, NaN where there is none.
+
+        Rows without a choice send their tokens too, so that the next step is short.
+        """
+        wanted = candidates.kept & worth[:, None]
+        ids = [row[mask].tolist() for row, mask in zip(candidates.ids, wanted, strict=True)]
+        z = torch.full(candidates.log_q.shape, torch.nan, dtype=torch.float64)
+        asked = list(range(len(states)))
+        for attempt in range(2):
+            answer, unknown = self._ask([states[i] for i in asked], [ids[i] for i in asked])
+            mask = torch.zeros_like(wanted)
+            mask[asked] = wanted[asked]
+            z[mask] = torch.from_numpy(answer.astype(np.float64))
+            asked = [asked[row] for row in unknown]
+            for i in asked:
+                states[i].sent = 0
+            if not asked or attempt:
+                break
+        z[asked] = torch.nan  # unknown twice: unguided in this step
+        return z
+
+    def _ask(
+        self, states: Sequence[RequestState], ids: list[list[int]]
+    ) -> tuple[NDArray[np.float32], list[int]]:
+        """One call; a row whose session is held counts its tokens as sent."""
+        tokens = [state.unsent() or [] for state in states]
+        request = wire.StepRequest(
+            sessions=[state.session for state in states],
+            starts=[state.sent for state in states],
+            token_counts=[len(t) for t in tokens],
+            tokens=wire.pack_ids([token for t in tokens for token in t]),
+            candidate_counts=[len(c) for c in ids],
+            candidates=wire.pack_ids([token for c in ids for token in c]),
+            closed=self._closed,
+        )
+        answer = self._client.step(request)
+        self._closed = []
+        for row, state in enumerate(states):
+            if row not in answer[1]:
+                state.sent += len(tokens[row])
+        return answer
+
+
+def cut_of(state: RequestState, settings: Settings) -> Cut:
+    """The candidate cut of a request: its own, or the plugin's where it sets none."""
+    tilt = state.target.mode == "tilt"
+    own = bool(state.top_k or state.top_p < 1 or state.min_p)
+    cut = Cut(
+        # A greedy request is steered at T = 1; vLLM then takes the most probable token.
+        temperature=state.temperature or 1.0,
+        top_k=state.top_k,
+        top_p=state.top_p,
+        min_p=state.min_p,
+        eos_ids=state.eos_ids,
+    )
+    if tilt:
+        return cut if own else replace(cut, min_p=settings.tilt_min_p)
+    return replace(
+        cut,
+        top_k=state.top_k or settings.top_k,
+        top_p=state.top_p if state.top_p < 1 else settings.top_p,
+    )
+
+
+def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goals:
+    """What each request wants of this step."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    targets = [state.target for state in states]
+    return Goals(
+        mode=torch.tensor([MODES.index(target.mode) for target in targets]),
+        greedy=torch.tensor([target.policy == "greedy" for target in targets]),
+        remaining=column([remaining_goal(s.target.tokens or 0, s.generated) for s in states]),
+        beta=column([target.beta or 0.0 for target in targets]),
+        max_kl=column([max_kl if t.max_kl is None else t.max_kl for t in targets]),
+        gamma=gamma,
+    )
+
+
+def _can_ask(state: RequestState, info: wire.ModelInfo) -> bool:
+    """Whether the server can take this request's text and one token more."""
+    tokens = state.unsent()
+    return (
+        tokens is not None
+        and state.length < info.max_position
+        and max(tokens, default=0) < info.vocab_size
+    )
+
+
+def _pick(candidates: Candidates, rows: Tensor) -> Candidates:
+    return Candidates(
+        candidates.ids[rows],
+        candidates.log_q[rows],
+        candidates.log_p0[rows],
+        candidates.log_rest[rows],
+    )

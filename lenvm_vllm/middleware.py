@@ -1,0 +1,100 @@
+"""ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`.
+
+A request that holds no `length_` goes on byte for byte.
+"""
+
+import json
+from typing import Any
+
+from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+# Fields of vLLM's own requests that happen to start with the same letters.
+_OTHERS = {"length_penalty"}
+
+
+class LengthTargetMiddleware:
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not _is_ours(scope):
+            await self._app(scope, receive, send)
+            return
+        messages = await _read(receive)
+        body = b"".join(message.get("body", b"") for message in messages)
+        if PREFIX.encode() not in body:
+            await self._app(scope, _replay(messages, receive), send)
+            return
+        try:
+            new = rewrite(body)
+        except LengthTargetError as error:
+            await _refuse(send, str(error))
+            return
+        if new is not None:
+            headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
+            scope = {**scope, "headers": [*headers, (b"content-length", b"%d" % len(new))]}
+            messages = [{"type": "http.request", "body": new, "more_body": False}]
+        await self._app(scope, _replay(messages, receive), send)
+
+
+def rewrite(body: bytes) -> bytes | None:
+    """The body with its length target moved to `vllm_xargs`; None when there is none to move.
+
+    Raises LengthTargetError.
+    """
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return None  # vLLM says what is wrong with it
+    if not isinstance(request, dict):
+        return None
+    names = [k for k in request if k.startswith(PREFIX) and k not in _OTHERS and k != FIELD]
+    if names:
+        raise LengthTargetError(
+            f"{names[0]}: unknown field, got {request[names[0]]!r}; its parts go into {FIELD}"
+        )
+    if FIELD not in request:
+        return None
+    value, xargs = request.pop(FIELD), request.get("vllm_xargs") or {}
+    if value is not None:
+        target = LengthTarget.parse(value)
+        if not isinstance(xargs, dict):
+            raise LengthTargetError(f"vllm_xargs: expected an object, got {xargs!r}")
+        if twice := [key for key in xargs if key.startswith(PREFIX)]:
+            raise LengthTargetError(f"{FIELD}: given beside vllm_xargs.{twice[0]}")
+        request["vllm_xargs"] = {**xargs, **target.to_xargs()}
+    return json.dumps(request).encode()
+
+
+def _is_ours(scope: Any) -> bool:
+    return scope["path"].removeprefix(scope.get("root_path", "")) in PATHS
+
+
+async def _read(receive: Any) -> list[Any]:
+    """The messages of one request, up to its last or to a disconnect."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
+        messages.append(await receive())
+    return messages
+
+
+def _replay(messages: list[Any], receive: Any) -> Any:
+    """An ASGI `receive` that gives `messages` first."""
+    waiting = iter(messages)
+
+    async def replayed() -> Any:
+        for message in waiting:
+            return message
+        return await receive()
+
+    return replayed
+
+
+async def _refuse(send: Any, message: str) -> None:
+    """HTTP 400 in the OpenAI form."""
+    error = {"message": message, "type": "BadRequestError", "param": FIELD, "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,61 @@
+"""Guard rails: where end-of-sequence may and must stand. Exact, and without a model.
+
+Tokens are numbered from 1 and the end-of-sequence token is itself one of them, so that the
+number of the last token is `usage.completion_tokens`:
+
+    1 ........ first ........ last
+    [no end   ) [end allowed ) end forced
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from lenvm_vllm.request import LengthTarget, LengthTargetError
+
+
+@dataclass(frozen=True)
+class Rails:
+    """first: number of the first token that may be the end.
+    last: number of the token that must be the end; None: no upper rail."""
+
+    first: int = 1
+    last: int | None = None
+
+    def suppresses(self, generated: int) -> bool:
+        """Whether the token after `generated` ones must not be the end."""
+        return generated + 1 < self.first
+
+    def forces(self, generated: int) -> bool:
+        """Whether the token after `generated` ones must be the end."""
+        return self.last is not None and generated + 1 >= self.last
+
+
+def rails_of(target: LengthTarget) -> Rails:
+    """The rails of a target; a tilt and `tolerance` None have none."""
+    if target.tokens is None or target.tolerance is None:
+        return Rails()
+    if target.mode == "at_least":
+        return Rails(first=target.tokens)
+    if target.mode == "at_most":
+        return Rails(last=target.tokens)
+    # The decimal that was written, not its binary neighbour: 100 * (1 - 0.07) is 93.
+    width = Fraction(str(target.tolerance)) * target.tokens
+    first, last = math.ceil(target.tokens - width), math.floor(target.tokens + width)
+    return Rails(first=max(1, first), last=last)
+
+
+def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_eos: bool) -> None:
+    """Raises LengthTargetError when the request's other fields contradict its rails."""
+    if ignore_eos:
+        raise LengthTargetError("ignore_eos: true contradicts length_target")
+    if max_tokens is not None and max_tokens < rails.first:
+        raise LengthTargetError(
+            f"max_tokens: {max_tokens} contradicts length_target, whose completion has at "
+            f"least {rails.first} tokens"
+        )
+    if rails.last is not None and min_tokens > rails.last:
+        raise LengthTargetError(
+            f"min_tokens: {min_tokens} contradicts length_target, whose completion has at "
+            f"most {rails.last} tokens"
+        )

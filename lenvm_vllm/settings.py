@@ -1,0 +1,40 @@
+"""Settings of the plugin, one for the whole vLLM process."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read from LENVM_<NAME> in the environment; `--additional-config '{"lenvm": {...}}'` wins.
+
+    url: of the value server, http://host:port or unix:/path/to/socket.
+    token: bearer token, if the server asks for one.
+    timeout_s: longest that a step waits for values; after it the step goes on unguided.
+    max_kl: nats that one step of `project` may move the text, unless the request says.
+    top_k, top_p: candidate cut of a request with a token target that sets none itself.
+    tilt_min_p: candidate cut of a tilt that sets none itself.
+    max_candidates: candidates scored per request and step at most.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LENVM_", frozen=True, extra="forbid")
+
+    url: str = "http://127.0.0.1:8100"
+    token: str | None = None
+    timeout_s: float = Field(2.0, gt=0)
+    max_kl: float = Field(0.2, ge=0)
+    top_k: int = Field(15, ge=1)
+    top_p: float = Field(0.999, gt=0, le=1)
+    tilt_min_p: float = Field(0.01, ge=0, le=1)
+    max_candidates: int = Field(64, ge=1)
+
+
+def load_settings(additional_config: Any = None) -> Settings:
+    """Environment and the `lenvm` block of vLLM's additional_config; its unknown keys are errors.
+
+    Raises pydantic.ValidationError (a ValueError) naming the key.
+    """
+    block = additional_config.get("lenvm", {}) if isinstance(additional_config, Mapping) else {}
+    return Settings(**block)
