@@ -1,0 +1,97 @@
+"""A real `vllm serve` with the bare flag and no value server: rails and request field."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.servers import free_port, vllm_serve
+from tests.tiny_llm import tiny_llm
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, str]]:
+    """Client and path of the server's log."""
+    folder = tmp_path_factory.mktemp("vllm")
+    nobody = {"LENVM_URL": f"http://127.0.0.1:{free_port()}"}
+    with vllm_serve(tiny_llm(folder / "model"), folder / "log", env=nobody) as url:
+        yield httpx.Client(base_url=url, timeout=60, trust_env=False), str(folder / "log")
+
+
+def complete(client: httpx.Client, **fields: object) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "seed": 1, **fields}
+    return client.post("/v1/completions", json=body)
+
+
+def tokens(reply: httpx.Response) -> int:
+    assert reply.status_code == 200, reply.text
+    return int(reply.json()["usage"]["completion_tokens"])
+
+
+@pytest.mark.parametrize("length", [1, 2, 32, 100])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_exact(served, length, temperature):
+    target = {"tokens": length, "tolerance": 0.0}
+    reply = complete(served[0], length_target=target, temperature=temperature)
+    assert tokens(reply) == length
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_default_rails_and_one_sided_modes(served):
+    assert 45 <= tokens(complete(served[0], length_target=50)) <= 55
+    at_most = {"mode": "at_most", "tokens": 20}
+    assert tokens(complete(served[0], length_target=at_most, temperature=1.0)) <= 20
+    at_least = {"mode": "at_least", "tokens": 40}
+    assert tokens(complete(served[0], length_target=at_least, temperature=3.0)) >= 40
+
+
+def test_flat_form(served):
+    xargs = {"length_target": 17, "length_tolerance": 0.0}
+    assert tokens(complete(served[0], vllm_xargs=xargs)) == 17
+
+
+def test_chat_and_stream(served):
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "length_target": {"tokens": 12, "tolerance": 0.0},
+    }
+    assert tokens(served[0].post("/v1/chat/completions", json=body)) == 12
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    text = served[0].post("/v1/chat/completions", json=body).text
+    assert '"completion_tokens":12' in text.replace(" ", "")
+
+
+def test_responses(served):
+    target = {"tokens": 9, "tolerance": 0.0}
+    body = {"model": "tiny", "input": "hi", "length_target": target, "max_output_tokens": 50}
+    reply = served[0].post("/v1/responses", json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["usage"]["output_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"length_target": 0}, "length_target.tokens"),
+        ({"length_target": {"tokens": 5, "tolerence": 0}}, "length_target.tolerence"),
+        ({"length_target": {"mode": "near", "tokens": 5}}, "length_target.mode"),
+        ({"length_taget": 5}, "length_taget"),
+        ({"vllm_xargs": {"length_goal": 5}}, "length_goal"),
+        ({"length_target": 300}, "max_tokens"),
+        ({"length_target": 50, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_wrong_fields_are_a_400_that_names_them(served, fields, named):
+    reply = complete(served[0], **fields)
+    assert reply.status_code == 400
+    assert named in reply.json()["error"]["message"]
+
+
+def test_the_log_says_once_that_there_are_no_values(served):
+    for _ in range(3):
+        complete(served[0], length_target=20)
+    with open(served[1]) as log:
+        assert log.read().count("requests go on with guard rails only") == 1

@@ -1,0 +1,1 @@
+"""Makes length value models: rollouts, training, evaluation."""

@@ -1,0 +1,142 @@
+"""Rollouts and the training examples made from them.
+
+Legend: P prompt tokens, R completion tokens (end-of-sequence included), L tokens of a pack.
+A label is r, the tokens still to come after a position; NO_LABEL marks a position without loss.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+NO_LABEL = -100.0
+Censored = Literal["drop", "bound"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion. `finished` is False where max_tokens cut it."""
+
+    prompt_id: str
+    domain: str
+    prompt_ids: NDArray[np.int64]
+    completion_ids: NDArray[np.int64]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """input_ids, labels: (P+R,). With `is_bound` a label is a lower bound of r."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.float32]
+    is_bound: bool
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """All rollouts of a Parquet file or of a folder of shards. Raises ValueError if there is none."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    rollouts = [rollout for file in files for rollout in _read_file(file)]
+    if not rollouts:
+        raise ValueError(f"{path}: no rollouts")
+    return rollouts
+
+
+def _read_file(file: Path) -> Iterator[Rollout]:
+    columns = ["prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason"]
+    for row in pq.read_table(file, columns=columns).to_pylist():
+        if row["prompt_ids"] and row["completion_ids"]:
+            yield Rollout(
+                str(row["prompt_id"]),
+                row["domain"],
+                np.asarray(row["prompt_ids"], dtype=np.int64),
+                np.asarray(row["completion_ids"], dtype=np.int64),
+                row["finish_reason"] == "stop",
+            )
+
+
+def split(
+    rollouts: Sequence[Rollout], holdout: float
+) -> tuple[list[Rollout], list[Rollout]]:
+    """(train, held out), by a hash of the prompt id: all samples of a prompt stay together."""
+    parts: tuple[list[Rollout], list[Rollout]] = ([], [])
+    for rollout in rollouts:
+        digest = hashlib.sha256(rollout.prompt_id.encode()).digest()
+        parts[int.from_bytes(digest[:4], "big") < holdout * 2**32].append(rollout)
+    return parts
+
+
+def make_example(rollout: Rollout, max_length: int) -> Example:
+    """Labels of one rollout: last prompt token → R, k-th completion token → R - k.
+
+    The end of sequence itself carries no loss: r = 0 is known. A cut completion has at least
+    one more token to come, so its bounds are one higher. What lies beyond `max_length` is left
+    out; the labels before stay true.
+    """
+    prompt, length = len(rollout.prompt_ids), len(rollout.completion_ids)
+    labels = np.full(prompt + length, NO_LABEL, dtype=np.float32)
+    if rollout.finished:
+        labels[prompt - 1 : -1] = np.arange(length, 0, -1)
+    else:
+        labels[prompt - 1 :] = np.arange(length + 1, 0, -1)
+    input_ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
+    return Example(input_ids[:max_length], labels[:max_length], not rollout.finished)
+
+
+def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
+    """Indices in packs of at most `capacity` tokens: shuffled, then first fit over open packs."""
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), open packs only
+    for index in order:
+        for slot, (left, number) in enumerate(room):
+            if lengths[index] <= left:
+                packs[number].append(index)
+                room[slot] = (left - lengths[index], number)
+                break
+        else:
+            packs.append([index])
+            room.append((capacity - lengths[index], len(packs) - 1))
+            room = room[-64:]
+    return packs
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """Packs of whole examples, each of at most `capacity` tokens.
+
+    An item: input_ids, position_ids (from 0 in each text: that separates them), labels (float),
+    is_bound, all (L,).
+    """
+
+    def __init__(self, examples: Sequence[Example], capacity: int, seed: int) -> None:
+        self.examples = examples
+        self.packs = pack([len(e.input_ids) for e in examples], capacity, seed)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        members = [self.examples[i] for i in self.packs[index]]
+        sizes = [len(e.input_ids) for e in members]
+        bound = np.concatenate([np.full(n, e.is_bound) for n, e in zip(sizes, members, strict=True)])
+        return {
+            "input_ids": torch.from_numpy(np.concatenate([e.input_ids for e in members])),
+            "position_ids": torch.cat([torch.arange(n) for n in sizes]),
+            "labels": torch.from_numpy(np.concatenate([e.labels for e in members])),
+            "is_bound": torch.from_numpy(bound),
+        }
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Packs in one row, (1, sum of L): nothing is padded."""
+    return {name: torch.cat([item[name] for item in items])[None] for name in items[0]}

@@ -1,0 +1,1 @@
+"""The value server: a small model that scores how many tokens are still to come."""

@@ -1,0 +1,1 @@
+"""What the plugin, the server and the trainer agree on. Imports nothing else of this project."""

@@ -1,0 +1,75 @@
+"""What a checkpoint says of itself: the `lenvm` block in its config.json."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from value_server.contract.values import check_gamma
+
+CONFIG_FILE = "config.json"
+CONFIG_KEY = "lenvm"
+HEAD_FILE = "value_head.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; names the file or field."""
+
+
+class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Facts of a value model that its weights do not tell.
+
+    gamma: discount of the value, in (0, 1).
+    target: how the head's output reads; this version knows "discounted_return" (u = sigmoid(z)).
+    base_model: hub name or path of the backbone that the checkpoint builds on.
+    weights: "full" (the backbone is in the checkpoint), "adapter" (a peft adapter on the base
+        model) or "head" (the base model as it is).
+    num_layers: layers of the base model that are used, from the bottom.
+    tokenizer_fingerprint: of the tokenizer trained with.
+    training: free facts (data, command, figures).
+    """
+
+    gamma: float
+    base_model: str
+    weights: str
+    num_layers: int
+    tokenizer_fingerprint: str
+    target: str = "discounted_return"
+    training: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        check_gamma(self.gamma)
+        if self.target != "discounted_return":
+            raise ValueError(f"target: unknown value {self.target!r}")
+        if self.weights not in ("full", "adapter", "head"):
+            raise ValueError(f"weights: unknown value {self.weights!r}")
+
+
+def read_config(checkpoint: Path) -> LenvmConfig:
+    """The `lenvm` block of `checkpoint`/config.json. Raises CheckpointError."""
+    path = checkpoint / CONFIG_FILE
+    try:
+        block = json.loads(path.read_text())[CONFIG_KEY]
+        return msgspec.convert(block, LenvmConfig)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path}: no {CONFIG_KEY!r} block: not a LenVM checkpoint") from error
+    except ValueError as error:  # JSON and msgspec errors, gamma out of range
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that the fingerprint needs."""
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """sha256 over all (id, token) pairs, added tokens included: equal ids mean equal text."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{index}\t{token}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,148 @@
+"""Messages between plugin and value server.
+
+`POST /v1/step` carries one `StepRequest` each way as msgpack. Ragged rows travel flat: row i
+owns the next `token_counts[i]` entries of `tokens` and the next `candidate_counts[i]` entries
+of `candidates`, both packed little-endian int32. Everything else over HTTP is JSON.
+
+Legend: B sessions of this step, T tokens, K candidates, all rows together.
+"""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+WIRE_VERSION = 1
+MEDIA_TYPE = "application/msgpack"
+
+STEP_PATH = "/v1/step"
+MODEL_PATH = "/v1/model"
+PREDICT_PATH = "/v1/predict"
+VALUES_PATH = "/v1/values"
+SESSIONS_PATH = "/v1/sessions"
+
+
+class WireError(ValueError):
+    """A message that cannot be decoded or contradicts itself; names the field."""
+
+
+class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """New tokens and candidates of B sessions.
+
+    sessions: B ids, distinct, chosen by the client.
+    starts: B; position in the session's text of its first token in this message. 0 opens the
+        session anew. A start below what the server holds rewinds the session to it, so a
+        request may be repeated; one above is answered as unknown.
+    token_counts, candidate_counts: B.
+    tokens: T int32, emitted since the last step (prompt included at start 0).
+    candidates: K int32.
+    closed: ids of sessions that ended; unknown ids are ignored.
+    """
+
+    version: int = WIRE_VERSION
+    sessions: list[str]
+    starts: list[int]
+    token_counts: list[int]
+    tokens: bytes
+    candidate_counts: list[int]
+    candidates: bytes
+    closed: list[str] = []
+
+
+class StepReply(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """logits: K float32 z in the order of the request, NaN in rows listed in `unknown`.
+
+    unknown: indices of rows whose session is not held as far as its `starts`: send the whole
+        text again with start 0.
+    """
+
+    version: int = WIRE_VERSION
+    logits: bytes
+    unknown: list[int] = []
+
+
+class ModelInfo(msgspec.Struct, kw_only=True):
+    """What `GET /v1/model` tells about the served value model."""
+
+    version: int = WIRE_VERSION
+    gamma: float
+    base_model: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    max_position: int
+    max_sessions: int
+    max_candidates: int
+
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(StepRequest)
+_reply_decoder = msgspec.msgpack.Decoder(StepReply)
+
+
+def pack_ids(ids: "list[int] | NDArray[Any]") -> bytes:
+    """Token ids as little-endian int32."""
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> NDArray[np.int32]:
+    """(N,) token ids; shares memory with `data`, so it is read-only."""
+    return np.frombuffer(data, dtype="<i4")
+
+
+def pack_logits(z: NDArray[np.float32]) -> bytes:
+    """(N,) logits as little-endian float32."""
+    return np.ascontiguousarray(z, dtype="<f4").tobytes()
+
+
+def unpack_logits(data: bytes) -> NDArray[np.float32]:
+    """(N,) logits; read-only view of `data`."""
+    return np.frombuffer(data, dtype="<f4")
+
+
+def encode(message: StepRequest | StepReply) -> bytes:
+    """The message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_request(data: bytes) -> StepRequest:
+    """A checked request. Raises WireError naming the field that is wrong."""
+    try:
+        request = _request_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WireError(f"step request: {error}") from error
+    _check_version(request.version)
+    rows = len(request.sessions)
+    if len(set(request.sessions)) != rows:
+        raise WireError("sessions: an id occurs twice")
+    for name in ("starts", "token_counts", "candidate_counts"):
+        numbers = getattr(request, name)
+        if len(numbers) != rows:
+            raise WireError(f"{name}: {len(numbers)} entries for {rows} sessions")
+        if any(n < 0 for n in numbers):
+            raise WireError(f"{name}: negative entry {min(numbers)}")
+    _check_ids("tokens", request.tokens, sum(request.token_counts))
+    _check_ids("candidates", request.candidates, sum(request.candidate_counts))
+    return request
+
+
+def decode_reply(data: bytes, candidates: int) -> StepReply:
+    """A checked reply to a request with K = `candidates`. Raises WireError."""
+    try:
+        reply = _reply_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WireError(f"step reply: {error}") from error
+    _check_version(reply.version)
+    if len(reply.logits) != 4 * candidates:
+        raise WireError(f"logits: {len(reply.logits)} bytes for {candidates} candidates")
+    return reply
+
+
+def _check_version(version: int) -> None:
+    if version != WIRE_VERSION:
+        raise WireError(f"version: got {version}, this side speaks {WIRE_VERSION}")
+
+
+def _check_ids(name: str, data: bytes, count: int) -> None:
+    if len(data) != 4 * count:
+        raise WireError(f"{name}: {len(data)} bytes, the counts say {4 * count}")

@@ -1,0 +1,149 @@
+"""The value model: a decoder without its vocabulary head, and a two-layer head on every position.
+
+Legend: B rows, T tokens, H hidden size. The output at a token is the value of the state after
+that token, as logit z (see contract.values).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from value_server.contract.checkpoint import (
+    CONFIG_FILE,
+    CONFIG_KEY,
+    HEAD_FILE,
+    CheckpointError,
+    LenvmConfig,
+    read_config,
+)
+
+
+class ValueHead(nn.Module):
+    """z = summary(SiLU(fc(h))), always in float32."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
+        self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) of any dtype → (...) float32 logits."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            z: Tensor = self.summary(nn.functional.silu(self.fc(hidden.float())))
+        return z.squeeze(-1)
+
+
+class ValueModel(nn.Module):
+    """backbone: a transformers decoder, or the peft model around it while an adapter trains."""
+
+    def __init__(self, backbone: PreTrainedModel, head: ValueHead, lenvm: LenvmConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.lenvm = lenvm
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers config."""
+        return self.backbone.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) ids → (B, T) float32 logits. Positions that restart at 0 mark packed texts."""
+        output = self.backbone(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        )
+        z: Tensor = self.head(output.last_hidden_state)
+        return z
+
+    def save(self, folder: Path) -> None:
+        """Write config, head, and whatever of the backbone `lenvm.weights` says: safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.lenvm.weights == "adapter":
+            self.backbone.save_pretrained(folder, safe_serialization=True)
+        elif self.lenvm.weights == "full":
+            self.backbone.save_pretrained(folder)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()},
+            folder / HEAD_FILE,
+        )
+        facts = self.config.to_dict() | {CONFIG_KEY: msgspec.to_builtins(self.lenvm)}
+        # A path of the training machine is of no use to the reader.
+        facts.pop("_name_or_path", None)
+        (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path,
+        base_model: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        attn_implementation: str = "sdpa",
+    ) -> "ValueModel":
+        """Read a checkpoint; `base_model` overrides where its backbone lies.
+
+        An adapter is merged in float32 before the cast to `dtype`. Raises CheckpointError that
+        names what is missing or does not fit.
+        """
+        lenvm = read_config(checkpoint)
+        source = str(checkpoint) if lenvm.weights == "full" else base_model or lenvm.base_model
+        merging = lenvm.weights == "adapter"
+        backbone = load_backbone(
+            source,
+            lenvm.num_layers,
+            torch.float32 if merging else dtype,
+            attn_implementation,
+        )
+        try:
+            if merging:
+                from peft import PeftModel
+
+                backbone = PeftModel.from_pretrained(backbone, checkpoint).merge_and_unload()
+            head = ValueHead(backbone.config.hidden_size)
+            head.load_state_dict(load_file(checkpoint / HEAD_FILE))
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint}: {error}") from error
+        return cls(backbone.to(dtype), head, lenvm).eval()
+
+
+def load_backbone(
+    source: str,
+    num_layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """The first `num_layers` layers (None: all) of a decoder and its final norm, no vocabulary head.
+
+    source: hub name or folder. Raises CheckpointError.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if num_layers is not None:
+            if not 1 <= num_layers <= config.num_hidden_layers:
+                raise ValueError(f"num_layers: {num_layers} of {config.num_hidden_layers}")
+            config.num_hidden_layers = num_layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:num_layers]
+        return AutoModel.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: backbone does not load: {error}") from error
