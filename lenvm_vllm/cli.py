@@ -13,3 +13,7 @@ app.command("lenvm_vllm.demo:demo", name="demo")
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

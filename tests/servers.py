@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+VLLM = Path(__file__).parents[1] / "scripts" / "vllm_cli.py"
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -63,7 +65,7 @@ def vllm_serve(
     """The base URL of a `vllm serve` with the plugin, small enough for two cores."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port),
+        sys.executable, str(VLLM), "serve", str(model), "--port", str(port),
         "--host", "127.0.0.1", "--max-model-len", "512", "--max-num-seqs", "16",
         "--enforce-eager", "--served-model-name", "tiny", "--logits-processors", "lenvm_vllm",
         *flags,

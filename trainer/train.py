@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trainer.data import NO_LABEL, Censored, PackedDataset, collate, make_example, read_rollouts, split
 from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
 from value_server.contract.values import gamma_from_length, value_from_length, value_from_logit
-from value_server.model import ValueHead, ValueModel, load_backbone
+from value_server.model import ValueHead, ValueModel, default_dtype, load_backbone
 
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
@@ -100,7 +100,7 @@ def train(
     tokens_per_step: int = 16384,
     max_length: int = 3000,
     warmup_steps: int = 50,
-    bf16: bool = True,
+    bf16: bool | None = None,
     resume: bool = True,
     seed: int = 0,
 ) -> None:
@@ -118,9 +118,13 @@ def train(
     censored: Completions cut by max_tokens: drop them, or use their length as a lower bound.
     holdout: Share of the prompts kept for `evaluate`.
     max_length: Tokens of a pack; a longer text loses its tail, its labels stay true.
+    bf16: Mixed precision; by default where the device has it natively.
     resume: Go on from the last saved step in OUTPUT/steps.
     """
     set_seed(seed)
+    if bf16 is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bf16 = default_dtype(device) == torch.bfloat16
     if tokens_per_step < max_length:
         raise SystemExit(f"tokens_per_step: {tokens_per_step} is below max_length {max_length}")
     everything = read_rollouts(rollouts)

@@ -5,7 +5,6 @@ Errors are JSON: {"error": {"type", "message", "field"}}, with the status of err
 
 import asyncio
 import logging
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -42,18 +41,17 @@ def create_app(
     max_body_bytes: int = 16 << 20,
     max_waiting: int = 1024,
 ) -> FastAPI:
-    """The application; its lifespan starts and stops the engine's thread."""
+    """The application; its lifespan starts and stops the engine's thread.
+
+    `engine` should be warm already (Engine.warm_up).
+    """
     metrics = Metrics(engine)
     batcher = Batcher(engine, max_waiting, metrics.on_pass)
-    ready = threading.Event()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(engine.warm_up)
         batcher.start()
-        ready.set()
         yield
-        ready.clear()
         await run_in_threadpool(batcher.stop)
 
     def answer(error: RequestError) -> Response:
@@ -67,8 +65,14 @@ def create_app(
         """Predicted remaining length after each token of the text."""
         ids = await run_in_threadpool(texts.ids, request)
         name = f"text-{uuid.uuid4()}"
+        row = StepRow(name, 0, ids)
         try:
-            result = await run(Job([StepRow(name, 0, ids)]))
+            engine.check([row])
+        except RequestError as error:  # in the words of this request
+            message = error.message.replace("tokens", request.given, 1)
+            raise RequestError(message, request.given) from error
+        try:
+            result = await run(Job([row]))
         finally:
             batcher.forget(name)
         z = torch.from_numpy(result.texts[0])
@@ -141,16 +145,14 @@ def create_app(
 
     @app.get("/health")
     async def health() -> Response:
-        """200 while the server answers and its engine's thread lives."""
-        if ready.is_set() and not batcher.alive:
-            return error_response(503, "engine_dead", "the engine's thread has ended", None)
+        """200 while the server answers."""
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def is_ready() -> Response:
-        """200 once the model has been warmed up."""
-        if not ready.is_set():
-            return error_response(503, "not_ready", "the model is warming up", None)
+        """200 while step requests are served; before that the model loads and nobody listens."""
+        if not batcher.alive:
+            return error_response(503, "not_ready", "the engine's thread does not run", None)
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")

@@ -91,7 +91,7 @@ class ValueModel(nn.Module):
         cls,
         checkpoint: Path,
         base_model: str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
     ) -> "ValueModel":
         """Read a checkpoint; `base_model` overrides where its backbone lies.
@@ -147,3 +147,10 @@ def load_backbone(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source}: backbone does not load: {error}") from error
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively; a CPU without AVX-512 emulates it slowly."""
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return torch.float32
+    return torch.bfloat16

@@ -12,9 +12,8 @@ from cyclopts import Parameter
 from fastapi import FastAPI
 
 from value_server.app import create_app
-from value_server.contract.checkpoint import CheckpointError
 from value_server.engine import Engine
-from value_server.model import ValueModel
+from value_server.model import ValueModel, default_dtype, default_dtype
 from value_server.settings import ServerSettings
 from value_server.text import Texts, tokenizer_source
 
@@ -36,7 +35,8 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         app = build_app(checkpoint, settings)
-    except (CheckpointError, RuntimeError) as error:  # RuntimeError: no such device, no memory
+    except Exception as error:  # a dozen libraries read a model, each with its own errors
+        log.debug("load failed", exc_info=error)
         sys.exit(f"error: cannot serve {checkpoint}: {_one_line(error)}")
     uvicorn.run(
         app,
@@ -50,11 +50,13 @@ def serve(
 
 
 def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
-    """Load everything and put it together. Raises CheckpointError or RuntimeError."""
+    """Load everything, warm it up and put it together. Raises what loading raises."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    model = ValueModel.load(checkpoint, settings.base_model, getattr(torch, settings.dtype))
-    model = model.to(_device(settings.device))
+    device = _device(settings.device)
+    auto = settings.dtype == "auto"
+    dtype = default_dtype(device) if auto else getattr(torch, settings.dtype)
+    model = ValueModel.load(checkpoint, settings.base_model, dtype).to(device)
     lenvm = model.lenvm
     source = tokenizer_source(checkpoint, settings.base_model or lenvm.base_model)
     texts = Texts.load(source, lenvm.tokenizer_fingerprint)
@@ -67,6 +69,7 @@ def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
         pass_tokens=settings.pass_tokens,
         prefill_tokens=settings.prefill_tokens,
     )
+    engine.warm_up()
     secret = settings.token.get_secret_value() if settings.token else None
     return create_app(
         engine,

@@ -12,7 +12,8 @@ class ServerSettings(BaseSettings):
 
     base_model: where the backbone lies, instead of the place that the checkpoint names.
     host, port: TCP address. uds: Unix socket to listen on instead.
-    device: "auto" is cuda if there is one. dtype: of the backbone; the head is float32 always.
+    device: "auto" is cuda if there is one.
+    dtype: of the backbone, "auto" is bfloat16 where the device is fast at it; the head is float32.
     threads: CPU threads of a forward pass; default is torch's.
     slots: tokens and candidates whose keys and values fit, all sessions together.
     max_sessions: sessions held at once; the least recently used idle one goes first.
@@ -32,7 +33,7 @@ class ServerSettings(BaseSettings):
     port: int = Field(default=8100, ge=0, le=65535)
     uds: Path | None = None
     device: str = "auto"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     slots: int = Field(default=65536, ge=64)
     max_sessions: int = Field(default=512, ge=1)

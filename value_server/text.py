@@ -23,6 +23,11 @@ class TextRequest(BaseModel):
     prompt: str | None = None
     token_ids: list[int] | None = None
 
+    @property
+    def given(self) -> str:
+        """Name of the field that is set."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
     @model_validator(mode="after")
     def _exactly_one(self) -> "TextRequest":
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
@@ -61,16 +66,16 @@ class Texts:
 
     def ids(self, request: TextRequest) -> list[int]:
         """Token ids, at least one. Raises RequestError naming the field."""
+        name = request.given
         if request.token_ids is not None:
-            name, ids = "token_ids", request.token_ids
+            ids = request.token_ids
         elif self._tokenizer is None:
-            name = "messages" if request.messages is not None else "prompt"
             raise RequestError(f"{name}: this server has no tokenizer, send token_ids", name)
         elif request.messages is not None:
-            name, ids = "messages", self._chat(request.messages)
+            ids = self._chat(request.messages)
         else:
             with self._lock:
-                name, ids = "prompt", self._tokenizer(request.prompt)["input_ids"]
+                ids = self._tokenizer(request.prompt)["input_ids"]
         if not ids:
             raise RequestError(f"{name}: no tokens in it", name)
         return ids

@@ -1,0 +1,203 @@
+"""`lenvm demo`: a value server and a `vllm serve` on loopback, and the same prompts in three arms.
+
+unguided asks for the length in the prompt only; guided sets `length_target` without guard
+rails; exact sets it with tolerance 0. Everything starts from this checkout's own environment.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+MODEL = Path(sys.prefix) / "share" / "SmolLM2-135M-Instruct"
+CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
+NAME = "SmolLM2-135M-Instruct"
+TARGETS = (50, 100, 200)
+ARMS = ("unguided", "guided", "exact")
+PROMPTS = (
+    "Describe a walk through a forest in autumn.",
+    "Explain how a bicycle stays upright.",
+    "Write a short story about a lighthouse keeper.",
+    "What should one think of before adopting a dog?",
+)
+START_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    arm: str
+    target: int
+    length: int
+    text: str
+
+    @property
+    def deviation(self) -> float:
+        """|L - N| / N in percent."""
+        return 100 * abs(self.length - self.target) / self.target
+
+
+@contextlib.contextmanager
+def server(name: str, command: list[str], url: str, env: dict[str, str]) -> Iterator[None]:
+    """A process in its own group, up when `url` answers. Raises RuntimeError with its log's end."""
+    log = Path(sys.prefix) / f"{name}.log"
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | env,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _answers(url):
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{name} did not start; {log}:\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(15)
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@contextlib.contextmanager
+def both_servers(port: int, value_port: int) -> Iterator[str]:
+    """Base URL of a guided vLLM with its value server beside it."""
+    value_url = f"http://127.0.0.1:{value_port}"
+    url = f"http://127.0.0.1:{port}"
+    value_server = [
+        *(sys.executable, "-m", "lenvm_vllm.cli", "serve", str(CHECKPOINT)),
+        *("--base-model", str(MODEL), "--port", str(value_port), "--threads", "1"),
+    ]
+    vllm = [
+        *(sys.executable, str(ROOT / "scripts" / "vllm_cli.py"), "serve", str(MODEL)),
+        *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
+        *("--max-model-len", "2048", "--max-num-seqs", "16", "--dtype", _dtype()),
+        *("--logits-processors", "lenvm_vllm"),
+    ]
+    env = {"LENVM_URL": value_url, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with (
+        server("value-server", value_server, f"{value_url}/ready", env),
+        server("vllm", vllm, f"{url}/health", env),
+    ):
+        yield url
+
+
+def _dtype() -> str:
+    """A CPU without AVX-512 emulates bfloat16, slowly."""
+    import torch
+
+    slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return "float32" if slow else "bfloat16"
+
+
+def ask(client: Any, arm: str, prompt: str, target: int) -> Answer:
+    """One chat completion of one arm."""
+    if arm == "unguided":
+        prompt = f"{prompt} Your answer must be equal to {target} tokens."
+        extra: dict[str, Any] = {}
+    else:
+        tolerance = None if arm == "guided" else 0.0
+        extra = {"length_target": {"tokens": target, "tolerance": tolerance}}
+    reply = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": prompt}],
+        temperature=1.0,
+        top_p=0.999,
+        max_tokens=1024,
+        seed=1,
+        extra_body={"top_k": 15, **extra},
+    )
+    return Answer(arm, target, reply.usage.completion_tokens, reply.choices[0].message.content)
+
+
+def compare(url: str) -> list[Answer]:
+    """All prompts, targets and arms, with a table that fills as answers come in."""
+    from openai import OpenAI
+    from rich.live import Live
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
+    jobs = [(arm, prompt, n) for arm in ARMS for n in TARGETS for prompt in PROMPTS]
+    answers: list[Answer] = []
+    with ThreadPoolExecutor(8) as pool, Live(_table(answers), refresh_per_second=2) as live:
+        for answer in pool.map(lambda job: ask(client, *job), jobs):
+            answers.append(answer)
+            live.update(_table(answers))
+    return answers
+
+
+def _table(answers: list[Answer]) -> Any:
+    from rich.table import Table
+
+    table = Table("arm", "target", "length", "deviation", "text")
+    for a in answers:
+        start = " ".join(a.text.split())[:60]
+        table.add_row(a.arm, str(a.target), str(a.length), f"{a.deviation:.0f}%", start)
+    return table
+
+
+def summary(answers: list[Answer]) -> dict[str, Any]:
+    """Mean deviation of each arm in percent."""
+    means = {}
+    for arm in ARMS:
+        deviations = [a.deviation for a in answers if a.arm == arm]
+        means[f"{arm}_ld"] = round(sum(deviations) / len(deviations), 2)
+    return {"targets": list(TARGETS), "prompts": len(PROMPTS), **means}
+
+
+def demo(*, serve: bool = False, port: int | None = None, value_port: int | None = None) -> None:
+    """Length control on the small real model; the last line is one JSON object.
+
+    Parameters
+    ----------
+    serve: Leave both servers up (vLLM on 8000, values on 8100) until interrupted, ask nothing.
+    """
+    port = port or (8000 if serve else _free_port())
+    value_port = value_port or (8100 if serve else _free_port())
+    texts = Path(sys.prefix) / "demo.jsonl"
+    print("starting the value server and vLLM (about a minute)", flush=True)
+    with both_servers(port, value_port) as url:
+        if serve:
+            print(f"vLLM: {url}/v1   value server: http://127.0.0.1:{value_port}   Ctrl-C ends both")
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+            return
+        answers = compare(url)
+    with texts.open("w") as file:
+        for a in answers:
+            row = {"arm": a.arm, "target": a.target, "length": a.length, "text": a.text}
+            file.write(json.dumps(row) + "\n")
+    print(f"texts: {texts}")
+    print(json.dumps(summary(answers)))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
