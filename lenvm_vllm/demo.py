@@ -70,10 +70,8 @@ def server(name: str, command: list[str], url: str, env: dict[str, str]) -> Iter
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(15)
-        except subprocess.TimeoutExpired:
-            pass
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -142,7 +140,7 @@ def compare(url: str) -> list[Answer]:
     from openai import OpenAI
     from rich.live import Live
 
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
     jobs = [(arm, prompt, n) for arm in ARMS for n in TARGETS for prompt in PROMPTS]
     answers: list[Answer] = []
     with ThreadPoolExecutor(8) as pool, Live(_table(answers), refresh_per_second=2) as live:
@@ -184,7 +182,9 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
     print("starting the value server and vLLM (about a minute)", flush=True)
     with both_servers(port, value_port) as url:
         if serve:
-            print(f"vLLM: {url}/v1   value server: http://127.0.0.1:{value_port}   Ctrl-C ends both")
+            print(
+                f"vLLM: {url}/v1   value server: http://127.0.0.1:{value_port}   Ctrl-C ends both"
+            )
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
             return

@@ -247,7 +247,7 @@ def test_batcher_survives_a_failing_forward_and_serves_one_session_in_order(
             return advance(jobs)
 
         served.advance = failing  # type: ignore[assignment, method-assign]
-        with pytest.raises(ModelError, match="own|joint"):
+        with pytest.raises(ModelError, match=r"own|joint"):
             batcher.submit(Job([StepRow("a", 0, [1, 2], [3])])).result(30)
         # Two requests for one session, both waiting: the second builds on the first.
         first = batcher.submit(Job([StepRow("a", 0, [1, 2], [3])]))

@@ -43,7 +43,7 @@ class Example:
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
-    """All rollouts of a Parquet file or of a folder of shards. Raises ValueError if there is none."""
+    """All rollouts of a Parquet file or a folder of shards. Raises ValueError if there is none."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     rollouts = [rollout for file in files for rollout in _read_file(file)]
     if not rollouts:
@@ -64,9 +64,7 @@ def _read_file(file: Path) -> Iterator[Rollout]:
             )
 
 
-def split(
-    rollouts: Sequence[Rollout], holdout: float
-) -> tuple[list[Rollout], list[Rollout]]:
+def split(rollouts: Sequence[Rollout], holdout: float) -> tuple[list[Rollout], list[Rollout]]:
     """(train, held out), by a hash of the prompt id: all samples of a prompt stay together."""
     parts: tuple[list[Rollout], list[Rollout]] = ([], [])
     for rollout in rollouts:
@@ -128,7 +126,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         members = [self.examples[i] for i in self.packs[index]]
         sizes = [len(e.input_ids) for e in members]
-        bound = np.concatenate([np.full(n, e.is_bound) for n, e in zip(sizes, members, strict=True)])
+        bound = np.concatenate(
+            [np.full(n, e.is_bound) for n, e in zip(sizes, members, strict=True)]
+        )
         return {
             "input_ids": torch.from_numpy(np.concatenate([e.input_ids for e in members])),
             "position_ids": torch.cat([torch.arange(n) for n in sizes]),

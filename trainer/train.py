@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from trainer.data import NO_LABEL, Censored, PackedDataset, collate, make_example, read_rollouts, split
+from trainer.data import (
+    NO_LABEL,
+    Censored,
+    PackedDataset,
+    collate,
+    make_example,
+    read_rollouts,
+    split,
+)
 from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
 from value_server.contract.values import gamma_from_length, value_from_length, value_from_logit
 from value_server.model import ValueHead, ValueModel, default_dtype, load_backbone
@@ -90,7 +98,7 @@ def train(
     base_model: str | None = None,
     num_layers: int | None = None,
     tune: Tune = "full",
-    lora: LoraShape = LoraShape(),  # noqa: B008 (frozen)
+    lora: LoraShape = LoraShape(),
     gamma: float | None = None,
     censored: Censored = "drop",
     holdout: float = 0.05,

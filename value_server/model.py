@@ -126,7 +126,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
-    """The first `num_layers` layers (None: all) of a decoder and its final norm, no vocabulary head.
+    """The first `num_layers` layers (None: all) of a decoder and its norm, no vocabulary head.
 
     source: hub name or folder. Raises CheckpointError.
     """
@@ -150,7 +150,7 @@ def load_backbone(
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively; a CPU without AVX-512 emulates it slowly."""
+    """bfloat16 where the device multiplies it natively; a CPU without AVX-512 emulates it."""
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         return torch.float32
     return torch.bfloat16

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from value_server.app import create_app
 from value_server.engine import Engine
-from value_server.model import ValueModel, default_dtype, default_dtype
+from value_server.model import ValueModel, default_dtype
 from value_server.settings import ServerSettings
 from value_server.text import Texts, tokenizer_source
 
