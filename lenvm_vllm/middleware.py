@@ -45,7 +45,7 @@ def rewrite(body: bytes) -> bytes | None:
     """
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # vLLM says what is wrong with it
     if not isinstance(request, dict):
         return None

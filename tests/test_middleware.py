@@ -1,0 +1,186 @@
+"""The ASGI middleware: what it moves, and that it leaves all else alone."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lenvm_vllm.middleware import PATHS, LengthTargetMiddleware
+from lenvm_vllm.request import LengthTarget
+
+CHAT = "/v1/chat/completions"
+FOREIGN = b'{ "model":"m",\n "temperature": 1.0 ,"x":"\\u00e4", "model":"twice"}'
+
+
+class App:
+    """Keeps the scope and the body that reach it, and how the client left."""
+
+    def __init__(self) -> None:
+        self.scope: dict[str, Any] | None = None
+        self.body = b""
+        self.disconnected = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scope = scope
+        while True:
+            message = await receive()
+            self.disconnected = message["type"] == "http.disconnect"
+            self.body += message.get("body", b"")
+            if self.disconnected or not message.get("more_body", False):
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        assert self.scope is not None
+        return dict(self.scope["headers"])
+
+
+def chunk(body: bytes, more: bool = False) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def call(*messages: Any, path: str = CHAT, method: str = "POST", **scope: Any) -> Any:
+    """(app, status, JSON of the answer or None) of one request through the middleware."""
+    app, sent, waiting = App(), [], [*messages, {"type": "http.disconnect"}]
+    length = str(sum(len(m.get("body", b"")) for m in messages)).encode()
+    headers = [(b"content-type", b"application/json"), (b"Content-Length", length)]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers} | scope
+
+    async def receive() -> Any:
+        return waiting.pop(0) if len(waiting) > 1 else waiting[0]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(LengthTargetMiddleware(app)(scope, receive, send))
+    answer = b"".join(m.get("body", b"") for m in sent)
+    return app, sent[0]["status"], json.loads(answer) if answer else None
+
+
+def post(body: Any, **scope: Any) -> Any:
+    return call(chunk(json.dumps(body).encode()), **scope)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("value", [200, {"mode": "tilt", "beta": -2.5, "tolerance": None}])
+def test_field_moves_into_xargs(path: str, value: Any) -> None:
+    app, status, _ = post({"model": "m", "length_target": value, "seed": 3}, path=path)
+    assert status == 200
+    flat = LengthTarget.parse(value).to_xargs()
+    assert json.loads(app.body) == {"model": "m", "seed": 3, "vllm_xargs": flat}
+    assert LengthTarget.from_extra_args(flat) == LengthTarget.parse(value)
+    assert app.headers[b"content-length"] == str(len(app.body)).encode()
+    assert b"Content-Length" not in app.headers
+
+
+def test_other_xargs_stay() -> None:
+    app, _, _ = post({"length_target": 9, "vllm_xargs": {"other": [1, 2]}})
+    xargs = json.loads(app.body)["vllm_xargs"]
+    assert xargs == {"other": [1, 2]} | LengthTarget.parse(9).to_xargs()
+
+
+def test_null_is_no_target() -> None:
+    app, status, _ = post({"model": "m", "length_target": None})
+    assert (status, json.loads(app.body)) == (200, {"model": "m"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        FOREIGN,
+        b"",
+        b"\xff\xfe not json",
+        b'{"length_target": 5',
+        b'["length_target"]',
+        b'"length_target"',
+        b'{"messages": [{"content": "my length_target is 5"}]}',
+        b'{"length_penalty":  1.5}',
+        b'{"vllm_xargs":  {"length_target": 5}}',
+        b'{"messages": "length_", "x": ' + b"[" * 100_000,
+    ],
+)
+def test_everything_else_goes_on_byte_for_byte(body: bytes) -> None:
+    app, status, _ = call(chunk(body))
+    assert (status, app.body) == (200, body)
+    assert app.headers[b"Content-Length"] == str(len(body)).encode()
+
+
+@given(st.lists(st.binary(max_size=9)))
+def test_chunks_go_on_as_they_came(parts: list[bytes]) -> None:
+    app, _, _ = call(*(chunk(part, more=True) for part in parts), chunk(b""))
+    assert app.body == b"".join(parts)
+
+
+@given(st.integers(0, 40))
+def test_field_across_chunks(split: int) -> None:
+    body = b'{"model": "m", "length_target": 123}'
+    app, status, _ = call(chunk(body[:split], more=True), chunk(body[split:]))
+    assert status == 200
+    assert json.loads(app.body)["vllm_xargs"]["length_target"] == 123
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        {"path": "/v1/embeddings"},
+        {"path": "/v1/chat/completions/x"},
+        {"method": "GET"},
+        {"type": "websocket"},
+    ],
+)
+def test_other_routes_are_not_read(scope: Any) -> None:
+    app, status, _ = post({"length_target": 0}, **scope)
+    assert (status, json.loads(app.body)) == (200, {"length_target": 0})
+
+
+def test_root_path_is_left_out() -> None:
+    app, _, _ = post({"length_target": 7}, path=f"/proxy{CHAT}", root_path="/proxy")
+    assert json.loads(app.body)["vllm_xargs"]["length_target"] == 7
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"length_target": 0}, ["length_target.tokens", "got 0"]),
+        ({"length_target": True}, ["length_target", "got True"]),
+        ({"length_target": {"tokens": 5, "tolerence": 0}}, ["length_target.tolerence", "got 0"]),
+        ({"length_target": {"mode": "near", "tokens": 5}}, ["length_target.mode", "'near'"]),
+        ({"length_taget": 5}, ["length_taget", "got 5"]),
+        ({"length_target": 5, "length_mode": "tilt"}, ["length_mode", "'tilt'"]),
+        ({"length_target": 5, "vllm_xargs": {"length_mode": "tilt"}}, ["vllm_xargs.length_mode"]),
+        ({"length_target": 5, "vllm_xargs": [1]}, ["vllm_xargs", "[1]"]),
+    ],
+)
+def test_wrong_field_is_a_400_that_names_it(body: Any, named: list[str]) -> None:
+    app, status, answer = post(body)
+    assert status == 400
+    assert app.scope is None
+    assert all(part in answer["error"]["message"] for part in named)
+    assert answer["error"]["code"] == 400
+
+
+def test_client_that_leaves_while_it_sends() -> None:
+    app, _, _ = call(chunk(b'{"length_target"', more=True))
+    assert app.disconnected
+    assert app.body == b'{"length_target"'
+
+
+def test_client_that_leaves_later_is_noticed() -> None:
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend([await receive(), await receive()])
+
+    waiting = [chunk(b'{"length_target": 5}'), {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return waiting.pop(0)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    asyncio.run(LengthTargetMiddleware(app)(scope, receive, None))
+    assert [message["type"] for message in seen] == ["http.request", "http.disconnect"]

@@ -1,0 +1,127 @@
+"""The `length_target` field: what it takes, what it refuses, and its flat form."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
+
+tokens = st.integers(1, 2**31 - 1)
+positive = st.floats(0, 1e6)
+common = {
+    "tolerance": st.none() | positive | st.integers(0, 9),
+    "policy": st.sampled_from(["project", "greedy"]),
+    "max_kl": st.none() | positive,
+}
+counted = st.fixed_dictionaries(
+    {"tokens": tokens},
+    optional=common | {"mode": st.sampled_from(["equal_to", "at_most", "at_least"])},
+)
+tilted = st.fixed_dictionaries(
+    {"mode": st.just("tilt"), "beta": st.floats(-1e6, 1e6) | st.integers(-99, 99)}, optional=common
+)
+
+
+def test_a_number_is_an_exact_target() -> None:
+    target = LengthTarget.parse(200)
+    assert target == LengthTarget(mode="equal_to", tokens=200, tolerance=DEFAULT_TOLERANCE)
+    assert target.policy == "project"
+
+
+@given(counted | tilted)
+def test_flat_form_comes_back_equal(value: dict[str, Any]) -> None:
+    target = LengthTarget.parse(value)
+    xargs = target.to_xargs()
+    assert all(type(part) in (str, int, float) for part in xargs.values())  # what vLLM lets pass
+    assert LengthTarget.from_extra_args({"other": [1], **xargs}) == target
+
+
+@pytest.mark.parametrize("off", ["off", -1, -0.5])
+def test_flat_tolerance_off(off: str | float) -> None:
+    target = LengthTarget.from_extra_args({"length_target": 5, "length_tolerance": off})
+    assert target == LengthTarget(tokens=5, tolerance=None)
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"kv_transfer_params": 1}])
+def test_no_target(extra_args: dict[str, Any] | None) -> None:
+    assert LengthTarget.from_extra_args(extra_args) is None
+
+
+@pytest.mark.parametrize("value", [None, True, False, "200", 200.0, [200], math.nan])
+def test_neither_number_nor_object(value: Any) -> None:
+    with pytest.raises(LengthTargetError) as error:
+        LengthTarget.parse(value)
+    assert "length_target" in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("mode", ["exactly", 1, None, True]),
+        ("tokens", [0, -1, 2**31, 1.5, 200.0, "200", True, math.nan, math.inf, [1]]),
+        ("tolerance", [-0.1, "0.1", "off", True, math.nan, math.inf]),
+        ("policy", ["lazy", None, 0]),
+        ("max_kl", [-1, "0.2", False, math.nan, math.inf]),
+        ("token", [200]),
+    ],
+)
+def test_bad_part_is_named_with_its_value(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(LengthTargetError) as error:
+            LengthTarget.parse({"tokens": 200, field: value})
+        assert f"length_target.{field}: " in str(error.value)
+        assert f"got {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("beta", ["-20", True, math.nan, -math.inf])
+def test_bad_beta(beta: Any) -> None:
+    with pytest.raises(LengthTargetError) as error:
+        LengthTarget.parse({"mode": "tilt", "beta": beta})
+    assert "length_target.beta: " in str(error.value)
+    assert f"got {beta!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "length_target.tokens: required by mode 'equal_to'"),
+        ({"mode": "at_most"}, "length_target.tokens: required by mode 'at_most'"),
+        ({"tokens": None}, "length_target.tokens: required"),
+        ({"mode": "tilt"}, "length_target.beta: required by mode 'tilt'"),
+        ({"mode": "tilt", "beta": 1, "tokens": 7}, "length_target.tokens: .* takes none, got 7"),
+        ({"tokens": 7, "beta": 1.5}, "length_target.beta: .* takes none, got 1.5"),
+    ],
+)
+def test_number_of_the_mode(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(LengthTargetError, match=message):
+        LengthTarget.parse(value)
+
+
+def test_all_bad_parts_are_named() -> None:
+    with pytest.raises(LengthTargetError, match=r"\.tokens: .* got 0; .*\.policy: .* got 'x'"):
+        LengthTarget.parse({"tokens": 0, "policy": "x"})
+
+
+@pytest.mark.parametrize(
+    ("flat", "named"),
+    [
+        ({"length_tokens": 3}, "length_tokens: unknown field, got 3"),
+        ({"length_target": 3, "length_bet": 1}, "length_bet: unknown field, got 1"),
+        ({"length_target": "3"}, "length_target.tokens: .* got '3'"),
+        ({"length_target": True}, "length_target.tokens: .* got True"),
+        ({"length_target": 3, "length_tolerance": True}, "tolerance: .* got True"),
+        ({"length_target": 3, "length_tolerance": "on"}, "tolerance: .* got 'on'"),
+        ({"length_target": 3, "length_tolerance": -math.inf}, None),
+        ({"length_mode": "at_least"}, "length_target.tokens: required"),
+    ],
+)
+def test_flat_form_is_checked_too(flat: dict[str, Any], named: str | None) -> None:
+    if named is None:
+        assert LengthTarget.from_extra_args(flat) == LengthTarget(tokens=3, tolerance=None)
+        return
+    with pytest.raises(LengthTargetError, match=named):
+        LengthTarget.from_extra_args(flat)
