@@ -168,10 +168,8 @@ def test_circuit_opens_backs_off_and_closes() -> None:
     down, clock = httpx.ConnectError("down"), Clock()
     server = Server(down, down, down, down, reply(), down, reply())
     client = connect(server, clock=clock, backoff_s=(1.0, 4.0))
-    asked = 0
-    for pause in (1.0, 2.0, 4.0, 4.0):
+    for asked, pause in enumerate((1.0, 2.0, 4.0, 4.0), start=1):
         failing(lambda: client.step(STEP), Unreachable)
-        asked += 1
         clock.time += pause - 0.01
         failing(lambda: client.step(STEP), CircuitOpen)
         failing(lambda: client.model(ours), CircuitOpen)

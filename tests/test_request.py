@@ -27,8 +27,8 @@ tilted = st.fixed_dictionaries(
 
 def test_a_number_is_an_exact_target() -> None:
     target = LengthTarget.parse(200)
-    assert target == LengthTarget(mode="equal_to", tokens=200, tolerance=DEFAULT_TOLERANCE)
-    assert target.policy == "project"
+    assert (target.mode, target.tokens, target.policy) == ("equal_to", 200, "project")
+    assert target.tolerance == DEFAULT_TOLERANCE
 
 
 @given(counted | tilted)
@@ -42,7 +42,7 @@ def test_flat_form_comes_back_equal(value: dict[str, Any]) -> None:
 @pytest.mark.parametrize("off", ["off", -1, -0.5])
 def test_flat_tolerance_off(off: str | float) -> None:
     target = LengthTarget.from_extra_args({"length_target": 5, "length_tolerance": off})
-    assert target == LengthTarget(tokens=5, tolerance=None)
+    assert target == LengthTarget.parse({"tokens": 5, "tolerance": None})
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"kv_transfer_params": 1}])
@@ -121,7 +121,9 @@ def test_all_bad_parts_are_named() -> None:
 )
 def test_flat_form_is_checked_too(flat: dict[str, Any], named: str | None) -> None:
     if named is None:
-        assert LengthTarget.from_extra_args(flat) == LengthTarget(tokens=3, tolerance=None)
+        assert LengthTarget.from_extra_args(flat) == LengthTarget.parse(
+            {"tokens": 3, "tolerance": None}
+        )
         return
     with pytest.raises(LengthTargetError, match=named):
         LengthTarget.from_extra_args(flat)
