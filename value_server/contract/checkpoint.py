@@ -55,7 +55,7 @@ def read_config(checkpoint: Path) -> LenvmConfig:
         return msgspec.convert(block, LenvmConfig)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no {CONFIG_KEY!r} block: not a LenVM checkpoint") from error
     except ValueError as error:  # JSON and msgspec errors, gamma out of range
         raise CheckpointError(f"{path}: {error}") from error

@@ -1,0 +1,138 @@
+"""The wire: what is sent arrives, what is wrong is refused with the name of its field."""
+
+import contextlib
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from value_server.contract.wire import (
+    WIRE_VERSION,
+    StepReply,
+    StepRequest,
+    WireError,
+    decode_reply,
+    decode_request,
+    encode,
+    pack_ids,
+    pack_logits,
+    unpack_ids,
+    unpack_logits,
+)
+
+IDS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+
+
+def request(rows: list[tuple[list[int], list[int]]], **changes: Any) -> StepRequest:
+    """A request of one session per (tokens, candidates)."""
+    fields: dict[str, Any] = {
+        "sessions": [f"s{i}" for i in range(len(rows))],
+        "starts": list(range(len(rows))),
+        "token_counts": [len(tokens) for tokens, _ in rows],
+        "tokens": pack_ids([t for tokens, _ in rows for t in tokens]),
+        "candidate_counts": [len(candidates) for _, candidates in rows],
+        "candidates": pack_ids([c for _, candidates in rows for c in candidates]),
+        "closed": ["old"],
+    }
+    return StepRequest(**(fields | changes))
+
+
+TWO_ROWS = [([1, 2, 3], [4]), ([], [5, 6])]
+
+
+@given(st.lists(st.tuples(IDS, IDS), max_size=4))
+def test_request_round_trip(rows: list[tuple[list[int], list[int]]]) -> None:
+    sent = request(rows)
+    got = decode_request(encode(sent))
+    assert got == sent
+    assert unpack_ids(got.tokens).tolist() == [t for tokens, _ in rows for t in tokens]
+    assert unpack_ids(got.candidates).tolist() == [c for _, some in rows for c in some]
+
+
+@given(st.lists(st.floats(width=32), max_size=8), st.lists(st.integers(0, 9)))
+def test_reply_round_trip(z: list[float], unknown: list[int]) -> None:
+    """Infinite and NaN logits included: both have a meaning."""
+    logits = np.array(z, dtype=np.float32)
+    got = decode_reply(encode(StepReply(logits=pack_logits(logits), unknown=unknown)), len(z))
+    np.testing.assert_array_equal(unpack_logits(got.logits), logits)
+    assert got.unknown == unknown
+
+
+def test_bytes_are_little_endian() -> None:
+    assert pack_ids([1]) == b"\x01\x00\x00\x00"
+    assert pack_logits(np.array([1.0], dtype=">f4")) == b"\x00\x00\x80\x3f"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": WIRE_VERSION + 1}, f"version: got {WIRE_VERSION + 1}, .* {WIRE_VERSION}"),
+        ({"sessions": ["s0", "s0"]}, "sessions: an id occurs twice"),
+        ({"starts": [0]}, "starts: 1 entries for 2 sessions"),
+        ({"starts": [0, -3]}, "starts: negative entry -3"),
+        ({"token_counts": [3]}, "token_counts: 1 entries for 2 sessions"),
+        ({"token_counts": [4, -1]}, "token_counts: negative entry -1"),
+        ({"token_counts": [3, 1]}, "tokens: 12 bytes, the counts say 16"),
+        ({"tokens": b"\0" * 13}, "tokens: 13 bytes, the counts say 12"),
+        ({"candidate_counts": [1, 2, 3]}, "candidate_counts: 3 entries for 2 sessions"),
+        ({"candidate_counts": [4, -1]}, "candidate_counts: negative entry -1"),
+        ({"candidates": b""}, "candidates: 0 bytes, the counts say 12"),
+    ],
+)
+def test_request_that_contradicts_itself(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        decode_request(encode(request(TWO_ROWS, **changes)))
+
+
+@pytest.mark.parametrize("field", StepRequest.__struct_fields__)
+def test_wrong_type_names_the_field(field: str) -> None:
+    message = msgspec.to_builtins(request(TWO_ROWS), builtin_types=(bytes,)) | {field: {}}
+    with pytest.raises(WireError, match=rf"\$\.{field}"):
+        decode_request(msgspec.msgpack.encode(message))
+
+
+@pytest.mark.parametrize("field", ["sessions", "starts", "tokens", "candidates"])
+def test_missing_field_is_named(field: str) -> None:
+    message = msgspec.to_builtins(request(TWO_ROWS), builtin_types=(bytes,))
+    del message[field]
+    with pytest.raises(WireError, match=field):
+        decode_request(msgspec.msgpack.encode(message))
+
+
+def test_unknown_field_is_named() -> None:
+    message = msgspec.to_builtins(request(TWO_ROWS), builtin_types=(bytes,)) | {"gamma": 0.9}
+    with pytest.raises(WireError, match="gamma"):
+        decode_request(msgspec.msgpack.encode(message))
+
+
+def test_every_truncation_is_refused() -> None:
+    whole, reply = encode(request(TWO_ROWS)), encode(StepReply(logits=bytes(12)))
+    for size in range(len(whole)):
+        with pytest.raises(WireError):
+            decode_request(whole[:size])
+    for size in range(len(reply)):
+        with pytest.raises(WireError):
+            decode_reply(reply[:size], 3)
+
+
+@given(st.binary(max_size=64))
+def test_noise_is_a_wire_error_or_a_message(data: bytes) -> None:
+    for decode in (decode_request, lambda d: decode_reply(d, 0)):
+        with contextlib.suppress(WireError):
+            decode(data)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (StepReply(version=0, logits=bytes(8)), "version: got 0"),
+        (StepReply(logits=bytes(7)), "logits: 7 bytes for 2 candidates"),
+        (StepReply(logits=bytes(12)), "logits: 12 bytes for 2 candidates"),
+    ],
+)
+def test_reply_that_does_not_fit(reply: StepReply, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        decode_reply(encode(reply), 2)
