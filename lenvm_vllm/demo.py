@@ -6,21 +6,18 @@ rails; exact sets it with tolerance 0. Everything starts from this checkout's ow
 
 import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
 
 ROOT = Path(__file__).parents[1]
+LOGS = Path(sys.prefix)
 MODEL = Path(sys.prefix) / "share" / "SmolLM2-135M-Instruct"
 CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
 NAME = "SmolLM2-135M-Instruct"
@@ -32,7 +29,7 @@ PROMPTS = (
     "Write a short story about a lighthouse keeper.",
     "What should one think of before adopting a dog?",
 )
-START_TIMEOUT_S = 300
+MAX_NUM_SEQS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,60 +46,24 @@ class Answer:
 
 
 @contextlib.contextmanager
-def server(name: str, command: list[str], url: str, env: dict[str, str]) -> Iterator[None]:
-    """A process in its own group, up when `url` answers. Raises RuntimeError with its log's end."""
-    log = Path(sys.prefix) / f"{name}.log"
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | env,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(url):
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{name} did not start; {log}:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(15)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-@contextlib.contextmanager
 def both_servers(port: int, value_port: int) -> Iterator[str]:
     """Base URL of a guided vLLM with its value server beside it."""
     value_url = f"http://127.0.0.1:{value_port}"
     url = f"http://127.0.0.1:{port}"
     value_server = [
-        *(sys.executable, "-m", "lenvm_vllm.cli", "serve", str(CHECKPOINT)),
-        *("--base-model", str(MODEL), "--port", str(value_port), "--threads", "1"),
+        *VALUE_SERVER,
+        *(str(CHECKPOINT), "--base-model", str(MODEL), "--port", str(value_port), "--threads", "1"),
     ]
     vllm = [
-        *(sys.executable, str(ROOT / "scripts" / "vllm_cli.py"), "serve", str(MODEL)),
+        *(*VLLM_SERVE, str(MODEL)),
         *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "2048", "--max-num-seqs", "16", "--dtype", _dtype()),
+        *("--max-model-len", "2048", "--max-num-seqs", str(MAX_NUM_SEQS), "--dtype", _dtype()),
         *("--logits-processors", "lenvm_vllm"),
     ]
     env = {"LENVM_URL": value_url, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with (
-        server("value-server", value_server, f"{value_url}/ready", env),
-        server("vllm", vllm, f"{url}/health", env),
+        running(value_server, f"{value_url}/ready", LOGS / "value-server.log", env),
+        running(vllm, f"{url}/health", LOGS / "vllm.log", env),
     ):
         yield url
 
@@ -127,7 +88,6 @@ def ask(client: Any, arm: str, prompt: str, target: int) -> Answer:
         model=NAME,
         messages=[{"role": "user", "content": prompt}],
         temperature=1.0,
-        top_p=0.999,
         max_tokens=1024,
         seed=1,
         extra_body={"top_k": 15, **extra},
@@ -143,7 +103,10 @@ def compare(url: str) -> list[Answer]:
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     jobs = [(arm, prompt, n) for arm in ARMS for n in TARGETS for prompt in PROMPTS]
     answers: list[Answer] = []
-    with ThreadPoolExecutor(8) as pool, Live(_table(answers), refresh_per_second=2) as live:
+    with (
+        ThreadPoolExecutor(MAX_NUM_SEQS) as pool,
+        Live(_table(answers), refresh_per_second=2) as live,
+    ):
         for answer in pool.map(lambda job: ask(client, *job), jobs):
             answers.append(answer)
             live.update(_table(answers))
@@ -176,8 +139,8 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
     ----------
     serve: Leave both servers up (vLLM on 8000, values on 8100) until interrupted, ask nothing.
     """
-    port = port or (8000 if serve else _free_port())
-    value_port = value_port or (8100 if serve else _free_port())
+    port = port or (8000 if serve else free_port())
+    value_port = value_port or (8100 if serve else free_port())
     texts = Path(sys.prefix) / "demo.jsonl"
     print("starting the value server and vLLM (about a minute)", flush=True)
     with both_servers(port, value_port) as url:
@@ -195,9 +158,3 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
             file.write(json.dumps(row) + "\n")
     print(f"texts: {texts}")
     print(json.dumps(summary(answers)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

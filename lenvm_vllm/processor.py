@@ -117,7 +117,8 @@ class LenvmLogitsProcessor(LogitsProcessor):
                 logger.exception("length targets: a step could not be steered")
             self._report(f"{type(error).__name__}: {error}")
             return None
-        self._report(None)
+        if writes is not None:  # None: nothing was asked, so nothing is known
+            self._report(None)
         return writes
 
     def _report(self, trouble: str | None) -> None:

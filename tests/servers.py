@@ -1,74 +1,36 @@
-"""Real processes for the end-to-end tests: each in its own group, killed with it."""
+"""Real servers for the end-to-end tests, small enough for two cores."""
 
 import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
 
-VLLM = Path(__file__).parents[1] / "scripts" / "vllm_cli.py"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@contextlib.contextmanager
-def process(
-    command: list[str], health_url: str, log: Path, env: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A running server. Raises RuntimeError with the end of its log when it does not come up."""
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | (env or {}),
-        )
-    try:
-        _wait(server, health_url, log)
-        yield server
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait(20)
-
-
-def _wait(server: subprocess.Popen[bytes], health_url: str, log: Path) -> None:
-    for _ in range(300):
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(health_url, timeout=2, trust_env=False).status_code == 200:
-                return
-        if server.poll() is not None:
-            break
-        time.sleep(1)
-    raise RuntimeError(f"{health_url} did not come up:\n{log.read_text()[-4000:]}")
+BARE_FLAG = ("--logits-processors", "lenvm_vllm")
 
 
 @contextlib.contextmanager
 def vllm_serve(
     model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
 ) -> Iterator[str]:
-    """The base URL of a `vllm serve` with the plugin, small enough for two cores."""
+    """The base URL of a `vllm serve` of `model` under the name "tiny"."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
-        sys.executable, str(VLLM), "serve", str(model), "--port", str(port),
-        "--host", "127.0.0.1", "--max-model-len", "512", "--max-num-seqs", "16",
-        "--enforce-eager", "--served-model-name", "tiny", "--logits-processors", "lenvm_vllm",
-        *flags,
+        *VLLM_SERVE, str(model), "--host", "127.0.0.1", "--port", str(port),
+        "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "512", "--max-num-seqs", "16", *flags,
     ]  # fmt: skip
-    with process(command, f"{url}/health", log, {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})):
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
+    with running(command, f"{url}/health", log, env):
         yield url
+
+
+@contextlib.contextmanager
+def value_serve(checkpoint: Path, base_model: Path, log: Path, port: int) -> Iterator[int]:
+    """The process id of a value server on loopback."""
+    command = [
+        *VALUE_SERVER, str(checkpoint), "--base-model", str(base_model), "--port", str(port),
+        "--dtype", "float32", "--threads", "1",
+    ]  # fmt: skip
+    with running(command, f"http://127.0.0.1:{port}/ready", log) as child:
+        yield child.pid

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.servers import free_port, vllm_serve
+from lenvm_vllm.processes import free_port
+from tests.servers import BARE_FLAG, vllm_serve
 from tests.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.e2e
@@ -16,7 +17,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     """Client and path of the server's log."""
     folder = tmp_path_factory.mktemp("vllm")
     nobody = {"LENVM_URL": f"http://127.0.0.1:{free_port()}"}
-    with vllm_serve(tiny_llm(folder / "model"), folder / "log", env=nobody) as url:
+    with vllm_serve(tiny_llm(folder / "model"), folder / "log", *BARE_FLAG, env=nobody) as url:
         yield httpx.Client(base_url=url, timeout=60, trust_env=False), str(folder / "log")
 
 
@@ -44,7 +45,7 @@ def test_default_rails_and_one_sided_modes(served):
     at_most = {"mode": "at_most", "tokens": 20}
     assert tokens(complete(served[0], length_target=at_most, temperature=1.0)) <= 20
     at_least = {"mode": "at_least", "tokens": 40}
-    assert tokens(complete(served[0], length_target=at_least, temperature=3.0)) >= 40
+    assert tokens(complete(served[0], length_target=at_least, temperature=2.0)) >= 40
 
 
 def test_flat_form(served):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 NO_LABEL = -100.0
+COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
 Censored = Literal["drop", "bound"]
 
 
@@ -41,9 +43,17 @@ class Example:
     labels: NDArray[np.float32]
     is_bound: bool
 
+    @property
+    def has_labels(self) -> bool:
+        """False where the prompt alone fills `max_length`."""
+        return bool((self.labels != NO_LABEL).any())
+
 
 def read_rollouts(path: Path) -> list[Rollout]:
-    """All rollouts of a Parquet file or a folder of shards. Raises ValueError if there is none."""
+    """All rollouts of a Parquet file or a folder of shards.
+
+    Raises ValueError naming the file and what it lacks.
+    """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     rollouts = [rollout for file in files for rollout in _read_file(file)]
     if not rollouts:
@@ -52,12 +62,18 @@ def read_rollouts(path: Path) -> list[Rollout]:
 
 
 def _read_file(file: Path) -> Iterator[Rollout]:
-    columns = ["prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason"]
-    for row in pq.read_table(file, columns=columns).to_pylist():
+    try:
+        names = pq.read_schema(file).names
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a Parquet file") from error
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise ValueError(f"{file}: column {missing[0]!r} is missing, it has {names}")
+    for row in pq.read_table(file, columns=list(COLUMNS)).to_pylist():
         if row["prompt_ids"] and row["completion_ids"]:
             yield Rollout(
                 str(row["prompt_id"]),
-                row["domain"],
+                row["domain"] or "",
                 np.asarray(row["prompt_ids"], dtype=np.int64),
                 np.asarray(row["completion_ids"], dtype=np.int64),
                 row["finish_reason"] == "stop",
@@ -88,6 +104,16 @@ def make_example(rollout: Rollout, max_length: int) -> Example:
         labels[prompt - 1 :] = np.arange(length + 1, 0, -1)
     input_ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
     return Example(input_ids[:max_length], labels[:max_length], not rollout.finished)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """sha256 over texts, labels and their order."""
+    total = hashlib.sha256()
+    for example in examples:
+        for array in (example.input_ids, example.labels):
+            total.update(len(array).to_bytes(8, "big") + array.tobytes())
+        total.update(bytes([example.is_bound]))
+    return total.hexdigest()
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:

@@ -39,12 +39,28 @@ def evaluate(
 
     Parameters
     ----------
-    holdout: Share of the prompts that was held out; by default what the checkpoint recorded.
+    checkpoint
+        Folder that `lenvm train` wrote.
+    rollouts
+        Parquet file or folder of shards, as in training.
+    base_model
+        Where the backbone lies, if not where the checkpoint says.
+    holdout
+        Share of the prompts that was held out; by default what the checkpoint recorded.
         1 evaluates on all.
+    max_length
+        Tokens of a text that are looked at.
+    json_only
+        No progress bar.
     """
     model = ValueModel.load(checkpoint, base_model)
     share = model.lenvm.training.get("holdout", 1.0) if holdout is None else holdout
     known, held_out = split(read_rollouts(rollouts), share)
+    if not any(r.finished and len(r.prompt_ids) <= max_length for r in held_out):
+        raise ValueError(
+            f"holdout: {rollouts} has no finished completion to evaluate with holdout {share} "
+            f"and max_length {max_length}"
+        )
     values = [predict(model, rollout, max_length) for rollout in tqdm(held_out, disable=json_only)]
     result = summarise(held_out, values, known or held_out, model.lenvm.gamma, max_length)
     print(json.dumps(result))

@@ -42,8 +42,11 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines):
-            row = json.loads(line)
-            if not isinstance(row.get("prompt"), str):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number + 1}: {error}") from error
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise ValueError(f"{path}: line {number + 1}: prompt: missing or not a text")
             yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row["prompt"])
 
@@ -74,9 +77,20 @@ def rollout(
 
     Parameters
     ----------
-    n: Completions per prompt.
-    limit: Use only the first so many prompts.
-    shard_size: Prompts per file; also the unit of resuming.
+    prompts
+        JSON lines, plain or gzip, with `prompt` and, optionally, `id` and `domain`.
+    output
+        Folder of the Parquet files; those that are there already stay as they are.
+    model
+        Hub name or folder of the model whose lengths are to be learnt.
+    n
+        Completions per prompt.
+    max_tokens
+        Cuts a completion; training drops it or takes it as a lower bound.
+    limit
+        Use only the first so many prompts.
+    shard_size
+        Prompts per file; also the unit of resuming.
     """
     from vllm import LLM, SamplingParams
 

@@ -1,68 +1,33 @@
-"""Train a value model on rollouts.
+"""`lenvm train`: from rollouts to a checkpoint."""
 
-Loss: token-averaged squared error between u = sigmoid(z) and 1 - gamma^r over every labelled
-position (paper, Eq. 9). A lower bound counts only where the prediction falls below it.
-"""
-
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
+import msgspec
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 
 from trainer.data import (
-    NO_LABEL,
     Censored,
     PackedDataset,
     collate,
+    digest,
     make_example,
     read_rollouts,
     split,
 )
+from trainer.steps import open_steps
+from trainer.value_trainer import ValueTrainer
 from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
-from value_server.contract.values import gamma_from_length, value_from_length, value_from_logit
+from value_server.contract.values import gamma_from_length
 from value_server.model import ValueHead, ValueModel, default_dtype, load_backbone
 
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
-
-
-def value_loss(z: Tensor, labels: Tensor, is_bound: Tensor, gamma: float) -> Tensor:
-    """Sum of squared errors in u over labelled positions; all arguments (B, T)."""
-    labelled = labels != NO_LABEL
-    error = value_from_logit(z) - value_from_length(labels.clamp(min=0), gamma)
-    error = torch.where(is_bound, error.clamp(max=0), error)
-    return (error.square() * labelled).sum()
-
-
-class ValueTrainer(Trainer):
-    """transformers' Trainer with the value loss, averaged over all tokens of a global batch."""
-
-    def __init__(self, *args: Any, gamma: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gamma = gamma
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch itself
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        z = model(inputs["input_ids"], position_ids=inputs["position_ids"])
-        loss = value_loss(z, inputs["labels"], inputs["is_bound"], self.gamma)
-        if num_items_in_batch is None:
-            num_items_in_batch = (inputs["labels"] != NO_LABEL).sum()
-        loss = loss / num_items_in_batch
-        return (loss, z) if return_outputs else loss
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or "")
-        self.accelerator.unwrap_model(self.model).save(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +74,7 @@ def train(
     max_length: int = 3000,
     warmup_steps: int = 50,
     bf16: bool | None = None,
+    save_steps: int = 50,
     resume: bool = True,
     seed: int = 0,
 ) -> None:
@@ -116,37 +82,84 @@ def train(
 
     Parameters
     ----------
-    rollouts: Parquet file, or folder of shards, with prompt_ids, completion_ids, finish_reason.
-    output: Folder of the checkpoint.
-    model: Hub name or folder of the backbone to start from.
-    base_model: Name to write into the checkpoint, where it differs from MODEL.
-    num_layers: Layers of the backbone to keep, from the bottom (default: all).
-    tune: full backbone, a LoRA adapter, or the head alone.
-    gamma: Discount; by default 1 - gamma^L99 = 0.99 with L99 from the finished completions.
-    censored: Completions cut by max_tokens: drop them, or use their length as a lower bound.
-    holdout: Share of the prompts kept for `evaluate`.
-    max_length: Tokens of a pack; a longer text loses its tail, its labels stay true.
-    bf16: Mixed precision; by default where the device has it natively.
-    resume: Go on from the last saved step in OUTPUT/steps.
+    rollouts
+        Parquet file, or folder of shards, as `lenvm rollout` writes them.
+    output
+        Folder of the checkpoint.
+    model
+        Hub name or folder of the backbone to start from.
+    base_model
+        Name to write into the checkpoint, where it differs from MODEL.
+    num_layers
+        Layers of the backbone to keep, from the bottom; by default all.
+    tune
+        The full backbone, a LoRA adapter on it, or the head alone.
+    gamma
+        Discount; by default 1 - gamma^L99 = 0.99 with L99 from the finished completions.
+    censored
+        Completions cut by max_tokens: drop them, or use their length as a lower bound.
+    holdout
+        Share of the prompts kept for `lenvm evaluate`.
+    epochs
+        Passes over the data.
+    max_steps
+        Ends training early; -1 leaves it to the epochs.
+    tokens_per_step
+        Tokens of one optimizer step, in packs of max_length.
+    max_length
+        Tokens of a pack; a longer text loses its tail, its labels stay true.
+    bf16
+        Mixed precision; by default where the device has it natively.
+    save_steps
+        Steps between two saves to OUTPUT/steps, which goes when training is done.
+    resume
+        Go on from the last save of a run with the same settings.
     """
+    _check_choice("tune", tune, WEIGHTS)
+    _check_choice("censored", censored, get_args(Censored))
+    _check(0 <= holdout < 1, "holdout", holdout, "at least 0 and below 1")
+    _check(gamma is None or 0 < gamma < 1, "gamma", gamma, "between 0 and 1")
+    _check(learning_rate > 0, "learning_rate", learning_rate, "above 0")
+    _check(epochs > 0, "epochs", epochs, "above 0")
+    _check(max_steps > 0 or max_steps == -1, "max_steps", max_steps, "above 0, or -1")
+    _check(max_length > 1, "max_length", max_length, "above 1")
+    _check(
+        tokens_per_step >= max_length,
+        "tokens_per_step",
+        tokens_per_step,
+        f"at least max_length {max_length}",
+    )
+    _check(save_steps > 0, "save_steps", save_steps, "above 0")
+    depth, vocab_size = load_shape(model)
+    if num_layers is None:
+        num_layers = depth
+    _check(1 <= num_layers <= depth, "num_layers", num_layers, f"1 to {depth}, as {model} has")
     set_seed(seed)
     if bf16 is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bf16 = default_dtype(device) == torch.bfloat16
-    if tokens_per_step < max_length:
-        raise SystemExit(f"tokens_per_step: {tokens_per_step} is below max_length {max_length}")
-    everything = read_rollouts(rollouts)
-    train_part, _ = split(everything, holdout)
-    finished = [len(r.completion_ids) for r in train_part if r.finished]
-    gamma = gamma or gamma_from_length(float(np.percentile(finished, 99)))
+
+    train_part, _ = split(read_rollouts(rollouts), holdout)
+    if gamma is None:
+        finished = [len(r.completion_ids) for r in train_part if r.finished]
+        if not finished:
+            raise ValueError(f"gamma: {rollouts} has no finished completion to take it from")
+        gamma = gamma_from_length(float(np.percentile(finished, 99)))
     kept = [r for r in train_part if r.finished or censored == "bound"]
-    dataset = PackedDataset([make_example(r, max_length) for r in kept], max_length, seed)
-    depth = num_layers or load_depth(model)
+    examples = [e for e in (make_example(r, max_length) for r in kept) if e.has_labels]
+    if not examples:
+        raise ValueError(
+            f"rollouts: {rollouts} has nothing to train on with holdout {holdout}, "
+            f"max_length {max_length} and censored {censored!r}"
+        )
+    largest = max(int(e.input_ids.max()) for e in examples)
+    _check(largest < vocab_size, "token id", largest, f"below {model}'s vocab_size {vocab_size}")
+    dataset = PackedDataset(examples, max_length, seed)
     config = LenvmConfig(
         gamma=gamma,
         base_model=base_model or model,
         weights=WEIGHTS[tune],
-        num_layers=depth,
+        num_layers=num_layers,
         tokenizer_fingerprint=tokenizer_fingerprint(AutoTokenizer.from_pretrained(model)),
         training={
             "rollouts": rollouts.name,
@@ -156,11 +169,14 @@ def train(
             "learning_rate": learning_rate,
             "epochs": epochs,
             "max_steps": max_steps,
+            "tokens_per_step": tokens_per_step,
+            "max_length": max_length,
+            "warmup_steps": warmup_steps,
+            "bf16": bf16,
             "holdout": holdout,
             "seed": seed,
         },
     )
-    value_model = build_model(model, config, tune, lora, torch.bfloat16 if bf16 else torch.float32)
     steps = output / "steps"
     arguments = TrainingArguments(
         output_dir=str(steps),
@@ -173,23 +189,41 @@ def train(
         max_steps=max_steps,
         bf16=bf16,
         logging_steps=1,
-        save_steps=50,
+        save_steps=save_steps,
         save_total_limit=1,
         remove_unused_columns=False,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
     )
+    settings = msgspec.to_builtins(config) | config.training | {"model": model}
+    settings |= {"lora": asdict(lora), "data": digest(examples)}
+    del settings["training"]
+    with arguments.main_process_first():
+        last = open_steps(steps, settings, resume)
+    value_model = build_model(model, config, tune, lora, torch.bfloat16 if bf16 else torch.float32)
     trainer = ValueTrainer(
         value_model, arguments, train_dataset=dataset, data_collator=collate, gamma=gamma
     )
-    trainer.train()
-    value_model.save(output)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.is_world_process_zero():
+        value_model.save(output)
+        shutil.rmtree(steps)
 
 
-def load_depth(model: str) -> int:
-    """Number of layers of a backbone."""
-    from transformers import AutoConfig
+def _check(ok: bool, field: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}: {value!r}, must be {rule}")
 
-    depth: int = AutoConfig.from_pretrained(model).num_hidden_layers
-    return depth
+
+def _check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    _check(value in choices, field, value, "one of " + ", ".join(choices))
+
+
+def load_shape(model: str) -> tuple[int, int]:
+    """(layers, vocabulary size) of a backbone. Raises ValueError if there is none."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {model!r} does not load: {error}") from error
+    return config.num_hidden_layers, config.vocab_size

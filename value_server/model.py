@@ -5,11 +5,13 @@ that token, as logit z (see contract.values).
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -73,7 +75,10 @@ class ValueModel(nn.Module):
         """Write config, head, and whatever of the backbone `lenvm.weights` says: safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.lenvm.weights == "adapter":
-            self.backbone.save_pretrained(folder, safe_serialization=True)
+            # Else peft would note the path of the training machine.
+            self.backbone.active_peft_config.base_model_name_or_path = self.lenvm.base_model
+            # "auto" would ask the hub about the base model.
+            self.backbone.save_pretrained(folder, save_embedding_layers=False)
         elif self.lenvm.weights == "full":
             self.backbone.save_pretrained(folder)
         save_file(
@@ -112,10 +117,19 @@ class ValueModel(nn.Module):
             if merging:
                 from peft import PeftModel
 
-                backbone = PeftModel.from_pretrained(backbone, checkpoint).merge_and_unload()
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", message="Found missing adapter keys")
+                    backbone = PeftModel.from_pretrained(backbone, checkpoint).merge_and_unload()
             head = ValueHead(backbone.config.hidden_size)
             head.load_state_dict(load_file(checkpoint / HEAD_FILE))
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            SafetensorError,
+            UserWarning,
+        ) as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
         return cls(backbone.to(dtype), head, lenvm).eval()
 
@@ -138,14 +152,18 @@ def load_backbone(
             config.num_hidden_layers = num_layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:num_layers]
-        return AutoModel.from_pretrained(
+        backbone, report = AutoModel.from_pretrained(
             source,
             config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+        if report["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"weights are missing: {sorted(report['missing_keys'])[0]}")
+        return backbone
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: backbone does not load: {error}") from error
 
 

@@ -1,0 +1,70 @@
+"""Servers as child processes, each in a process group of its own and gone with its block."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 15
+VALUE_SERVER = (sys.executable, "-m", "lenvm_vllm.cli", "serve")
+VLLM_SERVE = (
+    sys.executable,
+    str(Path(__file__).parents[1] / "scripts" / "vllm_cli.py"),
+    "serve",
+)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(
+    command: list[str], ready_url: str, log: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, up once `ready_url` answers 200. Raises RuntimeError with the end of its log."""
+    with log.open("ab") as out:
+        child = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (env or {}),
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _answers(ready_url):
+            if child.poll() is not None or time.monotonic() > deadline:
+                end = log.read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"{ready_url} did not come up; {log}:\n{end}")
+            time.sleep(0.3)
+        yield child
+    finally:
+        _signal(child, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(STOP_TIMEOUT_S)
+        _signal(child, signal.SIGKILL)  # whatever the group still holds
+        child.wait()
+
+
+def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
