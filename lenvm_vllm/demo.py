@@ -69,11 +69,11 @@ def both_servers(port: int, value_port: int) -> Iterator[str]:
 
 
 def _dtype() -> str:
-    """A CPU without AVX-512 emulates bfloat16, slowly."""
+    """bfloat16 where the device multiplies it natively; other CPUs emulate it, slowly."""
     import torch
 
-    slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    return "float32" if slow else "bfloat16"
+    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
 
 
 def ask(client: Any, arm: str, prompt: str, target: int) -> Answer:

@@ -3,6 +3,7 @@
 Legend: as in lenvm_vllm.steering. The naive version takes one row as Python floats.
 """
 
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def close(a: tuple[Any, float], b: tuple[Any, float], tolerance: float = 1e-6) -
 def clear_choice(row: Row) -> bool:
     """No tie between candidates, and none at the limit, that rounding would break."""
     costs = sorted(abs(u - row.u_star) for u in [0.0, *row.u])
-    tied = any(b - a < 1e-12 for a, b in zip(costs, costs[1:], strict=False))
+    tied = any(b - a < 1e-12 for a, b in itertools.pairwise(costs))
     ends = (0.0, row.p0)
     return not tied and all(abs((1 - p0) * row.mean - row.u_star) > 1e-12 for p0 in ends)
 

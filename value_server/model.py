@@ -168,7 +168,7 @@ def load_backbone(
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively; a CPU without AVX-512 emulates it."""
-    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+    """bfloat16 where the device multiplies it natively; elsewhere float32 is faster."""
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return torch.bfloat16
