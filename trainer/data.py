@@ -63,13 +63,20 @@ def read_rollouts(path: Path) -> list[Rollout]:
 
 def _read_file(file: Path) -> Iterator[Rollout]:
     try:
-        names = pq.read_schema(file).names
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file}: not a Parquet file") from error
+        table = pq.read_table(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file or folder") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
+    names = table.column_names
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise ValueError(f"{file}: column {missing[0]!r} is missing, it has {names}")
-    for row in pq.read_table(file, columns=list(COLUMNS)).to_pylist():
+    for name in ("prompt_ids", "completion_ids"):
+        kind = table.schema.field(name).type
+        if not pa.types.is_nested(kind) or not pa.types.is_integer(kind.field(0).type):
+            raise ValueError(f"{file}: column {name!r} holds {kind}, not token ids")
+    for row in table.select(COLUMNS).to_pylist():
         if row["prompt_ids"] and row["completion_ids"]:
             yield Rollout(
                 str(row["prompt_id"]),

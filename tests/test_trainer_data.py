@@ -1,0 +1,287 @@
+"""Rollouts, labels and packs: each against a version that one can check by eye."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.data import (
+    COLUMNS,
+    NO_LABEL,
+    Example,
+    PackedDataset,
+    Rollout,
+    collate,
+    digest,
+    make_example,
+    pack,
+    read_rollouts,
+    split,
+)
+
+rollout_sizes = st.tuples(st.integers(1, 30), st.integers(1, 30))
+
+
+def rollout(prompt: int, completion: int, finished: bool = True, name: str = "p") -> Rollout:
+    """Token ids that tell their place: prompts count from 0, completions from 1000."""
+    ids = np.arange(prompt), np.arange(1000, 1000 + completion)
+    return Rollout(name, "d", *ids, finished)
+
+
+def naive_labels(prompt: int, completion: int, finished: bool) -> list[float]:
+    """Per position: how many tokens follow it, counted in the text itself."""
+    text = ["prompt"] * prompt + ["completion"] * completion
+    unseen = 0 if finished else 1
+    labels = []
+    for place in range(len(text)):
+        to_come = len(text[place + 1 :]) + unseen
+        is_state = place >= prompt - 1
+        labels.append(float(to_come) if is_state and to_come else NO_LABEL)
+    return labels
+
+
+@given(rollout_sizes, st.booleans())
+def test_labels_count_what_follows(sizes: tuple[int, int], finished: bool) -> None:
+    example = make_example(rollout(*sizes, finished), 1000)
+    assert example.labels.tolist() == naive_labels(*sizes, finished)
+    assert example.labels.dtype == np.float32
+    assert example.input_ids.tolist() == [*range(sizes[0]), *range(1000, 1000 + sizes[1])]
+    assert example.is_bound == (not finished)
+
+
+def test_labels_by_hand() -> None:
+    no = NO_LABEL
+    assert make_example(rollout(3, 4), 99).labels.tolist() == [no, no, 4, 3, 2, 1, no]
+    assert make_example(rollout(3, 4, False), 99).labels.tolist() == [no, no, 5, 4, 3, 2, 1]
+    assert make_example(rollout(1, 1), 99).labels.tolist() == [1, no]
+
+
+@given(rollout_sizes, st.booleans(), st.integers(1, 70))
+def test_what_is_cut_at_max_length_leaves_the_other_labels_true(
+    sizes: tuple[int, int], finished: bool, max_length: int
+) -> None:
+    """The bug guarded against: a label counted to the cut instead of the completion's end."""
+    whole = make_example(rollout(*sizes, finished), 1000)
+    part = make_example(rollout(*sizes, finished), max_length)
+    assert part.labels.tolist() == whole.labels.tolist()[:max_length]
+    assert part.input_ids.tolist() == whole.input_ids.tolist()[:max_length]
+    assert part.is_bound == whole.is_bound
+    assert part.has_labels == (sizes[0] <= max_length)
+
+
+@given(st.lists(st.integers(1, 50), max_size=300), st.integers(50, 120), st.integers(0, 9))
+def test_a_pack_holds_no_more_than_capacity_and_no_example_is_lost(
+    lengths: list[int], capacity: int, seed: int
+) -> None:
+    packs = pack(lengths, capacity, seed)
+    assert sorted(i for members in packs for i in members) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in members) <= capacity for members in packs)
+    assert packs == pack(lengths, capacity, seed)
+
+
+@pytest.mark.parametrize("median", [150, 400, 800])
+def test_packs_are_at_least_95_percent_tokens(median: int) -> None:
+    generator = random.Random(median)
+    drawn = [int(generator.lognormvariate(np.log(median), 0.8)) for _ in range(5000)]
+    lengths = [min(max(n, 2), 3000) for n in drawn]
+    packs = pack(lengths, 3000, seed=0)
+    assert sum(lengths) / (3000 * len(packs)) >= 0.95
+
+
+def test_packs_are_shuffled() -> None:
+    """Else all samples of a prompt, and all prompts of a domain, would share their steps."""
+    order = [i for members in pack([1] * 100, 10, seed=0) for i in members]
+    assert order != sorted(order)
+    assert order != [i for members in pack([1] * 100, 10, seed=1) for i in members]
+
+
+EXAMPLES = [make_example(rollout(p, 3 + 7 * p % 9, p % 2 == 0), 20) for p in range(1, 9)]
+
+
+def texts(item: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """An item cut where position_ids restart."""
+    starts = [i for i, p in enumerate(item["position_ids"].tolist()) if p == 0]
+    ends = [*starts[1:], len(item["position_ids"])]
+    return [
+        {name: t[a:b].tolist() for name, t in item.items()}
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def as_text(example: Example) -> dict[str, Any]:
+    size = len(example.input_ids)
+    return {
+        "input_ids": example.input_ids.tolist(),
+        "position_ids": list(range(size)),
+        "labels": example.labels.tolist(),
+        "is_bound": [example.is_bound] * size,
+    }
+
+
+def test_positions_restart_in_each_text_of_a_pack() -> None:
+    dataset = PackedDataset(EXAMPLES, 20, seed=0)
+    found = [text for i in range(len(dataset)) for text in texts(dataset[i])]
+    order = [i for members in dataset.packs for i in members]
+    assert found == [as_text(EXAMPLES[i]) for i in order]
+    assert sorted(order) == list(range(len(EXAMPLES)))
+    assert len(dataset) < len(EXAMPLES)
+
+
+def test_collate_lays_packs_end_to_end() -> None:
+    dataset = PackedDataset(EXAMPLES, 20, seed=0)
+    items = [dataset[0], dataset[1]]
+    batch = collate(items)
+    assert set(batch) == {"input_ids", "position_ids", "labels", "is_bound"}
+    for name, tensor in batch.items():
+        assert tensor.shape == (1, sum(len(item["labels"]) for item in items))
+        assert tensor[0].tolist() == [*items[0][name].tolist(), *items[1][name].tolist()]
+        assert tensor.dtype == items[0][name].dtype
+    assert batch["input_ids"].dtype == batch["position_ids"].dtype == torch.int64
+    assert (batch["labels"].dtype, batch["is_bound"].dtype) == (torch.float32, torch.bool)
+
+
+def test_split_keeps_the_samples_of_a_prompt_together() -> None:
+    rollouts = [rollout(2, c, name=f"prompt {i}") for i in range(1000) for c in (1, 2)]
+    random.Random(0).shuffle(rollouts)
+    train, held_out = split(rollouts, 0.1)
+    names = [{r.prompt_id for r in part} for part in (train, held_out)]
+    assert not names[0] & names[1]
+    assert len(train) + len(held_out) == 2000
+    assert 60 < len(names[1]) < 140  # binomial: four standard deviations around 100
+
+
+def test_split_depends_on_nothing_but_the_prompt_id() -> None:
+    rollouts = [rollout(2, 1, name=str(i)) for i in range(200)]
+    _, held_out = split(rollouts, 0.2)
+    _, again = split([rollout(5, 9, name=str(i)) for i in reversed(range(100, 200))], 0.2)
+    assert {r.prompt_id for r in again} == {n for n in ids(held_out) if int(n) >= 100}
+    _, more = split(rollouts, 0.4)
+    assert set(ids(held_out)) < set(ids(more))
+
+
+def ids(rollouts: Sequence[Rollout]) -> list[str]:
+    return [r.prompt_id for r in rollouts]
+
+
+def test_split_at_the_ends() -> None:
+    rollouts = [rollout(2, 1, name=str(i)) for i in range(50)]
+    assert split(rollouts, 0) == (rollouts, [])
+    assert split(rollouts, 1) == ([], rollouts)
+
+
+def test_digest_sees_tokens_labels_order_and_kind() -> None:
+    a, b = make_example(rollout(2, 3), 9), make_example(rollout(3, 2), 9)
+    bound = Example(a.input_ids, a.labels, True)
+    cut = make_example(rollout(2, 3), 4)
+    assert digest([a, b]) == digest([a, b])
+    assert len({digest(e) for e in ([a, b], [b, a], [a], [bound, b], [cut, b], [])}) == 6
+
+
+ROW = {
+    "prompt_id": "7",
+    "domain": "news",
+    "prompt_ids": [1, 2],
+    "completion_ids": [3, 4, 5],
+    "finish_reason": "stop",
+}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def test_read_one_file(tmp_path: Path) -> None:
+    cut = ROW | {"finish_reason": "length", "domain": None}
+    first, second = read_rollouts(write(tmp_path / "a.parquet", ROW, cut))
+    assert (first.prompt_id, first.domain, first.finished) == ("7", "news", True)
+    assert first.prompt_ids.tolist() == [1, 2]
+    assert first.completion_ids.tolist() == [3, 4, 5]
+    assert (second.domain, second.finished) == ("", False)
+
+
+@pytest.mark.parametrize("reason", ["length", "abort", "", None])
+def test_only_a_stop_is_a_finished_completion(reason: str | None, tmp_path: Path) -> None:
+    row = ROW | {"finish_reason": reason}
+    assert [r.finished for r in read_rollouts(write(tmp_path / "a.parquet", ROW, row))] == [
+        True,
+        False,
+    ]
+
+
+def test_read_a_folder_in_the_order_of_its_shards(tmp_path: Path) -> None:
+    write(tmp_path / "part-1.parquet", ROW | {"prompt_id": "b"})
+    write(tmp_path / "part-0.parquet", ROW | {"prompt_id": "a"})
+    (tmp_path / "part-2.tmp").write_text("unfinished")
+    assert ids(read_rollouts(tmp_path)) == ["a", "b"]
+
+
+def test_rows_without_tokens_are_left_out(tmp_path: Path) -> None:
+    empty: list[dict[str, Any]] = [
+        ROW | {"completion_ids": []},
+        ROW | {"prompt_ids": []},
+        ROW | {"prompt_ids": None},
+    ]
+    assert len(read_rollouts(write(tmp_path / "a.parquet", ROW, *empty))) == 1
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_missing_column_is_named(column: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {k: v for k, v in ROW.items() if k != column})
+    with pytest.raises(ValueError, match=rf"a\.parquet: column '{column}' is missing"):
+        read_rollouts(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"PAR1" + bytes(50) + b"PAR1"], ids=["empty", "json", "no footer"]
+)
+def test_not_parquet(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet: not a readable Parquet file"):
+        read_rollouts(tmp_path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing: no such file or folder"):
+        read_rollouts(tmp_path / "nothing")
+
+
+def test_nothing_in_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}: no rollouts"):
+        read_rollouts(tmp_path)
+
+
+def test_damaged_shard(tmp_path: Path) -> None:
+    """A file whose end is whole but whose data was overwritten."""
+    path = write(tmp_path / "a.parquet", *[ROW] * 500)
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet: not a readable Parquet file"):
+        read_rollouts(path)
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_token_ids_of_any_list_and_width(kind: Any, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([ROW])
+    for column in ("prompt_ids", "completion_ids"):
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, table[column].cast(kind(pa.int16())))
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_rollouts(tmp_path)[0].completion_ids.tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
+@pytest.mark.parametrize("value", [["a"], "ab", 7, [0.5]])
+def test_column_of_another_type(column: str, value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ROW | {column: value})
+    with pytest.raises(ValueError, match=rf"a\.parquet: column '{column}' holds .*, not token ids"):
+        read_rollouts(path)
