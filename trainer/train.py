@@ -32,7 +32,15 @@ WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
 
 @dataclass(frozen=True, kw_only=True)
 class LoraShape:
-    """Rank and scale of the adapter on every linear layer of the backbone."""
+    """The adapter on every linear layer of the backbone.
+
+    Parameters
+    ----------
+    rank
+        Rank of the adapter.
+    alpha
+        Its scale is alpha / rank.
+    """
 
     rank: int = 32
     alpha: int = 32
@@ -100,6 +108,8 @@ def train(
         Completions cut by max_tokens: drop them, or use their length as a lower bound.
     holdout
         Share of the prompts kept for `lenvm evaluate`.
+    learning_rate
+        Of AdamW, at its highest; a cosine takes it to 0.
     epochs
         Passes over the data.
     max_steps
@@ -108,12 +118,16 @@ def train(
         Tokens of one optimizer step, in packs of max_length.
     max_length
         Tokens of a pack; a longer text loses its tail, its labels stay true.
+    warmup_steps
+        Steps in which the learning rate rises from 0.
     bf16
         Mixed precision; by default where the device has it natively.
     save_steps
         Steps between two saves to OUTPUT/steps, which goes when training is done.
     resume
         Go on from the last save of a run with the same settings.
+    seed
+        Of the head, the packs and their order.
     """
     _check_choice("tune", tune, WEIGHTS)
     _check_choice("censored", censored, get_args(Censored))
@@ -129,7 +143,16 @@ def train(
         tokens_per_step,
         f"at least max_length {max_length}",
     )
+    _check(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0")
     _check(save_steps > 0, "save_steps", save_steps, "above 0")
+    _check(lora.rank > 0, "lora.rank", lora.rank, "above 0")
+    _check(lora.alpha > 0, "lora.alpha", lora.alpha, "above 0")
+    _check(
+        output.resolve() != Path(model).resolve(),
+        "output",
+        str(output),
+        "another folder than the model's",
+    )
     depth, vocab_size = load_shape(model)
     if num_layers is None:
         num_layers = depth

@@ -74,6 +74,8 @@ class ValueModel(nn.Module):
     def save(self, folder: Path) -> None:
         """Write config, head, and whatever of the backbone `lenvm.weights` says: safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("adapter_*"):  # transformers would apply it to a full backbone
+            stale.unlink()
         if self.lenvm.weights == "adapter":
             # Else peft would note the path of the training machine.
             self.backbone.active_peft_config.base_model_name_or_path = self.lenvm.base_model
