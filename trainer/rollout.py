@@ -87,14 +87,25 @@ def rollout(
         Completions per prompt.
     max_tokens
         Cuts a completion; training drops it or takes it as a lower bound.
+    temperature
+        Of the sampling whose lengths are to be learnt.
+    top_p
+        Of the same sampling.
     limit
         Use only the first so many prompts.
     shard_size
         Prompts per file; also the unit of resuming.
+    max_model_len
+        Tokens of prompt and completion that vLLM makes room for; by default the model's own.
+    dtype
+        Of the model's weights, as vLLM names it.
+    seed
+        Of vLLM's sampling.
     """
-    from vllm import LLM, SamplingParams
-
-    output.mkdir(parents=True, exist_ok=True)
+    if shard_size < 1:
+        raise ValueError(f"shard_size: {shard_size}, must be above 0")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit}, must be above 0")
     shards = [
         (output / f"part-{number:05d}.parquet", shard)
         for number, shard in enumerate(_shards(islice(read_prompts(prompts), limit), shard_size))
@@ -102,6 +113,9 @@ def rollout(
     missing = [(path, shard) for path, shard in shards if not path.exists()]
     if not missing:
         return
+    output.mkdir(parents=True, exist_ok=True)
+    from vllm import LLM, SamplingParams
+
     llm = LLM(model=model, max_model_len=max_model_len, dtype=dtype, seed=seed)
     sampling = SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     for path, shard in tqdm(missing, desc="shards", initial=len(shards) - len(missing)):
