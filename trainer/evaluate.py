@@ -53,6 +53,8 @@ def evaluate(
     json_only
         No progress bar.
     """
+    if holdout is not None and not 0 < holdout <= 1:
+        raise ValueError(f"holdout: {holdout}, must be above 0 and at most 1")
     model = ValueModel.load(checkpoint, base_model)
     share = model.lenvm.training.get("holdout", 1.0) if holdout is None else holdout
     known, held_out = split(read_rollouts(rollouts), share)
@@ -115,7 +117,7 @@ def summarise(
         "r2": 1 - residual / float(np.square(truth_all - truth_all.mean()).sum()),
         "length_error_by_position": {str(q): float(np.median(v)) for q, v in by_quarter.items()},
         "prompts": len(boundary),
-        "completions": len(rollouts),
+        "completions": sum(map(len, boundary.values())),
     }
 
 

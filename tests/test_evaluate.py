@@ -1,0 +1,221 @@
+"""Figures of an evaluation from logits made by hand: of an oracle, and of one that guesses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.tiny import GAMMA, tiny_checkpoint
+from trainer.data import Rollout, make_example
+from trainer.evaluate import evaluate, predict, summarise
+from trainer.rollout import SCHEMA
+from value_server.contract.values import logit_from_length
+from value_server.model import ValueModel
+
+MAX_LENGTH = 3000
+
+
+def rollout(
+    name: str, prompt: int, length: int, finished: bool = True, domain: str = "d"
+) -> Rollout:
+    return Rollout(name, domain, np.arange(prompt), np.arange(length), finished)
+
+
+def oracle(rollout: Rollout) -> NDArray[np.float32]:
+    """Logits of one that knows how long a completion gets; a cut one ends a token later."""
+    prompt, length = len(rollout.prompt_ids), len(rollout.completion_ids)
+    to_come = torch.arange(prompt + length - 1, -1, -1, dtype=torch.float64)
+    z: NDArray[np.float32] = logit_from_length(to_come + (not rollout.finished), GAMMA).numpy()
+    return z.astype(np.float32)
+
+
+def constant(u: float) -> Callable[[Rollout], NDArray[np.float32]]:
+    def logits(rollout: Rollout) -> NDArray[np.float32]:
+        size = len(rollout.prompt_ids) + len(rollout.completion_ids)
+        return np.full(size, np.log(u / (1 - u)), dtype=np.float32)
+
+    return logits
+
+
+def figures(
+    rollouts: list[Rollout],
+    predictor: Callable[[Rollout], NDArray[np.float32]],
+    training: list[Rollout] | None = None,
+    max_length: int = MAX_LENGTH,
+) -> dict[str, Any]:
+    logits = [predictor(r)[:max_length] for r in rollouts]
+    return summarise(rollouts, logits, training or rollouts, GAMMA, max_length)
+
+
+def u(length: float) -> float:
+    return float(1 - GAMMA**length)
+
+
+ROLLOUTS = [rollout(str(n), 1 + n % 7, n) for n in (1, 2, 9, 30, 77, 200, 640)]
+
+
+def test_an_oracle_makes_no_error() -> None:
+    result = figures(ROLLOUTS, oracle)
+    assert result["mre"]["d"] == pytest.approx(0, abs=1e-5)
+    assert result["r2"] == pytest.approx(1, abs=1e-9)
+    assert list(result["length_error_by_position"]) == ["0.0", "0.25", "0.5", "0.75"]
+    assert list(result["length_error_by_position"].values()) == pytest.approx([0] * 4, abs=1e-4)
+    assert (result["prompts"], result["completions"]) == (7, 7)
+    assert result["baseline_mre"]["d"] > 0.5
+
+
+def test_the_mean_explains_nothing() -> None:
+    mean_over_tokens = float(np.mean([u(r) for n in (4, 40, 90) for r in range(1, n + 1)]))
+    rollouts = [rollout(str(n), 3, n) for n in (4, 40, 90)]
+    assert figures(rollouts, constant(mean_over_tokens))["r2"] == pytest.approx(0, abs=1e-6)
+
+
+def test_one_that_knows_the_mean_only_is_the_baseline() -> None:
+    training = [rollout("t", 5, n) for n in (10, 100, 300)]
+    mean = float(np.mean([u(n) for n in (10, 100, 300)]))
+    result = figures(ROLLOUTS, constant(mean), training)
+    assert result["mre"]["d"] == pytest.approx(result["baseline_mre"]["d"], rel=1e-5)
+    by_hand = np.mean([abs(mean - u(n)) / u(n) for n in (1, 2, 9, 30, 77, 200, 640)])
+    assert result["baseline_mre"]["d"] == pytest.approx(by_hand)
+
+
+def test_a_prompts_truth_is_the_mean_value_of_its_samples() -> None:
+    """Of values, not of lengths: u of the mean length would be another number."""
+    samples = [rollout("a", 3, 10), rollout("a", 3, 500)]
+    truth = (u(10) + u(500)) / 2
+    result = figures(samples, constant(0.5))
+    assert result["mre"]["d"] == pytest.approx(abs(0.5 - truth) / truth, rel=1e-5)
+    assert (result["prompts"], result["completions"]) == (1, 2)
+
+
+def test_a_cut_completion_counts_at_its_bound() -> None:
+    """20 tokens and at least one more; left out, the prompt would look shorter than it is."""
+    samples = [rollout("a", 3, 10), rollout("a", 3, 20, finished=False)]
+    truth = (u(10) + u(21)) / 2
+    result = figures(samples, constant(0.5))
+    assert result["mre"]["d"] == pytest.approx(abs(0.5 - truth) / truth, rel=1e-5)
+    assert result["baseline_mre"]["d"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_cut_completion_stays_out_of_the_figures_by_token() -> None:
+    known = [rollout("a", 3, 10), rollout("b", 4, 30)]
+    cut = [rollout("c", 3, 50, finished=False)]
+    alone, both = figures(known, constant(0.4)), figures(known + cut, constant(0.4))
+    for name in ("r2", "length_error_by_position"):
+        assert both[name] == alone[name]
+
+
+def test_domains_are_told_apart() -> None:
+    short = [rollout(str(n), 2, n, domain="short") for n in (5, 6)]
+    long = [rollout(str(n), 2, n, domain="long") for n in (300, 400)]
+    both = figures(short + long, constant(0.5))
+    for part, name in ((short, "short"), (long, "long")):
+        assert both["mre"][name] == figures(part, constant(0.5))["mre"][name]
+    assert set(both["mre"]) == set(both["baseline_mre"]) == {"short", "long"}
+
+
+def test_equal_prompt_ids_of_two_domains_are_two_prompts() -> None:
+    rollouts = [rollout("0", 2, 5, domain="a"), rollout("0", 2, 500, domain="b")]
+    result = figures(rollouts, oracle)
+    assert result["prompts"] == 2
+    assert list(result["mre"].values()) == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_error_by_position_is_in_tokens_of_what_remains() -> None:
+    """One that always says 10 of a completion of 40: at its quarters 40, 30, 20, 10 remain."""
+    result = figures([rollout("a", 3, 40)], constant(u(10)))
+    expected = [30 / 40, 20 / 30, 10 / 20, 0]
+    assert list(result["length_error_by_position"].values()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_beyond_max_length_is_looked_at_as_far_as_it_goes() -> None:
+    result = figures(ROLLOUTS, oracle, max_length=20)
+    assert result["mre"]["d"] == pytest.approx(0, abs=1e-5)
+    assert result["r2"] == pytest.approx(1, abs=1e-6)
+    assert result["prompts"] == 7
+
+
+def test_a_prompt_beyond_max_length_is_left_out() -> None:
+    rollouts = [rollout("a", 3, 10), rollout("b", 30, 10)]
+    result = figures(rollouts, oracle, max_length=20)
+    assert (result["prompts"], result["completions"]) == (1, 1)
+
+
+# --- with a model -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def write(path: Path, count: int, reason: str = "stop", prompt: int = 3) -> Path:
+    rows = [
+        {
+            "prompt_id": str(i),
+            "domain": "",
+            "prompt": "",
+            "prompt_ids": [i] * prompt,
+            "completion_ids": [*range(i % 9 + 1), 256],
+            "finish_reason": reason,
+        }
+        for i in range(count)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    return path
+
+
+def test_predict_gives_the_models_logits(checkpoint: Path) -> None:
+    model = ValueModel.load(checkpoint)
+    text = rollout("a", 5, 20)
+    ids = torch.from_numpy(make_example(text, MAX_LENGTH).input_ids)[None]
+    with torch.inference_mode():
+        expected = model(ids)[0].numpy()
+    np.testing.assert_array_equal(predict(model, text, MAX_LENGTH), expected)
+    np.testing.assert_allclose(predict(model, text, 8), expected[:8], rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_line_is_the_result(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts = write(tmp_path / "a.parquet", 20)
+    result = evaluate(checkpoint, rollouts, holdout=0.5, json_only=True)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert 0 < result["prompts"] < 20
+    everything = evaluate(checkpoint, rollouts, json_only=True)  # the checkpoint records no share
+    assert everything["prompts"] == 20
+
+
+def test_the_share_held_out_comes_from_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    model, rollouts = ValueModel.load(checkpoint), write(tmp_path / "a.parquet", 20)
+    model.lenvm = msgspec.structs.replace(model.lenvm, training={"holdout": 0.3})
+    model.save(tmp_path / "out")
+    recorded = evaluate(tmp_path / "out", rollouts, json_only=True)
+    assert recorded == evaluate(checkpoint, rollouts, json_only=True, holdout=0.3)
+    assert 0 < recorded["prompts"] < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [({"holdout": 1e-9}, {}), ({}, {"reason": "length"}), ({"max_length": 2}, {})],
+)
+def test_nothing_to_evaluate_with(
+    options: dict[str, Any], rows: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.parquet", 5, **rows)
+    with pytest.raises(ValueError, match=r"^holdout: .* has no finished completion"):
+        evaluate(checkpoint, path, json_only=True, **options)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.0, 1.1])
+def test_a_share_that_is_none(share: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^holdout: {share}, must be"):
+        evaluate(tmp_path, tmp_path, json_only=True, holdout=share)
