@@ -1,5 +1,7 @@
 """The `lenvm` command. Subcommands load when they run, so that each needs its own extra only."""
 
+import sys
+
 from cyclopts import App
 
 app = App(name="lenvm", help="Length control for LLM serving.")
@@ -12,7 +14,11 @@ app.command("lenvm_vllm.demo:demo", name="demo")
 
 
 def main() -> None:
-    app()
+    """Run a command; what is wrong with its input is one line on stderr and exit code 1."""
+    try:
+        app(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

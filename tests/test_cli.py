@@ -1,0 +1,55 @@
+"""The `lenvm` command: help for every option, and one line for what is wrong."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lenvm_vllm.cli import app, main
+
+COMMANDS = ("serve", "rollout", "train", "evaluate", "predict", "demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_renders(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    app([command, "--help"], result_action="return_value")
+    assert f"Usage: lenvm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["rollout", "train", "evaluate"])
+def test_every_option_has_a_help_text(command: str) -> None:
+    arguments = app[command].assemble_argument_collection(parse_docstring=True)
+    assert [a.name for a in arguments if a.show and not a.parameter.help] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "x", "y", "--model", "m", "--gamma", "2"],
+            "gamma: 2.0, must be between 0 and 1",
+        ),
+        (["rollout", "{}/none", "{}/out", "--model", "m"], "No such file or directory: '{}/none'"),
+        (["evaluate", "{}/none", "{}/none"], "{}/none/config.json: no such file"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_1(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lenvm", *(a.format(tmp_path) for a in arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    text = exit_.value.code  # Python prints a text to stderr and exits with 1
+    assert isinstance(text, str)
+    assert text.startswith("error: ")
+    assert text.endswith(message.format(tmp_path))
+    assert "\n" not in text
+
+
+def test_a_message_of_several_lines_becomes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_arguments: list[str]) -> None:
+        raise ValueError("first\n  second")
+
+    monkeypatch.setattr("lenvm_vllm.cli.app", fail)
+    with pytest.raises(SystemExit, match=r"^error: first second$"):
+        main()
