@@ -98,6 +98,7 @@ def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -
         return torch.tensor([[float(getattr(cut, name))] for cut in cuts], dtype=torch.float64)
 
     top_k, top_p, log_min_p = column("top_k"), column("top_p"), column("min_p").log()
+    top_p = top_p.masked_fill(top_p >= 1, torch.inf)  # no limit, whatever a sum rounds to
     rank = torch.arange(top.shape[-1])[None]
     top = top.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
     total = torch.where(top_k > 0, top.logsumexp(-1, keepdim=True), full[:, None])  # (B, 1)
