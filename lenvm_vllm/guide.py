@@ -91,7 +91,7 @@ class Guide:
             mask = torch.zeros_like(wanted)
             mask[asked] = wanted[asked]
             z[mask] = torch.from_numpy(answer.astype(np.float64))
-            asked = [asked[row] for row in unknown]
+            asked = [asked[row] for row in sorted(set(unknown))]  # in the order of `mask`
             for i in asked:
                 states[i].sent = 0
             if not asked or attempt:
