@@ -113,19 +113,19 @@ class LenvmLogitsProcessor(LogitsProcessor):
             self._report(f"{type(error).__name__}: {error}")
             return None
         except Exception as error:
-            if self._trouble is None:
-                logger.exception("length targets: a step could not be steered")
-            self._report(f"{type(error).__name__}: {error}")
+            self._report(f"{type(error).__name__}: {error}", traceback=True)
             return None
         if writes is not None:  # None: nothing was asked, so nothing is known
             self._report(None)
         return writes
 
-    def _report(self, trouble: str | None) -> None:
+    def _report(self, trouble: str | None, traceback: bool = False) -> None:
         """Log a change between steered and not; later failures of one outage are silent."""
         if trouble is not None and self._trouble is None:
             logger.error(
-                "length targets: no values (%s); requests go on with guard rails only", trouble
+                "length targets: no values (%s); requests go on with guard rails only",
+                trouble,
+                exc_info=traceback,
             )
         if trouble is None and self._trouble is not None:
             logger.info("length targets: the value server is back, requests are steered again")

@@ -1,0 +1,661 @@
+"""The logits processor in the hands of vLLM's own classes, and the hooks that bring it there.
+
+Legend: V vocabulary. Token 0 is the end; token x is worth x more tokens.
+"""
+
+import argparse
+import logging
+import math
+import random
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    LogitsProcessor,
+    MoveDirectionality,
+    _load_logitsprocs_by_fqcns,
+)
+
+import lenvm_vllm
+from lenvm_vllm import middleware, processor, vllm_hooks
+from lenvm_vllm.client import CircuitOpen, TimedOut
+from lenvm_vllm.processor import LenvmLogitsProcessor
+from lenvm_vllm.vllm_hooks import MIDDLEWARE, PROCESSOR, complete_names, register
+from tests.tiny import tiny_tokenizer
+from value_server.contract import wire
+from value_server.contract.checkpoint import tokenizer_fingerprint
+from value_server.contract.values import logit_from_length
+
+V = 32
+EOS = 0
+INF = math.inf
+SWAP, ONE_WAY = MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
+quick = settings(deadline=None, max_examples=40)
+INFO = wire.ModelInfo(
+    gamma=0.99,
+    base_model="toy",
+    tokenizer_fingerprint="f" * 64,
+    vocab_size=V,
+    max_position=1000,
+    max_sessions=100,
+    max_candidates=64,
+)
+
+
+class Server:
+    """Knows the length of every candidate; `error` is what it raises, if any."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.calls = 0
+        self.last: wire.StepRequest | None = None
+        self.sessions: set[str] = set()
+
+    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        return INFO
+
+    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
+        self.last = wire.decode_request(wire.encode(request))
+        self.sessions = (self.sessions | set(request.sessions)) - set(request.closed)
+        lengths = wire.unpack_ids(request.candidates).astype(np.float64)
+        return logit_from_length(torch.from_numpy(lengths), INFO.gamma).float().numpy(), []
+
+
+def config(**lenvm: Any) -> Any:
+    model = SimpleNamespace(skip_tokenizer_init=True)
+    return SimpleNamespace(additional_config={"lenvm": lenvm}, model_config=model)
+
+
+def processor_with(server: Server) -> LenvmLogitsProcessor:
+    return LenvmLogitsProcessor(config(), torch.device("cpu"), False, client=server)
+
+
+def params(length: Any = None, eos: int = EOS, **fields: Any) -> SamplingParams:
+    """length: `length_target`, or the flat fields; None for a request without."""
+    flat = {"length_target": length} if isinstance(length, int) else length
+    made = SamplingParams(extra_args=flat, **fields)
+    made.update_from_generation_config({}, eos)
+    return made
+
+
+def exactly(tokens: int) -> dict[str, Any]:
+    return {"length_target": tokens, "length_tolerance": 0.0}
+
+
+def free(tokens: int) -> dict[str, Any]:
+    return {"length_target": tokens, "length_tolerance": "off"}
+
+
+def update(removed: Any = (), added: Any = (), moved: Any = ()) -> BatchUpdate:
+    return BatchUpdate(batch_size=0, removed=removed, added=added, moved=moved)
+
+
+def added(row: int, wanted: SamplingParams, output: list[int] | None = None) -> Any:
+    return row, wanted, [7, 8], [] if output is None else output
+
+
+def apply(served: LenvmLogitsProcessor, logits: Tensor) -> Tensor:
+    changed = logits.clone()
+    assert served.apply(changed) is changed
+    return changed
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def suppressed(served: LenvmLogitsProcessor, rows: int = 4) -> dict[int, list[int]]:
+    """The tokens that each row that is not left alone must not take."""
+    after = apply(served, torch.zeros(rows, V))
+    blocked = {row: after[row].isneginf().nonzero()[:, 0].tolist() for row in range(rows)}
+    return {row: tokens for row, tokens in blocked.items() if tokens}
+
+
+def rails_only() -> LenvmLogitsProcessor:
+    return processor_with(Server(TimedOut("slow")))
+
+
+# ---- the batch. With rails only, a request is known by the end that it must not take yet.
+
+
+def test_no_change_of_the_batch() -> None:
+    served = rails_only()
+    served.update_state(None)
+    served.update_state(update(added=[added(1, params(9, eos=5))]))
+    served.update_state(None)
+    assert suppressed(served) == {1: [5]}
+
+
+def test_removed_then_added_then_moved() -> None:
+    """In any other order request 6 would be gone, or still in row 1."""
+    served = rails_only()
+    served.update_state(update(added=[added(0, params(9, eos=4)), added(1, params(9, eos=5))]))
+    served.update_state(
+        update(removed=[1], added=[added(1, params(9, eos=6))], moved=[(1, 3, ONE_WAY)])
+    )
+    assert suppressed(served) == {0: [4], 3: [6]}
+
+
+def test_added_on_an_occupied_index_replaces() -> None:
+    served = rails_only()
+    served.update_state(update(added=[added(0, params(9, eos=4)), added(1, params(9, eos=5))]))
+    served.update_state(update(added=[added(0, params()), added(1, params(9, eos=6))]))
+    assert suppressed(served) == {1: [6]}
+
+
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        ([(0, 1, SWAP)], {1: [4], 0: [5]}),
+        ([(0, 2, SWAP)], {2: [4], 1: [5]}),
+        ([(2, 0, SWAP)], {2: [4], 1: [5]}),
+        ([(0, 2, ONE_WAY)], {2: [4], 1: [5]}),
+        ([(0, 1, ONE_WAY)], {1: [4]}),
+        ([(2, 0, ONE_WAY)], {1: [5]}),
+        ([(0, 1, SWAP), (1, 2, SWAP), (0, 3, ONE_WAY)], {2: [4], 3: [5]}),
+    ],
+)
+def test_moves(moves: Any, expected: Any) -> None:
+    """Row 2 holds a request without a target."""
+    served = rails_only()
+    requests = [params(9, eos=4), params(9, eos=5), params()]
+    served.update_state(update(added=[added(row, p) for row, p in enumerate(requests)]))
+    served.update_state(update(moved=moves))
+    assert suppressed(served) == expected
+
+
+def test_a_preempted_request_goes_on_where_it_was() -> None:
+    """Added again with its output so far; the server gets a new session with all of it."""
+    server = Server()
+    served = processor_with(server)
+    output: list[int] = []
+    wanted = params(exactly(4))
+    served.update_state(update(added=[added(0, wanted, output)]))
+    for token in (9, 10):
+        served.apply(torch.zeros(1, V))
+        output.append(token)
+    (before,) = server.sessions
+    served.update_state(update(removed=[0]))
+    served.update_state(update(added=[added(1, wanted, output)]))
+    assert suppressed(served, 2)[1][0] == EOS
+    assert server.last is not None
+    assert server.last.closed == [before]
+    assert wire.unpack_ids(server.last.tokens).tolist() == [7, 8, 9, 10]
+    output.append(11)
+    after = apply(served, torch.zeros(2, V))
+    assert after[1].isfinite().nonzero()[:, 0].tolist() == [EOS]
+
+
+ROWS = 6
+
+
+def drawn_update(rng: random.Random, batch: dict[int, int | None]) -> BatchUpdate:
+    """Anything that vLLM's contract allows, done to `batch` (row: own end, None: no target) too."""
+    removed = rng.sample(sorted(batch), rng.randint(0, min(2, len(batch))))
+    for row in removed:
+        del batch[row]
+    entries = []
+    for row in rng.sample(range(ROWS), rng.randint(0, 2)):
+        end = rng.choice([None, *range(1, V)])
+        batch[row] = end
+        entries.append(added(row, params() if end is None else params(500, eos=end)))
+    moved = []
+    for _ in range(rng.randint(0, 3)):
+        source, to = rng.sample(range(ROWS), 2)
+        direction = rng.choice([SWAP, ONE_WAY])
+        if source not in batch or (direction is SWAP and to not in batch):
+            continue
+        moved.append((source, to, direction))
+        mover, other = batch.pop(source), batch.pop(to, None)
+        batch[to] = mover
+        if direction is SWAP:
+            batch[source] = other
+    return update(removed, entries, moved)
+
+
+@quick
+@given(st.integers(0, 8), st.randoms(use_true_random=False))
+def test_any_history_of_a_batch(steps: int, rng: random.Random) -> None:
+    """Every row is railed as its own request wants; the server holds one session for each."""
+    server, batch = Server(), dict[int, int | None]()
+    up, down = processor_with(server), rails_only()
+    for _ in range(steps):
+        change = drawn_update(rng, batch)
+        for served in (up, down):
+            served.update_state(change)
+        ends = {row: [end] for row, end in batch.items() if end is not None}
+        assert suppressed(down, ROWS) == ends
+        steered = suppressed(up, ROWS)
+        assert steered.keys() == ends.keys()
+        assert all(ends[row][0] in steered[row] for row in ends)
+        if ends:
+            assert len(server.sessions) == len(ends)
+
+
+# ---- rows without a target, batches without one
+
+
+@quick
+@given(st.integers(0, 2**31), st.sets(st.integers(0, 4)), st.booleans())
+def test_rows_without_a_target_stay_the_same_to_the_bit(
+    seed: int, guided: set[int], down: bool
+) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(5, V)
+    logits[torch.rand(5, V) < 0.1] = -INF
+    logits[[row for row in range(5) if row not in guided], 3] = math.nan
+    served = rails_only() if down else processor_with(Server())
+    served.update_state(
+        update(added=[added(row, params(9) if row in guided else params()) for row in range(5)])
+    )
+    after = apply(served, logits)
+    for row in range(5):
+        if row in guided:
+            assert after[row, EOS] == -INF
+        else:
+            assert same_bits(after[row], logits[row])
+
+
+def test_a_batch_without_targets_makes_no_call() -> None:
+    server = Server()
+    served = processor_with(server)
+    logits = torch.randn(2, V)
+    assert same_bits(apply(served, logits), logits)
+    served.update_state(update(added=[added(0, params()), added(1, params({"other": 1}))]))
+    assert same_bits(apply(served, logits), logits)
+    served.update_state(update(added=[added(0, params(9))]))
+    apply(served, logits)
+    served.update_state(update(removed=[0]))
+    calls = server.calls
+    assert same_bits(apply(served, logits), logits)
+    assert server.calls == calls == 1
+
+
+def test_a_row_whose_end_is_due_is_not_asked_about() -> None:
+    server = Server()
+    served = processor_with(server)
+    served.update_state(update(added=[added(0, params(exactly(1))), added(1, params(9))]))
+    apply(served, torch.zeros(2, V))
+    assert server.last is not None
+    assert len(server.last.sessions) == 1
+
+
+def test_a_greedy_request_takes_the_steered_argmax() -> None:
+    """Steered at T = 1. Without a target it would take token 20."""
+    served = processor_with(Server())
+    target = free(6) | {"length_policy": "greedy"}
+    served.update_state(update(added=[added(0, params(target, temperature=0.0))]))
+    logits = torch.zeros(1, V)
+    logits[0, [5, 20]] = torch.tensor([4.0, 5.0])
+    assert int(apply(served, logits).argmax()) == 5
+
+
+@pytest.mark.parametrize(("beta", "best"), [(-400.0, 3), (400.0, 20), (0.0, 11)])
+def test_a_tilt(beta: float, best: int) -> None:
+    served = processor_with(Server())
+    target = {"length_mode": "tilt", "length_beta": beta}
+    served.update_state(update(added=[added(0, params(target, temperature=0.5, top_k=3))]))
+    logits = torch.full((1, V), -9.0)
+    logits[0, [3, 11, 20]] = torch.tensor([4.0, 4.1, 4.0])
+    after = apply(served, logits)
+    assert int(after.argmax()) == best
+    assert (after[0] > -INF).nonzero()[:, 0].tolist() == [3, 11, 20]
+
+
+# ---- guard rails
+
+
+ERRORS = [None, TimedOut("slow"), CircuitOpen("not yet"), RuntimeError("bug"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("end", [-9.0, 0.0, 9.0])
+def test_rails_land_exactly_whatever_the_server_does(error: Any, end: float) -> None:
+    rng = random.Random(0)
+    served = processor_with(Server(error))
+    outputs: list[list[int]] = [[] for _ in range(4)]
+    targets = [1, 2, 7, 20]
+    served.update_state(
+        update(
+            added=[
+                added(row, params(exactly(tokens), temperature=0.8), outputs[row])
+                for row, tokens in enumerate(targets)
+            ]
+        )
+    )
+    for _ in range(20):
+        logits = torch.randn(4, V)
+        logits[:, EOS] = end
+        p = torch.softmax(apply(served, logits).double() / 0.8, dim=-1).tolist()
+        for row, output in enumerate(outputs):
+            if output[-1:] != [EOS]:
+                output.append(rng.choices(range(V), p[row])[0])
+            if output[-1] == EOS:
+                served.update_state(update(removed=[row]))
+    assert [len(output) for output in outputs] == targets
+    assert all(output.index(EOS) == len(output) - 1 for output in outputs)
+
+
+def railed(logits: Tensor, target: Any, generated: int = 0, **fields: Any) -> Tensor:
+    """(V,) after the rails alone; logits (V,)."""
+    served = rails_only()
+    served.update_state(update(added=[added(0, params(target, **fields), [9] * generated)]))
+    return apply(served, logits[None])[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "first", "last"),
+    [
+        ({"length_target": 10, "length_tolerance": 0.2}, 8, 12),
+        ({"length_target": 10, "length_mode": "at_least"}, 10, None),
+        ({"length_target": 10, "length_mode": "at_most"}, 1, 10),
+        ({"length_target": 10, "length_tolerance": "off"}, 1, None),
+        ({"length_mode": "tilt", "length_beta": 1.0}, 1, None),
+    ],
+)
+def test_the_end_is_closed_open_or_due(target: Any, first: int, last: int | None) -> None:
+    logits = torch.randn(V)
+    for number in range(1, 15):
+        after = railed(logits, target, number - 1, stop_token_ids=[4])
+        expected = logits.clone()
+        if number < first:
+            expected[[EOS, 4]] = -INF
+        elif last is not None and number >= last:
+            expected[:] = -INF
+            expected[[EOS, 4]] = logits[[EOS, 4]]
+        assert same_bits(after, expected)
+
+
+def test_tokens_not_known_yet_count() -> None:
+    """Asynchronous scheduling: -1 is a token all the same."""
+    served = rails_only()
+    served.update_state(update(added=[added(0, params(exactly(3)), [9, -1])]))
+    assert apply(served, torch.zeros(1, V))[0].isfinite().nonzero()[:, 0].tolist() == [EOS]
+
+
+@pytest.mark.parametrize("target", [exactly(1), exactly(9)])
+@pytest.mark.parametrize("open_tokens", [[EOS], [9], [EOS, 9], [5], []])
+@pytest.mark.parametrize("down", [True, False])
+def test_a_row_is_never_emptied_nor_opened(target: Any, open_tokens: list[int], down: bool) -> None:
+    """What a grammar forbids stays forbidden, and what it allows alone is taken."""
+    served = rails_only() if down else processor_with(Server())
+    served.update_state(update(added=[added(0, params(target, stop_token_ids=[5]))]))
+    logits = torch.full((1, V), -INF)
+    logits[0, open_tokens] = 1.5
+    left = (apply(served, logits)[0] > -INF).nonzero()[:, 0].tolist()
+    ends = [token for token in open_tokens if token in (EOS, 5)]
+    others = [token for token in open_tokens if token not in ends]
+    due = target["length_target"] == 1
+    assert left == ((ends or others) if due else (others or ends))
+
+
+@pytest.mark.parametrize("target", [exactly(1), exactly(9)])
+def test_ends_beyond_the_vocabulary(target: Any) -> None:
+    logits = torch.randn(V)
+    assert same_bits(railed(logits, target, eos=V + 3), logits)
+
+
+# ---- trouble
+
+
+@pytest.fixture
+def log() -> Iterator[list[logging.LogRecord]]:
+    """What the plugin logs; vLLM's loggers do not propagate."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    level = processor.logger.level
+    processor.logger.addHandler(handler)
+    processor.logger.setLevel(logging.INFO)
+    yield records
+    processor.logger.removeHandler(handler)
+    processor.logger.setLevel(level)
+
+
+@pytest.mark.parametrize("error", [TimedOut("slow"), RuntimeError("a bug")])
+def test_trouble_and_recovery_are_logged_once(log: list[logging.LogRecord], error: Any) -> None:
+    server = Server()
+    served = processor_with(server)
+    served.update_state(update(added=[added(0, params(9))]))
+    for outage in range(2):
+        for failure in (None, None, error, CircuitOpen("not yet"), TimedOut("again"), error):
+            server.error = failure
+            served.apply(torch.zeros(1, V))
+        assert len(log) == 2 * outage + 1
+        server.error = None
+        for _ in range(3):
+            served.apply(torch.zeros(1, V))
+        assert len(log) == 2 * outage + 2
+    assert [record.levelname for record in log] == ["ERROR", "INFO"] * 2
+    assert f"{type(error).__name__}: {error}" in log[0].getMessage()
+    assert "steered again" in log[1].getMessage()
+    assert bool(log[0].exc_info) == isinstance(error, RuntimeError)  # a bug shows where it is
+
+
+def test_a_step_that_asks_nothing_is_no_recovery(log: list[logging.LogRecord]) -> None:
+    server = Server(TimedOut("slow"))
+    served = processor_with(server)
+    served.update_state(update(added=[added(0, params(9), output := [])]))
+    served.apply(torch.zeros(1, V))
+    server.error = None
+    output.append(-1)
+    served.apply(torch.zeros(1, V))
+    assert [record.levelname for record in log] == ["ERROR"]
+
+
+def test_steering_resumes() -> None:
+    server = Server(TimedOut("slow"))
+    served = processor_with(server)
+    served.update_state(update(added=[added(0, params(free(9)))]))
+    logits = torch.randn(1, V)
+    assert same_bits(apply(served, logits), logits)
+    server.error = None
+    assert not same_bits(apply(served, logits), logits)
+
+
+# ---- several ranks
+
+
+class Ranks:
+    """A tensor-parallel group of two, one after the other: what rank 0 sends, rank 1 gets."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.rank_in_group = 0
+        self.sent: Any = None
+
+    def broadcast_object(self, value: Any, src: int) -> Any:
+        assert src == 0
+        if self.rank_in_group == 0:
+            self.sent = value
+        return self.sent
+
+
+@pytest.mark.parametrize("error", [None, TimedOut("slow"), RuntimeError("bug")])
+def test_one_rank_asks_for_all(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    ranks = Ranks()
+    monkeypatch.setattr(processor, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(processor, "get_tp_group", lambda: ranks)
+    logits = torch.randn(2, V)
+    results = []
+    for rank in range(2):
+        ranks.rank_in_group = rank
+        server = Server(error)
+        served = processor_with(server)
+        served.update_state(update(added=[added(0, params(9)), added(1, params(exactly(1)))]))
+        results.append(apply(served, logits))
+        assert server.calls == (rank == 0)
+    assert same_bits(*results)
+    assert (results[0][0] > -INF).sum() == (15 if error is None else V - 1)
+
+
+# ---- construction and validation
+
+
+def test_the_constructor_connects_to_nothing() -> None:
+    """Nor does a batch without targets; a request with one does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        settings = {"url": f"http://127.0.0.1:{listener.getsockname()[1]}", "timeout_s": 0.05}
+        served = LenvmLogitsProcessor(config(**settings), torch.device("cpu"), False)
+        served.update_state(update(added=[added(0, params())]))
+        served.apply(torch.zeros(1, V))
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        served.update_state(update(added=[added(0, params(9))]))
+        assert suppressed(served, 1) == {0: [EOS]}
+        listener.accept()[0].close()
+
+
+def test_an_unknown_setting_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ulr"):
+        LenvmLogitsProcessor(config(ulr="http://x"), torch.device("cpu"), False)
+
+
+@pytest.mark.parametrize(
+    ("length", "fields", "message"),
+    [
+        ({"length_target": 0}, {}, "length_target.tokens: .* got 0"),
+        ({"length_target": "many"}, {}, "length_target.tokens: .* got 'many'"),
+        ({"length_targets": 9}, {}, "length_targets: unknown field, got 9"),
+        ({"length_mode": "tilt"}, {}, "length_target.beta: required by mode 'tilt'"),
+        (200, {"max_tokens": 100}, "max_tokens: 100 contradicts length_target"),
+        (200, {"min_tokens": 221, "max_tokens": 300}, "min_tokens: 221 contradicts"),
+        (200, {"ignore_eos": True, "max_tokens": 300}, "ignore_eos: true contradicts"),
+    ],
+)
+def test_requests_that_are_refused(length: Any, fields: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LenvmLogitsProcessor.validate_params(params(length, **fields))
+
+
+@pytest.mark.parametrize(
+    ("length", "fields"),
+    [
+        (None, {}),
+        ({"other": "x"}, {"ignore_eos": True}),
+        (200, {"max_tokens": 220}),
+        (200, {"max_tokens": None}),
+        (free(200), {"max_tokens": 16}),
+        ({"length_mode": "tilt", "length_beta": -3}, {}),
+    ],
+)
+def test_requests_that_are_taken(length: Any, fields: Any) -> None:
+    LenvmLogitsProcessor.validate_params(params(length, **fields))
+
+
+# ---- the way into vLLM
+
+
+def test_vllm_finds_the_processor_by_its_full_name() -> None:
+    assert _load_logitsprocs_by_fqcns([PROCESSOR]) == [lenvm_vllm.LenvmLogitsProcessor]
+    assert issubclass(LenvmLogitsProcessor, LogitsProcessor)
+    assert not processor_with(Server()).is_argmax_invariant()
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        lenvm_vllm.Other  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("names", "full"),
+    [
+        (None, None),
+        ([], []),
+        (["lenvm_vllm"], [PROCESSOR]),
+        ([PROCESSOR], [PROCESSOR]),
+        (["a:B", "lenvm_vllm"], ["a:B", PROCESSOR]),
+        (["lenvm_vllm", "a:B", PROCESSOR, "lenvm_vllm"], [PROCESSOR, "a:B"]),
+        (["a:B", "a:B", dict], ["a:B", "a:B", dict]),
+        (["lenvm_vllm.other:X"], ["lenvm_vllm.other:X"]),
+    ],
+)
+def test_complete_names(names: Any, full: Any) -> None:
+    given_names = None if names is None else list(names)
+    assert complete_names(names) == full
+    assert complete_names(full) == full
+    assert names == given_names
+
+
+@pytest.fixture
+def registered() -> None:
+    register()
+
+
+@pytest.mark.usefixtures("registered")
+def test_register_is_idempotent() -> None:
+    hooks = EngineArgs.from_cli_args.__func__, EngineArgs.create_model_config
+    register()
+    assert (EngineArgs.from_cli_args.__func__, EngineArgs.create_model_config) == hooks
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("kind", [EngineArgs, AsyncEngineArgs])
+def test_the_command_line_completes_the_bare_name(kind: Any) -> None:
+    args = argparse.Namespace(model="m", logits_processors=["lenvm_vllm"], middleware=["a.B"])
+    for _ in range(2):
+        made = kind.from_cli_args(args)
+        assert type(made) is kind
+        assert made.model == "m"
+        assert made.logits_processors == [PROCESSOR]
+        assert args.middleware == ["a.B", MIDDLEWARE]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("names", [None, [], ["a:B"]])
+def test_without_the_plugin_the_command_line_stays(names: Any) -> None:
+    args = argparse.Namespace(model="m", logits_processors=names, middleware=[])
+    assert AsyncEngineArgs.from_cli_args(args).logits_processors == names
+    assert args.middleware == []
+
+
+@pytest.mark.usefixtures("registered")
+def test_without_an_http_server_there_is_no_middleware() -> None:
+    args = argparse.Namespace(model="m", logits_processors=["lenvm_vllm"])
+    assert EngineArgs.from_cli_args(args).logits_processors == [PROCESSOR]
+    assert not hasattr(args, "middleware")
+
+
+def test_the_middlewares_name() -> None:
+    module, name = MIDDLEWARE.rsplit(".", 1)
+    assert module == middleware.__name__
+    assert hasattr(middleware, name)
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_model_config_has_the_full_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without a command line."""
+    monkeypatch.setattr("vllm.engine.arg_utils.ModelConfig", SimpleNamespace)
+    args = AsyncEngineArgs(model="m", logits_processors=[vllm_hooks.BARE])
+    assert args.create_model_config().logits_processors == [PROCESSOR]
+
+
+def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    served = SimpleNamespace(
+        tokenizer=str(tmp_path),
+        tokenizer_mode="hf",
+        tokenizer_revision=None,
+        trust_remote_code=False,
+        runner_type="generate",
+        skip_tokenizer_init=False,
+    )
+    vllm_config = SimpleNamespace(model_config=served)
+    assert processor._fingerprint(vllm_config) == tokenizer_fingerprint(tiny_tokenizer())
+    served.skip_tokenizer_init = True
+    assert processor._fingerprint(vllm_config) is None
