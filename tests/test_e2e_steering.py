@@ -43,7 +43,7 @@ class Pair:
     def scored(self) -> float:
         """Tokens and candidates that went through the value model."""
         lines = self.values.get("/metrics").text.splitlines()
-        (line,) = (line for line in lines if line.startswith("lenvm_tokens_forwarded "))
+        (line,) = (line for line in lines if line.startswith("lenvm_tokens_forwarded_total "))
         return float(line.split()[1])
 
 

@@ -246,7 +246,7 @@ def test_metrics(client: httpx.Client) -> None:
     text = client.get("/metrics").text
     for name in ("step_seconds", "pass_tokens", "sessions", "slots_used", "tokens_saved", "errors"):
         assert f"lenvm_{name}" in text
-    assert float(text.split("lenvm_tokens_saved ")[-1].split()[0]) >= 1
+    assert float(text.split("lenvm_tokens_saved_total ")[-1].split()[0]) >= 1
 
 
 def test_unix_socket(checkpoint: Path, tmp_path: Path) -> None:

@@ -18,12 +18,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.types import Receive
 
 from value_server.batcher import Batcher
 from value_server.contract import wire
 from value_server.contract.values import length_from_logit
 from value_server.engine import Engine, Job, JobResult, StepRow
-from value_server.errors import MalformedError, RequestError, UnknownSessionError
+from value_server.errors import (
+    ClientGoneError,
+    MalformedError,
+    RequestError,
+    UnknownSessionError,
+)
 from value_server.guard import Guard
 from value_server.metrics import Metrics
 from value_server.text import TextRequest, Texts
@@ -31,6 +37,7 @@ from value_server.text import TextRequest, Texts
 log = logging.getLogger(__name__)
 
 HTTP_TYPES = {404: "not_found", 405: "method_not_allowed"}
+PATIENCE_SECONDS = 0.1  # a step is faster: only after it is it worth looking whether anybody waits
 
 
 def create_app(
@@ -58,10 +65,10 @@ def create_app(
         metrics.errors.labels(error.type).inc()
         return error_response(error.status, error.type, error.message, error.field)
 
-    async def run(job: Job) -> JobResult:
-        return await asyncio.wrap_future(batcher.submit(job))
+    async def run(job: Job, http: Request) -> JobResult:
+        return await while_connected(asyncio.wrap_future(batcher.submit(job)), http.receive)
 
-    async def values(request: TextRequest) -> list[float]:
+    async def values(request: TextRequest, http: Request) -> list[float]:
         """Predicted remaining length after each token of the text."""
         ids = await run_in_threadpool(texts.ids, request)
         name = f"text-{uuid.uuid4()}"
@@ -72,7 +79,7 @@ def create_app(
             message = error.message.replace("tokens", request.given, 1)
             raise RequestError(message, request.given) from error
         try:
-            result = await run(Job([row]))
+            result = await run(Job([row]), http)
         finally:
             batcher.forget(name)
         z = torch.from_numpy(result.texts[0])
@@ -112,28 +119,34 @@ def create_app(
     @app.post(wire.STEP_PATH)
     async def step(request: Request) -> Response:
         """Score candidates. Body and answer: msgpack, see value_server/contract/wire.py."""
+        body = await request.body()
         begin = time.perf_counter()
-        message = wire.decode_request(await request.body())
-        result = await run(Job(_rows(message), message.closed))
+        message = wire.decode_request(body)
+        job = Job(_rows(message), message.closed)
+        decoded = time.perf_counter()
+        result = await run(job, request)
+        answered = time.perf_counter()
         reply = wire.StepReply(logits=wire.pack_logits(result.logits), unknown=result.unknown)
-        metrics.step_seconds.observe(time.perf_counter() - begin)
-        return Response(wire.encode(reply), media_type=wire.MEDIA_TYPE)
+        content = wire.encode(reply)
+        end = time.perf_counter()
+        metrics.on_step(job, decoded - begin + end - answered, end - begin)
+        return Response(content, media_type=wire.MEDIA_TYPE)
 
     @app.post(wire.PREDICT_PATH)
-    async def predict(request: TextRequest) -> dict[str, float]:
+    async def predict(request: TextRequest, http: Request) -> dict[str, float]:
         """Completion tokens to expect after this prompt, end-of-sequence included."""
-        return {"predicted_tokens": (await values(request))[-1]}
+        return {"predicted_tokens": (await values(request, http))[-1]}
 
     @app.post(wire.VALUES_PATH)
-    async def token_values(request: TextRequest) -> dict[str, list[float]]:
+    async def token_values(request: TextRequest, http: Request) -> dict[str, list[float]]:
         """Tokens to expect after each token of this text."""
-        return {"predicted_tokens": await values(request)}
+        return {"predicted_tokens": await values(request, http)}
 
     @app.delete(wire.SESSIONS_PATH + "/{name}", status_code=204)
-    async def close(name: str) -> None:
+    async def close(name: str, http: Request) -> None:
         """Forget a session."""
         job = Job([], [name])
-        await run(job)
+        await run(job, http)
         if not job.found:
             raise UnknownSessionError(f"no session {name!r}", "id")
 
@@ -161,6 +174,34 @@ def create_app(
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+async def while_connected(
+    future: "asyncio.Future[JobResult]", receive: Receive, patience: float = PATIENCE_SECONDS
+) -> JobResult:
+    """The future's result. Raises ClientGoneError, the future cancelled, if the client leaves.
+
+    `receive` has given the whole body already, so that all it can still tell is a disconnect.
+    """
+    try:
+        done, _ = await asyncio.wait([future], timeout=patience)
+        if not done:
+            gone = asyncio.ensure_future(_disconnect(receive))
+            either: list[asyncio.Future[Any]] = [future, gone]
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+        if not future.done():
+            raise ClientGoneError("the client has left")
+        return future.result()
+    finally:
+        future.cancel()  # nothing, if it is done
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def model_info(engine: Engine) -> wire.ModelInfo:

@@ -1,4 +1,7 @@
-"""One thread owns the engine; everything that waits goes into its next forward pass."""
+"""One thread owns the engine; everything that waits goes into its next forward pass.
+
+A job whose future is cancelled, because its caller has left, is not computed any further.
+"""
 
 import logging
 import queue
@@ -21,10 +24,14 @@ IDLE_SECONDS = 1.0  # between looks for abandoned sessions
 class _Entry:
     job: Job
     future: "Future[JobResult]" = field(default_factory=Future)
+    submitted: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
-    """Runs jobs on `engine`. `on_pass(queries, jobs, seconds)` is told of every forward pass."""
+    """Runs jobs on `engine`, of which it holds `max_waiting` at most, finished ones not counted.
+
+    `on_pass(queries, jobs, seconds)` is told of every forward pass.
+    """
 
     def __init__(
         self,
@@ -38,6 +45,10 @@ class Batcher:
         self._inbox: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._waiting: list[_Entry] = []
         self._active: list[_Entry] = []
+        self._lock = threading.Lock()  # over these two
+        self._stopping = False
+        self._taken = 0
+        self._left = 0  # the engine's thread alone counts it
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="value-engine", daemon=True)
 
@@ -46,12 +57,16 @@ class Batcher:
 
     def stop(self) -> None:
         """Finish the current pass, fail what waits, end the thread."""
-        self._inbox.put(None)
+        with self._lock:
+            self._stopping = True
+            self._inbox.put(None)
         self._thread.join()
 
     def forget(self, name: str) -> None:
-        """Close a session some time soon; nobody waits for it."""
-        self._inbox.put(_Entry(Job([], [name])))
+        """Close a session some time soon; nobody waits for it, and it is never refused."""
+        with self._lock:
+            self._taken += 1
+            self._inbox.put(_Entry(Job([], [name])))
 
     @property
     def alive(self) -> bool:
@@ -61,24 +76,29 @@ class Batcher:
     @property
     def depth(self) -> int:
         """Jobs that are not finished."""
-        return self._inbox.qsize() + len(self._waiting) + len(self._active)
+        return self._taken - self._left
 
     def submit(self, job: Job) -> "Future[JobResult]":
         """Queue a job. Raises RequestError at once if it can never be served or the queue is full.
 
-        The future fails with BusyError, ModelError or nothing else.
+        The future fails with BusyError, ModelError or nothing else. To cancel it is to leave.
         """
         self.engine.check(job.steps)
-        if self._stopped or self.depth >= self.max_waiting:
-            raise BusyError(f"{self.max_waiting} requests wait already")
         entry = _Entry(job)
-        self._inbox.put(entry)
+        with self._lock:  # else two callers could share the last place
+            if self._stopping:
+                raise BusyError("the server is shutting down")
+            if self.depth >= self.max_waiting:
+                raise BusyError(f"{self.max_waiting} requests wait already")
+            self._taken += 1
+            self._inbox.put(entry)
         return entry.future
 
     def _loop(self) -> None:
         while not self._stopped:
             try:
                 self._receive()
+                self._forsake()
                 self.engine.cache.expire()
                 self._admit()
                 if self._active:
@@ -104,14 +124,20 @@ class Batcher:
         except queue.Empty:
             pass
 
+    def _forsake(self) -> None:
+        """Drop the jobs whose callers have left."""
+        for entry in [e for e in self._waiting if e.future.cancelled()]:
+            self._waiting.remove(entry)
+            self._left += 1
+        for entry in [e for e in self._active if e.future.cancelled()]:
+            self._drop(entry)
+
     def _admit(self) -> None:
         """Waiting → active, in order; a job waits while an earlier one touches its sessions."""
         touched = {name for entry in self._active for name in entry.job.touched}
         waiting, self._waiting = self._waiting, []
         full = False
         for entry in waiting:
-            if entry.future.cancelled():
-                continue
             if full or not touched.isdisjoint(entry.job.touched):
                 self._waiting.append(entry)
             else:
@@ -126,8 +152,14 @@ class Batcher:
             if self._active:
                 self._waiting.append(entry)
                 return False
-            _fail_future(entry, error)
+            self._refuse(entry, error)
             return True
+        except Exception:
+            log.exception("value engine: cannot admit a job")
+            self.engine.release(entry.job)
+            self._refuse(entry, ModelError("internal error of the value engine"))
+            return True
+        entry.job.queue_seconds = time.perf_counter() - entry.submitted
         self._active.append(entry)
         self._finish()
         return True
@@ -149,7 +181,11 @@ class Batcher:
     def _forward(self, entries: list[_Entry]) -> None:
         begin = time.perf_counter()
         queries = self.engine.advance([entry.job for entry in entries])
-        self.on_pass(queries, len(entries), time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        self.on_pass(queries, len(entries), seconds)
+        for entry in entries:
+            entry.job.prefill_seconds += entry.job.compute_seconds
+            entry.job.compute_seconds = seconds
 
     def _finish(self) -> None:
         """Answer the active jobs that are done."""
@@ -163,6 +199,11 @@ class Batcher:
             with suppress(InvalidStateError):  # the caller has left
                 entry.future.set_result(result)
 
+    def _refuse(self, entry: _Entry, error: RequestError) -> None:
+        """Fail a job that was not admitted."""
+        self._left += 1
+        _fail_future(entry, error)
+
     def _fail(self, entries: list[_Entry], error: RequestError) -> None:
         for entry in entries:
             self._drop(entry)
@@ -170,6 +211,7 @@ class Batcher:
 
     def _drop(self, entry: _Entry) -> None:
         self._active.remove(entry)
+        self._left += 1
         self.engine.release(entry.job)
 
 

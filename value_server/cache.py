@@ -57,6 +57,10 @@ class SlotCache:
         self.now = now
         self.sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self.evictions = 0
+        self.expirations = 0
+        self.created = 0  # slots given to a token that had none
+        self.prefix_tokens = 0  # tokens of texts sent from their start, and how many had a slot
+        self.prefix_hits = 0
         self.ready = bytearray(slots)  # 1: keys, values and logit of the slot are written
         self.token = array("i", bytes(4 * slots))
         self._parent = array("i", bytes(4 * slots))
@@ -112,6 +116,7 @@ class SlotCache:
         old = [n for n, s in self.sessions.items() if s.used_at < limit and not s.pinned]
         for name in old:
             self.close(name)
+        self.expirations += len(old)
         return len(old)
 
     def check_integrity(self) -> None:
@@ -173,6 +178,9 @@ class SlotCache:
                 session.candidates.append(self._own(end, token))
         finally:
             self._release(held)
+        if start == 0:
+            self.prefix_tokens += len(tokens)
+            self.prefix_hits += known
 
     def _own(self, parent: int, token: int) -> int:
         """The child of `parent` for `token`, with one more owner; a new slot if need be."""
@@ -185,6 +193,7 @@ class SlotCache:
             self._parent[slot] = parent
             self.token[slot] = token
             self.ready[slot] = 0
+            self.created += 1
         self._owners[slot] += 1
         return slot
 

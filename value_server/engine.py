@@ -11,6 +11,8 @@ Legend: Q queries of a pass, K candidates, T tokens, H hidden size.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +26,7 @@ from value_server.model import ValueModel
 from value_server.scheduler import Chunk, JobRow, is_done, next_chunks
 
 
-@dataclass(frozen=True, slots=True)
-class StepRow:
+class StepRow(NamedTuple):
     """One session's part of a request; see contract.wire.StepRequest."""
 
     session: str
@@ -40,12 +41,17 @@ class Job:
 
     rows: one for each of `steps`, filled in by `admit`; None is unknown.
     found: how many of the sessions to close there were.
+    queue_seconds, prefill_seconds, compute_seconds: set by the Batcher; the wait for its first
+        pass, the passes up to the last one, and the last one.
     """
 
     steps: Sequence[StepRow]
     closed: Sequence[str] = ()
     rows: list[JobRow | None] = field(default_factory=list)
     found: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
     @property
     def touched(self) -> set[str]:
@@ -90,20 +96,16 @@ class Engine:
         self.cache = SlotCache(slots, max_sessions, session_ttl, now)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
-        self.requested = 0  # the same, had nothing been cached
+        self.saved = 0  # the same, answered from slots that were there
         self._z = np.zeros(slots, dtype=np.float32)
         self._token = np.frombuffer(self.cache.token, dtype=np.int32)
         self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
 
     def check(self, steps: Sequence[StepRow]) -> None:
         """Raises RequestError for what no state of the server could answer."""
+        self._check_ids("tokens", [step.tokens for step in steps])
+        self._check_ids("candidates", [step.candidates for step in steps])
         for step in steps:
-            for name, ids in (("tokens", step.tokens), ("candidates", step.candidates)):
-                if len(ids) and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-                    wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-                    raise RequestError(
-                        f"{name}: id {wrong} is outside the vocabulary of {self.vocab_size}", name
-                    )
             if len(step.candidates) > self.max_candidates:
                 raise RequestError(
                     f"candidate_counts: {len(step.candidates)} candidates for one session, "
@@ -118,11 +120,20 @@ class Engine:
                     "tokens",
                 )
 
+    def _check_ids(self, name: str, rows: Sequence[Sequence[int]]) -> None:
+        ids = list(chain.from_iterable(rows))
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise RequestError(
+                f"{name}: id {wrong} is outside the vocabulary of {self.vocab_size}", name
+            )
+
     def admit(self, job: Job) -> None:
         """Give the job its slots. Raises BusyError; the job may be admitted again later."""
         for name in job.closed:
             job.found += self.cache.close(name)
         job.rows = []
+        created = self.cache.created
         try:
             for step in job.steps:
                 session = self.cache.update(step.session, step.start, step.tokens, step.candidates)
@@ -130,11 +141,9 @@ class Engine:
         except CacheFullError as error:
             self.release(job)
             raise BusyError(f"{error}: try again") from error
-        self.requested += sum(
-            len(s.tokens) + len(s.candidates)
-            for s, row in zip(job.steps, job.rows, strict=True)
-            if row
-        )
+        held = [step for step, row in zip(job.steps, job.rows, strict=True) if row]
+        asked = sum(len(step.tokens) + len(step.candidates) for step in held)
+        self.saved += asked - (self.cache.created - created)
 
     def release(self, job: Job) -> None:
         """The job is over, well or not: its sessions may be evicted again."""
@@ -211,7 +220,8 @@ class Engine:
         for candidates in ([0], [0, 1 % self.vocab_size]):
             self.run(Job([StepRow(name, 0, [0] * length, candidates)]))
         self.cache.close(name)
-        self.forwarded = self.requested = 0
+        self.forwarded = self.saved = 0
+        self.cache.prefix_tokens = self.cache.prefix_hits = 0
 
 
 def _flatten(chunks: Sequence[Chunk]) -> tuple[list[Row], NDArray[np.int64]]:

@@ -4,6 +4,7 @@ RequestError 422 ┬ UnknownSessionError 404
                  ├ MalformedError 400
                  ├ UnauthorizedError 401
                  ├ TooLargeError 413
+                 ├ ClientGoneError 499
                  ├ BusyError 503
                  └ ModelError 500
 """
@@ -41,6 +42,13 @@ class UnauthorizedError(RequestError):
 class TooLargeError(RequestError):
     status = 413
     type = "body_too_large"
+
+
+class ClientGoneError(RequestError):
+    """Nobody reads the answer; the status is for the metrics."""
+
+    status = 499
+    type = "client_gone"
 
 
 class BusyError(RequestError):

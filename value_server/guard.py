@@ -14,7 +14,8 @@ OPEN_PATHS = ("/health", "/ready")
 class Guard:
     """Refuses requests before the application sees them.
 
-    Reads the whole body, at most `max_body_bytes` of it whatever its headers say, and replays it.
+    Reads the whole body, at most `max_body_bytes` of it whatever its headers say, and replays it;
+    what the application receives after it is what the client does next, a disconnect.
     `answer` makes the response to an error.
     """
 

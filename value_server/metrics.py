@@ -1,72 +1,107 @@
-"""What the server counts, in a Prometheus registry of its own."""
+"""What the server counts, in a Prometheus registry of its own.
 
-from collections.abc import Callable
+    lenvm_step_seconds
+    ├ lenvm_encode_seconds    bytes to rows, and logits to bytes
+    ├ lenvm_queue_seconds     wait for the first pass
+    ├ lenvm_prefill_seconds   passes up to the last one: the step brought a long text
+    ├ lenvm_compute_seconds   its last pass, which scores the candidates
+    └ the rest                from thread to thread and back
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+Each counts once for every answered step, so their averages add up.
+"""
 
-from value_server.engine import Engine
+from collections.abc import Iterator
 
-SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from value_server.engine import Engine, Job
+
+SECONDS = (
+    0.0001,
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+)
 COUNTS = tuple(float(2**n) for n in range(13))
 
 
 class Metrics:
-    """Counters of one server. Figures of the engine are read when somebody asks."""
+    """Counters of one server."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        self.step_seconds = Histogram(
-            "lenvm_step_seconds",
-            "Time of a step request in the server, its wait included.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._pass_seconds = Histogram(
-            "lenvm_pass_seconds",
-            "Time of a forward pass.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._pass_queries = Histogram(
-            "lenvm_pass_tokens",
-            "Tokens and candidates in a forward pass.",
-            buckets=COUNTS,
-            registry=self.registry,
-        )
-        self._pass_jobs = Histogram(
-            "lenvm_pass_requests",
-            "Requests in a forward pass.",
-            buckets=COUNTS,
-            registry=self.registry,
-        )
+        self._step = self._seconds("step", "Time of a step request in the server.")
+        self._encode = self._seconds("encode", "Decoding and encoding of a step.")
+        self._queue = self._seconds("queue", "Wait of a step for its first forward pass.")
+        self._prefill = self._seconds("prefill", "Forward passes of a step before its last one.")
+        self._compute = self._seconds("compute", "Last forward pass of a step.")
+        self._pass = self._seconds("pass", "Time of a forward pass.")
+        self._pass_queries = self._counts("tokens", "Tokens and candidates in a forward pass.")
+        self._pass_jobs = self._counts("requests", "Requests in a forward pass.")
         self.errors = Counter(
             "lenvm_errors", "Requests refused or failed.", ["type"], registry=self.registry
         )
-        cache = engine.cache
-        self._gauge("lenvm_sessions", "Sessions held.", lambda: len(cache.sessions))
-        self._gauge("lenvm_slots_used", "KV slots in use.", lambda: cache.used)
-        self._gauge("lenvm_slots", "KV slots in all.", lambda: cache.size)
-        self._gauge("lenvm_evictions", "Sessions that lost their slots.", lambda: cache.evictions)
-        self._gauge(
-            "lenvm_tokens_forwarded",
-            "Tokens and candidates that went through the model.",
-            lambda: engine.forwarded,
-        )
-        self._gauge(
-            "lenvm_tokens_saved",
-            "Tokens and candidates answered from the cache.",
-            lambda: max(0, engine.requested - engine.forwarded),
-        )
+        self.registry.register(_EngineFigures(engine))
 
     def on_pass(self, queries: int, jobs: int, seconds: float) -> None:
         """See Batcher."""
-        self._pass_seconds.observe(seconds)
+        self._pass.observe(seconds)
         self._pass_queries.observe(queries)
         self._pass_jobs.observe(jobs)
+
+    def on_step(self, job: Job, encode_seconds: float, seconds: float) -> None:
+        """A step was answered, `seconds` after its body was there."""
+        self._step.observe(seconds)
+        self._encode.observe(encode_seconds)
+        self._queue.observe(job.queue_seconds)
+        self._prefill.observe(job.prefill_seconds)
+        self._compute.observe(job.compute_seconds)
 
     def render(self) -> bytes:
         """The text format of Prometheus."""
         return generate_latest(self.registry)
 
-    def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        Gauge(name, text, registry=self.registry).set_function(value)
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
+
+    def _counts(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_pass_{name}", text, buckets=COUNTS, registry=self.registry)
+
+
+class _EngineFigures(Collector):
+    """Figures that the engine keeps itself, read when somebody asks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges, and counters, whose names get `_total`."""
+        engine, cache = self._engine, self._engine.cache
+        for name, text, value in (
+            ("sessions", "Sessions held.", len(cache.sessions)),
+            ("slots_used", "KV slots in use.", cache.used),
+            ("slots", "KV slots in all.", cache.size),
+        ):
+            yield GaugeMetricFamily(f"lenvm_{name}", text, value)
+        for name, text, value in (
+            ("evictions", "Idle sessions that lost their slots to others.", cache.evictions),
+            ("expirations", "Sessions dropped because nobody used them.", cache.expirations),
+            ("prefix_tokens", "Tokens of texts sent from their start.", cache.prefix_tokens),
+            ("prefix_hits", "Of these, tokens that were held already.", cache.prefix_hits),
+            ("tokens_forwarded", "Tokens and candidates through the model.", engine.forwarded),
+            ("tokens_saved", "Tokens and candidates held already.", engine.saved),
+        ):
+            yield CounterMetricFamily(f"lenvm_{name}", text, value)
