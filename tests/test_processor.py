@@ -180,6 +180,32 @@ def test_moves(moves: Any, expected: Any) -> None:
     assert suppressed(served) == expected
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        update(removed=[0]),
+        update(added=[added(0, params())]),
+        update(moved=[(1, 0, ONE_WAY)]),
+        update(moved=[(2, 0, ONE_WAY)]),
+        update(moved=[(0, 1, SWAP)], removed=[0]),
+    ],
+)
+def test_whatever_ends_a_request_ends_its_session(change: BatchUpdate) -> None:
+    """Row 1 goes on, row 2 has no target."""
+    server = Server()
+    served = processor_with(server)
+    served.update_state(
+        update(added=[added(0, params(9)), added(1, params(9)), added(2, params())])
+    )
+    served.apply(torch.zeros(3, V))
+    assert server.last is not None
+    ended, stays = server.last.sessions
+    served.update_state(change)
+    served.apply(torch.zeros(3, V))
+    assert server.last.closed == [ended]
+    assert server.sessions == {stays}
+
+
 def test_a_preempted_request_goes_on_where_it_was() -> None:
     """Added again with its output so far; the server gets a new session with all of it."""
     server = Server()
@@ -230,7 +256,7 @@ def drawn_update(rng: random.Random, batch: dict[int, int | None]) -> BatchUpdat
 
 
 @quick
-@given(st.integers(0, 8), st.randoms(use_true_random=False))
+@given(st.integers(0, 8), st.randoms(use_true_random=True))
 def test_any_history_of_a_batch(steps: int, rng: random.Random) -> None:
     """Every row is railed as its own request wants; the server holds one session for each."""
     server, batch = Server(), dict[int, int | None]()
@@ -311,11 +337,31 @@ def test_a_tilt(beta: float, best: int) -> None:
     served = processor_with(Server())
     target = {"length_mode": "tilt", "length_beta": beta}
     served.update_state(update(added=[added(0, params(target, temperature=0.5, top_k=3))]))
-    logits = torch.full((1, V), -9.0)
+    logits = torch.full((1, V), 3.5)
     logits[0, [3, 11, 20]] = torch.tensor([4.0, 4.1, 4.0])
     after = apply(served, logits)
     assert int(after.argmax()) == best
     assert (after[0] > -INF).nonzero()[:, 0].tolist() == [3, 11, 20]
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({}, 13),  # 0.999 of the 15 of the settings
+        ({"top_k": -1}, 13),
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.5}, 2),  # 0.39 and 0.24
+        ({"min_p": 0.5}, 2),
+        ({"min_p": 0.5, "temperature": 2.0}, 3),
+        ({"temperature": 0.0}, 13),
+    ],
+)
+def test_the_cut_is_that_of_the_request(fields: Any, left: int) -> None:
+    served = processor_with(Server())
+    served.update_state(update(added=[added(0, params(free(9), **fields))]))
+    logits = -torch.arange(V)[None] / 2
+    logits[0, EOS] = -INF
+    assert int((apply(served, logits) > -INF).sum()) == left
 
 
 # ---- guard rails
