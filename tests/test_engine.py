@@ -11,21 +11,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import (
-    GemmaConfig,
-    GemmaModel,
-    MistralConfig,
-    MistralModel,
-    Qwen2Config,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3Model,
-)
 
 from value_server.batcher import Batcher
 from value_server.engine import Engine, Job, StepRow
 from value_server.errors import BusyError, ModelError, RequestError
-from value_server.model import ValueHead, ValueModel
+from value_server.model import ValueModel
 
 
 @pytest.fixture(scope="module")
@@ -108,42 +98,6 @@ def test_bfloat16_is_close() -> None:
     np.testing.assert_allclose(result.logits, expected, atol=0.1)
 
 
-def _backbone(kind: str) -> Any:
-    small: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-    }
-    if kind == "mistral":
-        return MistralModel(MistralConfig(**small, sliding_window=7))
-    if kind == "gemma":
-        return GemmaModel(GemmaConfig(**small))
-    if kind == "qwen3":
-        return Qwen3Model(Qwen3Config(**small))
-    small.pop("head_dim")
-    return Qwen2Model(Qwen2Config(**small))
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma"])
-def test_other_decoders(kind: str) -> None:
-    def build() -> ValueModel:
-        torch.manual_seed(1)
-        return ValueModel(_backbone(kind), ValueHead(32), tiny.tiny_model().lenvm).eval()
-
-    served, model = Engine(build(), slots=256), build()
-    prompt = [i % 50 for i in range(20)]
-    served.run(Job([StepRow("a", 0, prompt, [1, 2, 3])]))
-    result = served.run(Job([StepRow("a", 20, [2], [5, 6, 7])]))
-    expected = naive(model, [[*prompt, 2, c] for c in (5, 6, 7)])
-    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
-
-
 def test_emitted_candidate_is_not_forwarded_again() -> None:
     served = engine()
     served.run(Job([StepRow("a", 0, [1, 2, 3], [10, 11, 12])]))
@@ -173,6 +127,42 @@ def test_long_prompt_is_prefilled_in_chunks_and_delays_nobody() -> None:
     assert served.advance([long, short]) == 67
     assert served.is_done(short)
     assert not served.is_done(long)
+
+
+def test_prompt_of_4000_tokens_delays_running_sessions_by_one_chunk_a_pass() -> None:
+    """Each step of 8 running sessions takes one pass, and that pass at most one chunk more."""
+    served = Engine(tiny.tiny_model(max_position=4096), slots=8192, prefill_tokens=256)
+    names = [f"s{i}" for i in range(8)]
+    run_all(served, [Job([StepRow(n, 0, [i, 9], [1, 2])]) for i, n in enumerate(names)])
+    long = Job([StepRow("long", 0, [i % 250 for i in range(4000)], [1, 2])])
+    served.admit(long)
+    passes = 0
+    while not served.is_done(long):
+        # Alternately an adopted candidate and a token that was none.
+        token = 1 if passes % 2 else 3
+        steps = [Job([StepRow(n, 2 + passes, [token], [1, 2])]) for n in names]
+        for job in steps:
+            served.check(job.steps)
+            served.admit(job)
+        assert served.advance([long, *steps]) <= 8 * 3 + 256 + 2
+        passes += 1
+        for job in steps:
+            assert served.is_done(job)
+            assert np.isfinite(served.result(job).logits).all()
+            served.release(job)
+    assert passes == 16  # 15 chunks of 256 and one of 160
+    assert np.isfinite(served.result(long).logits).all()
+    served.release(long)
+    served.cache.check_integrity()
+
+
+def test_prompt_of_more_positions_than_the_model_has_is_refused_at_once() -> None:
+    served = Engine(tiny.tiny_model(max_position=4096), slots=8192)
+    served.check([StepRow("a", 0, [1] * 4095, [2])])
+    for row in (StepRow("a", 0, [1] * 4096, [2]), StepRow("a", 4000, [1] * 96, [2])):
+        with pytest.raises(RequestError, match=r"4097 tokens long .* 4096 positions"):
+            served.check([row])
+    served.check([StepRow("a", 0, [1] * 4096)])  # no candidate: its values alone
 
 
 def test_text_values_are_those_of_one_forward(reference: ValueModel) -> None:

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import GPTJConfig, GPTJModel
 
 from value_server.contract import wire
 from value_server.contract.checkpoint import tokenizer_fingerprint
 from value_server.contract.values import length_from_logit
+from value_server.model import ValueHead, ValueModel
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "secret"
@@ -273,11 +275,17 @@ def broken(folder: Path, how: str) -> Path:
         (folder / "value_head.safetensors").write_bytes(b"rubbish")
     elif how == "lenvm":
         del config["lenvm"]
+    elif how == "GPTJModel":
+        shape = GPTJConfig(vocab_size=258, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+        ValueModel(GPTJModel(shape), ValueHead(32), tiny.tiny_model().lenvm).save(folder)
+        return folder
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.mark.parametrize("how", ["gamma", "fingerprint", "weights", "lenvm", "missing"])
+@pytest.mark.parametrize(
+    "how", ["gamma", "fingerprint", "weights", "lenvm", "missing", "GPTJModel"]
+)
 def test_unusable_checkpoint_is_one_line(how: str, tmp_path: Path) -> None:
     folder = tmp_path / "nowhere" if how == "missing" else broken(tmp_path, how)
     process = launch(str(folder), "--port", "0")
@@ -286,5 +294,5 @@ def test_unusable_checkpoint_is_one_line(how: str, tmp_path: Path) -> None:
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert str(folder) in line
-    if how in ("gamma", "fingerprint", "lenvm"):
+    if how in ("gamma", "fingerprint", "lenvm", "GPTJModel"):
         assert how in line

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from value_server import selfcheck
 from value_server.attention import NAME, KVPool, Row, build_pass, register
 from value_server.cache import CacheFullError, SlotCache
 from value_server.contract.checkpoint import CheckpointError
@@ -85,6 +86,9 @@ class Engine:
     ) -> None:
         register()
         self.model = model.eval()
+        with selfcheck.named(model):
+            self._plain = selfcheck.plain(model)
+            self.max_position = _max_position(model)
         self.gamma = model.lenvm.gamma
         model.backbone.set_attn_implementation(NAME)
         self.device = next(model.parameters()).device
@@ -214,14 +218,27 @@ class Engine:
             self.release(job)
 
     def warm_up(self) -> None:
-        """Allocate the pool and prove that the model runs. Raises whatever goes wrong."""
+        """Allocate the pool and prove that the model runs. Raises whatever goes wrong.
+
+        CheckpointError names an architecture whose scores are not those of plain transformers.
+        """
         name = "warm-up"
+        with selfcheck.named(self.model):
+            self._check_backbone(name)
         length = min(self.prefill_tokens, self.max_position - 1, self.cache.size // 2)
-        for candidates in ([0], [0, 1 % self.vocab_size]):
+        for candidates in ([0], [0, 1][: self.max_candidates]):
             self.run(Job([StepRow(name, 0, [0] * length, candidates)]))
         self.cache.close(name)
         self.forwarded = self.saved = 0
         self.cache.prefix_tokens = self.cache.prefix_hits = 0
+
+    def _check_backbone(self, session: str) -> None:
+        watch, ids, first = selfcheck.Watch(), selfcheck.text(self.vocab_size), selfcheck.FIRST
+        with watch.on(self.model):
+            self.run(Job([StepRow(session, 0, ids[:first])]))
+            candidates = selfcheck.CANDIDATES[: self.max_candidates]
+            self.run(Job([StepRow(session, first, ids[first:], candidates)]))
+        watch.compare(self.model, self._plain)
 
 
 def _flatten(chunks: Sequence[Chunk]) -> tuple[list[Row], NDArray[np.int64]]:
@@ -239,10 +256,15 @@ def _flatten(chunks: Sequence[Chunk]) -> tuple[list[Row], NDArray[np.int64]]:
 def _max_position(model: ValueModel) -> int:
     """Positions of the backbone. Raises CheckpointError if they depend on the text's length."""
     config = model.backbone.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        raise CheckpointError("its config has no max_position_embeddings")
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind == "dynamic":
-        raise CheckpointError(f"rope_type: {kind!r} changes keys as a text grows: no cache")
-    if kind == "longrope":
-        return int(rope["original_max_position_embeddings"])
-    return int(config.max_position_embeddings)
+    nested = [value for value in rope.values() if isinstance(value, dict)]  # one per layer type
+    for part in nested or [rope]:
+        kind = part.get("rope_type", "default")
+        if kind == "dynamic":
+            raise CheckpointError(f"rope_type: {kind!r} changes keys as a text grows: no cache")
+        if kind == "longrope":
+            limit = min(limit, part["original_max_position_embeddings"])
+    return int(limit)
