@@ -5,12 +5,28 @@ import sys
 from cyclopts import App
 
 app = App(name="lenvm", help="Length control for LLM serving.")
-app.command("value_server.serve:serve", name="serve")
-app.command("trainer.rollout:rollout", name="rollout")
-app.command("trainer.train:train", name="train")
-app.command("trainer.evaluate:evaluate", name="evaluate")
-app.command("lenvm_vllm.predict:predict", name="predict")
-app.command("lenvm_vllm.demo:demo", name="demo")
+# The lines are here, as a docstring is known only once its module is loaded.
+for name, target, line in (
+    ("serve", "value_server.serve:serve", "Serve the value model in CHECKPOINT until interrupted."),
+    ("rollout", "trainer.rollout:rollout", "Sample completions of PROMPTS into shards in OUTPUT."),
+    ("train", "trainer.train:train", "Train a value model on ROLLOUTS, write it to OUTPUT."),
+    (
+        "evaluate",
+        "trainer.evaluate:evaluate",
+        "Evaluate CHECKPOINT on the held-out prompts of ROLLOUTS.",
+    ),
+    (
+        "predict",
+        "lenvm_vllm.predict:predict",
+        "Print the answer's length, in tokens, that PROMPT suggests.",
+    ),
+    (
+        "demo",
+        "lenvm_vllm.demo:demo",
+        "Length control on a small real model; ends with a JSON line.",
+    ),
+):
+    app.command(target, name=name, help=line)
 
 
 def main() -> None:

@@ -137,7 +137,12 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
 
     Parameters
     ----------
-    serve: Leave both servers up (vLLM on 8000, values on 8100) until interrupted, ask nothing.
+    serve
+        Leave both servers up until interrupted, ask nothing.
+    port
+        Of vLLM; by default 8000 with --serve, else a free one.
+    value_port
+        Of the value server; by default 8100 with --serve, else a free one.
     """
     port = port or (8000 if serve else free_port())
     value_port = value_port or (8100 if serve else free_port())

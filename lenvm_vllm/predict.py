@@ -13,9 +13,12 @@ def predict(prompt: str, *, url: str = "http://127.0.0.1:8100", raw: bool = Fals
 
     Parameters
     ----------
-    prompt: a user message, or with --raw the text that the model continues.
-    url: of the value server.
-    raw: send the text as it is, without the chat template.
+    prompt
+        A user message, or with --raw the text that the model continues.
+    url
+        Of the value server.
+    raw
+        Send the text as it is, without the chat template.
     """
     messages = [{"role": "user", "content": prompt}]
     body = {"prompt": prompt} if raw else {"messages": messages}

@@ -1,5 +1,7 @@
 """The `lenvm` command: help for every option, and one line for what is wrong."""
 
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,20 @@ def test_help_renders(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"Usage: lenvm {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["rollout", "train", "evaluate"])
+def test_help_has_a_line_for_each_command_and_loads_none() -> None:
+    script = (
+        "import sys; from lenvm_vllm.cli import app; app(['--help'], result_action='return_value');"
+        "sys.exit('torch' in sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script], env={"COLUMNS": "80"}, stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
+    for command in COMMANDS:
+        (line,) = re.findall(rf"^│ {command} +(.+?) +│$", shown, re.MULTILINE)
+        assert line.endswith("."), "cut, or on two lines"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_help_text(command: str) -> None:
     arguments = app[command].assemble_argument_collection(parse_docstring=True)
     assert [a.name for a in arguments if a.show and not a.parameter.help] == []

@@ -30,6 +30,11 @@ def serve(
     """Serve the value model in the folder CHECKPOINT until interrupted.
 
     A model that cannot be served is one line on stderr and exit code 1.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a value model, as `lenvm train` writes it.
     """
     settings = settings or ServerSettings()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
