@@ -38,7 +38,7 @@ class Served:
         left = 'lenvm_errors_total{type="client_gone"}'
         before = self.figure(left)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{self.url}{path}", timeout=0.5, **body)  # type: ignore[arg-type]
+            httpx.post(f"{self.url}{path}", timeout=httpx.Timeout(SECONDS, read=0.5), **body)  # type: ignore[arg-type]
         wait_until(lambda: self.figure(left) == before + 1)
 
 
