@@ -31,9 +31,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    command: list[str], ready_url: str, log: Path, env: dict[str, str] | None = None
+    command: list[str],
+    ready_url: str,
+    log: Path,
+    env: dict[str, str] | None = None,
+    uds: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, up once `ready_url` answers 200. Raises RuntimeError with the end of its log."""
+    """A server, up once `ready_url` answers 200. Raises RuntimeError with the end of its log.
+
+    uds: the Unix socket that it listens on, if it does.
+    """
     with log.open("ab") as out:
         child = subprocess.Popen(
             command,
@@ -44,7 +51,7 @@ def running(
         )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(ready_url):
+        while not _answers(ready_url, uds):
             if child.poll() is not None or time.monotonic() > deadline:
                 end = log.read_text(errors="replace")[-4000:]
                 raise RuntimeError(f"{ready_url} did not come up; {log}:\n{end}")
@@ -63,8 +70,10 @@ def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(child.pid, number)
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, uds: Path | None) -> bool:
+    transport = httpx.HTTPTransport(uds=str(uds) if uds else None)
     try:
-        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+        with httpx.Client(transport=transport, timeout=2) as client:
+            return client.get(url).status_code == 200
     except httpx.HTTPError:
         return False

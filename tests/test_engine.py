@@ -18,6 +18,12 @@ from value_server.errors import BusyError, ModelError, RequestError
 from value_server.model import ValueModel
 
 
+@pytest.fixture(params=[0, 64], ids=["groups", "alone"], autouse=True)
+def both_attentions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows as on a GPU, and short ones as on a CPU."""
+    monkeypatch.setattr("value_server.engine.ALONE_QUERIES", request.param)
+
+
 @pytest.fixture(scope="module")
 def reference() -> ValueModel:
     return tiny.tiny_model()

@@ -19,12 +19,17 @@ import torch
 from numpy.typing import NDArray
 
 from value_server import selfcheck
-from value_server.attention import NAME, KVPool, Row, build_pass, register
+from value_server.alone import Alone
+from value_server.attention import NAME, KVPool, Part, Pass, Row, register
 from value_server.cache import CacheFullError, SlotCache
 from value_server.contract.checkpoint import CheckpointError
 from value_server.errors import BusyError, ModelError, RequestError
+from value_server.groups import group_rows
+from value_server.linear import pack_linears_inplace
 from value_server.model import ValueModel
 from value_server.scheduler import Chunk, JobRow, is_done, next_chunks
+
+ALONE_QUERIES = 64  # a row with more is worth a group on a CPU, too
 
 
 class StepRow(NamedTuple):
@@ -70,7 +75,10 @@ class JobResult:
 
 
 class Engine:
-    """Serves `model`, whose backbone it switches to slot attention for good."""
+    """Serves `model`, whose backbone it changes for good: slot attention, packed linear layers.
+
+    weight_dtype: of the linear layers, see linear.py; by default that of the model.
+    """
 
     def __init__(
         self,
@@ -82,6 +90,7 @@ class Engine:
         session_ttl: float = 600.0,
         pass_tokens: int = 2048,
         prefill_tokens: int = 512,
+        weight_dtype: torch.dtype | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         register()
@@ -91,7 +100,9 @@ class Engine:
             self.max_position = _max_position(model)
         self.gamma = model.lenvm.gamma
         model.backbone.set_attn_implementation(NAME)
-        self.device = next(model.parameters()).device
+        first = next(model.parameters())
+        self.device = first.device
+        pack_linears_inplace(model.backbone, weight_dtype or first.dtype)
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
         self.max_position = _max_position(model)
         self.max_candidates = max_candidates
@@ -170,8 +181,8 @@ class Engine:
         if not chunks:
             return 0
         flat, positions = _flatten(chunks)
-        lenvm_pass = build_pass(self.pool, flat, self.device)
-        written = lenvm_pass.written.cpu().numpy()
+        written = np.concatenate([row.written for row in flat])
+        lenvm_pass = Pass(self.pool, torch.from_numpy(written).to(self.device), self._parts(flat))
         ids = torch.from_numpy(self._token[written].astype(np.int64)).to(self.device)
         output = self.model.backbone(
             input_ids=ids[None],  # (1, Q)
@@ -184,6 +195,12 @@ class Engine:
         self._ready[written] = 1
         self.forwarded += len(written)
         return len(written)
+
+    def _parts(self, rows: Sequence[Row]) -> list[Part]:
+        few = ALONE_QUERIES if self.device.type == "cpu" else 0
+        alone = [Alone(row) for row in rows if row.queries <= few]
+        many = [row for row in rows if row.queries > few]
+        return [*alone, *group_rows(many, self.pool.padding, self.device)]
 
     def result(self, job: Job) -> JobResult:
         """The logits of a finished job.
@@ -246,7 +263,8 @@ def _flatten(chunks: Sequence[Chunk]) -> tuple[list[Row], NDArray[np.int64]]:
     rows, positions, first = [], [], 0
     for chunk in chunks:
         path = np.array(chunk.row.session.path[: chunk.end], dtype=np.int64)
-        rows.append(Row(first, path, chunk.end - chunk.start, chunk.candidates))
+        candidates = np.array(chunk.candidates, dtype=np.int64)
+        rows.append(Row(first, path, chunk.end - chunk.start, candidates))
         positions.append(np.arange(chunk.start, chunk.end))
         positions.append(np.full(len(chunk.candidates), chunk.end))
         first += chunk.queries

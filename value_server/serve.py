@@ -13,7 +13,8 @@ from fastapi import FastAPI
 
 from value_server.app import create_app
 from value_server.engine import Engine
-from value_server.model import ValueModel, default_dtype
+from value_server.linear import compute_dtype, weight_dtype
+from value_server.model import ValueModel
 from value_server.settings import ServerSettings
 from value_server.text import Texts, tokenizer_source
 
@@ -59,9 +60,9 @@ def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
-    auto = settings.dtype == "auto"
-    dtype = default_dtype(device) if auto else getattr(torch, settings.dtype)
-    model = ValueModel.load(checkpoint, settings.base_model, dtype).to(device)
+    dtype = weight_dtype(settings.dtype, device)
+    model = ValueModel.load(checkpoint, settings.base_model, compute_dtype(dtype, device))
+    model = model.to(device)
     lenvm = model.lenvm
     source = tokenizer_source(checkpoint, settings.base_model or lenvm.base_model)
     texts = Texts.load(source, lenvm.tokenizer_fingerprint)
@@ -73,6 +74,7 @@ def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
         session_ttl=settings.session_ttl,
         pass_tokens=settings.pass_tokens,
         prefill_tokens=settings.prefill_tokens,
+        weight_dtype=dtype,
     )
     engine.warm_up()
     secret = settings.token.get_secret_value() if settings.token else None
