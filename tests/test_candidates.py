@@ -68,10 +68,11 @@ def naive_cut(row: Tensor, c: Cut, width: int = V) -> tuple[dict[int, float], fl
         total = sum(weights[token] for token in others)
     best = max((weights[token] for token in others), default=0.0)
 
+    top_p = c.top_p if c.top_p < 1 else INF  # no limit, whatever a sum rounds to
     kept: dict[int, float] = {}
     before = 0.0
     for token in others:
-        if before / total < c.top_p and weights[token] >= c.min_p * best:
+        if before / total < top_p and weights[token] >= c.min_p * best:
             kept[token] = weights[token]
         before += weights[token]
 
@@ -79,7 +80,7 @@ def naive_cut(row: Tensor, c: Cut, width: int = V) -> tuple[dict[int, float], fl
     may_end = (
         end > 0
         and not (c.top_k and len(ahead) >= c.top_k)
-        and sum(ahead) / (total + end) < c.top_p
+        and sum(ahead) / (total + end) < top_p
         and end >= c.min_p * best
     )
     mass = sum(kept.values())
