@@ -168,7 +168,7 @@ def run(
     threads = [threading.Thread(target=work, args=(load,)) for load in loads]
     for thread in threads:
         thread.start()
-    memory = []
+    memory: list[float] = []
     for _ in tqdm(range(100), desc="soak"):
         time.sleep(max(0.0, end - time.monotonic()) / max(1, 100 - len(memory)))
         memory.append(server.memory_info().rss / 2**20)
