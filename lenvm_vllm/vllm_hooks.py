@@ -1,4 +1,4 @@
-"""Everything that touches vLLM's inside, for vLLM 0.32.
+"""What the plugin changes in vLLM; the names it leans on stand in `vllm_names`.
 
 vLLM runs `register` in each of its processes before it reads its arguments. Where the operator
 wrote `--logits-processors lenvm_vllm` it completes the bare name, and adds the middleware for
@@ -12,16 +12,19 @@ BARE = "lenvm_vllm"
 PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
 MIDDLEWARE = "lenvm_vllm.middleware.LengthTargetMiddleware"
 
+# The VllmConfig that this process made last: what a request may ask for depends on it.
+served_config: Any = None
+
 
 def register() -> None:
     """Idempotent; loads nothing of the plugin but this file."""
-    from vllm.engine.arg_utils import EngineArgs
+    from lenvm_vllm.vllm_names import EngineArgs
 
     if getattr(EngineArgs, "_lenvm_registered", False):
         return
     EngineArgs._lenvm_registered = True
     from_cli_args = EngineArgs.from_cli_args.__func__
-    create_model_config = EngineArgs.create_model_config
+    create_engine_config = EngineArgs.create_engine_config
 
     @functools.wraps(from_cli_args)
     def with_middleware(cls: type, args: Any) -> Any:
@@ -32,13 +35,15 @@ def register() -> None:
             args.middleware = [*middleware, MIDDLEWARE]
         return from_cli_args(cls, args)
 
-    @functools.wraps(create_model_config)
-    def with_full_names(self: Any) -> Any:
+    @functools.wraps(create_engine_config)
+    def with_full_names(self: Any, *more: Any, **kwargs: Any) -> Any:
+        global served_config
         self.logits_processors = complete_names(self.logits_processors)
-        return create_model_config(self)
+        served_config = create_engine_config(self, *more, **kwargs)
+        return served_config
 
     EngineArgs.from_cli_args = classmethod(with_middleware)
-    EngineArgs.create_model_config = with_full_names
+    EngineArgs.create_engine_config = with_full_names
 
 
 def complete_names(names: list[Any] | None) -> list[Any] | None:

@@ -8,17 +8,15 @@ import logging
 import math
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -30,76 +28,23 @@ from vllm.v1.sample.logits_processor import (
 )
 
 import lenvm_vllm
-from lenvm_vllm import middleware, processor, vllm_hooks
+from lenvm_vllm import engine_rows, middleware, vllm_hooks
 from lenvm_vllm.client import CircuitOpen, TimedOut
 from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.vllm_hooks import MIDDLEWARE, PROCESSOR, complete_names, register
+from tests.fakes import EOS, Server, V, config, exactly, free, params, same_bits
 from tests.tiny import tiny_tokenizer
+from tests.tiny_llm import tiny_llm
 from value_server.contract import wire
 from value_server.contract.checkpoint import tokenizer_fingerprint
-from value_server.contract.values import logit_from_length
 
-V = 32
-EOS = 0
 INF = math.inf
 SWAP, ONE_WAY = MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
 quick = settings(deadline=None, max_examples=40)
-INFO = wire.ModelInfo(
-    gamma=0.99,
-    base_model="toy",
-    tokenizer_fingerprint="f" * 64,
-    vocab_size=V,
-    max_position=1000,
-    max_sessions=100,
-    max_candidates=64,
-)
-
-
-class Server:
-    """Knows the length of every candidate; `error` is what it raises, if any."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-        self.calls = 0
-        self.last: wire.StepRequest | None = None
-        self.sessions: set[str] = set()
-
-    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
-        self.calls += 1
-        if self.error is not None:
-            raise self.error
-        return INFO
-
-    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
-        self.last = wire.decode_request(wire.encode(request))
-        self.sessions = (self.sessions | set(request.sessions)) - set(request.closed)
-        lengths = wire.unpack_ids(request.candidates).astype(np.float64)
-        return logit_from_length(torch.from_numpy(lengths), INFO.gamma).float().numpy(), []
-
-
-def config(**lenvm: Any) -> Any:
-    model = SimpleNamespace(skip_tokenizer_init=True)
-    return SimpleNamespace(additional_config={"lenvm": lenvm}, model_config=model)
 
 
 def processor_with(server: Server) -> LenvmLogitsProcessor:
     return LenvmLogitsProcessor(config(), torch.device("cpu"), False, client=server)
-
-
-def params(length: Any = None, eos: int = EOS, **fields: Any) -> SamplingParams:
-    """length: `length_target`, or the flat fields; None for a request without."""
-    flat = {"length_target": length} if isinstance(length, int) else length
-    made = SamplingParams(extra_args=flat, **fields)
-    made.update_from_generation_config({}, eos)
-    return made
-
-
-def exactly(tokens: int) -> dict[str, Any]:
-    return {"length_target": tokens, "length_tolerance": 0.0}
-
-
-def free(tokens: int) -> dict[str, Any]:
-    return {"length_target": tokens, "length_tolerance": "off"}
 
 
 def update(removed: Any = (), added: Any = (), moved: Any = ()) -> BatchUpdate:
@@ -114,10 +59,6 @@ def apply(served: LenvmLogitsProcessor, logits: Tensor) -> Tensor:
     changed = logits.clone()
     assert served.apply(changed) is changed
     return changed
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 def suppressed(served: LenvmLogitsProcessor, rows: int = 4) -> dict[int, list[int]]:
@@ -466,12 +407,12 @@ def log() -> Iterator[list[logging.LogRecord]]:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
-    level = processor.logger.level
-    processor.logger.addHandler(handler)
-    processor.logger.setLevel(logging.INFO)
+    level = engine_rows.logger.level
+    engine_rows.logger.addHandler(handler)
+    engine_rows.logger.setLevel(logging.INFO)
     yield records
-    processor.logger.removeHandler(handler)
-    processor.logger.setLevel(level)
+    engine_rows.logger.removeHandler(handler)
+    engine_rows.logger.setLevel(level)
 
 
 @pytest.mark.parametrize("error", [TimedOut("slow"), RuntimeError("a bug")])
@@ -537,8 +478,8 @@ class Ranks:
 @pytest.mark.parametrize("error", [None, TimedOut("slow"), RuntimeError("bug")])
 def test_one_rank_asks_for_all(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     ranks = Ranks()
-    monkeypatch.setattr(processor, "model_parallel_is_initialized", lambda: True)
-    monkeypatch.setattr(processor, "get_tp_group", lambda: ranks)
+    monkeypatch.setattr(engine_rows, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(engine_rows, "get_tp_group", lambda: ranks)
     logits = torch.randn(2, V)
     results = []
     for rank in range(2):
@@ -645,9 +586,9 @@ def registered() -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_register_is_idempotent() -> None:
-    hooks = EngineArgs.from_cli_args.__func__, EngineArgs.create_model_config
+    hooks = EngineArgs.from_cli_args.__func__, EngineArgs.create_engine_config
     register()
-    assert (EngineArgs.from_cli_args.__func__, EngineArgs.create_model_config) == hooks
+    assert (EngineArgs.from_cli_args.__func__, EngineArgs.create_engine_config) == hooks
 
 
 @pytest.mark.usefixtures("registered")
@@ -684,11 +625,28 @@ def test_the_middlewares_name() -> None:
 
 
 @pytest.mark.usefixtures("registered")
-def test_the_model_config_has_the_full_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_has_the_full_name_and_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also without a command line."""
-    monkeypatch.setattr("vllm.engine.arg_utils.ModelConfig", SimpleNamespace)
-    args = AsyncEngineArgs(model="m", logits_processors=[vllm_hooks.BARE])
-    assert args.create_model_config().logits_processors == [PROCESSOR]
+    monkeypatch.setattr(vllm_hooks, "served_config", None)
+    args = AsyncEngineArgs(model=str(tiny_llm(tmp_path)), logits_processors=[vllm_hooks.BARE])
+    made = args.create_engine_config()
+    assert made.model_config.logits_processors == [PROCESSOR]
+    assert vllm_hooks.served_config is made
+
+
+@pytest.mark.parametrize("target", [9, {"length_mode": "tilt", "length_beta": 1.0}])
+def test_no_guidance_of_drafts(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
+    for drafts in (None, object()):
+        made = SimpleNamespace(speculative_config=drafts)
+        monkeypatch.setattr(vllm_hooks, "served_config", made)
+        LenvmLogitsProcessor.validate_params(params())
+        if drafts is None:
+            LenvmLogitsProcessor.validate_params(params(target))
+            continue
+        with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
+            LenvmLogitsProcessor.validate_params(params(target))
 
 
 def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None:
@@ -702,6 +660,6 @@ def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None
         skip_tokenizer_init=False,
     )
     vllm_config = SimpleNamespace(model_config=served)
-    assert processor._fingerprint(vllm_config) == tokenizer_fingerprint(tiny_tokenizer())
+    assert engine_rows.fingerprint_of(vllm_config) == tokenizer_fingerprint(tiny_tokenizer())
     served.skip_tokenizer_init = True
-    assert processor._fingerprint(vllm_config) is None
+    assert engine_rows.fingerprint_of(vllm_config) is None

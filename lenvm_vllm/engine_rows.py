@@ -1,0 +1,136 @@
+"""What one engine step does to its guided rows, whichever model runner calls.
+
+The engine must never fall for a length: whatever goes wrong with the values, the step goes on
+with the model's own distribution inside the guard rails, and the log says so once.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenvm_vllm.candidates import Writes, eos_index
+from lenvm_vllm.client import CircuitOpen, ValueClient, ValueServerError
+from lenvm_vllm.guide import Client, Guide
+from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.settings import load_settings
+from lenvm_vllm.state import RequestState
+from lenvm_vllm.vllm_names import (
+    cached_tokenizer_from_config,
+    get_tp_group,
+    model_parallel_is_initialized,
+)
+from value_server.contract.checkpoint import tokenizer_fingerprint
+
+logger = logging.getLogger("vllm.lenvm")
+
+
+class EngineRows:
+    """Steers rows of logits; each model runner's adapter says which request a row belongs to."""
+
+    def __init__(self, vllm_config: Any, client: Client | None = None) -> None:
+        """Connects to nothing; the first request with a target does."""
+        settings = load_settings(vllm_config.additional_config)
+        client = client or ValueClient(
+            settings.url, token=settings.token, timeout_s=settings.timeout_s
+        )
+        self._guide = Guide(client, settings, lambda: fingerprint_of(vllm_config))
+        # Where each rank samples requests of its own, each asks for its own.
+        self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
+        self._trouble: str | None = None
+
+    def close(self, state: RequestState | None) -> None:
+        """This request is over."""
+        if state is not None:
+            self._guide.close(state)
+
+    def steer_inplace(self, logits: Tensor, states: dict[int, RequestState]) -> None:
+        """logits: (batch, V) float32; states: row → request. Other rows stay as they are."""
+        if not states:
+            return
+        _apply_rails_inplace(logits, states)
+        free = {row: s for row, s in states.items() if not s.rails.forces(s.generated)}
+        if (writes := self._shared_plan(logits, free)) is not None:
+            writes.apply_inplace(logits)
+
+    def _shared_plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
+        """One rank asks and all do the same, so that all sample the same token."""
+        group = get_tp_group() if model_parallel_is_initialized() else None
+        if group is None or group.world_size == 1 or not self._ranks_share_rows:
+            return self._plan(logits, states)
+        mine = self._plan(logits, states) if group.rank_in_group == 0 else None
+        return group.broadcast_object(mine, src=0)
+
+    def _plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
+        """The one place that decides to go on without values."""
+        try:
+            writes = self._guide.plan(logits, states)
+        except CircuitOpen:
+            return None
+        except ValueServerError as error:
+            self._report(f"{type(error).__name__}: {error}")
+            return None
+        except Exception as error:
+            self._report(f"{type(error).__name__}: {error}", traceback=True)
+            return None
+        if writes is not None:  # None: nothing was asked, so nothing is known
+            self._report(None)
+        return writes
+
+    def _report(self, trouble: str | None, traceback: bool = False) -> None:
+        """Log a change between steered and not; later failures of one outage are silent."""
+        if trouble is not None and self._trouble is None:
+            logger.error(
+                "length targets: no values (%s); requests go on with guard rails only",
+                trouble,
+                exc_info=traceback,
+            )
+        if trouble is None and self._trouble is not None:
+            logger.info("length targets: the value server is back, requests are steered again")
+        self._trouble = trouble
+
+
+def state_of(
+    params: Any, prompt_ids: list[int] | None, output_ids: list[int]
+) -> RequestState | None:
+    """Of a request's SamplingParams; None where it asks for no length."""
+    target = LengthTarget.from_extra_args(params.extra_args)
+    if target is None:
+        return None
+    return RequestState(
+        target=target,
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+        eos_ids=sorted(params.all_stop_token_ids),
+        temperature=params.temperature,
+        top_k=max(params.top_k, 0),
+        top_p=params.top_p,
+        min_p=params.min_p,
+    )
+
+
+def fingerprint_of(vllm_config: Any) -> str | None:
+    """Of the tokenizer that vLLM serves; None when it serves none."""
+    if vllm_config.model_config.skip_tokenizer_init:
+        return None
+    return tokenizer_fingerprint(cached_tokenizer_from_config(vllm_config.model_config))
+
+
+def _apply_rails_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:
+    """Suppress or force the end of each row as its rails say.
+
+    A token at -inf (grammar, allowed tokens) stays there, and a row is never emptied.
+    """
+    early = [row for row, s in states.items() if s.rails.suppresses(s.generated)]
+    due = [row for row, s in states.items() if s.rails.forces(s.generated)]
+    for rows, force in ((early, False), (due, True)):
+        if not rows:
+            continue
+        row_index, ids = eos_index([states[row].eos_ids for row in rows], logits.shape[-1])
+        row_index, ids = row_index.to(logits.device), ids.to(logits.device)
+        own = logits[rows]  # a copy
+        railed = torch.full_like(own, -torch.inf) if force else own.clone()
+        railed[row_index, ids] = own[row_index, ids] if force else -torch.inf
+        empty = railed.isneginf().all(-1, keepdim=True)
+        logits[rows] = torch.where(empty, own, railed)

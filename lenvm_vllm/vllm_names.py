@@ -1,0 +1,82 @@
+"""Every name of vLLM that the plugin leans on, read from 0.32 and 0.33.
+
+`from lenvm_vllm.vllm_names import X` loads the module of X only, when it is asked for. A name
+that a newer vLLM has moved is an ImportError that tells which; a test walks through both tables.
+"""
+
+import importlib
+from typing import Any
+
+# our name: (module, name there)
+WHERE = {
+    "EngineArgs": ("vllm.engine.arg_utils", "EngineArgs"),
+    "SamplingParams": ("vllm.sampling_params", "SamplingParams"),
+    "V1LogitsProcessor": ("vllm.v1.sample.logits_processor", "LogitsProcessor"),
+    "BatchUpdate": ("vllm.v1.sample.logits_processor", "BatchUpdate"),
+    "MoveDirectionality": ("vllm.v1.sample.logits_processor", "MoveDirectionality"),
+    "V2LogitsProcessor": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
+    "LogitsContext": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsContext"),
+    "RequestSlots": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcRequestState"),
+    "VllmConfig": ("vllm.config", "VllmConfig"),
+    "ModelConfig": ("vllm.config", "ModelConfig"),
+    "ParallelConfig": ("vllm.config", "ParallelConfig"),
+    "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
+    "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
+    "model_parallel_is_initialized": (
+        "vllm.distributed.parallel_state",
+        "model_parallel_is_initialized",
+    ),
+    "cached_tokenizer_from_config": ("vllm.tokenizers", "cached_tokenizer_from_config"),
+}
+
+# What is read, called or overridden of a class: methods with their parameters, else fields.
+METHODS = {
+    "EngineArgs": {
+        "from_cli_args": ("args",),
+        "create_engine_config": ("self", "usage_context", "headless"),
+    },
+    "V1LogitsProcessor": {
+        "__init__": ("self", "vllm_config", "device", "is_pin_memory"),
+        "apply": ("self", "logits"),
+        "update_state": ("self", "batch_update"),
+        "is_argmax_invariant": ("self",),
+        "validate_params": ("sampling_params",),
+    },
+    "V2LogitsProcessor": {
+        "__init__": ("self", "vllm_config", "req_states"),
+        "add_request": ("self", "req_idx", "sampling_params"),
+        "apply": ("self", "logits", "ctx"),
+        "validate_params": ("sampling_params",),
+    },
+    "GroupCoordinator": {"broadcast_object": ("self", "obj", "src")},
+}
+FIELDS = {
+    "EngineArgs": ("logits_processors",),
+    "SamplingParams": (
+        *("extra_args", "max_tokens", "min_tokens", "ignore_eos", "all_stop_token_ids"),
+        *("temperature", "top_k", "top_p", "min_p"),
+    ),
+    "BatchUpdate": ("removed", "added", "moved"),
+    "MoveDirectionality": ("SWAP", "UNIDIRECTIONAL"),
+    "LogitsContext": ("idx_mapping_np", "seq_lens_upper_bound_np"),
+    "RequestSlots": ("all_token_ids", "prompt_len", "prefill_len"),
+    "VllmConfig": (
+        *("additional_config", "model_config", "parallel_config", "speculative_config"),
+        "use_v2_model_runner",
+    ),
+    "ModelConfig": ("skip_tokenizer_init",),
+    "ParallelConfig": ("enable_batch_sharded_sampling",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = WHERE[name]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"this vLLM has no {module}.{attribute}, which lenvm-vllm needs; "
+            "pyproject.toml tells the versions that have"
+        ) from error

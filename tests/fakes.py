@@ -1,0 +1,81 @@
+"""A value server by hand, and what vLLM gives a processor, for the tests of both model runners.
+
+Legend: V vocabulary. Token 0 is the end; token x is worth x more tokens.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from vllm.sampling_params import SamplingParams
+
+from value_server.contract import wire
+from value_server.contract.values import logit_from_length
+
+V = 32
+EOS = 0
+INFO = wire.ModelInfo(
+    gamma=0.99,
+    base_model="toy",
+    tokenizer_fingerprint="f" * 64,
+    vocab_size=V,
+    max_position=1000,
+    max_sessions=100,
+    max_candidates=64,
+)
+
+
+class Server:
+    """Knows the length of every candidate; `error` is what it raises, if any."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.calls = 0
+        self.last: wire.StepRequest | None = None
+        self.sessions: set[str] = set()
+
+    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        return INFO
+
+    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
+        self.last = wire.decode_request(wire.encode(request))
+        self.sessions = (self.sessions | set(request.sessions)) - set(request.closed)
+        lengths = wire.unpack_ids(request.candidates).astype(np.float64)
+        return logit_from_length(torch.from_numpy(lengths), INFO.gamma).float().numpy(), []
+
+
+def config(v2: bool = False, **lenvm: Any) -> Any:
+    model = SimpleNamespace(skip_tokenizer_init=True)
+    return SimpleNamespace(
+        additional_config={"lenvm": lenvm},
+        model_config=model,
+        parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
+        use_v2_model_runner=v2,
+    )
+
+
+def params(length: Any = None, eos: int = EOS, **fields: Any) -> SamplingParams:
+    """length: `length_target`, or the flat fields; None for a request without."""
+    flat = {"length_target": length} if isinstance(length, int) else length
+    made = SamplingParams(extra_args=flat, **fields)
+    made.update_from_generation_config({}, eos)
+    return made
+
+
+def exactly(tokens: int) -> dict[str, Any]:
+    return {"length_target": tokens, "length_tolerance": 0.0}
+
+
+def free(tokens: int) -> dict[str, Any]:
+    return {"length_target": tokens, "length_tolerance": "off"}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
