@@ -8,7 +8,7 @@ from typing import Any
 
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 # Fields of vLLM's own requests that happen to start with the same letters.
 _OTHERS = {"length_penalty"}
 
@@ -54,6 +54,7 @@ def rewrite(body: bytes) -> bytes | None:
         raise LengthTargetError(
             f"{names[0]}: unknown field, got {request[names[0]]!r}; its parts go into {FIELD}"
         )
+    _check_beams(request)
     if FIELD not in request:
         return None
     value, xargs = request.pop(FIELD), request.get("vllm_xargs") or {}
@@ -65,6 +66,14 @@ def rewrite(body: bytes) -> bytes | None:
             raise LengthTargetError(f"{FIELD}: given beside vllm_xargs.{twice[0]}")
         request["vllm_xargs"] = {**xargs, **target.to_xargs()}
     return json.dumps(request).encode()
+
+
+def _check_beams(request: dict[str, Any]) -> None:
+    """vLLM searches beams without any logits processor: the target would be lost silently."""
+    xargs = request.get("vllm_xargs")
+    flat = isinstance(xargs, dict) and any(key.startswith(PREFIX) for key in xargs)
+    if request.get("use_beam_search") and (flat or request.get(FIELD) is not None):
+        raise LengthTargetError(f"use_beam_search: true contradicts {FIELD}")
 
 
 def _is_ours(scope: Any) -> bool:

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2Model,
 )
 
-from value_server.linear import PACKED_ROWS, compute_dtype, pack_linears_inplace, weight_dtype
+from value_server.linear import PACKED_ROWS, compute_dtype, pack_inplace, weight_dtype
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -53,7 +53,7 @@ def test_packed_is_plain(name: str, rows: int, dtype: torch.dtype, tolerance: fl
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
             torch.nn.init.normal_(module.bias)
     packed = copy.deepcopy(plain)
-    pack_linears_inplace(packed, dtype)
+    pack_inplace(packed, dtype)
     assert not any(type(m) is torch.nn.Linear for m in packed.modules())
     expected = hidden(plain, rows)
     error = (hidden(packed, rows) - expected).abs().max() / expected.std()
@@ -65,7 +65,7 @@ def test_siblings_may_be_asked_in_any_order_and_again() -> None:
     layer = LlamaModel(LlamaConfig(**SMALL)).layers[0].self_attn
     names = ("q_proj", "k_proj", "v_proj")
     plain = {name: copy.deepcopy(getattr(layer, name)) for name in names}
-    pack_linears_inplace(layer, torch.float32)
+    pack_inplace(layer, torch.float32)
     with torch.inference_mode():
         for order in (names, names[::-1], ("k_proj",), names):
             x = torch.randn(3, 32)

@@ -101,6 +101,7 @@ def test_null_is_no_target() -> None:
         b'{"messages": [{"content": "my length_target is 5"}]}',
         b'{"length_penalty":  1.5}',
         b'{"vllm_xargs":  {"length_target": 5}}',
+        b'{"use_beam_search":  true, "length_penalty": 2}',
         b'{"messages": "length_", "x": ' + b"[" * 100_000,
     ],
 )
@@ -154,6 +155,8 @@ def test_root_path_is_left_out() -> None:
         ({"length_target": 5, "length_mode": "tilt"}, ["length_mode", "'tilt'"]),
         ({"length_target": 5, "vllm_xargs": {"length_mode": "tilt"}}, ["vllm_xargs.length_mode"]),
         ({"length_target": 5, "vllm_xargs": [1]}, ["vllm_xargs", "[1]"]),
+        ({"length_target": 5, "use_beam_search": True}, ["use_beam_search: true"]),
+        ({"vllm_xargs": {"length_target": 5}, "use_beam_search": True}, ["use_beam_search: true"]),
     ],
 )
 def test_wrong_field_is_a_400_that_names_it(body: Any, named: list[str]) -> None:

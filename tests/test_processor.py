@@ -25,12 +25,17 @@ from vllm.v1.sample.logits_processor import (
     LogitsProcessor,
     MoveDirectionality,
     _load_logitsprocs_by_fqcns,
+    build_logitsprocs,
 )
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
 
 import lenvm_vllm
 from lenvm_vllm import engine_rows, middleware, vllm_hooks
 from lenvm_vllm.client import CircuitOpen, TimedOut
+from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.processor import LenvmLogitsProcessor
+from lenvm_vllm.v1 import V1Processor
 from lenvm_vllm.vllm_hooks import MIDDLEWARE, PROCESSOR, complete_names, register
 from tests.fakes import EOS, Server, V, config, exactly, free, params, same_bits
 from tests.tiny import tiny_tokenizer
@@ -398,6 +403,77 @@ def test_ends_beyond_the_vocabulary(target: Any) -> None:
     assert same_bits(railed(logits, target, eos=V + 3), logits)
 
 
+# ---- what else a request may ask for
+
+
+def test_every_token_that_stops_is_an_end() -> None:
+    """stop_token_ids, the model's own end and those of its generation config."""
+    wanted = params(exactly(1), stop_token_ids=[4, 9])
+    wanted.update_from_generation_config({"eos_token_id": [EOS, 6]}, EOS)
+    served = rails_only()
+    served.update_state(update(added=[added(0, wanted)]))
+    after = apply(served, torch.zeros(1, V))
+    assert after[0].isfinite().nonzero()[:, 0].tolist() == [EOS, 4, 6, 9]
+
+
+def test_samples_of_one_request_have_a_session_each() -> None:
+    """n = 2: vLLM runs each as a request of its own, with the same prompt."""
+    server = Server()
+    served = processor_with(server)
+    wanted, outputs = params(free(9), n=2), [[], []]
+    served.update_state(update(added=[added(row, wanted, outputs[row]) for row in range(2)]))
+    served.apply(torch.zeros(2, V))
+    assert len(server.sessions) == 2
+    for row, token in enumerate((11, 12)):
+        outputs[row].append(token)
+    served.apply(torch.zeros(2, V))
+    assert server.last is not None
+    assert wire.unpack_ids(server.last.tokens).tolist() == [11, 12]
+
+
+def sampled(wanted: SamplingParams, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """(rows,) tokens by vLLM's own sampler, its built-in processors before ours."""
+    rows, config_ = len(logits), config()
+    config_.speculative_config, config_.scheduler_config = None, SimpleNamespace(max_num_seqs=rows)
+    processors = build_logitsprocs(config_, torch.device("cpu"), False, False, (PROCESSOR,))
+    ours = next(p for p in processors.non_argmax_invariant if isinstance(p, V1Processor))
+    ours._rows = EngineRows(config_, Server())  # type: ignore[arg-type]
+    change = BatchUpdate(rows, [], [added(row, wanted) for row in range(rows)], [])
+    for one in processors.all:
+        one.update_state(change)
+    ones = torch.ones(rows)
+    metadata = SamplingMetadata(
+        temperature=ones,
+        all_greedy=False,
+        all_random=True,
+        top_p=None,
+        top_k=None,
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=False,
+        prompt_token_ids=torch.full((rows, 1), 7),
+        frequency_penalties=0 * ones,
+        presence_penalties=0 * ones,
+        repetition_penalties=1.5 * ones,
+        output_token_ids=[[] for _ in range(rows)],
+        allowed_token_ids_mask=allowed,
+        bad_words_token_ids={},
+        logitsprocs=processors,
+    )
+    return Sampler()(logits.clone(), metadata).sampled_token_ids[:, 0]
+
+
+@pytest.mark.parametrize("bias", [None, {5: -100.0, 6: -100.0}])
+def test_steering_stays_among_the_allowed_tokens(bias: Any) -> None:
+    """allowed_token_ids, logit_bias and penalties in vLLM's own sampler: token 11 is nearest
+    the target, but not allowed; 3 and 5 are, and 5 is nearer unless its bias forbids it."""
+    wanted = params(free(6) | {"length_policy": "greedy"}, logit_bias=bias)
+    forbidden = torch.ones(20, V, dtype=torch.bool)
+    forbidden[:, [3, 5, 20]] = False
+    tokens = sampled(wanted, torch.zeros(20, V), forbidden)
+    assert set(tokens.tolist()) == ({5} if bias is None else {3})
+
+
 # ---- trouble
 
 
@@ -526,6 +602,17 @@ def test_an_unknown_setting_is_an_error() -> None:
         (200, {"max_tokens": 100}, "max_tokens: 100 contradicts length_target"),
         (200, {"min_tokens": 221, "max_tokens": 300}, "min_tokens: 221 contradicts"),
         (200, {"ignore_eos": True, "max_tokens": 300}, "ignore_eos: true contradicts"),
+        (200, {"max_tokens": 179}, "max_tokens: 179 contradicts .* at least 180"),
+        (
+            {"length_target": 50, "length_mode": "at_least"},
+            {"max_tokens": 49},
+            "max_tokens: 49 contradicts .* at least 50",
+        ),
+        (
+            {"length_target": 50, "length_mode": "at_most"},
+            {"min_tokens": 51, "max_tokens": 99},
+            "min_tokens: 51 contradicts .* at most 50",
+        ),
     ],
 )
 def test_requests_that_are_refused(length: Any, fields: Any, message: str) -> None:

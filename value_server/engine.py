@@ -25,7 +25,7 @@ from value_server.cache import CacheFullError, SlotCache
 from value_server.contract.checkpoint import CheckpointError
 from value_server.errors import BusyError, ModelError, RequestError
 from value_server.groups import group_rows
-from value_server.linear import pack_linears_inplace
+from value_server.linear import pack_inplace
 from value_server.model import ValueModel
 from value_server.scheduler import Chunk, JobRow, is_done, next_chunks
 
@@ -102,7 +102,7 @@ class Engine:
         model.backbone.set_attn_implementation(NAME)
         first = next(model.parameters())
         self.device = first.device
-        pack_linears_inplace(model.backbone, weight_dtype or first.dtype)
+        pack_inplace(model.backbone, weight_dtype or first.dtype)
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
         self.max_position = _max_position(model)
         self.max_candidates = max_candidates

@@ -11,6 +11,8 @@ same input (q, k, v; gate, up) become one product.
 | CPU float32   | float32, + packed  | MKL packed up to PACKED_ROWS rows, above it plain   |
 | else          | as they are        | plain                                               |
 
+RMS norms become one call of torch's own.
+
 Legend: M rows, I inputs, O outputs.
 """
 
@@ -43,8 +45,8 @@ def weight_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16 if half else dtype
 
 
-def pack_linears_inplace(backbone: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every linear layer of `backbone`, which is on its device in its compute_dtype.
+def pack_inplace(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every linear layer and norm of `backbone`, on its device and in its compute_dtype.
 
     dtype: of the weights. Afterwards the backbone can only infer, and cannot be saved.
     """
@@ -58,6 +60,22 @@ def pack_linears_inplace(backbone: nn.Module, dtype: torch.dtype) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, _Packed(_product(child.weight, child.bias, dtype)))
+            elif _is_plain_rms_norm(child):
+                setattr(parent, name, _Norm(child.weight, child.variance_epsilon))
+
+
+def _is_plain_rms_norm(module: nn.Module) -> bool:
+    """That of Llama and its kin: weight * x / rms(x). Others (Gemma: 1 + weight) stay."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+class _Norm(nn.Module):
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self._weight, self._eps = weight.detach(), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self._weight.shape, self._weight, self._eps)
 
 
 class _Packed(nn.Module):
