@@ -15,6 +15,8 @@ for name, target, line in (
         "trainer.evaluate:evaluate",
         "Evaluate CHECKPOINT on the held-out prompts of ROLLOUTS.",
     ),
+    ("import", "trainer.reference:import_checkpoint", "Read a checkpoint of the paper's own code."),
+    ("export", "trainer.reference:export_checkpoint", "Write CHECKPOINT as the paper's own code."),
     (
         "predict",
         "lenvm_vllm.predict:predict",

@@ -9,7 +9,7 @@ import pytest
 
 from lenvm_vllm.cli import app, main
 
-COMMANDS = ("serve", "rollout", "train", "evaluate", "predict", "demo")
+COMMANDS = ("serve", "rollout", "train", "evaluate", "import", "export", "predict", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
