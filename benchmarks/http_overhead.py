@@ -104,10 +104,10 @@ def overhead_ms(sessions: int = 32, candidates: int = 15) -> dict[str, float]:
         command = [*VALUE_SERVER, str(folder / "model"), "--threads", "1", "--dtype", "float32"]
         url = f"http://127.0.0.1:{port}"
         with running([*command, "--port", str(port)], f"{url}/ready", folder / "tcp.log"):
-            tcp = http_ms(ValueClient(url), sessions, ids)
+            tcp = http_ms(ValueClient(url, timeout_s=60), sessions, ids)
         ready = f"http://127.0.0.1:{port}/ready"
         with running([*command, "--uds", str(socket)], ready, folder / "uds.log", uds=socket):
-            unix = http_ms(ValueClient(f"unix:{socket}"), sessions, ids)
+            unix = http_ms(ValueClient(f"unix:{socket}", timeout_s=60), sessions, ids)
     return {"engine": alone, "tcp": tcp - alone, "unix": unix - alone}
 
 

@@ -35,6 +35,7 @@ from benchmarks.http_overhead import overhead_ms
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.engine import Engine, Job, StepRow
 from value_server.linear import compute_dtype, weight_dtype
+from value_server.memory import keep_freed_memory
 from value_server.model import ValueHead, ValueModel, load_backbone
 
 app = App(help=__doc__)
@@ -186,9 +187,13 @@ class Baselines:
 
 @torch.inference_mode()
 def measure(
-    name: str, load: Callable[[], ValueModel], dtype: torch.dtype, repeats: int
+    name: str,
+    load: Callable[[], ValueModel],
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, int, int]],
+    repeats: int,
 ) -> tuple[list[Result], Ceiling, dict[str, float]]:
-    """All shapes of one model. `load` gives a fresh model in its compute dtype, on its device."""
+    """All shapes (B, P, K) of one model. `load` gives it afresh, on its device, ready to run."""
     plain = load()
     device = next(plain.parameters()).device
 
@@ -199,7 +204,6 @@ def measure(
     ceiling = measure_ceiling(plain, dtype, sync)
     engine = Engine(load(), slots=1 << 17, weight_dtype=dtype, prefill_tokens=512)
     engine.warm_up()
-    shapes = [(b, p, k) for b in SESSIONS for p in PREFIXES for k in CANDIDATES]
     results = []
     for b, p, k in tqdm(shapes, desc=name):
         ours = Ours(engine, b, p, k)
@@ -286,6 +290,7 @@ def scoring(
     device: str = "auto",
     dtype: str = "auto",
     threads: int = 1,
+    headline: bool = False,
     repeats: int = 5,
     output: Path = Path("runs/scoring"),
     only_json: Annotated[bool, Parameter(name="--json")] = False,
@@ -304,6 +309,8 @@ def scoring(
         Of the engine's weights, as for `lenvm serve`.
     threads
         CPU threads.
+    headline
+        Only 1 and 32 sessions behind 512 tokens with 15 candidates.
     repeats
         Runs of each shape; the shortest counts.
     output
@@ -312,6 +319,7 @@ def scoring(
         No tables.
     """
     logging.set_verbosity_error()
+    keep_freed_memory()  # the baselines gain from it as well
     torch.set_num_threads(threads)
     where = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -335,16 +343,20 @@ def scoring(
     loaders: dict[str, Callable[[], ValueModel]] = {"full depth": full_depth}
     if checkpoint is not None:
         loaders["checkpoint"] = lambda: ValueModel.load(checkpoint, model, compute).to(where)
+    shapes = [(b, p, k) for b in SESSIONS for p in PREFIXES for k in CANDIDATES]
+    if headline:
+        shapes = [HEADLINE, (32, *HEADLINE[1:])]
     everything: dict[str, Any] = {"threads": threads, "weights": str(weights), "device": str(where)}
     output.mkdir(parents=True, exist_ok=True)
     for name, load in loaders.items():
-        results, ceiling, sizes = measure(name, load, weights, repeats)
+        results, ceiling, sizes = measure(name, load, weights, shapes, repeats)
         everything[name] = {
             "steps": [asdict(r) for r in results],
             "ceiling": asdict(ceiling),
             "memory": sizes,
         }
-        plot(results, output / f"{name.replace(' ', '-')}.png")
+        if not headline:
+            plot(results, output / f"{name.replace(' ', '-')}.png")
         if not only_json:
             print(f"\n## {name}: {weights}, {threads} thread(s), {where}\n\n{table(results)}\n")
         gc.collect()

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from value_server.app import create_app
 from value_server.engine import Engine
 from value_server.linear import compute_dtype, weight_dtype
+from value_server.memory import keep_freed_memory
 from value_server.model import ValueModel
 from value_server.settings import ServerSettings
 from value_server.text import Texts, tokenizer_source
@@ -57,6 +58,7 @@ def serve(
 
 def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
     """Load everything, warm it up and put it together. Raises what loading raises."""
+    keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
