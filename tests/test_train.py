@@ -1,4 +1,4 @@
-"""Training: the loss against a loop, whole runs on a tiny Llama, and runs that were stopped.
+"""Training: whole runs on a tiny Llama, and runs that were stopped.
 
 The toy task: a token's id is the number of tokens that follow it. The best constant has the
 variance of u as its loss; a quarter of that is not reached without reading the tokens.
@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 import trainer.train
 from tests.tiny import GAMMA, tiny_model, tiny_tokenizer
 from tests.tiny_llm import tiny_llm
 from trainer.data import NO_LABEL, PackedDataset, Rollout, collate, make_example
+from trainer.objective import Objective
+from trainer.recipe import Recipe
 from trainer.rollout import SCHEMA
 from trainer.steps import last_step
 from trainer.train import LoraShape, Tune, train
-from trainer.value_trainer import ValueTrainer, value_loss
+from trainer.value_trainer import ValueTrainer
 from value_server.contract.checkpoint import read_config, tokenizer_fingerprint
+from value_server.contract.values import length_from_logit
 from value_server.model import ValueModel
 
 TUNES: list[Tune] = ["full", "lora", "head"]
@@ -37,41 +39,7 @@ LENGTHS = (4, 12, 40)
 NAME = "org/tiny"
 
 
-# --- loss ---------------------------------------------------------------------------------
-
-
-def naive_loss(z: list[float], labels: list[float], is_bound: list[bool], gamma: float) -> float:
-    """Sum of squared errors in u, position by position."""
-    total = 0.0
-    for logit, r, bound in zip(z, labels, is_bound, strict=True):
-        if r == NO_LABEL:
-            continue
-        predicted, true = 1 / (1 + math.exp(-logit)), 1 - gamma**r
-        if not bound or predicted < true:
-            total += (predicted - true) ** 2
-    return total
-
-
-positions = st.tuples(
-    st.floats(-10, 10), st.sampled_from([NO_LABEL, 1.0, 2.0, 30.0, 900.0]), st.booleans()
-)
-
-
-@given(st.lists(positions, min_size=1, max_size=20), st.sampled_from([0.9, 0.99, 0.999]))
-def test_loss_equals_a_loop(rows: list[tuple[float, float, bool]], gamma: float) -> None:
-    z, labels, is_bound = map(list, zip(*rows, strict=True))
-    tensors = torch.tensor([z]), torch.tensor([labels]), torch.tensor([is_bound])
-    expected = naive_loss(z, labels, is_bound, gamma)
-    assert value_loss(*tensors, gamma).item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_bound_pulls_up_only() -> None:
-    z = torch.tensor([[-1.0, 5.0]], requires_grad=True)
-    labels, is_bound = torch.full((1, 2), 50.0), torch.ones(1, 2, dtype=torch.bool)
-    value_loss(z, labels, is_bound, GAMMA).backward()
-    assert z.grad is not None
-    assert z.grad[0, 0] < 0
-    assert z.grad[0, 1] == 0
+# --- steps --------------------------------------------------------------------------------
 
 
 def rollout(prompt: int, completion: int) -> Rollout:
@@ -123,7 +91,12 @@ def test_loss_and_gradient_are_averages_over_all_tokens_of_a_step(tmp_path: Path
     dataset = PackedDataset(UNEVEN, 64, seed=0)
     dataset.packs = [[i] for i in range(4)]
     value_trainer = ValueTrainer(
-        model, arguments, train_dataset=dataset, data_collator=remember, gamma=GAMMA
+        model,
+        arguments,
+        train_dataset=dataset,
+        data_collator=remember,
+        objective=Objective(),
+        readout=model.lenvm.readout,
     )
     value_trainer.train()
     logs = [entry for entry in value_trainer.state.log_history if "grad_norm" in entry]
@@ -138,12 +111,12 @@ def test_loss_and_gradient_are_averages_over_all_tokens_of_a_step(tmp_path: Path
 
 
 def token_average(model: ValueModel, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    losses, count = [], 0
+    losses = []
     for batch in batches:
-        z = model(batch["input_ids"])
-        losses.append(value_loss(z, batch["labels"], batch["is_bound"], GAMMA))
-        count += int((batch["labels"] != NO_LABEL).sum())
-    return torch.stack(losses).sum() / count
+        labelled = batch["labels"] != NO_LABEL
+        u = model(batch["input_ids"])[labelled].sigmoid()
+        losses.append((u - (1 - GAMMA ** batch["labels"][labelled])).square())
+    return torch.cat(losses).mean()
 
 
 # --- whole runs ---------------------------------------------------------------------------
@@ -198,7 +171,11 @@ def run(data: Path, output: Path, base: Path, **options: Any) -> None:
         "base_model": NAME,
         "lora": LoraShape(rank=4, alpha=8),
     }
-    train(data, output, model=str(base), **settings | options)
+    settings |= options
+    for name, kind in (("objective", Objective), ("recipe", Recipe)):
+        own = {field.name for field in fields(kind)} & settings.keys()
+        settings[name] = kind(**{field: settings.pop(field) for field in own})
+    train(data, output, model=str(base), **settings)
 
 
 @pytest.fixture
@@ -274,19 +251,66 @@ def test_cut_completions_are_bounds_or_nothing(
 ) -> None:
     seen: list[Any] = []
 
-    def keep(examples: Any, capacity: int, seed: int) -> PackedDataset:
+    def keep(examples: Any, *args: Any, **options: Any) -> PackedDataset:
         seen.append(examples)
-        return PackedDataset(examples, capacity, seed)
+        return PackedDataset(examples, *args, **options)
 
     monkeypatch.setattr(trainer.train, "PackedDataset", keep)
     rows = [*toy_rows(6), *(row(i, [1], [2] * 9, "length") for i in range(4))]
     path = write(tmp_path / "a.parquet", rows)
     for censored in ("drop", "bound"):
         run(path, tmp_path / censored, base, censored=censored, max_steps=1)
-    assert [e.is_bound for e in seen[0]] == [False] * 6
-    assert [e.is_bound for e in seen[1]] == [False] * 6 + [True] * 4
+    assert [e.is_cut for e in seen[0]] == [False] * 6
+    assert [e.is_cut for e in seen[1]] == [False] * 6 + [True] * 4
     facts = [read_config(tmp_path / name).training for name in ("drop", "bound")]
     assert [(f["completions"], f["cut"]) for f in facts] == [(6, 0), (10, 4)]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"loss": "huber"},
+        {"loss": "bce"},
+        {"weighting": "trajectory"},
+        {"batches": "grouped"},
+        {"gae_lambda": 0.9},
+        {"target": "normalised_length"},
+        {"target": "normalised_length", "loss": "bce"},
+        {"target": "length", "target_scale": 40.0},
+        {"target": "log_length", "max_steps": 40},
+        {"censored": "bootstrap"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_each_choice_learns_the_toy_task(
+    choice: dict[str, Any], base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Read back as lengths, whatever the target: the best constant is wrong by far more."""
+    longer = {"max_steps": 24, "tune": "full", "learning_rate": 3e-3} | choice
+    run(data, tmp_path / "out", base, **longer)
+    facts = read_config(tmp_path / "out")
+    named = facts.training | {"target": facts.target, "target_scale": facts.target_scale}
+    assert {name: named[name] for name in choice} == choice
+    model = ValueModel.load(tmp_path / "out")
+    with torch.inference_mode():
+        z = torch.cat([model(torch.tensor([[255, 255, n]]))[0, -1:] for n in LENGTHS])
+    lengths = length_from_logit(z, facts.gamma)
+    torch.testing.assert_close(lengths, torch.tensor(LENGTHS).float(), rtol=0.5, atol=3)
+
+
+def test_gamma_from_another_percentile(base: Path, tmp_path: Path) -> None:
+    rows = [row(i, [1], [2] * (i + 1)) for i in range(41)]
+    path = write(tmp_path / "a.parquet", rows)
+    run(path, tmp_path / "out", base, max_steps=1, gamma_percentile=50.0)
+    assert 1 - read_config(tmp_path / "out").gamma ** 21 == pytest.approx(0.99)
+
+
+def test_the_scale_of_a_normalised_length_is_the_longest_label(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    run(data, tmp_path / "out", base, target="normalised_length", max_steps=1)
+    assert read_config(tmp_path / "out").target_scale == max(LENGTHS)
 
 
 def test_prompts_held_out_are_not_trained_on(base: Path, data: Path, tmp_path: Path) -> None:
@@ -387,6 +411,11 @@ def stopped(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ("num_layers", 1),
         ("gamma", 0.5),
         ("seed", 7),
+        ("gae_lambda", 0.5),
+        ("loss", "bce"),
+        ("weighting", "trajectory"),
+        ("batches", "grouped"),
+        ("target", "length"),
         ("base_model", "org/other"),
         ("lora", LoraShape(rank=2, alpha=8)),
     ],
@@ -435,6 +464,12 @@ def test_without_resume_it_starts_anew(
     [
         ("tune", "half"),
         ("censored", "keep"),
+        ("target", "words"),
+        ("loss", "absolute"),
+        ("weighting", "prompt"),
+        ("batches", "sorted"),
+        ("gae_lambda", 1.1),
+        ("gamma_percentile", 0.0),
         ("holdout", 1.0),
         ("holdout", -0.1),
         ("gamma", 0.0),

@@ -54,7 +54,7 @@ def test_labels_count_what_follows(sizes: tuple[int, int], finished: bool) -> No
     assert example.labels.tolist() == naive_labels(*sizes, finished)
     assert example.labels.dtype == np.float32
     assert example.input_ids.tolist() == [*range(sizes[0]), *range(1000, 1000 + sizes[1])]
-    assert example.is_bound == (not finished)
+    assert example.is_cut == (not finished)
 
 
 def test_labels_by_hand() -> None:
@@ -73,7 +73,7 @@ def test_what_is_cut_at_max_length_leaves_the_other_labels_true(
     part = make_example(rollout(*sizes, finished), max_length)
     assert part.labels.tolist() == whole.labels.tolist()[:max_length]
     assert part.input_ids.tolist() == whole.input_ids.tolist()[:max_length]
-    assert part.is_bound == whole.is_bound
+    assert part.is_cut == whole.is_cut
     assert part.has_labels == (sizes[0] <= max_length)
 
 
@@ -103,6 +103,24 @@ def test_packs_are_shuffled() -> None:
     assert order != [i for members in pack([1] * 100, 10, seed=1) for i in members]
 
 
+def test_groups_are_packed_in_a_row_and_shuffled_as_wholes() -> None:
+    groups = [str(i % 10) for i in range(40)]
+    packs = pack([10] * 40, 40, seed=0, groups=groups)
+    assert sorted(i for members in packs for i in members) == list(range(40))
+    assert all(len({groups[i] for i in members}) == 1 for members in packs)
+    order = [groups[members[0]] for members in packs]
+    assert order != sorted(order)
+    assert packs == pack([10] * 40, 40, seed=0, groups=groups)
+    assert packs != pack([10] * 40, 40, seed=1, groups=groups)
+
+
+def test_weights_of_a_token_mean_and_a_trajectory_mean() -> None:
+    example = make_example(rollout(3, 4), 99)
+    assert example.weights(False).tolist() == [0, 0, 1, 1, 1, 1, 0]
+    assert example.weights(True).tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25, 0]
+    assert make_example(rollout(9, 4), 5).weights(True).tolist() == [0] * 5
+
+
 EXAMPLES = [make_example(rollout(p, 3 + 7 * p % 9, p % 2 == 0), 20) for p in range(1, 9)]
 
 
@@ -122,7 +140,8 @@ def as_text(example: Example) -> dict[str, Any]:
         "input_ids": example.input_ids.tolist(),
         "position_ids": list(range(size)),
         "labels": example.labels.tolist(),
-        "is_bound": [example.is_bound] * size,
+        "weights": example.weights(False).tolist(),
+        "is_cut": [example.is_cut] * size,
     }
 
 
@@ -139,13 +158,13 @@ def test_collate_lays_packs_end_to_end() -> None:
     dataset = PackedDataset(EXAMPLES, 20, seed=0)
     items = [dataset[0], dataset[1]]
     batch = collate(items)
-    assert set(batch) == {"input_ids", "position_ids", "labels", "is_bound"}
+    assert set(batch) == {"input_ids", "position_ids", "labels", "weights", "is_cut"}
     for name, tensor in batch.items():
         assert tensor.shape == (1, sum(len(item["labels"]) for item in items))
         assert tensor[0].tolist() == [*items[0][name].tolist(), *items[1][name].tolist()]
         assert tensor.dtype == items[0][name].dtype
     assert batch["input_ids"].dtype == batch["position_ids"].dtype == torch.int64
-    assert (batch["labels"].dtype, batch["is_bound"].dtype) == (torch.float32, torch.bool)
+    assert (batch["labels"].dtype, batch["is_cut"].dtype) == (torch.float32, torch.bool)
 
 
 def test_split_keeps_the_samples_of_a_prompt_together() -> None:

@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,6 @@ from torch.utils.data import Dataset
 
 NO_LABEL = -100.0
 COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
-Censored = Literal["drop", "bound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +35,17 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """input_ids, labels: (P+R,). With `is_bound` a label is a lower bound of r."""
+    """input_ids, labels: (P+R,). With `is_cut` a label is a lower bound of r."""
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.float32]
-    is_bound: bool
+    is_cut: bool
+    prompt_id: str = ""
+
+    def weights(self, trajectory_mean: bool) -> NDArray[np.float32]:
+        """(P+R,) what each label counts for: 1, or 1 for all labels of a text together."""
+        labelled = (self.labels != NO_LABEL).astype(np.float32)
+        return labelled / max(labelled.sum(), 1) if trajectory_mean else labelled
 
     @property
     def has_labels(self) -> bool:
@@ -110,7 +114,9 @@ def make_example(rollout: Rollout, max_length: int) -> Example:
     else:
         labels[prompt - 1 :] = np.arange(length + 1, 0, -1)
     input_ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
-    return Example(input_ids[:max_length], labels[:max_length], not rollout.finished)
+    return Example(
+        input_ids[:max_length], labels[:max_length], not rollout.finished, rollout.prompt_id
+    )
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -119,14 +125,24 @@ def digest(examples: Sequence[Example]) -> str:
     for example in examples:
         for array in (example.input_ids, example.labels):
             total.update(len(array).to_bytes(8, "big") + array.tobytes())
-        total.update(bytes([example.is_bound]))
+        total.update(bytes([example.is_cut]))
     return total.hexdigest()
 
 
-def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Indices in packs of at most `capacity` tokens: shuffled, then first fit over open packs."""
+def pack(
+    lengths: Sequence[int], capacity: int, seed: int, groups: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Indices in packs of at most `capacity` tokens: shuffled, then first fit over open packs.
+
+    With `groups` these are shuffled as wholes, and what belongs together is packed in a row.
+    """
     order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)
+    chance = random.Random(seed)
+    if groups is None:
+        chance.shuffle(order)
+    else:
+        places = {group: chance.random() for group in dict.fromkeys(groups)}
+        order.sort(key=lambda index: (places[groups[index]], groups[index]))
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, pack), open packs only
     for index in order:
@@ -138,7 +154,7 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
         else:
             packs.append([index])
             room.append((capacity - lengths[index], len(packs) - 1))
-            room = room[-64:]
+            room = room[-64:] if groups is None else room[-1:]
     return packs
 
 
@@ -146,12 +162,22 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     """Packs of whole examples, each of at most `capacity` tokens.
 
     An item: input_ids, position_ids (from 0 in each text: that separates them), labels (float),
-    is_bound, all (L,).
+    weights, is_cut, all (L,).
     """
 
-    def __init__(self, examples: Sequence[Example], capacity: int, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        capacity: int,
+        seed: int,
+        *,
+        grouped: bool = False,
+        trajectory_mean: bool = False,
+    ) -> None:
         self.examples = examples
-        self.packs = pack([len(e.input_ids) for e in examples], capacity, seed)
+        self.trajectory_mean = trajectory_mean
+        groups = [e.prompt_id for e in examples] if grouped else None
+        self.packs = pack([len(e.input_ids) for e in examples], capacity, seed, groups)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -159,14 +185,14 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         members = [self.examples[i] for i in self.packs[index]]
         sizes = [len(e.input_ids) for e in members]
-        bound = np.concatenate(
-            [np.full(n, e.is_bound) for n, e in zip(sizes, members, strict=True)]
-        )
+        is_cut = [np.full(n, e.is_cut) for n, e in zip(sizes, members, strict=True)]
+        weights = [e.weights(self.trajectory_mean) for e in members]
         return {
             "input_ids": torch.from_numpy(np.concatenate([e.input_ids for e in members])),
             "position_ids": torch.cat([torch.arange(n) for n in sizes]),
             "labels": torch.from_numpy(np.concatenate([e.labels for e in members])),
-            "is_bound": torch.from_numpy(bound),
+            "weights": torch.from_numpy(np.concatenate(weights)),
+            "is_cut": torch.from_numpy(np.concatenate(is_cut)),
         }
 
 

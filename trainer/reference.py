@@ -128,6 +128,8 @@ def export_checkpoint(checkpoint: Path, output: Path, *, base_model: str | None 
     """
     _check_empty(output)
     lenvm = read_config(checkpoint)
+    if lenvm.target != "discounted_return":
+        raise ValueError(f"target: {lenvm.target!r}, must be 'discounted_return' to be exported")
     if lenvm.weights == "full":
         config, decoder = AutoConfig.from_pretrained(checkpoint), dict(_read_tensors(checkpoint))
         decoder = {name: t for name, t in decoder.items() if name not in HEAD_NAMES}

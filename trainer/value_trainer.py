@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer with the value loss.
 
-Loss: token-averaged squared error between u = sigmoid(z) and 1 - gamma^r over every labelled
-position (paper, Eq. 9). A lower bound counts only where the prediction falls below it.
+Loss: the weighted mean of the token losses over a global batch; with equal weights the paper's
+Eq. 9.
 """
 
 from pathlib import Path
@@ -12,43 +12,55 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
-from trainer.data import NO_LABEL
-from value_server.contract.values import value_from_length, value_from_logit
+from trainer.losses import token_losses
+from trainer.objective import Objective
+from value_server.contract.targets import Readout
 
 TRAINED_FILE = "trained.safetensors"
 
 
-def value_loss(z: Tensor, labels: Tensor, is_bound: Tensor, gamma: float) -> Tensor:
-    """Sum of squared errors in u over labelled positions; all arguments (B, T)."""
-    labelled = labels != NO_LABEL
-    error = value_from_logit(z) - value_from_length(labels.clamp(min=0), gamma)
-    error = torch.where(is_bound, error.clamp(max=0), error)
-    return (error.square() * labelled).sum()
-
-
 class ValueTrainer(Trainer):
-    """Averages the loss over all labelled tokens of a global batch; a step saves what trains."""
+    """Averages the loss over all weights of a global batch; a step saves what trains."""
 
-    def __init__(self, *args: Any, gamma: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective, readout: Readout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gamma = gamma
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch itself
+        self.objective = objective
+        self.readout = readout
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the sum of weights itself
 
     def compute_loss(
         self,
         model: Any,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        z = model(inputs["input_ids"], position_ids=inputs["position_ids"])
-        loss = value_loss(z, inputs["labels"], inputs["is_bound"], self.gamma)
+        raw = model(inputs["input_ids"], position_ids=inputs["position_ids"], raw=True)
+        losses = token_losses(
+            raw,
+            inputs["labels"],
+            inputs["is_cut"],
+            inputs["position_ids"],
+            self.objective,
+            self.readout,
+        )
+        loss = (losses * inputs["weights"]).sum()
         if num_items_in_batch is None:
-            loss = loss / (inputs["labels"] != NO_LABEL).sum()
+            loss = loss / inputs["weights"].sum()
         else:
-            # The count is that of all processes, their gradients are averaged.
+            # The sum is that of all processes, their gradients are averaged.
             loss = loss * self.accelerator.num_processes / num_items_in_batch
-        return (loss, z) if return_outputs else loss
+        return (loss, raw) if return_outputs else loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor | None:
+        """The weights of a global batch: transformers would count its labels."""
+        if not batch_samples:
+            return None
+        total = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum()
+        gathered: Tensor = self.accelerator.gather(total.to(device))
+        return gathered.sum()
 
     def _trained(self) -> dict[str, nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)

@@ -24,21 +24,25 @@ from value_server.contract.checkpoint import (
     LenvmConfig,
     read_config,
 )
+from value_server.contract.targets import Readout
 
 
 class ValueHead(nn.Module):
-    """z = summary(SiLU(fc(h))), always in float32."""
+    """raw = summary(SiLU(fc(h))), always in float32; z is raw unless `readout` says otherwise."""
+
+    readout: Readout | None = None
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.fc = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
         self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., H) of any dtype → (...) float32 logits."""
+    def forward(self, hidden: Tensor, raw: bool = False) -> Tensor:
+        """(..., H) of any dtype → (...) float32 logits z; with `raw` what the loss is made of."""
         with torch.autocast(hidden.device.type, enabled=False):
-            z: Tensor = self.summary(nn.functional.silu(self.fc(hidden.float())))
-        return z.squeeze(-1)
+            out: Tensor = self.summary(nn.functional.silu(self.fc(hidden.float())))
+            out = out.squeeze(-1)
+            return out if raw or self.readout is None else self.readout.logit(out)
 
 
 class ValueModel(nn.Module):
@@ -48,6 +52,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.head.readout = lenvm.readout
         self.lenvm = lenvm
 
     @property
@@ -60,15 +65,19 @@ class ValueModel(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        raw: bool = False,
     ) -> Tensor:
-        """(B, T) ids → (B, T) float32 logits. Positions that restart at 0 mark packed texts."""
+        """(B, T) ids → (B, T) float32 logits z, or with `raw` the head's raw output.
+
+        Positions that restart at 0 mark packed texts.
+        """
         output = self.backbone(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
         )
-        z: Tensor = self.head(output.last_hidden_state)
+        z: Tensor = self.head(output.last_hidden_state, raw)
         return z
 
     def save(self, folder: Path) -> None:

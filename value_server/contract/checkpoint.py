@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 
+from value_server.contract.targets import TARGETS, Readout, Target
 from value_server.contract.values import check_gamma
 
 CONFIG_FILE = "config.json"
@@ -22,7 +24,7 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     """Facts of a value model that its weights do not tell.
 
     gamma: discount of the value, in (0, 1).
-    target: how the head's output reads; this version knows "discounted_return" (u = sigmoid(z)).
+    target, target_scale: how the head's raw output reads, see targets.
     base_model: hub name or path of the backbone that the checkpoint builds on.
     weights: "full" (the backbone is in the checkpoint), "adapter" (a peft adapter on the base
         model) or "head" (the base model as it is).
@@ -37,14 +39,22 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     num_layers: int
     tokenizer_fingerprint: str
     target: str = "discounted_return"
+    target_scale: float = 1.0
     training: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        if self.target != "discounted_return":
+        if self.target not in TARGETS:
             raise ValueError(f"target: unknown value {self.target!r}")
+        if not 0 < self.target_scale < math.inf:
+            raise ValueError(f"target_scale: {self.target_scale!r}, must be above 0")
         if self.weights not in ("full", "adapter", "head"):
             raise ValueError(f"weights: unknown value {self.weights!r}")
+
+    @property
+    def readout(self) -> Readout:
+        """How the head's raw output becomes a value."""
+        return Readout(cast(Target, self.target), self.gamma, self.target_scale)
 
 
 def read_config(checkpoint: Path) -> LenvmConfig:

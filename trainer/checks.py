@@ -1,0 +1,15 @@
+"""Refusals of settings: one line that names the field and its value."""
+
+from collections.abc import Iterable
+
+
+def check(ok: bool, field: str, value: object, rule: str) -> None:
+    """Raises ValueError unless `ok`."""
+    if not ok:
+        raise ValueError(f"{field}: {value!r}, must be {rule}")
+
+
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    choices = list(choices)
+    check(value in choices, field, value, "one of " + ", ".join(choices))

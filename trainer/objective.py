@@ -1,0 +1,89 @@
+"""What a value model learns: the choices that the paper compares, its own as defaults."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from cyclopts import Parameter
+
+from trainer.checks import check, check_choice
+from value_server.contract.targets import IN_UNIT_INTERVAL, SCALED, TARGETS, Target
+
+Loss = Literal["squared", "huber", "bce"]
+Weighting = Literal["token", "trajectory"]
+Censored = Literal["drop", "bound", "bootstrap"]
+PERCENTILE = 99.0
+HUBER_DELTA = 0.1
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the head's output means and how it is fitted.
+
+    Parameters
+    ----------
+    gamma
+        Discount; by default 1 - gamma^L = 0.99 with L a percentile of the finished lengths.
+    gamma_percentile
+        That percentile; by default 99.
+    target
+        What the head predicts: the discounted return, or for comparison a length.
+    target_scale
+        Tokens of one unit of a length; by default 1, of normalised_length the longest label.
+    loss
+        Of one token: squared error, Huber, or binary cross-entropy (less its minimum).
+    huber_delta
+        Error at which Huber turns linear; by default 0.1.
+    weighting
+        Each token counts the same, or each completion.
+    gae_lambda
+        Below 1 the targets are lambda-returns, made from the model's own later values.
+    censored
+        Completions cut by max_tokens: drop them, take their length as a lower bound, or go on
+        from the model's own value at the cut.
+    """
+
+    gamma: float | None = None
+    gamma_percentile: float | None = None
+    target: Target = "discounted_return"
+    target_scale: float | None = None
+    loss: Loss = "squared"
+    huber_delta: float | None = None
+    weighting: Weighting = "token"
+    gae_lambda: float = 1.0
+    censored: Censored = "drop"
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong or has no effect."""
+        check_choice("target", self.target, TARGETS)
+        check_choice("loss", self.loss, get_args(Loss))
+        check_choice("weighting", self.weighting, get_args(Weighting))
+        check_choice("censored", self.censored, get_args(Censored))
+        check(self.gamma is None or 0 < self.gamma < 1, "gamma", self.gamma, "between 0 and 1")
+        if (percentile := self.gamma_percentile) is not None:
+            check(0 < percentile <= 100, "gamma_percentile", percentile, "above 0, at most 100")
+            check(self.gamma is None, "gamma_percentile", percentile, "left out beside gamma")
+        if (scale := self.target_scale) is not None:
+            check(0 < scale < float("inf"), "target_scale", scale, "above 0")
+            check(self.target in SCALED, "target_scale", scale, f"left out with {self.target}")
+        if (delta := self.huber_delta) is not None:
+            check(0 < delta < float("inf"), "huber_delta", delta, "above 0")
+            check(self.loss == "huber", "huber_delta", delta, f"left out with loss {self.loss}")
+        bounded = self.loss != "bce" or self.target in IN_UNIT_INTERVAL
+        check(bounded, "loss", self.loss, f"squared or huber with target {self.target}")
+        check(0 <= self.gae_lambda <= 1, "gae_lambda", self.gae_lambda, "0 to 1")
+        if self.target != "discounted_return":
+            check(self.gae_lambda == 1, "gae_lambda", self.gae_lambda, f"1 with {self.target}")
+            checked = self.censored != "bootstrap"
+            check(checked, "censored", self.censored, f"drop or bound with {self.target}")
+        if self.censored == "bound":
+            check(self.gae_lambda == 1, "gae_lambda", self.gae_lambda, "1 with censored bound")
+
+    @property
+    def bootstraps(self) -> bool:
+        """Whether targets are made from the model's own values."""
+        return self.gae_lambda < 1 or self.censored == "bootstrap"
+
+    def facts(self) -> dict[str, Any]:
+        """What was chosen, but gamma, which the checkpoint holds in its own place."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "gamma"}
