@@ -21,7 +21,8 @@ from lenvm_vllm.client import ValueClient
 from lenvm_vllm.processes import VALUE_SERVER, free_port, running
 from value_server.contract import wire
 from value_server.contract.checkpoint import LenvmConfig
-from value_server.engine import Engine, Job, StepRow
+from value_server.engine import Engine
+from value_server.job import Job, StepRow
 from value_server.model import ValueHead, ValueModel
 
 app = App(help=__doc__)

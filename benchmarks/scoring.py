@@ -33,7 +33,8 @@ from transformers.utils import logging
 
 from benchmarks.http_overhead import overhead_ms
 from value_server.contract.checkpoint import LenvmConfig
-from value_server.engine import Engine, Job, StepRow
+from value_server.engine import Engine
+from value_server.job import Job, StepRow
 from value_server.linear import compute_dtype, weight_dtype
 from value_server.memory import keep_freed_memory
 from value_server.model import ValueHead, ValueModel, load_backbone

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import tiny
 
-from value_server.engine import Engine, Job
+from value_server.engine import Engine
+from value_server.job import Job
 
 SECONDS = 30.0  # longer than anything here takes
 

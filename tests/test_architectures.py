@@ -12,7 +12,8 @@ import torch
 import transformers as tf
 
 from value_server.contract.checkpoint import CheckpointError
-from value_server.engine import Engine, Job, StepRow
+from value_server.engine import Engine
+from value_server.job import Job, StepRow
 from value_server.model import ValueHead, ValueModel
 
 WINDOW = 7

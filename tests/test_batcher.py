@@ -11,8 +11,8 @@ import torch
 from blocked import SECONDS, BlockedEngine, wait_until
 
 from value_server.batcher import Batcher
-from value_server.engine import Job, JobResult, StepRow
 from value_server.errors import BusyError, ModelError, RequestError
+from value_server.job import Job, JobResult, StepRow
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import tiny
 import torch
 
 from value_server.batcher import Batcher
-from value_server.engine import Engine, Job, StepRow
+from value_server.engine import Engine
 from value_server.errors import BusyError, ModelError, RequestError
+from value_server.job import Job, StepRow
 from value_server.model import ValueModel
 
 
@@ -174,7 +175,7 @@ def test_prompt_of_more_positions_than_the_model_has_is_refused_at_once() -> Non
 def test_text_values_are_those_of_one_forward(reference: ValueModel) -> None:
     served = engine(prefill_tokens=16)
     ids = [i % 200 for i in range(90)]
-    result = served.run(Job([StepRow("t", 0, ids)]))
+    result = served.run(Job([StepRow("t", 0, ids)], texts=True))
     with torch.inference_mode():
         expected = reference(torch.tensor([ids]))[0].numpy()
     np.testing.assert_allclose(result.texts[0], expected, atol=1e-4)

@@ -23,7 +23,7 @@ from starlette.types import Receive
 from value_server.batcher import Batcher
 from value_server.contract import wire
 from value_server.contract.values import length_from_logit
-from value_server.engine import Engine, Job, JobResult, StepRow
+from value_server.engine import Engine
 from value_server.errors import (
     ClientGoneError,
     MalformedError,
@@ -31,6 +31,7 @@ from value_server.errors import (
     UnknownSessionError,
 )
 from value_server.guard import Guard
+from value_server.job import Job, JobResult, StepRow
 from value_server.metrics import Metrics
 from value_server.text import TextRequest, Texts
 
@@ -79,7 +80,7 @@ def create_app(
             message = error.message.replace("tokens", request.given, 1)
             raise RequestError(message, request.given) from error
         try:
-            result = await run(Job([row]), http)
+            result = await run(Job([row], texts=True), http)
         finally:
             batcher.forget(name)
         z = torch.from_numpy(result.texts[0])

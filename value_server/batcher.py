@@ -12,8 +12,9 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from value_server.engine import Engine, Job, JobResult
+from value_server.engine import Engine
 from value_server.errors import BusyError, ModelError, RequestError
+from value_server.job import Job, JobResult
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,7 @@ Legend: Q queries of a pass, K candidates, T tokens, H hidden size.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,56 +20,15 @@ from value_server import selfcheck
 from value_server.alone import Alone
 from value_server.attention import NAME, KVPool, Part, Pass, Row, register
 from value_server.cache import CacheFullError, SlotCache
-from value_server.contract.checkpoint import CheckpointError
 from value_server.errors import BusyError, ModelError, RequestError
 from value_server.groups import group_rows
+from value_server.job import Job, JobResult, StepRow
 from value_server.linear import pack_inplace
+from value_server.memory import on_device
 from value_server.model import ValueModel
 from value_server.scheduler import Chunk, JobRow, is_done, next_chunks
 
 ALONE_QUERIES = 64  # a row with more is worth a group on a CPU, too
-
-
-class StepRow(NamedTuple):
-    """One session's part of a request; see contract.wire.StepRequest."""
-
-    session: str
-    start: int
-    tokens: Sequence[int]
-    candidates: Sequence[int] = ()
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request.
-
-    rows: one for each of `steps`, filled in by `admit`; None is unknown.
-    found: how many of the sessions to close there were.
-    queue_seconds, prefill_seconds, compute_seconds: set by the Batcher; the wait for its first
-        pass, the passes up to the last one, and the last one.
-    """
-
-    steps: Sequence[StepRow]
-    closed: Sequence[str] = ()
-    rows: list[JobRow | None] = field(default_factory=list)
-    found: int = 0
-    queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    compute_seconds: float = 0.0
-
-    @property
-    def touched(self) -> set[str]:
-        """Sessions that no other job may use at the same time."""
-        return {step.session for step in self.steps}.union(self.closed)
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """logits: (K,) z of the candidates, NaN in unknown rows; texts: (T,) z of each row's text."""
-
-    logits: NDArray[np.float32]
-    texts: list[NDArray[np.float32]]
-    unknown: list[int]
 
 
 class Engine:
@@ -97,14 +54,13 @@ class Engine:
         self.model = model.eval()
         with selfcheck.named(model):
             self._plain = selfcheck.plain(model)
-            self.max_position = _max_position(model)
+            self.max_position = selfcheck.max_position(model)
         self.gamma = model.lenvm.gamma
         model.backbone.set_attn_implementation(NAME)
         first = next(model.parameters())
         self.device = first.device
         pack_inplace(model.backbone, weight_dtype or first.dtype)
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
-        self.max_position = _max_position(model)
         self.max_candidates = max_candidates
         self.pass_tokens = pass_tokens
         self.prefill_tokens = prefill_tokens
@@ -182,11 +138,11 @@ class Engine:
             return 0
         flat, positions = _flatten(chunks)
         written = np.concatenate([row.written for row in flat])
-        lenvm_pass = Pass(self.pool, torch.from_numpy(written).to(self.device), self._parts(flat))
-        ids = torch.from_numpy(self._token[written].astype(np.int64)).to(self.device)
+        lenvm_pass = Pass(self.pool, on_device(written, self.device), self._parts(flat))
+        ids = on_device(self._token[written].astype(np.int64), self.device)
         output = self.model.backbone(
             input_ids=ids[None],  # (1, Q)
-            position_ids=torch.from_numpy(positions).to(self.device)[None],
+            position_ids=on_device(positions, self.device)[None],
             use_cache=False,
             lenvm_pass=lenvm_pass,
         )
@@ -207,21 +163,25 @@ class Engine:
 
         Raises ModelError if one is not a finite number; the sessions of the job are then gone.
         """
-        logits, texts, unknown = [], [], []
+        logits, unknown, texts = [], [], []
         for index, (step, row) in enumerate(zip(job.steps, job.rows, strict=True)):
             if row is None:
                 unknown.append(index)
                 logits.append(np.full(len(step.candidates), np.nan, dtype=np.float32))
-                texts.append(np.empty(0, dtype=np.float32))
                 continue
-            logits.append(self._z[np.array(row.session.candidates, dtype=np.int64)])
-            texts.append(self._z[np.array(row.session.path, dtype=np.int64)])
-            if not (np.isfinite(logits[-1]).all() and np.isfinite(texts[-1]).all()):
-                for other in job.steps:
-                    self.cache.close(other.session)
-                raise ModelError("the model gave a logit that is not a finite number")
+            logits.append(self._logits(row.session.candidates, job))
+            if job.texts:
+                texts.append(self._logits(row.session.path, job))
         flat = np.concatenate(logits) if logits else np.empty(0, dtype=np.float32)
-        return JobResult(flat, texts, unknown)
+        return JobResult(flat, unknown, texts)
+
+    def _logits(self, slots: Sequence[int], job: Job) -> NDArray[np.float32]:
+        z: NDArray[np.float32] = self._z[np.array(slots, dtype=np.int64)]
+        if not np.isfinite(z).all():
+            for step in job.steps:
+                self.cache.close(step.session)
+            raise ModelError("the model gave a logit that is not a finite number")
+        return z
 
     def run(self, job: Job) -> JobResult:
         """Serve one job alone."""
@@ -269,20 +229,3 @@ def _flatten(chunks: Sequence[Chunk]) -> tuple[list[Row], NDArray[np.int64]]:
         positions.append(np.full(len(chunk.candidates), chunk.end))
         first += chunk.queries
     return rows, np.concatenate(positions)
-
-
-def _max_position(model: ValueModel) -> int:
-    """Positions of the backbone. Raises CheckpointError if they depend on the text's length."""
-    config = model.backbone.config
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        raise CheckpointError("its config has no max_position_embeddings")
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]  # one per layer type
-    for part in nested or [rope]:
-        kind = part.get("rope_type", "default")
-        if kind == "dynamic":
-            raise CheckpointError(f"rope_type: {kind!r} changes keys as a text grows: no cache")
-        if kind == "longrope":
-            limit = min(limit, part["original_max_position_embeddings"])
-    return int(limit)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from value_server.attention import Row
+from value_server.memory import on_device
 
 GROUP_AREA = 1 << 16  # slots that one kernel call gathers at most
 
@@ -62,7 +63,7 @@ class Group:
             for i, row in enumerate(self.rows):
                 own = row.mask(window=window)
                 mask[i, : own.shape[0], : own.shape[1]] = own
-            hidden = torch.from_numpy(~mask).to(self.device)
+            hidden = on_device(~mask, self.device)
             bias = torch.zeros(mask.shape, dtype=dtype, device=self.device)
             bias.masked_fill_(hidden, float("-inf"))
             self._biases[key] = bias.repeat(1, per_key, 1)[:, None]
@@ -94,8 +95,8 @@ def _build(rows: Sequence[Row], padding: int, device: torch.device) -> Group:
         slots[i, : len(seen)] = seen
     return Group(
         rows,
-        torch.from_numpy(queries).to(device),
-        torch.from_numpy(real).to(device),
-        torch.from_numpy(slots.reshape(-1)).to(device),
+        on_device(queries, device),
+        on_device(real, device),
+        on_device(slots.reshape(-1), device),
         device,
     )

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from value_server.engine import Engine, Job
+from value_server.engine import Engine
+from value_server.job import Job
 
 SECONDS = (
     0.0001,

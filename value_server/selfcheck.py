@@ -115,3 +115,20 @@ def _windowed_layers(config: Any) -> int:
         return 0
     kinds = getattr(config, "layer_types", None)
     return int(kinds.count("sliding_attention") if kinds else config.num_hidden_layers)
+
+
+def max_position(model: ValueModel) -> int:
+    """Positions of the backbone. Raises CheckpointError if they depend on the text's length."""
+    config = model.backbone.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        raise CheckpointError("its config has no max_position_embeddings")
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]  # one per layer type
+    for part in nested or [rope]:
+        kind = part.get("rope_type", "default")
+        if kind == "dynamic":
+            raise CheckpointError(f"rope_type: {kind!r} changes keys as a text grows: no cache")
+        if kind == "longrope":
+            limit = min(limit, part["original_max_position_embeddings"])
+    return int(limit)
