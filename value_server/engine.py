@@ -154,7 +154,7 @@ class Engine:
 
     def _parts(self, rows: Sequence[Row]) -> list[Part]:
         few = ALONE_QUERIES if self.device.type == "cpu" else 0
-        alone = [Alone(row) for row in rows if row.queries <= few]
+        alone = [Alone(row, self.pool.padding) for row in rows if row.queries <= few]
         many = [row for row in rows if row.queries > few]
         return [*alone, *group_rows(many, self.pool.padding, self.device)]
 
