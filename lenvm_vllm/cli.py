@@ -34,7 +34,7 @@ for name, target, line in (
 def main() -> None:
     """Run a command; what is wrong with its input is one line on stderr and exit code 1."""
     try:
-        app(sys.argv[1:])
+        app(sys.argv[1:], result_action="return_none")
     except (OSError, ValueError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 

@@ -62,7 +62,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(
 
 
 def test_a_message_of_several_lines_becomes_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_arguments: list[str]) -> None:
+    def fail(_arguments: list[str], **_options: object) -> None:
         raise ValueError("first\n  second")
 
     monkeypatch.setattr("lenvm_vllm.cli.app", fail)

@@ -221,7 +221,7 @@ def test_a_run_ends_with_a_checkpoint_that_loads(
     assert values == sorted(values)
 
     files = contents(out)
-    assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".md"}
     assert not any(str(place).encode() in c for c in files.values() for place in (base, tmp_path))
     config = read_config(out)
     assert config.base_model == NAME

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from value_server.contract.values import value_from_length
+
 NO_LABEL = -100.0
 COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
 
@@ -117,6 +119,23 @@ def make_example(rollout: Rollout, max_length: int) -> Example:
     return Example(
         input_ids[:max_length], labels[:max_length], not rollout.finished, rollout.prompt_id
     )
+
+
+def known_values(rollout: Rollout, gamma: float, max_length: int) -> NDArray[np.float64]:
+    """(K,) u = 1 - gamma^r from the last prompt token on; of a cut completion lower bounds.
+
+    Without the end-of-sequence token, and empty where the prompt alone passes `max_length`.
+    """
+    labels = make_example(rollout, max_length).labels
+    labels = labels[labels != NO_LABEL].astype(np.float64)
+    u: NDArray[np.float64] = value_from_length(torch.from_numpy(labels), gamma).numpy()
+    return u
+
+
+def prompt_hashes(rollouts: Sequence[Rollout]) -> list[str]:
+    """Sorted hashes of the different prompts. Of data that overlap, the first ones do as well."""
+    prompts = {rollout.prompt_ids.tobytes() for rollout in rollouts}
+    return sorted(hashlib.sha256(prompt).hexdigest()[:16] for prompt in prompts)
 
 
 def digest(examples: Sequence[Example]) -> str:

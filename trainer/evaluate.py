@@ -1,27 +1,27 @@
-"""How well a value model predicts: at the prompt's end and at every token.
-
-MRE: mean over prompts of |u - ū| / ū at the last prompt token, ū the mean of 1 - gamma^R over
-the prompt's completions (a cut one counts with its known lower bound). R²: share of the variance
-of u over all tokens of finished completions that the prediction explains. Baseline: the mean
-value of the training part at the same place.
-"""
+"""`lenvm evaluate`: how well a value model predicts, beside guesses that read no text."""
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from cyclopts import Parameter
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from trainer.data import NO_LABEL, Rollout, make_example, read_rollouts, split
-from value_server.contract.values import length_from_logit, value_from_length
+from trainer.baselines import baseline_logits, fit_baselines
+from trainer.card import result_table, write_card
+from trainer.checks import check
+from trainer.data import Rollout, make_example, prompt_hashes, read_rollouts, split
+from trainer.figures import summarise
+from trainer.plots import plot_calibration
+from value_server.contract.checkpoint import LenvmConfig
+from value_server.contract.values import length_from_logit, logit_from_length
 from value_server.model import ValueModel
 
-QUARTERS = (0.0, 0.25, 0.5, 0.75)
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def evaluate(
@@ -29,13 +29,18 @@ def evaluate(
     rollouts: Path,
     *,
     base_model: str | None = None,
+    compare: Sequence[Path] = (),
+    training: Path | None = None,
     holdout: float | None = None,
     max_length: int = 3000,
-    json_only: bool = False,
+    plot: Path | None = None,
+    card: bool = False,
+    only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> dict[str, Any]:
-    """Evaluate CHECKPOINT on the prompts of ROLLOUTS that training held out.
+    """Evaluate CHECKPOINT on the prompts of ROLLOUTS that training did not see.
 
-    The last line printed is one JSON object.
+    Prints a table and, as its last line, one JSON object. Raises ValueError naming the option
+    that is wrong.
 
     Parameters
     ----------
@@ -45,100 +50,102 @@ def evaluate(
         Parquet file or folder of shards, as in training.
     base_model
         Where the backbone lies, if not where the checkpoint says.
+    compare
+        Other checkpoints for the same table, as one trained with `--tune head`.
+    training
+        Rollouts to take the baselines from; by default those that training saw.
     holdout
-        Share of the prompts that was held out; by default what the checkpoint recorded.
-        1 evaluates on all.
+        Share of the prompts that was held out, 1 for all. By default what the checkpoint
+        recorded, and 1 for rollouts of other prompts than those trained on.
     max_length
         Tokens of a text that are looked at.
-    json_only
-        No progress bar.
+    plot
+        Picture of predicted against true lengths to write, as .png, .svg or .pdf.
+    card
+        Write the figures into the checkpoint's README.md.
+    only_json
+        Print nothing else.
     """
-    if holdout is not None and not 0 < holdout <= 1:
-        raise ValueError(f"holdout: {holdout}, must be above 0 and at most 1")
-    model = ValueModel.load(checkpoint, base_model)
-    share = model.lenvm.training.get("holdout", 1.0) if holdout is None else holdout
-    known, held_out = split(read_rollouts(rollouts), share)
+    check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
+    check(max_length > 1, "max_length", max_length, "above 1")
+    check(plot is None or plot.suffix in PICTURES, "plot", str(plot), "a " + ", ".join(PICTURES))
+    models = {path.name: ValueModel.load(path, base_model) for path in (checkpoint, *compare)}
+    check(len(models) == 1 + len(compare), "compare", [*map(str, compare)], "of different names")
+    model = models.pop(checkpoint.name)
+    gamma = model.lenvm.gamma
+    known, held_out = split_as_trained(read_rollouts(rollouts), model.lenvm, holdout)
     if not any(r.finished and len(r.prompt_ids) <= max_length for r in held_out):
         raise ValueError(
-            f"holdout: {rollouts} has no finished completion to evaluate with holdout {share} "
+            f"holdout: {rollouts} has no finished completion to evaluate with holdout {holdout} "
             f"and max_length {max_length}"
         )
-    values = [predict(model, rollout, max_length) for rollout in tqdm(held_out, disable=json_only)]
-    result = summarise(held_out, values, known or held_out, model.lenvm.gamma, max_length)
+    if training:
+        known = read_rollouts(training)
+    fitted = None if training else model.lenvm.training.get("baselines")
+    fitted = fitted or fit_baselines(known or held_out, gamma, max_length)
+    baselines = {
+        name: [baseline_logits(coefficients, r, max_length) for r in held_out]
+        for name, coefficients in fitted.items()
+    }
+    for name, other in models.items():
+        logits = _predict_all(other, held_out, max_length, name, only_json)
+        baselines[name] = [_with_gamma(z, other.lenvm.gamma, gamma) for z in logits]
+    values = _predict_all(model, held_out, max_length, checkpoint.name, only_json)
+    result = summarise(held_out, values, gamma, max_length)
+    result["baselines"] = {
+        name: {
+            key: figure
+            for key, figure in summarise(held_out, logits, gamma, max_length).items()
+            if key in ("mre", "r2", "r2_with_bounds")
+        }
+        for name, logits in baselines.items()
+    }
+    result["baseline_mre"] = {
+        domain: min(figures["mre"][domain] for figures in result["baselines"].values())
+        for domain in result["mre"]
+    }
+    if plot:
+        plot_calibration(result, plot)
+    if card:
+        write_card(checkpoint, model.lenvm, result | {"rollouts": rollouts.name})
+    if not only_json:
+        print(result_table(result))
     print(json.dumps(result))
     return result
+
+
+def split_as_trained(
+    rollouts: Sequence[Rollout], config: LenvmConfig, holdout: float | None
+) -> tuple[list[Rollout], list[Rollout]]:
+    """(seen in training, not seen), as the checkpoint's facts tell, or by `holdout`."""
+    facts = config.training
+    if holdout is None:
+        sketch = facts.get("prompt_sketch")
+        others = sketch is not None and not set(sketch) & set(prompt_hashes(rollouts))
+        holdout = 1.0 if others else facts.get("holdout", 1.0)
+    return split(rollouts, holdout)
+
+
+def _predict_all(
+    model: ValueModel, rollouts: Sequence[Rollout], max_length: int, name: str, quiet: bool
+) -> list[NDArray[np.float32]]:
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    progress = tqdm(rollouts, desc=name, unit="text", disable=quiet)
+    return [predict(model, rollout, max_length) for rollout in progress]
+
+
+def _with_gamma(z: NDArray[np.float32], before: float, after: float) -> NDArray[np.float64]:
+    length = length_from_logit(torch.from_numpy(z).double(), before)
+    converted: NDArray[np.float64] = logit_from_length(length, after).numpy()
+    return converted
 
 
 @torch.inference_mode()
 def predict(model: ValueModel, rollout: Rollout, max_length: int) -> NDArray[np.float32]:
     """(T,) logits over prompt and completion, T at most `max_length`."""
     example = make_example(rollout, max_length)
-    z: NDArray[np.float32] = model(torch.from_numpy(example.input_ids)[None])[0].numpy()
-    return z
-
-
-def summarise(
-    rollouts: Sequence[Rollout],
-    logits: Sequence[NDArray[np.float32]],
-    training: Sequence[Rollout],
-    gamma: float,
-    max_length: int,
-) -> dict[str, Any]:
-    """The figures of `evaluate`; rollouts and logits belong together row by row."""
-    mean_value = float(np.mean([_value(_length(r), gamma) for r in training]))
-    boundary: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    true_u, predicted_u = [], []
-    by_quarter: dict[float, list[float]] = defaultdict(list)
-    for rollout, z in zip(rollouts, logits, strict=True):
-        start = len(rollout.prompt_ids) - 1
-        if start >= len(z):
-            continue
-        u = 1 / (1 + np.exp(-z.astype(np.float64)))
-        key = (rollout.domain, rollout.prompt_id)
-        boundary[key].append((float(u[start]), _value(_length(rollout), gamma)))
-        if not rollout.finished:
-            continue
-        example = make_example(rollout, max_length)
-        labelled = example.labels != NO_LABEL
-        truth = value_from_length(torch.from_numpy(example.labels[labelled]).double(), gamma)
-        true_u.append(truth.numpy())
-        predicted_u.append(u[labelled])
-        lengths = length_from_logit(torch.from_numpy(z[labelled]).double(), gamma).numpy()
-        for quarter in QUARTERS:
-            at = int(quarter * len(lengths))
-            remaining = float(example.labels[labelled][at])
-            by_quarter[quarter].append(abs(float(lengths[at]) - remaining) / remaining)
-    mre, baseline = _boundary_errors(boundary, mean_value)
-    truth_all, predicted_all = np.concatenate(true_u), np.concatenate(predicted_u)
-    residual = float(np.square(truth_all - predicted_all).sum())
-    return {
-        "mre": mre,
-        "baseline_mre": baseline,
-        "r2": 1 - residual / float(np.square(truth_all - truth_all.mean()).sum()),
-        "length_error_by_position": {str(q): float(np.median(v)) for q, v in by_quarter.items()},
-        "prompts": len(boundary),
-        "completions": sum(map(len, boundary.values())),
-    }
-
-
-def _boundary_errors(
-    boundary: dict[tuple[str, str], list[tuple[float, float]]], mean_value: float
-) -> tuple[dict[str, float], dict[str, float]]:
-    errors: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for (domain, _), pairs in boundary.items():
-        truth = float(np.mean([true for _, true in pairs]))
-        predicted = pairs[0][0]
-        errors[domain].append((abs(predicted - truth) / truth, abs(mean_value - truth) / truth))
-    means = {domain: np.mean(rows, axis=0) for domain, rows in errors.items()}
-    return (
-        {domain: float(row[0]) for domain, row in means.items()},
-        {domain: float(row[1]) for domain, row in means.items()},
+    device = next(model.parameters()).device
+    z: NDArray[np.float32] = (
+        model(torch.from_numpy(example.input_ids)[None].to(device))[0].cpu().numpy()
     )
-
-
-def _length(rollout: Rollout) -> int:
-    return len(rollout.completion_ids) + (not rollout.finished)
-
-
-def _value(length: int, gamma: float) -> float:
-    return -float(np.expm1(length * np.log(gamma)))
+    return z

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
+from trainer.baselines import fit_baselines
+from trainer.card import write_card
 from trainer.checks import check, check_choice
 from trainer.data import (
     Example,
@@ -19,6 +21,7 @@ from trainer.data import (
     collate,
     digest,
     make_example,
+    prompt_hashes,
     read_rollouts,
     split,
 )
@@ -31,6 +34,7 @@ from value_server.contract.values import gamma_from_length
 from value_server.model import ValueHead, ValueModel, load_backbone
 
 Tune = Literal["full", "lora", "head"]
+SKETCH_SIZE = 32
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
 
 
@@ -142,6 +146,8 @@ def train(
             "holdout": holdout,
             **objective.facts(),
             **recipe.facts(),
+            "baselines": fit_baselines(train_part, gamma, recipe.max_length),
+            "prompt_sketch": prompt_hashes(kept)[:SKETCH_SIZE],
         },
     )
     steps = output / "steps"
@@ -172,6 +178,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.is_world_process_zero():
         value_model.save(output)
+        write_card(output, config)
         shutil.rmtree(steps)
 
 

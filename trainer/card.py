@@ -1,0 +1,67 @@
+"""README.md of a checkpoint: what it was made from and how well it predicts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from value_server.contract.checkpoint import LenvmConfig
+
+CARD_FILE = "README.md"
+# Of no use to a reader: they are read by `lenvm evaluate`.
+INTERNAL = ("baselines", "prompt_sketch")
+
+
+def write_card(
+    checkpoint: Path, config: LenvmConfig, figures: Mapping[str, Any] | None = None
+) -> None:
+    """Write `checkpoint`/README.md; `figures` are those of `lenvm evaluate`."""
+    facts = {name: value for name, value in config.training.items() if name not in INTERNAL}
+    lines = [
+        "---",
+        f"base_model: {config.base_model}",
+        "library_name: lenvm-vllm",
+        "tags: [length-value-model]",
+        "---",
+        "# Length value model",
+        "",
+        f"Predicts at every token how many are still to come, in texts that are sampled from the "
+        f"model it was trained on. Built on {config.base_model}, {config.num_layers} layers, "
+        f"gamma {config.gamma:.6g}, target {config.target}.",
+        "",
+        "```console",
+        "$ lenvm serve .",
+        "```",
+        "",
+        "## Training",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items()),
+    ]
+    if figures:
+        lines += ["", "## Evaluation", "", evaluation_text(figures), "", result_table(figures)]
+    (checkpoint / CARD_FILE).write_text("\n".join(lines) + "\n")
+
+
+def evaluation_text(figures: Mapping[str, Any]) -> str:
+    """One paragraph: on what, and what the columns of the table are."""
+    return (
+        f"On {figures['completions']} completions of {figures['prompts']} prompts "
+        f"({figures.get('rollouts', 'not named')}), of which {figures['cut']} were cut. MRE: mean "
+        "over prompts of the relative error of the value at the prompt's end; R²: of the value "
+        "at every token of the finished completions."
+    )
+
+
+def result_table(figures: Mapping[str, Any]) -> str:
+    """Markdown: the model and each baseline in a row; MRE by domain, R² in u-space."""
+    domains = list(figures["mre"])
+    rows = {"this model": figures, **figures["baselines"]}
+    lines = [
+        "| predictor | " + " | ".join(f"MRE {domain}" for domain in domains) + " | R² |",
+        "|---" + "|---:" * (len(domains) + 1) + "|",
+    ]
+    for name, row in rows.items():
+        errors = " | ".join(f"{row['mre'][domain]:.1%}" for domain in domains)
+        lines.append(f"| {name} | {errors} | {row['r2']:.2f} |")
+    return "\n".join(lines)

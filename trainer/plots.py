@@ -1,0 +1,39 @@
+"""Pictures of lengths. matplotlib loads when one is drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_calibration(figures: Mapping[str, Any], path: Path) -> None:
+    """Predicted against true length, and the error by position, of `figures.summarise`."""
+    left, right, save = _two_axes()
+    points = figures["calibration"]
+    predicted = [point["predicted"] for point in points]
+    left.plot(predicted, [point["true"] for point in points], "o-")
+    left.axline((0, 0), slope=1, color="grey", linestyle=":")
+    left.set(xlabel="predicted tokens to come", ylabel="true tokens to come")
+    errors = figures["length_error_by_position"]
+    right.bar([f"{float(position):.0%}" for position in errors], list(errors.values()))
+    right.set(xlabel="of the completion written", ylabel="median |error| / tokens to come")
+    save(path)
+
+
+def plot_lengths(lengths: Mapping[str, Sequence[int]], path: Path) -> None:
+    """A histogram of completion lengths by domain, and the share that is no longer than each."""
+    left, right, save = _two_axes()
+    left.hist(list(lengths.values()), bins=40, stacked=True, label=list(lengths))
+    left.set(xlabel="completion tokens", ylabel="completions")
+    left.legend()
+    for domain, values in lengths.items():
+        right.ecdf(values, label=domain)
+    right.set(xlabel="completion tokens", ylabel="share of completions")
+    save(path)
+
+
+def _two_axes() -> tuple[Any, Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    return left, right, figure.savefig
