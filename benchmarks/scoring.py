@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from cyclopts import App, Parameter
 from torch import Tensor
@@ -193,6 +194,7 @@ def measure(
     dtype: torch.dtype,
     shapes: Sequence[tuple[int, int, int]],
     repeats: int,
+    compiled: bool,
 ) -> tuple[list[Result], Ceiling, dict[str, float]]:
     """All shapes (B, P, K) of one model. `load` gives it afresh, on its device, ready to run."""
     plain = load()
@@ -203,7 +205,9 @@ def measure(
             torch.cuda.synchronize()
 
     ceiling = measure_ceiling(plain, dtype, sync)
-    engine = Engine(load(), slots=1 << 17, weight_dtype=dtype, prefill_tokens=512)
+    engine = Engine(
+        load(), slots=1 << 17, weight_dtype=dtype, prefill_tokens=512, compiled=compiled
+    )
     engine.warm_up()
     results = []
     for b, p, k in tqdm(shapes, desc=name):
@@ -267,15 +271,16 @@ def plot(results: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(SESSIONS), figsize=(11, 3.5), sharey=True)
+    names = ("reforward", "copy", "tree", "ours", "ceiling")
     for axis, sessions in zip(axes, SESSIONS, strict=True):
         rows = [r for r in results if r.sessions == sessions and r.candidates == 15]
-        for name in ("reforward", "copy", "tree", "ours", "ceiling"):
-            points = [(r.prefix, getattr(r, name)) for r in rows if getattr(r, name) is not None]
-            if points:
-                style = "k:" if name == "ceiling" else "o-"
-                axis.plot(*zip(*points, strict=True), style, label=name)
+        for colour, name in enumerate(names):
+            y = [getattr(r, name) for r in rows]  # None leaves a gap
+            style = "k:" if name == "ceiling" else f"C{colour}o-"
+            axis.plot([r.prefix for r in rows], np.array(y, dtype=float), style, label=name)
         axis.set(xscale="log", yscale="log", xlabel="prefix, tokens", xticks=PREFIXES)
         axis.set_xticklabels([str(p) for p in PREFIXES])
+        axis.minorticks_off()
         axis.set_title(f"{sessions} session{'s' * (sessions > 1)}, 15 candidates each")
     axes[0].set_ylabel("ms per step")
     axes[0].legend()
@@ -291,6 +296,7 @@ def scoring(
     device: str = "auto",
     dtype: str = "auto",
     threads: int = 1,
+    compiled: Annotated[bool, Parameter(name="--compile")] = False,
     headline: bool = False,
     repeats: int = 5,
     output: Path = Path("runs/scoring"),
@@ -310,6 +316,8 @@ def scoring(
         Of the engine's weights, as for `lenvm serve`.
     threads
         CPU threads.
+    compiled
+        As for `lenvm serve`.
     headline
         Only 1 and 32 sessions behind 512 tokens with 15 candidates.
     repeats
@@ -348,9 +356,10 @@ def scoring(
     if headline:
         shapes = [HEADLINE, (32, *HEADLINE[1:])]
     everything: dict[str, Any] = {"threads": threads, "weights": str(weights), "device": str(where)}
+    everything["http_overhead_ms"] = overhead_ms(32, 15)  # while this process is still small
     output.mkdir(parents=True, exist_ok=True)
     for name, load in loaders.items():
-        results, ceiling, sizes = measure(name, load, weights, shapes, repeats)
+        results, ceiling, sizes = measure(name, load, weights, shapes, repeats, compiled)
         everything[name] = {
             "steps": [asdict(r) for r in results],
             "ceiling": asdict(ceiling),
@@ -361,7 +370,6 @@ def scoring(
         if not only_json:
             print(f"\n## {name}: {weights}, {threads} thread(s), {where}\n\n{table(results)}\n")
         gc.collect()
-    everything["http_overhead_ms"] = overhead_ms(32, 15)
     (output / "scoring.json").write_text(json.dumps(everything, indent=1) + "\n")
     print(json.dumps(summary(everything)))
 

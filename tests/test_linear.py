@@ -14,7 +14,13 @@ from transformers import (
     Qwen2Model,
 )
 
-from value_server.linear import PACKED_ROWS, compute_dtype, pack_inplace, weight_dtype
+from value_server.linear import (
+    PACKED_ROWS,
+    compile_inplace,
+    compute_dtype,
+    pack_inplace,
+    weight_dtype,
+)
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -58,6 +64,16 @@ def test_packed_is_plain(name: str, rows: int, dtype: torch.dtype, tolerance: fl
     expected = hidden(plain, rows)
     error = (hidden(packed, rows) - expected).abs().max() / expected.std()
     assert error < tolerance
+
+
+def test_compiled_is_plain() -> None:
+    """Once for all layers and all numbers of rows."""
+    torch.manual_seed(0)
+    plain = MODELS["norms between"]().eval()
+    compiled = copy.deepcopy(plain)
+    compile_inplace(compiled)
+    for rows in (2, 5, 60):
+        torch.testing.assert_close(hidden(compiled, rows), hidden(plain, rows))
 
 
 def test_siblings_may_be_asked_in_any_order_and_again() -> None:

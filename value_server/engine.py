@@ -23,7 +23,7 @@ from value_server.cache import CacheFullError, SlotCache
 from value_server.errors import BusyError, ModelError, RequestError
 from value_server.groups import group_rows
 from value_server.job import Job, JobResult, StepRow
-from value_server.linear import pack_inplace
+from value_server.linear import compile_inplace, pack_inplace
 from value_server.memory import on_device
 from value_server.model import ValueModel
 from value_server.scheduler import Chunk, JobRow, is_done, next_chunks
@@ -35,6 +35,7 @@ class Engine:
     """Serves `model`, whose backbone it changes for good: slot attention, packed linear layers.
 
     weight_dtype: of the linear layers, see linear.py; by default that of the model.
+    compiled: MLPs and norms go through torch.compile, and no layer is packed.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Engine:
         pass_tokens: int = 2048,
         prefill_tokens: int = 512,
         weight_dtype: torch.dtype | None = None,
+        compiled: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         register()
@@ -59,7 +61,10 @@ class Engine:
         model.backbone.set_attn_implementation(NAME)
         first = next(model.parameters())
         self.device = first.device
-        pack_inplace(model.backbone, weight_dtype or first.dtype)
+        if compiled:
+            compile_inplace(model.backbone)
+        else:
+            pack_inplace(model.backbone, weight_dtype or first.dtype)
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
         self.max_candidates = max_candidates
         self.pass_tokens = pass_tokens

@@ -21,13 +21,15 @@ class Group:
     """Rows padded to one shape.
 
     queries: (R, n) indices into the pass; padding repeats query 0.
-    real: (R, n) bool, not padding.
+    real: indices of those that are not padding, into the R * n.
+    targets: the same queries' indices into the pass.
     slots: (R * S,) indices into the pool.
     """
 
     rows: Sequence[Row]
     queries: Tensor
     real: Tensor
+    targets: Tensor
     slots: Tensor
     device: torch.device
     _biases: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
@@ -51,8 +53,9 @@ class Group:
         v = values.index_select(1, self.slots).unflatten(1, (rows, -1)).transpose(0, 1)
         bias = self._bias(window, per_key, q.dtype)
         o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
-        o = o.unflatten(2, (per_key, height)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        out[self.queries[self.real]] = o[self.real]  # (queries, Hkv * G, D)
+        o = o.unflatten(2, (per_key, height)).permute(0, 3, 1, 2, 4)
+        o = o.flatten(2, 3).flatten(0, 1)  # (R * n, Hkv * G, D)
+        out.index_copy_(0, self.targets, o.index_select(0, self.real))
 
     def _bias(self, window: int | None, per_key: int, dtype: torch.dtype) -> Tensor:
         """Additive mask (R, 1, G * n, S), the same for all layers with the same window."""
@@ -96,7 +99,8 @@ def _build(rows: Sequence[Row], padding: int, device: torch.device) -> Group:
     return Group(
         rows,
         on_device(queries, device),
-        on_device(real, device),
+        on_device(np.flatnonzero(real), device),
+        on_device(queries[real], device),
         on_device(slots.reshape(-1), device),
         device,
     )

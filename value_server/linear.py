@@ -65,6 +65,16 @@ def pack_inplace(backbone: nn.Module, dtype: torch.dtype) -> None:
                 setattr(parent, name, _Norm(child))
 
 
+def compile_inplace(backbone: nn.Module) -> None:
+    """Instead of packing: MLPs and norms through torch.compile, which runs with their first pass.
+
+    Attention stays out of it: the slots that it reads are other ones in each pass.
+    """
+    for module in backbone.modules():
+        if type(module).__name__.endswith(("MLP", "Norm")):
+            module.compile(dynamic=True)
+
+
 def _is_plain_rms_norm(module: nn.Module) -> bool:
     """That of Llama and its kin: weight * x / rms(x). Others (Gemma: 1 + weight) stay."""
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")

@@ -77,6 +77,7 @@ def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
         pass_tokens=settings.pass_tokens,
         prefill_tokens=settings.prefill_tokens,
         weight_dtype=dtype,
+        compiled=settings.compile,
     )
     engine.warm_up()
     secret = settings.token.get_secret_value() if settings.token else None

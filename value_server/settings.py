@@ -23,6 +23,10 @@ class ServerSettings(BaseSettings):
         default="auto",
         description="Of the backbone; auto is what the device is fast at. The head is float32.",
     )
+    compile: bool = Field(
+        default=False,
+        description="MLPs and norms through torch.compile: meant for GPUs; slower on a CPU.",
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of a forward pass; by default torch's."
     )
