@@ -45,6 +45,11 @@ class Candidates:
         """(B, K) bool."""
         return ~self.log_q.isneginf()
 
+    def entropy(self) -> Tensor:
+        """(B,) nats, of all candidates and the end together."""
+        log_p = torch.cat([self.log_p0[:, None], self.log_q + self.log_rest[:, None]], dim=-1)
+        return torch.special.entr(log_p.exp()).sum(-1)
+
     def worth_scoring(self) -> Tensor:
         """(B,) bool: rows that leave a choice."""
         return (self.kept.sum(-1) + ~self.log_p0.isneginf()) > 1

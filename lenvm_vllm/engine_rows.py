@@ -5,14 +5,17 @@ with the model's own distribution inside the guard rails, and the log says so on
 """
 
 import logging
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lenvm_vllm.admission import marker_ids_of
 from lenvm_vllm.candidates import Writes, eos_index
 from lenvm_vllm.client import CircuitOpen, ValueClient, ValueServerError
 from lenvm_vllm.guide import Client, Guide
+from lenvm_vllm.metrics import Counters
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState
@@ -35,18 +38,48 @@ class EngineRows:
         client = client or ValueClient(
             settings.url, token=settings.token, timeout_s=settings.timeout_s
         )
+        self._marker_ids = marker_ids_of(vllm_config, settings)
         self._guide = Guide(client, settings, lambda: fingerprint_of(vllm_config))
         # Where each rank samples requests of its own, each asks for its own.
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
         self._trouble: str | None = None
+        self._counters = Counters()
+
+    def open(
+        self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]
+    ) -> RequestState | None:
+        """A request by its SamplingParams; None where it asks for no length."""
+        target = LengthTarget.from_extra_args(params.extra_args)
+        if target is None:
+            return None
+        if _leads():
+            self._counters.add("requests")
+        return RequestState(
+            target=target,
+            prompt_ids=prompt_ids,
+            output_ids=output_ids,
+            eos_ids=sorted(params.all_stop_token_ids),
+            marker_ids=self._marker_ids,
+            temperature=params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+        )
 
     def close(self, state: RequestState | None) -> None:
         """This request is over."""
-        if state is not None:
-            self._guide.close(state)
+        if state is None:
+            return
+        self._guide.close(state)
+        if (outcome := state.outcome()) is not None and _leads():
+            tokens, wanted = outcome
+            self._counters.add("finished")
+            self._counters.add("deviation_tokens", abs(tokens - wanted))
+            self._counters.add("deviation_ratio", abs(tokens - wanted) / wanted)
 
     def steer_inplace(self, logits: Tensor, states: dict[int, RequestState]) -> None:
         """logits: (batch, V) float32; states: row → request. Other rows stay as they are."""
+        states = {row: state for row, state in states.items() if state.counts}
         if not states:
             return
         _apply_rails_inplace(logits, states)
@@ -63,16 +96,24 @@ class EngineRows:
         return group.broadcast_object(mine, src=0)
 
     def _plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
+        """The plan of a step, None where there is none; its time and its failures are counted."""
+        started, waited_s = time.perf_counter(), self._guide.waited_s
+        try:
+            return self._plan_or_go_on(logits, states)
+        finally:
+            self._counters.add("steps")
+            self._counters.add("plan_seconds", time.perf_counter() - started)
+            self._counters.add("value_seconds", self._guide.waited_s - waited_s)
+
+    def _plan_or_go_on(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
         """The one place that decides to go on without values."""
         try:
             writes = self._guide.plan(logits, states)
-        except CircuitOpen:
-            return None
-        except ValueServerError as error:
-            self._report(f"{type(error).__name__}: {error}")
-            return None
         except Exception as error:
-            self._report(f"{type(error).__name__}: {error}", traceback=True)
+            self._counters.add("fallback_steps")
+            if not isinstance(error, CircuitOpen):
+                ours = isinstance(error, ValueServerError)
+                self._report(f"{type(error).__name__}: {error}", traceback=not ours)
             return None
         if writes is not None:  # None: nothing was asked, so nothing is known
             self._report(None)
@@ -91,23 +132,9 @@ class EngineRows:
         self._trouble = trouble
 
 
-def state_of(
-    params: Any, prompt_ids: list[int] | None, output_ids: list[int]
-) -> RequestState | None:
-    """Of a request's SamplingParams; None where it asks for no length."""
-    target = LengthTarget.from_extra_args(params.extra_args)
-    if target is None:
-        return None
-    return RequestState(
-        target=target,
-        prompt_ids=prompt_ids,
-        output_ids=output_ids,
-        eos_ids=sorted(params.all_stop_token_ids),
-        temperature=params.temperature,
-        top_k=max(params.top_k, 0),
-        top_p=params.top_p,
-        min_p=params.min_p,
-    )
+def _leads() -> bool:
+    """Whether this rank speaks for all that run the same requests."""
+    return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0
 
 
 def fingerprint_of(vllm_config: Any) -> str | None:
@@ -127,7 +154,8 @@ def _apply_rails_inplace(logits: Tensor, states: dict[int, RequestState]) -> Non
     for rows, force in ((early, False), (due, True)):
         if not rows:
             continue
-        row_index, ids = eos_index([states[row].eos_ids for row in rows], logits.shape[-1])
+        ends = [states[row].proper_ends if force else states[row].ends for row in rows]
+        row_index, ids = eos_index(ends, logits.shape[-1])
         row_index, ids = row_index.to(logits.device), ids.to(logits.device)
         own = logits[rows]  # a copy
         railed = torch.full_like(own, -torch.inf) if force else own.clone()

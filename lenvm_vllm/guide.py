@@ -3,6 +3,7 @@
 Knows nothing of vLLM: it takes request states and logits, and a client that answers `step`.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -37,6 +38,7 @@ class Guide:
         self._settings = settings
         self._fingerprint = fingerprint
         self._closed: list[str] = []
+        self.waited_s = 0.0  # for answers, so far
 
     def close(self, state: RequestState) -> None:
         """Tell the server with the next step that this request is over."""
@@ -51,18 +53,19 @@ class Guide:
         if not states and not self._closed:
             return None
         info = self._client.model(self._fingerprint)
-        rows = [row for row, state in states.items() if _can_ask(state, info)]
+        rows = [row for row, state in states.items() if _can_ask(state, info) and _has_turn(state)]
         rows = rows[: info.max_sessions]
-        if not rows and not self._closed:
-            return None
-        if not rows:
-            self._ask([], [])
-            return None
         cuts = [cut_of(states[row], self._settings) for row in rows]
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         known = logits[:, : info.vocab_size]
-        width = min(self._settings.max_candidates, info.max_candidates)
-        candidates = cut_candidates(known[rows], cuts, width)
+        if rows:
+            width = min(self._settings.max_candidates, info.max_candidates)
+            candidates = cut_candidates(known[rows], cuts, width)
+            rows, cuts, candidates = _undecided(rows, cuts, candidates, states)
+        if not rows:
+            if self._closed:
+                self._ask([], [])
+            return None
         worth = candidates.worth_scoring()
         z = self._scores(candidates, worth, [states[row] for row in rows])
         known_z = worth & ~(z.isnan() & candidates.kept).any(-1)
@@ -113,7 +116,11 @@ class Guide:
             candidates=wire.pack_ids([token for c in ids for token in c]),
             closed=self._closed,
         )
-        answer = self._client.step(request)
+        started = time.perf_counter()
+        try:
+            answer = self._client.step(request)
+        finally:
+            self.waited_s += time.perf_counter() - started
         self._closed = []
         for row, state in enumerate(states):
             if row not in answer[1]:
@@ -131,7 +138,7 @@ def cut_of(state: RequestState, settings: Settings) -> Cut:
         top_k=state.top_k,
         top_p=state.top_p,
         min_p=state.min_p,
-        eos_ids=state.eos_ids,
+        eos_ids=state.ends,
     )
     if tilt:
         return cut if own else replace(cut, min_p=settings.tilt_min_p)
@@ -148,11 +155,15 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
 
+    def remaining(which: int) -> Tensor:
+        return column([remaining_goal(s.target.limits[which], s.generated) for s in states])
+
     targets = [state.target for state in states]
     return Goals(
         mode=torch.tensor([MODES.index(target.mode) for target in targets]),
         greedy=torch.tensor([target.policy == "greedy" for target in targets]),
-        remaining=column([remaining_goal(s.target.tokens or 0, s.generated) for s in states]),
+        remaining=remaining(0),
+        ceiling=remaining(1),
         beta=column([target.beta or 0.0 for target in targets]),
         max_kl=column([max_kl if t.max_kl is None else t.max_kl for t in targets]),
         gamma=gamma,
@@ -167,6 +178,21 @@ def _can_ask(state: RequestState, info: wire.ModelInfo) -> bool:
         and state.length < info.max_position
         and max(tokens, default=0) < info.vocab_size
     )
+
+
+def _has_turn(state: RequestState) -> bool:
+    """Whether this is the one of `every` tokens that is scored."""
+    return state.generated % state.target.every == 0
+
+
+def _undecided(
+    rows: list[int], cuts: list[Cut], candidates: Candidates, states: dict[int, RequestState]
+) -> tuple[list[int], list[Cut], Candidates]:
+    """Without the rows whose next token is too certain to be worth a value."""
+    least = torch.tensor([states[row].target.min_entropy for row in rows], dtype=torch.float64)
+    open_rows = candidates.entropy() >= least
+    keep = open_rows.nonzero()[:, 0].tolist()
+    return [rows[i] for i in keep], [cuts[i] for i in keep], _pick(candidates, open_rows)
 
 
 def _pick(candidates: Candidates, rows: Tensor) -> Candidates:

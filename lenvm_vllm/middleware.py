@@ -1,4 +1,5 @@
-"""ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`.
+"""ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`, and
+`/metrics` shows what the engine counts of them.
 
 A request that holds no `length_` goes on byte for byte.
 """
@@ -6,9 +7,12 @@ A request that holds no `length_` goes on byte for byte.
 import json
 from typing import Any
 
+from lenvm_vllm.admission import check_admission
+from lenvm_vllm.metrics import exposition
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first one counts
 # Fields of vLLM's own requests that happen to start with the same letters.
 _OTHERS = {"length_penalty"}
 
@@ -18,7 +22,10 @@ class LengthTargetMiddleware:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not _is_ours(scope):
+        if scope["type"] == "http" and scope["method"] == "GET" and _path(scope) == "/metrics":
+            await self._app(_plain(scope), receive, _with_ours(send))
+            return
+        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in PATHS:
             await self._app(scope, receive, send)
             return
         messages = await _read(receive)
@@ -54,30 +61,58 @@ def rewrite(body: bytes) -> bytes | None:
         raise LengthTargetError(
             f"{names[0]}: unknown field, got {request[names[0]]!r}; its parts go into {FIELD}"
         )
-    _check_beams(request)
-    if FIELD not in request:
-        return None
-    value, xargs = request.pop(FIELD), request.get("vllm_xargs") or {}
-    if value is not None:
-        target = LengthTarget.parse(value)
-        if not isinstance(xargs, dict):
-            raise LengthTargetError(f"vllm_xargs: expected an object, got {xargs!r}")
-        if twice := [key for key in xargs if key.startswith(PREFIX)]:
-            raise LengthTargetError(f"{FIELD}: given beside vllm_xargs.{twice[0]}")
-        request["vllm_xargs"] = {**xargs, **target.to_xargs()}
+    xargs = request.get("vllm_xargs") or {}
+    if request.get(FIELD) is None:
+        if isinstance(xargs, dict) and (flat := LengthTarget.from_extra_args(xargs)):
+            _check(flat, request)
+        return json.dumps(request).encode() if request.pop(FIELD, 0) is None else None
+    target = LengthTarget.parse(request.pop(FIELD))
+    _check(target, request)
+    if not isinstance(xargs, dict):
+        raise LengthTargetError(f"vllm_xargs: expected an object, got {xargs!r}")
+    if twice := [key for key in xargs if key.startswith(PREFIX)]:
+        raise LengthTargetError(f"{FIELD}: given beside vllm_xargs.{twice[0]}")
+    request["vllm_xargs"] = {**xargs, **target.to_xargs()}
     return json.dumps(request).encode()
 
 
-def _check_beams(request: dict[str, Any]) -> None:
-    """vLLM searches beams without any logits processor: the target would be lost silently."""
-    xargs = request.get("vllm_xargs")
-    flat = isinstance(xargs, dict) and any(key.startswith(PREFIX) for key in xargs)
-    if request.get("use_beam_search") and (flat or request.get(FIELD) is not None):
+def _check(target: LengthTarget, request: dict[str, Any]) -> None:
+    """Raises LengthTargetError. A field of a wrong type is left to vLLM."""
+    if request.get("use_beam_search"):
+        # vLLM searches beams without any logits processor: the target would be lost silently.
         raise LengthTargetError(f"use_beam_search: true contradicts {FIELD}")
+    limits = [value for name in _LIMITS if type(value := request.get(name)) is int]
+    least = request.get("min_tokens")
+    check_admission(
+        target,
+        max_tokens=next(iter(limits), None),
+        min_tokens=least if type(least) is int else 0,
+        ignore_eos=request.get("ignore_eos") is True,
+    )
 
 
-def _is_ours(scope: Any) -> bool:
-    return scope["path"].removeprefix(scope.get("root_path", "")) in PATHS
+def _path(scope: Any) -> str:
+    return str(scope["path"].removeprefix(scope.get("root_path", ""))).rstrip("/")
+
+
+def _plain(scope: Any) -> Any:
+    """Asks for Prometheus' text format, uncompressed: something to append to."""
+    dropped = (b"accept", b"accept-encoding")
+    return {**scope, "headers": [(k, v) for k, v in scope["headers"] if k.lower() not in dropped]}
+
+
+def _with_ours(send: Any) -> Any:
+    """An ASGI `send` that appends our metrics."""
+
+    async def send_more(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            headers = [(k, v) for k, v in message["headers"] if k.lower() != b"content-length"]
+            message = {**message, "headers": headers}
+        elif not message.get("more_body", False):
+            message = {**message, "body": message.get("body", b"") + exposition()}
+        await send(message)
+
+    return send_more
 
 
 async def _read(receive: Any) -> list[Any]:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from lenvm_vllm import vllm_hooks
-from lenvm_vllm.rails import check_limits, rails_of
-from lenvm_vllm.request import LengthTarget, LengthTargetError
+from lenvm_vllm.admission import check_admission
+from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.v1 import V1Processor
 from lenvm_vllm.v2 import V2Processor
 from lenvm_vllm.vllm_names import V1LogitsProcessor, V2LogitsProcessor
@@ -25,15 +24,10 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def validate_params(cls, sampling_params: Any) -> None:
         """Raises ValueError, which vLLM answers with HTTP 400."""
         target = LengthTarget.from_extra_args(sampling_params.extra_args)
-        if target is None:
-            return
-        config = vllm_hooks.served_config
-        if config is not None and config.speculative_config is not None:
-            # A row of a draft token belongs to a text that may never be; nothing guides it.
-            raise LengthTargetError("length_target: not available with speculative decoding")
-        check_limits(
-            rails_of(target),
-            sampling_params.max_tokens,
-            sampling_params.min_tokens,
-            sampling_params.ignore_eos,
-        )
+        if target is not None:
+            check_admission(
+                target,
+                sampling_params.max_tokens,
+                sampling_params.min_tokens,
+                sampling_params.ignore_eos,
+            )

@@ -33,15 +33,18 @@ class Rails:
 
 def rails_of(target: LengthTarget) -> Rails:
     """The rails of a target; a tilt and `tolerance` None have none."""
-    if target.tokens is None or target.tolerance is None:
+    if target.mode == "tilt" or target.tolerance is None:
         return Rails()
+    low, high = target.limits
+    if target.mode == "range":
+        return Rails(low, high)
     if target.mode == "at_least":
-        return Rails(first=target.tokens)
+        return Rails(first=low)
     if target.mode == "at_most":
-        return Rails(last=target.tokens)
+        return Rails(last=high)
     # The decimal that was written, not its binary neighbour: 100 * (1 - 0.07) is 93.
-    width = Fraction(str(target.tolerance)) * target.tokens
-    first, last = math.ceil(target.tokens - width), math.floor(target.tokens + width)
+    width = Fraction(str(target.tolerance)) * low
+    first, last = math.ceil(low - width), math.floor(low + width)
     return Rails(first=max(1, first), last=last)
 
 
@@ -54,8 +57,9 @@ def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_e
             f"max_tokens: {max_tokens} contradicts length_target, whose completion has at "
             f"least {rails.first} tokens"
         )
-    if rails.last is not None and min_tokens > rails.last:
+    # vLLM counts the tokens before the end.
+    if rails.last is not None and min_tokens >= rails.last:
         raise LengthTargetError(
-            f"min_tokens: {min_tokens} contradicts length_target, whose completion has at "
-            f"most {rails.last} tokens"
+            f"min_tokens: {min_tokens} tokens before the end contradict length_target, whose "
+            f"completion has at most {rails.last} tokens, the end included"
         )

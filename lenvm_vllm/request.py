@@ -1,8 +1,8 @@
 """What one request asks for: the `length_target` field, and its flat form in `vllm_xargs`.
 
 `vllm_xargs` takes neither objects nor null, so there each part of the field is a key of its
-own: `length_target` (tokens), `length_mode`, `length_beta`, `length_tolerance` ("off" or a
-negative number for null), `length_policy`, `length_max_kl`.
+own, `length_<part>` but for `length_target`, the tokens. `length_tolerance` takes "off" or a
+negative number for null.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,15 @@ DEFAULT_TOLERANCE = 0.1
 
 _FLAT = {
     "length_target": "tokens",
-    "length_mode": "mode",
-    "length_beta": "beta",
-    "length_tolerance": "tolerance",
-    "length_policy": "policy",
-    "length_max_kl": "max_kl",
+    **{
+        f"length_{part}": part
+        for part in (
+            *("mode", "min_tokens", "max_tokens", "beta", "tolerance", "policy", "max_kl"),
+            *("min_entropy", "every", "scope"),
+        )
+    },
 }
+_NUMBERS = {"tilt": ("beta",), "range": ("min_tokens", "max_tokens")}  # others: tokens
 
 
 class LengthTargetError(ValueError):
@@ -31,32 +34,50 @@ class LengthTargetError(ValueError):
 class LengthTarget(BaseModel):
     """How long a completion should be.
 
-    mode: equal_to, at_most and at_least `tokens`; tilt shifts all lengths by `beta`.
-    tokens: completion tokens, the end-of-sequence token included.
+    mode: equal_to, at_most and at_least `tokens`; range, from min_tokens to max_tokens; tilt
+        shifts all lengths by `beta`.
+    tokens, min_tokens, max_tokens: completion tokens, the end-of-sequence token included.
     beta: of tilt only; below 0 shortens, above 0 lengthens, 0 changes nothing.
     tolerance: half width of the guard rails as a share of `tokens`; None: no rails.
     policy: project (least change of the model's distribution) or greedy (nearest value).
     max_kl: nats that a step of `project` may move the text; None: the plugin's setting.
+    min_entropy: nats; a step whose candidates have less is not scored.
+    every: only each so-manieth token is scored.
+    scope: what is counted: the whole completion, its thinking up to the marker that ends it
+        (the marker included), or the answer after the marker.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    mode: Literal["equal_to", "at_most", "at_least", "tilt"] = "equal_to"
+    mode: Literal["equal_to", "at_most", "at_least", "tilt", "range"] = "equal_to"
     tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    min_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     beta: float | None = None
     tolerance: float | None = Field(DEFAULT_TOLERANCE, ge=0)
     policy: Literal["project", "greedy"] = "project"
     max_kl: float | None = Field(None, ge=0)
+    min_entropy: float = Field(0.0, ge=0)
+    every: int = Field(1, ge=1, le=2**31 - 1)
+    scope: Literal["completion", "thinking", "answer"] = "completion"
 
     @model_validator(mode="after")
-    def _mode_has_its_number(self) -> Self:
-        needed, unused = ("beta", "tokens") if self.mode == "tilt" else ("tokens", "beta")
-        if getattr(self, needed) is None:
-            raise ValueError(f"{needed}: required by mode {self.mode!r}")
-        if getattr(self, unused) is not None:
-            value = getattr(self, unused)
-            raise ValueError(f"{unused}: mode {self.mode!r} takes none, got {value!r}")
+    def _mode_has_its_numbers(self) -> Self:
+        needed = _NUMBERS.get(self.mode, ("tokens",))
+        for name in ("tokens", "beta", "min_tokens", "max_tokens"):
+            value = getattr(self, name)
+            if name in needed and value is None:
+                raise ValueError(f"{name}: required by mode {self.mode!r}")
+            if name not in needed and value is not None:
+                raise ValueError(f"{name}: mode {self.mode!r} takes none, got {value!r}")
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}")
         return self
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The fewest and the most tokens that are wanted, the same but for a range; 0 of a tilt."""
+        return self.tokens or self.min_tokens or 0, self.tokens or self.max_tokens or 0
 
     @classmethod
     def parse(cls, value: Any) -> Self:

@@ -16,6 +16,8 @@ class Settings(BaseSettings):
     max_kl: nats that one step of `project` may move the text, unless the request says.
     top_k, top_p: candidate cut of a request with a token target that sets none itself.
     tilt_min_p: candidate cut of a tilt that sets none itself.
+    thinking_end_ids: tokens that end a thinking, for the scopes thinking and answer; without,
+        the one of vLLM's reasoning parser.
     max_candidates: candidates scored per request and step at most.
     """
 
@@ -28,6 +30,7 @@ class Settings(BaseSettings):
     top_k: int = Field(15, ge=1)
     top_p: float = Field(0.999, gt=0, le=1)
     tilt_min_p: float = Field(0.01, ge=0, le=1)
+    thinking_end_ids: tuple[int, ...] = ()
     max_candidates: int = Field(64, ge=1)
 
 

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from lenvm_vllm.rails import Rails, rails_of
 from lenvm_vllm.request import LengthTarget
 
+_CLOSED_BY_PROMPT = 4  # a chat template that switches thinking off ends with the marker, about
+
+_BEYOND_THE_END = 3  # tokens
+
 
 @dataclass
 class RequestState:
@@ -14,6 +18,7 @@ class RequestState:
     output_ids: the engine's own list, which grows as tokens come. Under asynchronous
         scheduling its last entries may be -1: a token that is not known yet.
     eos_ids: tokens that end the completion.
+    marker_ids: tokens that end the thinking; needed by a scope other than the completion.
     top_k, top_p, min_p: the request's own candidate cut; 0, 1.0 and 0.0 mean unset.
     sent: tokens of prompt and output that the value server has been told.
     """
@@ -22,6 +27,7 @@ class RequestState:
     prompt_ids: list[int] | None
     output_ids: list[int]
     eos_ids: list[int]
+    marker_ids: list[int] = field(default_factory=list)
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -29,13 +35,51 @@ class RequestState:
     sent: int = 0
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     rails: Rails = field(init=False)
+    _searched: int = 0
 
     def __post_init__(self) -> None:
         self.rails = rails_of(self.target)
 
     @property
+    def counts(self) -> bool:
+        """Whether the next token is one of those that the target is about."""
+        if self.target.scope == "completion":
+            return True
+        return (self._answer_start() is None) == (self.target.scope == "thinking")
+
+    @property
     def generated(self) -> int:
-        return len(self.output_ids)
+        """Tokens so far of those that the target is about."""
+        start = self._answer_start() if self.target.scope == "answer" else 0
+        return 0 if start is None else len(self.output_ids) - start
+
+    def outcome(self) -> tuple[int, int] | None:
+        """(tokens, tokens that were wanted, the nearest of them); None where it did not end.
+
+        vLLM may have run a finished request for a step more.
+        """
+        count = len(self.output_ids)
+        tail = range(max(0, count - _BEYOND_THE_END), count)
+        ended = [i for i in tail if self.output_ids[i] in self.eos_ids]
+        start = 0 if self.target.scope == "completion" else self._answer_start()
+        stop = start if self._thinks else (ended[0] + 1 if ended else None)
+        if start is None or stop is None or self.target.mode == "tilt":
+            return None
+        tokens = stop if self._thinks else stop - start
+        low, high = self.target.limits
+        low = 0 if self.target.mode == "at_most" else low
+        high = tokens if self.target.mode == "at_least" else high
+        return tokens, min(max(tokens, low), max(low, high))
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens after which no more are counted."""
+        return [*self.marker_ids, *self.eos_ids] if self._thinks else self.eos_ids
+
+    @property
+    def proper_ends(self) -> list[int]:
+        """Those of them that a guard rail may force."""
+        return self.marker_ids if self._thinks else self.eos_ids
 
     @property
     def length(self) -> int:
@@ -52,3 +96,20 @@ class RequestState:
         else:
             tokens = self.output_ids[self.sent - start :]
         return None if -1 in tokens else tokens
+
+    @property
+    def _thinks(self) -> bool:
+        return self.target.scope == "thinking"
+
+    def _answer_start(self) -> int | None:
+        """Output tokens up to the marker, itself included; None while the thinking goes on."""
+        if any(token in self.marker_ids for token in (self.prompt_ids or [])[-_CLOSED_BY_PROMPT:]):
+            return 0
+        while self._searched < len(self.output_ids):
+            token = self.output_ids[self._searched]
+            if token in self.marker_ids:
+                return self._searched + 1  # stays here
+            if token == -1:
+                break
+            self._searched += 1
+        return None

@@ -3,7 +3,8 @@
 Legend: B guided rows, K candidates that do not end the text (padded), all tensors float64 on
 the CPU. q: the model's distribution over those K, p0: its probability of end-of-sequence, so
 p(x) = (1 - p0) q(x). u = 1 - gamma^r as in value_server.contract.values; u(end) = 0 is known.
-u* = 1 - gamma^r*, the value that meets the target.
+u* = 1 - gamma^r*, the value that meets the target; each mode keeps the mean value in an interval,
+[u*, u*] for equal_to, [0, u*] for at_most, [u*, 1] for at_least.
 
 End-of-sequence is no token like the others: its probability *is* the length decision. So
 `project` works in two parts. First q is tilted towards u*, q' ~ q exp(lambda u), as far as a
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from value_server.contract.values import value_from_length, value_from_logit
 
-MODES = ("equal_to", "at_most", "at_least", "tilt")
-EQUAL_TO, AT_MOST, AT_LEAST, TILT = range(4)
+MODES = ("equal_to", "at_most", "at_least", "tilt", "range")
+EQUAL_TO, AT_MOST, AT_LEAST, TILT, RANGE = range(5)
 
 _BISECTIONS = 50
 _LARGEST_TILT = 1e4  # on values scaled to a spread of 1: beyond it only the extreme one is left
@@ -32,16 +33,29 @@ _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 class Goals:
     """What each of B rows wants.
 
-    mode: (B,) index in MODES. greedy: (B,) bool, policy. remaining: (B,) r* in tokens, negative
-    past the target. beta, max_kl: (B,). Entries that a mode does not use are ignored.
+    mode: (B,) index in MODES. greedy: (B,) bool, policy. remaining, ceiling: (B,) r* in tokens
+    of the target, of a range its lower and upper end; negative past it. beta, max_kl: (B,).
+    Entries that a mode does not use are ignored.
     """
 
     mode: Tensor
     greedy: Tensor
     remaining: Tensor
+    ceiling: Tensor
     beta: Tensor
     max_kl: Tensor
     gamma: float
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(B,) lowest and highest mean value that is all right."""
+        low = value_from_length(self.remaining.clamp(min=0), self.gamma)
+        high = value_from_length(self.ceiling.clamp(min=0), self.gamma)
+        return low.masked_fill(self.mode == AT_MOST, 0), high.masked_fill(self.mode == AT_LEAST, 1)
+
+    @property
+    def too_early(self) -> Tensor:
+        """(B,) bool: no end yet, whatever its value."""
+        return ((self.mode == AT_LEAST) | (self.mode == RANGE)) & (self.remaining > 0)
 
 
 def steer(log_q: Tensor, log_p0: Tensor, z: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
@@ -52,11 +66,10 @@ def steer(log_q: Tensor, log_p0: Tensor, z: Tensor, goals: Goals) -> tuple[Tenso
     z: (B, K) value logits after each candidate; padding is ignored.
     """
     u = torch.where(log_q.isneginf(), 0.0, value_from_logit(z))
-    u_star = value_from_length(goals.remaining.clamp(min=0), goals.gamma)
 
-    projected_q = _project(log_q, u, u_star, goals)
-    projected_p0 = _decide_end(log_p0, (projected_q.exp() * u).sum(-1), u_star, goals)
-    greedy_q, greedy_p0 = _choose(log_q, log_p0, u, u_star, goals)
+    projected_q = _project(log_q, u, goals)
+    projected_p0 = _decide_end(log_p0, (projected_q.exp() * u).sum(-1), goals)
+    greedy_q, greedy_p0 = _choose(log_q, log_p0, u, goals)
     tilted_q, tilted_p0 = _tilt(log_q, log_p0, u, goals.beta)
 
     greedy, tilt = goals.greedy, goals.mode == TILT
@@ -71,14 +84,12 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def _direction(mean: Tensor, u_star: Tensor, mode: Tensor) -> Tensor:
+def _direction(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """(B,) +1 where values must rise, -1 where they must fall, 0 where all is well."""
-    rise = (mean < u_star) & (mode != AT_MOST)
-    fall = (mean > u_star) & (mode != AT_LEAST)
-    return rise.double() - fall.double()
+    return (mean < low).double() - (mean > high).double()
 
 
-def _project(log_q: Tensor, u: Tensor, u_star: Tensor, goals: Goals) -> Tensor:
+def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     """(B, K) KL projection of q on the target's side of E[u] = u*, inside the trust region.
 
     The mean and the divergence both grow with the size of lambda, so the largest lambda that
@@ -86,7 +97,9 @@ def _project(log_q: Tensor, u: Tensor, u_star: Tensor, goals: Goals) -> Tensor:
     """
     kept = ~log_q.isneginf()
     mean = (log_q.exp() * u).sum(-1)
-    direction = _direction(mean, u_star, goals.mode)
+    bounds = goals.bounds()
+    direction = _direction(mean, *bounds)
+    u_star = torch.where(direction > 0, *bounds)
     low = torch.where(kept, u, torch.inf).amin(-1)
     spread = (torch.where(kept, u, -torch.inf).amax(-1) - low).clamp(min=1e-300)
     # (B, K), in [-1, 0] or [0, 1]: the same whatever the scale of u
@@ -108,16 +121,16 @@ def _project(log_q: Tensor, u: Tensor, u_star: Tensor, goals: Goals) -> Tensor:
     return torch.where((direction == 0)[:, None], log_q, tilted(low_size))
 
 
-def _decide_end(log_p0: Tensor, mean: Tensor, u_star: Tensor, goals: Goals) -> Tensor:
-    """(B,) log p0 such that (1 - p0) mean meets u*, as the mode asks. mean: (B,) E_q'[u]."""
-    p0, due = log_p0.exp(), goals.remaining <= 0
-    wanted = (1 - u_star / mean.clamp(min=1e-300)).clamp(0, 1)
-    wanted = torch.where(wanted < _NEVER, 0.0, wanted)
-    raised = _raise_within(p0, wanted, goals.max_kl)
-    new = torch.where(wanted < p0, wanted, raised)
-    new = torch.where(goals.mode == AT_MOST, torch.maximum(p0, raised), new)
-    new = torch.where(due, 1.0, new)
-    new = torch.where(goals.mode == AT_LEAST, torch.where(due, p0, 0.0), new)
+def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
+    """(B,) log p0 such that (1 - p0) mean is in bounds. mean: (B,) E_q'[u]."""
+    p0 = log_p0.exp()
+    # The lowest mean value that is all right allows the largest p0, and the highest the smallest.
+    most, least = ((1 - u / mean.clamp(min=1e-300)).clamp(0, 1) for u in goals.bounds())
+    most, least = (torch.where(p < _NEVER, 0.0, p) for p in (most, least))
+    most = most.masked_fill(goals.too_early, 0)
+    raised = _raise_within(p0, least, goals.max_kl)
+    new = torch.where(most < p0, most, raised)
+    new = torch.where((goals.ceiling <= 0) & (goals.mode != AT_LEAST), 1.0, new)
     return torch.where((p0 == 0) | (new == p0), log_p0, new.log())
 
 
@@ -132,27 +145,25 @@ def _raise_within(p0: Tensor, wanted: Tensor, max_kl: Tensor) -> Tensor:
     return high
 
 
-def _choose(
-    log_q: Tensor, log_p0: Tensor, u: Tensor, u_star: Tensor, goals: Goals
-) -> tuple[Tensor, Tensor]:
+def _choose(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
     """The paper's rule: all probability on one candidate, the end among them.
 
-    equal_to: the value nearest u*. at_most: the smallest, at_least: the largest, each while
-    the model's own mean value breaks the limit. Before at_least's target there is no end.
+    equal_to: the value nearest u*. Other modes: the smallest while the model's own mean value
+    is above their bounds, the largest while it is below. Too early there is no end.
     """
-    mode, kept, due = goals.mode, ~log_q.isneginf(), goals.remaining <= 0
-    may_end = ~log_p0.isneginf() & ((mode != AT_LEAST) | due)
+    low, high = goals.bounds()
+    may_end = ~log_p0.isneginf() & ~goals.too_early
     # (B, K + 1): the end comes first, so that it wins a tie
-    values = torch.cat([torch.zeros_like(u_star)[:, None], u], dim=-1)
-    allowed = torch.cat([may_end[:, None], kept], dim=-1)
-    sign = torch.where(mode == AT_LEAST, -1.0, 1.0)[:, None]
-    near = (values - u_star[:, None]).abs()
-    cost = torch.where((mode == EQUAL_TO)[:, None], near, sign * values)
-    choice = torch.where(allowed, cost, torch.inf).argmin(-1)
+    values = torch.cat([torch.zeros_like(low)[:, None], u], dim=-1)
+    allowed = torch.cat([may_end[:, None], ~log_q.isneginf()], dim=-1)
 
     ended = torch.where(may_end, log_p0.exp(), 0.0)
-    mean = (1 - ended) * (log_q.exp() * u).sum(-1)
-    free = (_direction(mean, u_star, mode) == 0) & (mode != EQUAL_TO)
+    direction = _direction((1 - ended) * (log_q.exp() * u).sum(-1), low, high)
+    exact = goals.mode == EQUAL_TO
+    near = (values - low[:, None]).abs()
+    cost = torch.where(exact[:, None], near, -direction[:, None] * values)
+    choice = torch.where(allowed, cost, torch.inf).argmin(-1)
+    free = (direction == 0) & ~exact
     one_hot = torch.nn.functional.one_hot(choice, values.shape[-1]).double().log()
     # Where the end is chosen q is of no account; keep it a distribution.
     chose_end = (choice == 0) | free

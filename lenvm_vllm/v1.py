@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lenvm_vllm.engine_rows import EngineRows, state_of
+from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.guide import Client
 from lenvm_vllm.state import RequestState
 from lenvm_vllm.vllm_names import MoveDirectionality, V1LogitsProcessor
@@ -28,7 +28,7 @@ class V1Processor(V1LogitsProcessor):
             self._rows.close(self._states.pop(index, None))
         for index, params, prompt_ids, output_ids in batch_update.added:
             self._rows.close(self._states.pop(index, None))
-            if (state := state_of(params, prompt_ids, output_ids)) is not None:
+            if (state := self._rows.open(params, prompt_ids, output_ids)) is not None:
                 self._states[index] = state
         for source, destination, direction in batch_update.moved:
             moved, displaced = self._states.pop(source, None), self._states.pop(destination, None)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lenvm_vllm.engine_rows import EngineRows, state_of
+from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.guide import Client
 from lenvm_vllm.state import RequestState
 from lenvm_vllm.vllm_names import V2LogitsProcessor
@@ -26,8 +26,10 @@ class V2Processor(V2LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Whether this request is guided. The slot may still hold one that has ended."""
-        self._rows.close(self._states.pop(req_idx, None))
-        if (state := state_of(sampling_params, [], [])) is not None:
+        if (ended := self._states.pop(req_idx, None)) is not None:
+            self._read_last(req_idx, ended)
+            self._rows.close(ended)
+        if (state := self._rows.open(sampling_params, [], [])) is not None:
             self._states[req_idx] = state
         return state is not None
 
@@ -58,6 +60,11 @@ class V2Processor(V2LogitsProcessor):
             assert state.prompt_ids is not None
             state.prompt_ids += own[:split]
             state.output_ids += own[split:]
+
+    def _read_last(self, slot: int, state: RequestState) -> None:
+        """The token after which no step asked for more; it stands until the slot is written."""
+        if 0 < state.length < self._slots.all_token_ids.gpu.shape[1]:
+            state.output_ids += self._gather(np.array([[slot, state.length]]))
 
     def _gather(self, index: NDArray[np.int64]) -> Any:
         """Iterator over the tokens at (slot, position)."""

@@ -18,6 +18,7 @@ served_config: Any = None
 
 def register() -> None:
     """Idempotent; loads nothing of the plugin but this file."""
+    from lenvm_vllm.metrics import share_folder
     from lenvm_vllm.vllm_names import EngineArgs
 
     if getattr(EngineArgs, "_lenvm_registered", False):
@@ -31,8 +32,10 @@ def register() -> None:
         args.logits_processors = complete_names(getattr(args, "logits_processors", None))
         middleware = getattr(args, "middleware", None)
         named = PROCESSOR in (args.logits_processors or ())
-        if named and middleware is not None and MIDDLEWARE not in middleware:
-            args.middleware = [*middleware, MIDDLEWARE]
+        if named and middleware is not None:
+            share_folder()
+            if MIDDLEWARE not in middleware:
+                args.middleware = [*middleware, MIDDLEWARE]
         return from_cli_args(cls, args)
 
     @functools.wraps(create_engine_config)

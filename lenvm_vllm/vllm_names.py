@@ -19,6 +19,7 @@ WHERE = {
     "RequestSlots": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcRequestState"),
     "VllmConfig": ("vllm.config", "VllmConfig"),
     "ModelConfig": ("vllm.config", "ModelConfig"),
+    "ReasoningConfig": ("vllm.config.reasoning", "ReasoningConfig"),
     "ParallelConfig": ("vllm.config", "ParallelConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
@@ -62,9 +63,10 @@ FIELDS = {
     "RequestSlots": ("all_token_ids", "prompt_len", "prefill_len"),
     "VllmConfig": (
         *("additional_config", "model_config", "parallel_config", "speculative_config"),
-        "use_v2_model_runner",
+        *("reasoning_config", "use_v2_model_runner"),
     ),
     "ModelConfig": ("skip_tokenizer_init",),
+    "ReasoningConfig": ("natural_reasoning_end_token_ids",),
     "ParallelConfig": ("enable_batch_sharded_sampling",),
 }
 

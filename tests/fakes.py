@@ -57,6 +57,8 @@ def config(v2: bool = False, **lenvm: Any) -> Any:
         additional_config={"lenvm": lenvm},
         model_config=model,
         parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
+        reasoning_config=None,
+        speculative_config=None,
         use_v2_model_runner=v2,
     )
 

@@ -84,6 +84,11 @@ def test_other_xargs_stay() -> None:
     assert xargs == {"other": [1, 2]} | LengthTarget.parse(9).to_xargs()
 
 
+def test_limits_of_a_wrong_type_are_left_to_vllm() -> None:
+    app, status, _ = post({"length_target": 9, "max_tokens": "5", "min_tokens": None})
+    assert (status, json.loads(app.body)["max_tokens"]) == (200, "5")
+
+
 def test_null_is_no_target() -> None:
     app, status, _ = post({"model": "m", "length_target": None})
     assert (status, json.loads(app.body)) == (200, {"model": "m"})
@@ -155,6 +160,14 @@ def test_root_path_is_left_out() -> None:
         ({"length_target": 5, "length_mode": "tilt"}, ["length_mode", "'tilt'"]),
         ({"length_target": 5, "vllm_xargs": {"length_mode": "tilt"}}, ["vllm_xargs.length_mode"]),
         ({"length_target": 5, "vllm_xargs": [1]}, ["vllm_xargs", "[1]"]),
+        ({"vllm_xargs": {"length_target": 0}}, ["length_target.tokens", "got 0"]),
+        ({"vllm_xargs": {"length_goal": 5}}, ["length_goal", "got 5"]),
+        ({"length_target": 50, "max_tokens": 44}, ["max_tokens: 44", "at least 45"]),
+        ({"length_target": 50, "max_completion_tokens": 44}, ["max_tokens: 44"]),
+        ({"length_target": 50, "max_output_tokens": 44}, ["max_tokens: 44"]),
+        ({"vllm_xargs": {"length_target": 50}, "max_tokens": 44}, ["max_tokens: 44"]),
+        ({"length_target": 50, "min_tokens": 55}, ["min_tokens: 55"]),
+        ({"length_target": 50, "ignore_eos": True}, ["ignore_eos: true"]),
         ({"length_target": 5, "use_beam_search": True}, ["use_beam_search: true"]),
         ({"vllm_xargs": {"length_target": 5}, "use_beam_search": True}, ["use_beam_search: true"]),
     ],

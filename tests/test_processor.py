@@ -434,7 +434,7 @@ def test_samples_of_one_request_have_a_session_each() -> None:
 def sampled(wanted: SamplingParams, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
     """(rows,) tokens by vLLM's own sampler, its built-in processors before ours."""
     rows, config_ = len(logits), config()
-    config_.speculative_config, config_.scheduler_config = None, SimpleNamespace(max_num_seqs=rows)
+    config_.scheduler_config = SimpleNamespace(max_num_seqs=rows)
     processors = build_logitsprocs(config_, torch.device("cpu"), False, False, (PROCESSOR,))
     ours = next(p for p in processors.non_argmax_invariant if isinstance(p, V1Processor))
     ours._rows = EngineRows(config_, Server())  # type: ignore[arg-type]
@@ -600,7 +600,7 @@ def test_an_unknown_setting_is_an_error() -> None:
         ({"length_targets": 9}, {}, "length_targets: unknown field, got 9"),
         ({"length_mode": "tilt"}, {}, "length_target.beta: required by mode 'tilt'"),
         (200, {"max_tokens": 100}, "max_tokens: 100 contradicts length_target"),
-        (200, {"min_tokens": 221, "max_tokens": 300}, "min_tokens: 221 contradicts"),
+        (200, {"min_tokens": 221, "max_tokens": 300}, "min_tokens: 221 tokens before the end"),
         (200, {"ignore_eos": True, "max_tokens": 300}, "ignore_eos: true contradicts"),
         (200, {"max_tokens": 179}, "max_tokens: 179 contradicts .* at least 180"),
         (
@@ -610,8 +610,8 @@ def test_an_unknown_setting_is_an_error() -> None:
         ),
         (
             {"length_target": 50, "length_mode": "at_most"},
-            {"min_tokens": 51, "max_tokens": 99},
-            "min_tokens: 51 contradicts .* at most 50",
+            {"min_tokens": 50, "max_tokens": 99},
+            "min_tokens: 50 .* at most 50",
         ),
     ],
 )
@@ -726,7 +726,8 @@ def test_the_config_has_the_full_name_and_is_known(
 @pytest.mark.parametrize("target", [9, {"length_mode": "tilt", "length_beta": 1.0}])
 def test_no_guidance_of_drafts(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
     for drafts in (None, object()):
-        made = SimpleNamespace(speculative_config=drafts)
+        made = config()
+        made.speculative_config = drafts
         monkeypatch.setattr(vllm_hooks, "served_config", made)
         LenvmLogitsProcessor.validate_params(params())
         if drafts is None:

@@ -15,6 +15,9 @@ common = {
     "tolerance": st.none() | positive | st.integers(0, 9),
     "policy": st.sampled_from(["project", "greedy"]),
     "max_kl": st.none() | positive,
+    "min_entropy": positive,
+    "every": tokens,
+    "scope": st.sampled_from(["completion", "thinking", "answer"]),
 }
 counted = st.fixed_dictionaries(
     {"tokens": tokens},
@@ -22,6 +25,10 @@ counted = st.fixed_dictionaries(
 )
 tilted = st.fixed_dictionaries(
     {"mode": st.just("tilt"), "beta": st.floats(-1e6, 1e6) | st.integers(-99, 99)}, optional=common
+)
+ranged = st.fixed_dictionaries(
+    {"mode": st.just("range"), "min_tokens": st.integers(1, 9), "max_tokens": st.integers(9, 99)},
+    optional=common,
 )
 
 
@@ -31,7 +38,7 @@ def test_a_number_is_an_exact_target() -> None:
     assert target.tolerance == DEFAULT_TOLERANCE
 
 
-@given(counted | tilted)
+@given(counted | tilted | ranged)
 def test_flat_form_comes_back_equal(value: dict[str, Any]) -> None:
     target = LengthTarget.parse(value)
     xargs = target.to_xargs()

@@ -6,7 +6,7 @@ Legend: as in lenvm_vllm.steering. The naive version takes one row as Python flo
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from value_server.contract.values import logit_from_length, remaining_goal
 GAMMA = 0.99
 quick = settings(deadline=None, max_examples=60)
 NAN = math.nan
-MODE = dict(zip(MODES, range(4), strict=True))
+MODE = {mode: index for index, mode in enumerate(MODES)}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Row:
     mode: str = "equal_to"
     greedy: bool = False
     remaining: int = 10
+    width: int = 0
     beta: float = 0.0
     max_kl: float = 0.2
 
@@ -45,8 +46,19 @@ class Row:
         return 1 - GAMMA ** max(self.remaining, 0)
 
     @property
+    def ceiling(self) -> int:
+        """Of a range, whose lower end is `remaining`."""
+        return self.remaining + self.width
+
+    @property
     def mean(self) -> float:
         return mean(self.q, self.u)
+
+    def one_sided(self) -> "Row":
+        """The mode that a range comes to in this step: a limit that may be broken, or is."""
+        if self.remaining > 0 and self.mean < self.u_star:
+            return replace(self, mode="at_least", width=0)
+        return replace(self, mode="at_most", remaining=self.ceiling, width=0)
 
 
 def batched(rows: list[Row]) -> list[tuple[list[float], float]]:
@@ -68,6 +80,7 @@ def batched(rows: list[Row]) -> list[tuple[list[float], float]]:
         mode=torch.tensor([MODE[row.mode] for row in rows]),
         greedy=torch.tensor([row.greedy for row in rows]),
         remaining=column("remaining"),
+        ceiling=column("ceiling"),
         beta=column("beta"),
         max_kl=column("max_kl"),
         gamma=GAMMA,
@@ -107,6 +120,9 @@ def last_inside(inside: Any, low: float, high: float) -> float:
 
 
 def naive_project(row: Row) -> tuple[list[float], float]:
+    if row.mode == "range":
+        q, p0 = naive_project(row.one_sided())
+        return q, 0.0 if row.remaining > 0 else p0
     u, u_star, due = row.u, row.u_star, row.remaining <= 0
     rises = row.mean < u_star and row.mode != "at_most"
     falls = row.mean > u_star and row.mode != "at_least"
@@ -136,6 +152,8 @@ def naive_project(row: Row) -> tuple[list[float], float]:
 
 def naive_greedy(row: Row) -> tuple[list[float] | None, float]:
     """(None, 1.0) where the end is chosen: then q is of no account."""
+    if row.mode == "range":
+        return naive_greedy(replace(row, p0=0.0 if row.remaining > 0 else row.p0).one_sided())
     due = row.remaining <= 0
     p0 = 0.0 if row.mode == "at_least" and not due else row.p0
     expected = (1 - p0) * row.mean
@@ -166,8 +184,9 @@ def drawn_rows(draw: st.DrawFn, **fixed: Any) -> Row:
         q=tuple(w / sum(weights) for w in weights),
         r=tuple(r),
         p0=draw(st.sampled_from([0.0, 1e-9, 1e-3, 0.3, 0.99])),
-        mode=draw(st.sampled_from(MODES[:3])),
+        mode=(mode := draw(st.sampled_from([*MODES[:3], "range"]))),
         remaining=draw(st.integers(-3, 400)),
+        width=draw(st.integers(0, 50)) if mode == "range" else 0,
         beta=draw(st.floats(-50, 50)),
         max_kl=draw(st.sampled_from([0.0, 0.01, 0.2, math.inf])),
     )
@@ -182,6 +201,9 @@ def close(a: tuple[Any, float], b: tuple[Any, float], tolerance: float = 1e-6) -
 
 def clear_choice(row: Row) -> bool:
     """No tie between candidates, and none at the limit, that rounding would break."""
+    if row.mode == "range":
+        other = replace(row, mode="at_most", remaining=row.ceiling, width=0)
+        return clear_choice(replace(row, mode="at_least", width=0)) and clear_choice(other)
     costs = sorted(abs(u - row.u_star) for u in [0.0, *row.u])
     tied = any(b - a < 1e-12 for a, b in itertools.pairwise(costs))
     ends = (0.0, row.p0)

@@ -106,7 +106,7 @@ def test_one_name_for_both_model_runners() -> None:
     (v2,) = build_custom_logits_processors(config(v2=True), slots, False, [PROCESSOR])
     assert isinstance(v2, V2Processor)
     both = config()
-    both.speculative_config, both.scheduler_config = None, SimpleNamespace(max_num_seqs=4)
+    both.scheduler_config = SimpleNamespace(max_num_seqs=4)
     v1 = build_logitsprocs(both, torch.device("cpu"), False, False, (PROCESSOR,))
     assert [isinstance(p, V1Processor) for p in v1.non_argmax_invariant].count(True) == 1
 

@@ -1,0 +1,41 @@
+"""Whether a request can have the length that it asks for; asked before anything is generated.
+
+Asked twice: by the middleware, whose answer is an HTTP 400 also for a stream, and by vLLM's
+`validate_params`, which knows the limits that vLLM itself filled in.
+"""
+
+from typing import Any
+
+from lenvm_vllm import vllm_hooks
+from lenvm_vllm.rails import check_limits, rails_of
+from lenvm_vllm.request import LengthTarget, LengthTargetError
+from lenvm_vllm.settings import Settings, load_settings
+
+
+def check_admission(
+    target: LengthTarget, max_tokens: int | None, min_tokens: int, ignore_eos: bool
+) -> None:
+    """max_tokens, min_tokens, ignore_eos: of the request itself. Raises LengthTargetError."""
+    config = vllm_hooks.served_config
+    if config is not None and config.speculative_config is not None:
+        # A row of a draft token belongs to a text that may never be; nothing guides it.
+        raise LengthTargetError("length_target: not available with speculative decoding")
+    if target.scope != "completion":
+        # vLLM's min_tokens counts the whole completion, so it contradicts no part of it.
+        min_tokens = 0
+        settings = load_settings(config and config.additional_config)
+        if config is not None and not marker_ids_of(config, settings):
+            raise LengthTargetError(
+                f"length_target.scope: {target.scope!r} needs to know the token that ends the "
+                "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
+            )
+    check_limits(rails_of(target), max_tokens, min_tokens, ignore_eos)
+
+
+def marker_ids_of(vllm_config: Any, settings: Settings) -> list[int]:
+    """Tokens that end a thinking; none where neither the settings nor vLLM know a single one."""
+    if settings.thinking_end_ids:
+        return list(settings.thinking_end_ids)
+    reasoning = vllm_config.reasoning_config
+    ids = (reasoning and reasoning.natural_reasoning_end_token_ids) or []
+    return list(ids) if len(ids) == 1 else []

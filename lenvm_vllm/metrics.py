@@ -1,0 +1,72 @@
+"""Numbers of the engine, shown on vLLM's own `/metrics`.
+
+The engine steps in another process than the one that answers HTTP, and vLLM shares Prometheus
+files between processes only with several API servers. So each engine process keeps its sums in
+a small file of a folder that an environment variable names; the middleware adds them up.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+FOLDER = "LENVM_METRICS_DIR"
+HELP = {
+    "requests": "Requests with a length target, each sample of one counted.",
+    "steps": "Engine steps with rows to steer.",
+    "fallback_steps": "Such steps that went on without values.",
+    "plan_seconds": "Time of all such steps, the value server's included.",
+    "value_seconds": "Time in which they waited for the value server.",
+    "finished": "Requests with a number of tokens that ended by themselves or by a rail.",
+    "deviation_tokens": "Tokens by which those missed what they asked for.",
+    "deviation_ratio": "The same as shares of what they asked for.",
+}
+_NAMES = list(HELP)
+
+
+class Counters:
+    """The sums of this process; without a folder nobody sees them."""
+
+    def __init__(self) -> None:
+        folder = os.environ.get(FOLDER)
+        self._sums: NDArray[np.float64] = np.zeros(len(HELP))
+        if folder and Path(folder).is_dir():
+            path = Path(folder) / str(os.getpid())
+            self._sums = np.memmap(path, np.float64, "w+", shape=len(HELP))
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        self._sums[_NAMES.index(name)] += amount
+
+
+def share_folder() -> None:
+    """Name a folder for this process and those that it starts, gone with this one."""
+    if FOLDER in os.environ:
+        return
+    folder, owner = tempfile.mkdtemp(prefix="lenvm-metrics-"), os.getpid()
+    os.environ[FOLDER] = folder
+    atexit.register(_remove, folder, owner)
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child runs this at its own end too
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def exposition() -> bytes:
+    """All processes' sums in Prometheus' text format; nothing where no folder is named."""
+    if FOLDER not in os.environ:
+        return b""
+    sums = np.zeros(len(HELP))
+    for path in Path(os.environ[FOLDER]).iterdir():
+        if path.stat().st_size == sums.nbytes:  # not one that is being made
+            sums += np.fromfile(path, np.float64)
+    lines = [
+        f"# HELP lenvm_{name}_total {HELP[name]}\n# TYPE lenvm_{name}_total counter\n"
+        f"lenvm_{name}_total {value!r}\n"
+        for name, value in zip(_NAMES, sums.tolist(), strict=True)
+    ]
+    return "".join(lines).encode()

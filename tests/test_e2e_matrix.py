@@ -1,0 +1,230 @@
+"""Every kind of request against one real `vllm serve` and one real value server, both tiny.
+
+The model is random, so texts are noise and steering is not judged here: lengths are those of
+the guard rails, wrong requests are a 400, and nothing of it is a 500.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from lenvm_vllm.processes import free_port
+from tests.servers import BARE_FLAG, value_serve, vllm_serve
+from tests.tiny import tiny_checkpoint
+from tests.tiny_llm import tiny_llm
+
+pytestmark = pytest.mark.e2e
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+ASK = {
+    CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60},
+    TEXT: {"prompt": "hi", "max_tokens": 60},
+    RESPONSES: {"input": "hi", "max_output_tokens": 60},
+    MESSAGES: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60},
+}
+# target: the lengths that its rails allow, within the 60 of the requests
+TARGETS: list[tuple[Any, range]] = [
+    (20, range(18, 23)),
+    ({"tokens": 12, "tolerance": 0.0}, range(12, 13)),
+    ({"tokens": 12, "tolerance": 0.0, "policy": "greedy"}, range(12, 13)),
+    ({"mode": "at_most", "tokens": 15}, range(1, 16)),
+    ({"mode": "at_least", "tokens": 25}, range(25, 61)),
+    ({"mode": "range", "min_tokens": 10, "max_tokens": 14}, range(10, 15)),
+    ({"mode": "tilt", "beta": -5.0}, range(1, 61)),
+    ({"tokens": 20, "min_entropy": 1.0, "every": 3}, range(18, 23)),
+    ({"tokens": 30, "tolerance": None}, range(1, 61)),
+]
+SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.95, "seed": 3}]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = tmp_path_factory.mktemp("matrix")
+    checkpoint, model = tiny_checkpoint(folder / "value"), tiny_llm(folder / "model")
+    port = free_port()
+    env = {"LENVM_URL": f"http://127.0.0.1:{port}", "LENVM_TIMEOUT_S": "30"}
+    with contextlib.ExitStack() as servers:
+        servers.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
+        url = servers.enter_context(vllm_serve(model, folder / "log", *BARE_FLAG, env=env))
+        yield servers.enter_context(httpx.Client(base_url=url, timeout=60, trust_env=False))
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        log = (folder / "log").read_text()
+        assert "no values" not in log, log[-3000:]
+        assert "500 Internal" not in log, log[-3000:]
+
+
+def post(client: httpx.Client, path: str, **fields: Any) -> httpx.Response:
+    return client.post(path, json={"model": "tiny", **ASK[path], **fields})
+
+
+def post_all(client: httpx.Client, asked: list[tuple[str, dict[str, Any]]]) -> list[httpx.Response]:
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda one: post(client, one[0], **one[1]), asked))
+
+
+def length(reply: httpx.Response) -> int:
+    """Completion tokens, streamed or not."""
+    assert reply.status_code == 200, reply.text
+    # The last usage of a stream is the one of the whole text.
+    return int(re.findall(r'"(?:completion|output)_tokens":\s*(\d+)', reply.text)[-1])
+
+
+def text_of(reply: httpx.Response) -> str:
+    (choice,) = reply.json()["choices"]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+def streamed(path: str) -> dict[str, Any]:
+    options = {"stream_options": {"include_usage": True}} if path in (CHAT, TEXT) else {}
+    return {"stream": True} | options
+
+
+def test_every_mode_on_every_endpoint(client):
+    cells = [
+        (path, {"length_target": target} | sampling | more, lengths)
+        for path in ASK
+        for (target, lengths), sampling in itertools.product(TARGETS, SAMPLING)
+        for more in ({}, streamed(path))
+        if not (path == MESSAGES and "seed" in sampling)  # it has no such field
+    ]
+    replies = post_all(client, [(path, fields) for path, fields, _ in cells])
+    for (path, fields, lengths), reply in zip(cells, replies, strict=True):
+        assert length(reply) in lengths, (path, fields, reply.text)
+
+
+def test_messages_with_sampling(client):
+    assert length(post(client, MESSAGES, length_target=9, temperature=1.0, top_p=0.9)) == 9
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_grammar_and_a_target(client, path):
+    """The target decides where the grammar leaves a choice, and the grammar where it does not."""
+    exact = {"tokens": 12, "tolerance": 0.0}
+    cells = [
+        ({"structured_outputs": {"regex": "[a-z]*"}}, r"[a-z]{11}", 12),
+        ({"structured_outputs": {"regex": "[a-z]{20}"}}, r"[a-z]{20}", 21),
+        ({"structured_outputs": {"regex": "[a-z]{3}"}}, r"[a-z]{3}", 4),
+    ]
+    for grammar, text, tokens in cells:
+        for sampling in SAMPLING:
+            reply = post(client, path, length_target=exact, **grammar, **sampling)
+            assert length(reply) == tokens, reply.text
+            assert re.fullmatch(text, text_of(reply))
+
+
+def test_a_json_schema_and_a_target(client):
+    properties = {"a": {"type": "string", "maxLength": 20}}
+    schema = {"type": "object", "properties": properties, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    reply = post(
+        client, CHAT, length_target={"mode": "at_least", "tokens": 20}, response_format=form
+    )
+    assert length(reply) <= 60
+    if reply.json()["choices"][0]["finish_reason"] == "stop":
+        assert list(json.loads(text_of(reply), strict=False)) == ["a"]
+
+
+def test_what_else_a_request_may_ask_for(client):
+    exact = {"length_target": {"tokens": 10, "tolerance": 0.0}}
+    end = 256
+    allowed = [*range(97, 123), end]
+    cells = [
+        {"logit_bias": {"97": 5.0, "98": -100.0}},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"allowed_token_ids": allowed},
+        {"min_tokens": 9},
+        {"stop_token_ids": [65]},
+        {"logprobs": 3},
+    ]
+    for fields, reply in zip(
+        cells, post_all(client, [(TEXT, exact | fields) for fields in cells]), strict=True
+    ):
+        assert length(reply) == 10, fields
+    samples = post(client, TEXT, n=4, seed=1, temperature=1.0, **exact)
+    assert length(samples) == 40
+    assert len(samples.json()["choices"]) == 4
+    several = post(client, TEXT, **exact | {"prompt": ["a", "bc", "def"]})
+    assert length(several) == 30
+
+
+def test_text_that_stops_by_a_string_or_a_token(client):
+    """Either may end it before its rails; a stop token counts as an end, a string cannot."""
+    stop = {"stop": ["a", "e", "i", "o"], "temperature": 1.0, "seed": 5}
+    assert length(post(client, TEXT, length_target=40, **stop)) <= 44
+    every_letter = {"stop_token_ids": list(range(97, 123)), "temperature": 1.0, "seed": 5}
+    exact = {"tokens": 10, "tolerance": 0.0}
+    reply = post(client, TEXT, length_target=exact, **every_letter)
+    assert length(reply) == 10
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_metrics_beside_vllms_own(client):
+    """The engine counts in another process than the one that answers."""
+    text = client.get("/metrics").text
+    assert "vllm:generation_tokens_total" in text
+    seen = {k: float(v) for k, v in re.findall(r"^lenvm_(\w+)_total (\S+)$", text, re.MULTILINE)}
+    assert seen["requests"] > 100
+    assert seen["steps"] > 100
+    assert seen["fallback_steps"] == 0
+    assert 0 < seen["value_seconds"] < seen["plan_seconds"]
+    assert 50 < seen["finished"] <= seen["requests"]
+
+
+WRONG = [
+    (0, "length_target.tokens"),
+    (-3, "length_target.tokens"),
+    ("20", "length_target"),
+    (True, "length_target"),
+    ([20], "length_target"),
+    ({}, "length_target.tokens"),
+    ({"tokens": 20.5}, "length_target.tokens"),
+    ({"tokens": 2**40}, "length_target.tokens"),
+    ({"mode": "near", "tokens": 5}, "length_target.mode"),
+    ({"mode": "tilt"}, "length_target.beta"),
+    ({"mode": "tilt", "beta": "strong"}, "length_target.beta"),
+    ({"mode": "tilt", "beta": 1.0, "tokens": 5}, "length_target.tokens"),
+    ({"tokens": 5, "beta": 1.0}, "length_target.beta"),
+    ({"tokens": 5, "tolerance": -0.5}, "length_target.tolerance"),
+    ({"tokens": 5, "policy": "magic"}, "length_target.policy"),
+    ({"tokens": 5, "max_kl": -1}, "length_target.max_kl"),
+    ({"mode": "range", "tokens": 5}, "length_target.tokens"),
+    ({"mode": "range", "min_tokens": 5}, "length_target.max_tokens"),
+    ({"mode": "range", "min_tokens": 6, "max_tokens": 5}, "length_target.min_tokens"),
+    ({"mode": "range", "min_tokens": 61, "max_tokens": 70}, "max_tokens"),
+    ({"tokens": 5, "every": 0}, "length_target.every"),
+    ({"tokens": 5, "min_entropy": -1.0}, "length_target.min_entropy"),
+    ({"tokens": 5, "scope": "answer"}, "length_target.scope"),
+    ({"tokens": 5, "scope": "summary"}, "length_target.scope"),
+    ({"tokens": 5, "tokenz": 6}, "length_target.tokenz"),
+    ({"tokens": 100}, "max_tokens"),
+    ({"mode": "at_least", "tokens": 61}, "max_tokens"),
+]
+CONTRADICTIONS = [
+    ({"length_target": 20, "min_tokens": 30}, "min_tokens"),
+    ({"length_target": {"mode": "at_most", "tokens": 20}, "min_tokens": 21}, "min_tokens"),
+    ({"length_target": 20, "ignore_eos": True}, "ignore_eos"),
+    ({"length_target": 20, "use_beam_search": True, "n": 2}, "use_beam_search"),
+    ({"length_target": 20, "vllm_xargs": {"length_mode": "tilt"}}, "vllm_xargs.length_mode"),
+    ({"vllm_xargs": {"length_target": 0}}, "length_target.tokens"),
+    ({"vllm_xargs": {"length_goal": 5}}, "length_goal"),
+    ({"length_goal": 5}, "length_goal"),
+]
+
+
+def test_what_is_wrong_is_a_400_that_names_it(client):
+    wrong = [(path, {"length_target": value}, name) for path in ASK for value, name in WRONG]
+    wrong += [(path, fields, name) for path in (CHAT, TEXT) for fields, name in CONTRADICTIONS]
+    wrong += [(path, fields | streamed(path), name) for path, fields, name in wrong]
+    replies = post_all(client, [(path, fields) for path, fields, _ in wrong])
+    for (path, fields, name), reply in zip(wrong, replies, strict=True):
+        assert reply.status_code == 400, (path, fields, reply.status_code, reply.text)
+        assert name in reply.text, (path, fields, reply.text)
+    assert length(post(client, CHAT, length_target={"tokens": 7, "tolerance": 0.0})) == 7
