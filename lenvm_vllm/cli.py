@@ -1,10 +1,16 @@
 """The `lenvm` command. Subcommands load when they run, so that each needs its own extra only."""
 
 import sys
+from argparse import ArgumentParser
 
 from cyclopts import App
+from cyclopts.config import Yaml
 
-app = App(name="lenvm", help="Length control for LLM serving.")
+app = App(
+    name="lenvm",
+    help="Length control for LLM serving. With --config FILE.yaml a command takes its options "
+    "from there; those on the command line go first.",
+)
 # The lines are here, as a docstring is known only once its module is loaded.
 for name, target, line in (
     ("serve", "value_server.serve:serve", "Serve the value model in CHECKPOINT until interrupted."),
@@ -33,8 +39,13 @@ for name, target, line in (
 
 def main() -> None:
     """Run a command; what is wrong with its input is one line on stderr and exit code 1."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    config, arguments = parser.parse_known_args(sys.argv[1:])
+    files = [config.config] if config.config else []
+    app.config = [Yaml(file, must_exist=True, use_commands_as_keys=False) for file in files]
     try:
-        app(sys.argv[1:], result_action="return_none")
+        app(arguments, result_action="return_none")
     except (OSError, ValueError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 

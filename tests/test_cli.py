@@ -61,6 +61,26 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(
     assert "\n" not in text
 
 
+def test_options_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the command line go first, and what the file spells wrong is named."""
+    config = tmp_path / "run.yaml"
+    config.write_text("model: m\nholdout: 0.5\ngamma: 2\nlora:\n  rank: 4\n")
+    command = ["lenvm", "train", "x", "y", "--config", str(config)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match=r"error: gamma: 2\.0, must be"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*command, "--gamma", "3"])
+    with pytest.raises(SystemExit, match=r"error: gamma: 3\.0, must be"):
+        main()
+    config.write_text("model: m\nholdin: 0.5\n")
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert 'Unknown option: "[holdin]"' in capsys.readouterr().err
+
+
 def test_a_message_of_several_lines_becomes_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_arguments: list[str], **_options: object) -> None:
         raise ValueError("first\n  second")

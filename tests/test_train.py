@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import trainer.train
 from tests.tiny import GAMMA, tiny_model, tiny_tokenizer
@@ -299,6 +301,46 @@ def test_each_choice_learns_the_toy_task(
     torch.testing.assert_close(lengths, torch.tensor(LENGTHS).float(), rtol=0.5, atol=3)
 
 
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_gradient_checkpointing_changes_nothing_but_the_memory(
+    tune: Tune, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers run twice as often; with frozen weights below, a wrong set-up gives no gradient."""
+    calls: list[int] = []
+    forward = LlamaDecoderLayer.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[-1] += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    for name in ("plain", "again"):
+        calls.append(0)
+        run(data, tmp_path / name, base, tune=tune, gradient_checkpointing=name == "again")
+    assert calls[1] == 2 * calls[0]
+    plain, again = (ValueModel.load(tmp_path / name, str(base)) for name in ("plain", "again"))
+    with torch.inference_mode():
+        values = [model(torch.arange(258)[None]) for model in (plain, again)]
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_the_log_for_tensorboard(base: Path, data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "out", base, tensorboard=tmp_path / "log")
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    losses = events.Scalars("train/loss")
+    assert [entry.step for entry in losses] == [1, 2, 3, 4, 5]
+    curve = read_config(tmp_path / "out").training["loss_curve"]
+    assert [entry.value for entry in losses] == pytest.approx(curve)
+
+
+def test_the_model_card_tells_what_it_was_made_from(base: Path, data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "out", base, tune="lora")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"base_model: {NAME}\n" in card
+    for fact in ("completions | 48", "learning_rate | 0.001", "max_steps | 5", "loss_curve | "):
+        assert f"| {fact}" in card
+
+
 def test_gamma_from_another_percentile(base: Path, tmp_path: Path) -> None:
     rows = [row(i, [1], [2] * (i + 1)) for i in range(41)]
     path = write(tmp_path / "a.parquet", rows)
@@ -485,6 +527,7 @@ def test_without_resume_it_starts_anew(
         ("save_steps", 0),
         ("num_layers", 0),
         ("num_layers", 3),
+        ("fp16", True),
     ],
 )
 def test_a_bad_argument_is_named_before_any_work(

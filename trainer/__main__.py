@@ -1,21 +1,7 @@
-"""`python -m trainer rollout | train | evaluate`: the same commands as those of `lenvm`."""
+"""`python -m trainer …` is `lenvm …`: launchers of many processes take a module."""
 
-import sys
-
-from cyclopts import App
-
-app = App(name="trainer", help="Makes length value models.")
-for name in ("rollout", "train", "evaluate"):
-    app.command(f"trainer.{name}:{name}", name=name)
-
-
-def main() -> None:
-    """Run a command; what is wrong with its input is one line on stderr and exit code 1."""
-    try:
-        app(sys.argv[1:], result_action="return_none")
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
-
+from importlib.metadata import entry_points
 
 if __name__ == "__main__":
-    main()
+    (script,) = entry_points(group="console_scripts", name="lenvm")
+    script.load()()

@@ -1,6 +1,7 @@
 """How training runs: steps, batches, precision."""
 
 from dataclasses import asdict, dataclass
+from os import getenv
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +29,7 @@ class Recipe:
     max_steps
         Ends training early; -1 leaves it to the epochs.
     tokens_per_step
-        Tokens of one optimizer step, in packs of max_length.
+        Tokens of one optimizer step of all processes, in packs of max_length.
     max_length
         Tokens of a pack; a longer text loses its tail, its labels stay true.
     batches
@@ -36,7 +37,9 @@ class Recipe:
     warmup_steps
         Steps in which the learning rate rises from 0.
     bf16
-        Mixed precision; by default where the device has it natively.
+        Mixed precision in bfloat16; by default where the device has it natively.
+    fp16
+        Mixed precision in float16, for GPUs without bfloat16.
     gradient_checkpointing
         Compute activations again in the backward pass, to save memory.
     save_steps
@@ -53,6 +56,7 @@ class Recipe:
     batches: Batches = "shuffled"
     warmup_steps: int = 50
     bf16: bool | None = None
+    fp16: bool = False
     gradient_checkpointing: bool = False
     save_steps: int = 50
     seed: int = 0
@@ -71,14 +75,17 @@ class Recipe:
             f"at least max_length {self.max_length}",
         )
         check_choice("batches", self.batches, get_args(Batches))
+        check(not (self.fp16 and self.bf16), "fp16", self.fp16, "left out beside bf16")
+        on_gpu = torch.cuda.is_available()
+        check(not self.fp16 or on_gpu, "fp16", self.fp16, "left out without a GPU")
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
         check(self.save_steps > 0, "save_steps", self.save_steps, "above 0")
 
     @property
     def mixed(self) -> bool:
         """Whether training is in bfloat16."""
-        if self.bf16 is not None:
-            return self.bf16
+        if self.bf16 is not None or self.fp16:
+            return bool(self.bf16)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return default_dtype(device) == torch.bfloat16
 
@@ -89,11 +96,21 @@ class Recipe:
         return facts
 
     def arguments(self, steps: Path) -> TrainingArguments:
-        """For transformers; `steps` is the folder of saved steps."""
-        return TrainingArguments(
+        """For transformers; `steps` is the folder of saved steps.
+
+        Raises ValueError if the packs of a step cannot be shared among the processes.
+        """
+        packs, processes = self.tokens_per_step // self.max_length, int(getenv("WORLD_SIZE", "1"))
+        check(
+            packs % processes == 0,
+            "tokens_per_step",
+            self.tokens_per_step,
+            f"a multiple of max_length {self.max_length} times {processes} processes",
+        )
+        arguments = TrainingArguments(
             output_dir=str(steps),
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=self.tokens_per_step // self.max_length,
+            gradient_accumulation_steps=packs // processes,
             learning_rate=self.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=self.warmup_steps,
@@ -101,11 +118,16 @@ class Recipe:
             max_steps=self.max_steps,
             train_sampling_strategy="random" if self.batches == "shuffled" else "sequential",
             bf16=self.mixed,
+            fp16=self.fp16,
             logging_steps=1,
             save_steps=self.save_steps,
             save_total_limit=1,
             remove_unused_columns=False,
             report_to="none",
+            ddp_find_unused_parameters=False,
             use_cpu=not torch.cuda.is_available(),
             seed=self.seed,
         )
+        if arguments.n_gpu > 1:  # many GPUs are many processes: a row of packs cannot be split
+            arguments._n_gpu = 1
+        return arguments

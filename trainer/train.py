@@ -9,7 +9,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from trainer.baselines import fit_baselines
 from trainer.card import write_card
@@ -27,7 +29,7 @@ from trainer.data import (
 )
 from trainer.objective import PERCENTILE, Objective
 from trainer.recipe import Recipe
-from trainer.steps import open_steps
+from trainer.steps import last_step, open_steps
 from trainer.value_trainer import ValueTrainer
 from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
 from value_server.contract.values import gamma_from_length
@@ -84,6 +86,7 @@ def train(
     recipe: Recipe = Recipe(),
     holdout: float = 0.05,
     resume: bool = True,
+    tensorboard: Path | None = None,
 ) -> None:
     """Train a value model and write it to OUTPUT.
 
@@ -105,6 +108,8 @@ def train(
         Share of the prompts kept for `lenvm evaluate`.
     resume
         Go on from the last save of a run with the same settings.
+    tensorboard
+        Folder for TensorBoard's log.
     """
     check_choice("tune", tune, WEIGHTS)
     objective.check()
@@ -155,8 +160,9 @@ def train(
     settings = msgspec.to_builtins(config) | config.training | {"model": model}
     settings |= {"lora": asdict(lora), "data": digest(examples)}
     del settings["training"]
+    first = arguments.process_index == 0
     with arguments.main_process_first():
-        last = open_steps(steps, settings, resume)
+        last = open_steps(steps, settings, resume) if first else last_step(steps)
     dtype = torch.bfloat16 if recipe.mixed else torch.float32
     value_model = build_model(model, config, tune, lora, dtype)
     if recipe.gradient_checkpointing:
@@ -174,12 +180,27 @@ def train(
         data_collator=collate,
         objective=objective,
         readout=config.readout,
+        callbacks=[TensorBoardCallback(SummaryWriter(tensorboard))]
+        if tensorboard and first
+        else [],
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.is_world_process_zero():
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes, if sharded
+    if first:
+        if trainer.is_fsdp_enabled:
+            value_model = build_model(model, config, tune, lora, dtype)
+            value_model.load_state_dict(weights)
+        facts = config.training | {"loss_curve": loss_curve(trainer.state.log_history)}
+        value_model.lenvm = msgspec.structs.replace(config, training=facts)
         value_model.save(output)
-        write_card(output, config)
+        write_card(output, value_model.lenvm)
         shutil.rmtree(steps)
+
+
+def loss_curve(history: Sequence[dict[str, float]]) -> list[float]:
+    """Mean training loss of each tenth of the steps."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return [float(np.mean(part)) for part in np.array_split(losses, 10) if len(part)]
 
 
 def choose_gamma(rollouts: Sequence[Rollout], objective: Objective, source: Path) -> float:
