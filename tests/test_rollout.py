@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
+import httpx
 import pyarrow.parquet as pq
 import pytest
 
 from trainer.data import read_rollouts
-from trainer.rollout import SCHEMA, Prompt, read_prompts, rollout
+from trainer.prompts import PRESETS, Prompt, read_prompts
+from trainer.rollout import SCHEMA, rollout
+from trainer.samplers import Sampling, ServerSampler
 
 LINES = [
     {"prompt": "one", "id": 7, "domain": "news"},
@@ -208,10 +213,27 @@ def test_nothing_left_to_do_loads_no_model(vllm: FakeVllm, tmp_path: Path) -> No
     assert len(vllm.models) == 1
 
 
-@pytest.mark.parametrize(("name", "value"), [("shard_size", 0), ("limit", 0), ("limit", -1)])
-def test_a_bad_argument_is_named(name: str, value: int, vllm: FakeVllm, tmp_path: Path) -> None:
-    options: dict[str, Any] = {name: value}
-    with pytest.raises(ValueError, match=f"^{name}: {value}, must be above 0"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shard_size", 0),
+        ("limit", 0),
+        ("limit", -1),
+        ("n", 0),
+        ("max_tokens", 0),
+        ("temperature", -0.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("concurrency", 0),
+        ("plot", "a.txt"),
+        ("template", "no place"),
+        ("template", "{prompt} {other}"),
+        ("template", "{prompt} }"),
+    ],
+)
+def test_a_bad_argument_is_named(name: str, value: Any, vllm: FakeVllm, tmp_path: Path) -> None:
+    options: dict[str, Any] = {name: Path(value) if name == "plot" else value}
+    with pytest.raises(ValueError, match=f"^{name}: {re.escape(repr(value))}, "):
         rollout(many(tmp_path), tmp_path / "out", model="m", **options)
     assert not (tmp_path / "out").exists()
 
@@ -222,3 +244,198 @@ def test_bad_prompts_load_no_model(vllm: FakeVllm, tmp_path: Path) -> None:
         rollout(prompts, tmp_path / "out", model="m")
     assert not vllm.models
     assert not (tmp_path / "out").exists()
+
+
+def test_no_prompts(vllm: FakeVllm, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^prompts: .* must be a file with prompts"):
+        rollout(write_prompts(tmp_path / "p.jsonl", []), tmp_path / "out", model="m")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model", "other"), ("n", 1), ("max_tokens", 9), ("top_p", 0.9)]
+)
+def test_shards_sampled_otherwise_are_not_mixed(
+    name: str, value: Any, vllm: FakeVllm, tmp_path: Path
+) -> None:
+    prompts = many(tmp_path)
+    rollout(prompts, tmp_path / "out", model="m", shard_size=4)
+    (tmp_path / "out" / "part-00002.parquet").unlink()
+    with pytest.raises(ValueError, match=rf"^{name}: .*part-00000\.parquet was sampled with"):
+        rollout(prompts, tmp_path / "out", **{"model": "m", "shard_size": 4, name: value})
+
+
+def test_shards_of_other_prompts_are_not_taken_for_these(vllm: FakeVllm, tmp_path: Path) -> None:
+    rollout(many(tmp_path), tmp_path / "out", model="m", shard_size=4)
+    for change in ({"shard_size": 5}, {"template": "{prompt}!"}):
+        with pytest.raises(ValueError, match=r"^prompts: .*part-00000"):
+            rollout(many(tmp_path), tmp_path / "out", model="m", **{"shard_size": 4} | change)
+
+
+def test_shards_are_a_data_set(vllm: FakeVllm, tmp_path: Path) -> None:
+    rollout(many(tmp_path), tmp_path / "out", model="m", n=2, shard_size=4)
+    files = [str(file) for file in sorted((tmp_path / "out").iterdir())]
+    loaded = datasets.Dataset.from_parquet(files, cache_dir=str(tmp_path / "cache"))
+    assert loaded.num_rows == 20
+    assert loaded[0]["completion_ids"] == [*b"p0", 0]
+
+
+def test_a_template_stands_around_each_prompt(vllm: FakeVllm, tmp_path: Path) -> None:
+    template = "In {{one}} word: {prompt}?"
+    rollout(write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="m", template=template)
+    assert vllm.chats == [
+        ["In {one} word: one?", "In {one} word: zwei ü?", "In {one} word: three?"]
+    ]
+
+
+def test_it_ends_with_the_lengths(
+    vllm: FakeVllm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of "one" two completions of 4 tokens; the other prompts, of 8 and 6, are cut."""
+    prompts, out = write_prompts(tmp_path / "p.jsonl"), tmp_path / "out"
+    rollout(prompts, out, model="m", plot=tmp_path / "p.svg")
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {
+        "": {"completions": 4, "tokens": 28, "cut": 4, "mean": 7.0, **dict.fromkeys(PERCENTILES)},
+        "news": {"completions": 2, "tokens": 8, "cut": 0, "mean": 4.0}
+        | dict.fromkeys(PERCENTILES, 4.0),
+        "all": {"completions": 6, "tokens": 36, "cut": 4, "mean": 6.0}
+        | dict.fromkeys(PERCENTILES, 4.0),
+    }
+    assert [line.split("|")[1].strip() for line in table] == ["domain", "---", "", "news", "all"]
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+PERCENTILES = ("p50", "p90", "p99")
+
+# --- presets ------------------------------------------------------------------------------
+
+PROBLEM = {
+    "description": "Add two numbers.",
+    "input_format": "Two numbers.",
+    "output_format": "",
+    "examples": [{"input": "1 2", "output": "3"}],
+    "note": None,
+}
+ASSEMBLED = (
+    "Add two numbers.\n\nInput\n\nTwo numbers.\n\nExample input\n\n1 2\n\nExample output\n\n3"
+)
+HUB: dict[str, list[dict[str, Any]]] = {
+    "nvidia/OpenCodeReasoning-2": [
+        {"question": "-", "dataset": "taco", "split": "train", "index": "1"},
+        {"question": "-", "dataset": "taco", "split": "train", "index": "1"},
+        {"question": "-", "dataset": "code_contests", "split": "train", "index": "0"},
+        {"question": "-", "dataset": "open-r1/codeforces", "split": "train", "index": "0"},
+        {"question": "-", "dataset": "unknown", "split": "train", "index": "0"},
+        {"question": "Told here.", "dataset": "apps", "split": "train", "index": "7"},
+    ],
+    "BAAI/TACO": [{"question": "zero"}, {"question": "Sort a list."}],
+    "deepmind/code_contests": [{"description": ""}],
+    "open-r1/codeforces": [PROBLEM],
+    "allenai/WildChat": [
+        {"conversation": [{"role": "user", "content": "Hi {you}"}, {"role": "assistant"}]},
+        {"conversation": [{"role": "assistant", "content": "Yes?"}]},
+    ],
+    "zwhe99/DeepMath-103K": [{"question": "1 + 1?"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "domain", "questions"),
+    [
+        ("opencodereasoning-2-python", "code", ["Sort a list.", ASSEMBLED, "Told here."]),
+        ("wildchat", "instruct", ["Hi {you}"]),
+        ("deepmath-103k", "math", ["1 + 1?"]),
+    ],
+)
+def test_presets_read_rows_of_their_data_sets(
+    preset: str, domain: str, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_options: HUB[name])
+    prompts = list(read_prompts(Path(preset)))
+    template = PRESETS[preset].template
+    assert [p.text for p in prompts] == [template.format(prompt=text) for text in questions]
+    assert {p.domain for p in prompts} == {domain}
+    assert len({p.id for p in prompts}) == len(prompts)
+    plain = [p.text for p in read_prompts(Path(preset), "{prompt}")]
+    assert plain == questions
+
+
+# --- servers ------------------------------------------------------------------------------
+
+SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=9)
+
+
+def server(*answers: httpx.Response | Exception) -> tuple[ServerSampler, list[dict[str, Any]]]:
+    """A sampler whose server gives these answers in turn, then completions; and its requests."""
+    requests: list[dict[str, Any]] = []
+    queue = list(answers)
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        requests.append({"path": request.url.path, "key": request.headers["authorization"]} | body)
+        if queue:
+            answer = queue.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        text = body["messages"][0]["content"]
+        choices = [
+            {"token_ids": [*text.encode(), k], "finish_reason": "stop"} for k in range(body["n"])
+        ]
+        return httpx.Response(200, json={"prompt_token_ids": [1, 2], "choices": choices})
+
+    sampler = ServerSampler(
+        "http://host/v1/", "m", api_key="k", concurrency=3, transport=httpx.MockTransport(handle)
+    )
+    sampler.pause = 0
+    return sampler, requests
+
+
+def test_a_server_is_asked_for_token_ids() -> None:
+    sampler, requests = server()
+    sampled = sampler.sample(PROMPTS, SAMPLING)
+    assert [s.prompt_ids for s in sampled] == [[1, 2]] * 3
+    assert [s.completions for s in sampled] == [
+        [([*prompt.text.encode(), k], "stop") for k in range(2)] for prompt in PROMPTS
+    ]
+    for request in requests:
+        assert (request["path"], request["key"]) == ("/v1/chat/completions", "Bearer k")
+        assert request["return_token_ids"] is True
+        assert (request["n"], request["max_tokens"], request["model"]) == (2, 9, "m")
+
+
+def test_passing_failures_are_repeated() -> None:
+    failures = [httpx.Response(503), httpx.ConnectError("refused"), httpx.Response(429)]
+    sampler, requests = server(*failures)
+    assert len(sampler.sample(PROMPTS[:1], SAMPLING)) == 1
+    assert len(requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("answers", "message", "calls"),
+    [
+        ([httpx.Response(400, text="no such model")], "400 no such model", 1),
+        ([httpx.Response(500, text="oom")] * 4, "500 oom", 4),
+        ([httpx.ReadTimeout("slow")] * 4, "ReadTimeout", 4),
+        (
+            [httpx.Response(200, json={"choices": [{"finish_reason": "stop"}]})],
+            "without token ids; it has to know return_token_ids",
+            1,
+        ),
+    ],
+)
+def test_what_a_server_cannot_do_is_named(answers: list[Any], message: str, calls: int) -> None:
+    sampler, requests = server(*answers)
+    with pytest.raises(ValueError, match=rf"^server: http://host/v1/.*{message}"):
+        sampler.sample(PROMPTS[:1], SAMPLING)
+    assert len(requests) == calls
+
+
+def test_rollouts_from_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM is not even imported."""
+    sampler, requests = server()
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr("trainer.rollout.ServerSampler", lambda *_args, **_options: sampler)
+    rollout(many(tmp_path), tmp_path / "out", model="m", server="http://host/v1", shard_size=4)
+    assert len(requests) == 10
+    assert len(read_rollouts(tmp_path / "out")) == 20

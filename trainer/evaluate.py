@@ -16,12 +16,10 @@ from trainer.card import result_table, write_card
 from trainer.checks import check
 from trainer.data import Rollout, make_example, prompt_hashes, read_rollouts, split
 from trainer.figures import summarise
-from trainer.plots import plot_calibration
+from trainer.plots import check_picture, plot_calibration
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.contract.values import length_from_logit, logit_from_length
 from value_server.model import ValueModel
-
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def evaluate(
@@ -68,7 +66,7 @@ def evaluate(
     """
     check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
     check(max_length > 1, "max_length", max_length, "above 1")
-    check(plot is None or plot.suffix in PICTURES, "plot", str(plot), "a " + ", ".join(PICTURES))
+    check_picture("plot", plot)
     models = {path.name: ValueModel.load(path, base_model) for path in (checkpoint, *compare)}
     check(len(models) == 1 + len(compare), "compare", [*map(str, compare)], "of different names")
     model = models.pop(checkpoint.name)

@@ -4,6 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.checks import check
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_picture(field: str, path: Path | None) -> None:
+    """Raises ValueError unless a picture can be written under that name."""
+    good = path is None or path.suffix in PICTURES
+    check(good, field, str(path), "a name in " + ", ".join(PICTURES))
+
 
 def plot_calibration(figures: Mapping[str, Any], path: Path) -> None:
     """Predicted against true length, and the error by position, of `figures.summarise`."""

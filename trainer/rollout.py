@@ -1,15 +1,13 @@
-"""Sample completions of prompts with vLLM: the only labels a value model needs.
+"""Sample completions of prompts: the only labels a value model needs.
 
-Prompts: JSON lines (plain or gzip) with `prompt` and, optionally, `id` and `domain`. Every
-shard of prompts becomes one Parquet file, written whole or not at all, so that a run that was
-stopped goes on with the first missing one.
+Every shard of prompts becomes one Parquet file, written whole or not at all, so that a run that
+was stopped goes on with the first missing one. A file remembers what it was sampled with.
 """
 
-import gzip
+import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
+
+from trainer.checks import check
+from trainer.data import read_rollouts
+from trainer.lengths import length_statistics, statistics_table
+from trainer.plots import check_picture, plot_lengths
+from trainer.prompts import Prompt, check_template, read_prompts
+from trainer.samplers import OfflineSampler, Sampler, Sampling, ServerSampler
 
 SCHEMA = pa.schema(
     [
@@ -28,33 +33,14 @@ SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
+SETTINGS_KEY = b"lenvm"
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    id: str
-    domain: str
-    text: str
-
-
-def read_prompts(path: Path) -> Iterator[Prompt]:
-    """Rows of a JSONL file. Raises ValueError naming the line and the missing field."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number + 1}: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise ValueError(f"{path}: line {number + 1}: prompt: missing or not a text")
-            yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row["prompt"])
-
-
-def write_shard(rows: list[dict[str, Any]], path: Path) -> None:
+def write_shard(rows: list[dict[str, Any]], path: Path, settings: dict[str, Any]) -> None:
     """Write a Parquet file so that it exists only when complete."""
     unfinished = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), unfinished)
+    schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(settings).encode()})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
     os.replace(unfinished, path)
 
 
@@ -63,6 +49,9 @@ def rollout(
     output: Path,
     *,
     model: str,
+    server: str | None = None,
+    concurrency: int = 64,
+    template: str | None = None,
     n: int = 2,
     max_tokens: int = 1024,
     temperature: float = 1.0,
@@ -72,17 +61,29 @@ def rollout(
     max_model_len: int | None = None,
     dtype: str = "auto",
     seed: int = 0,
+    plot: Path | None = None,
 ) -> None:
-    """Sample completions of PROMPTS (JSONL) into Parquet shards in OUTPUT.
+    """Sample completions of PROMPTS into Parquet shards in OUTPUT.
+
+    Ends with a table of their lengths, and one JSON object as the last line.
 
     Parameters
     ----------
     prompts
-        JSON lines, plain or gzip, with `prompt` and, optionally, `id` and `domain`.
+        JSON lines, plain or gzip, with `prompt` and, optionally, `id` and `domain`; or one of
+        opencodereasoning-2-python, wildchat, deepmath-103k, which are read from the hub.
     output
         Folder of the Parquet files; those that are there already stay as they are.
     model
-        Hub name or folder of the model whose lengths are to be learnt.
+        Hub name or folder of the model whose lengths are to be learnt; with a server the name
+        that it serves it under.
+    server
+        URL of an OpenAI API that returns token ids, with its /v1, to sample from; by default
+        vLLM is loaded. Its key comes from OPENAI_API_KEY.
+    concurrency
+        Requests that are open at a server at once.
+    template
+        Text around each {prompt}.
     n
         Completions per prompt.
     max_tokens
@@ -101,39 +102,96 @@ def rollout(
         Of the model's weights, as vLLM names it.
     seed
         Of vLLM's sampling.
+    plot
+        Picture of the lengths to write, as .png, .svg or .pdf.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size: {shard_size}, must be above 0")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit}, must be above 0")
+    for name, value in (("n", n), ("max_tokens", max_tokens), ("shard_size", shard_size)):
+        check(value > 0, name, value, "above 0")
+    check(limit is None or limit > 0, "limit", limit, "above 0")
+    check(concurrency > 0, "concurrency", concurrency, "above 0")
+    check(temperature >= 0, "temperature", temperature, "at least 0")
+    check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
+    check_picture("plot", plot)
+    if template is not None:
+        check_template(template)
+    sampling = Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    settings = {
+        "model": model,
+        **{"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens},
+    }
     shards = [
         (output / f"part-{number:05d}.parquet", shard)
-        for number, shard in enumerate(_shards(islice(read_prompts(prompts), limit), shard_size))
+        for number, shard in enumerate(
+            _shards(islice(read_prompts(prompts, template), limit), shard_size)
+        )
     ]
+    check(bool(shards), "prompts", str(prompts), "a file with prompts")
+    for path, shard in shards:
+        if path.exists():
+            check_shard(path, settings | {"prompts": _digest(shard)})
     missing = [(path, shard) for path, shard in shards if not path.exists()]
-    if not missing:
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    from vllm import LLM, SamplingParams
+    if missing:
+        output.mkdir(parents=True, exist_ok=True)
+        sampler: Sampler
+        if server:
+            key = os.environ.get("OPENAI_API_KEY", "none")
+            sampler = ServerSampler(server, model, api_key=key, concurrency=concurrency)
+        else:
+            sampler = OfflineSampler(
+                model=model, max_model_len=max_model_len, dtype=dtype, seed=seed
+            )
+        done = len(shards) - len(missing)
+        for path, shard in tqdm(missing, desc="shards", initial=done, total=len(shards)):
+            rows = sample_rows(sampler, shard, sampling)
+            write_shard(rows, path, settings | {"prompts": _digest(shard)})
+    summarise_lengths(output, plot)
 
-    llm = LLM(model=model, max_model_len=max_model_len, dtype=dtype, seed=seed)
-    sampling = SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    for path, shard in tqdm(missing, desc="shards", initial=len(shards) - len(missing)):
-        chats = [[{"role": "user", "content": prompt.text}] for prompt in shard]
-        outputs = llm.chat(chats, sampling, use_tqdm=False)
-        rows = [
-            {
-                "prompt_id": prompt.id,
-                "domain": prompt.domain,
-                "prompt": prompt.text,
-                "prompt_ids": list(output.prompt_token_ids),
-                "completion_ids": list(completion.token_ids),
-                "finish_reason": completion.finish_reason,
-            }
-            for prompt, output in zip(shard, outputs, strict=True)
-            for completion in output.outputs
-        ]
-        write_shard(rows, path)
+
+def sample_rows(
+    sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[dict[str, Any]]:
+    """Rows of SCHEMA, a completion each."""
+    return [
+        {
+            "prompt_id": prompt.id,
+            "domain": prompt.domain,
+            "prompt": prompt.text,
+            "prompt_ids": sampled.prompt_ids,
+            "completion_ids": ids,
+            "finish_reason": reason,
+        }
+        for prompt, sampled in zip(prompts, sampler.sample(prompts, sampling), strict=True)
+        for ids, reason in sampled.completions
+    ]
+
+
+def check_shard(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError naming the first setting that a file was sampled otherwise with."""
+    metadata = pq.read_schema(path).metadata or {}
+    recorded = json.loads(metadata.get(SETTINGS_KEY, b"{}"))
+    for name, value in recorded.items():
+        if settings[name] != value:
+            raise ValueError(
+                f"{name}: {path} was sampled with {value!r}, this run has {settings[name]!r}; "
+                "another output folder starts anew"
+            )
+
+
+def summarise_lengths(output: Path, plot: Path | None) -> None:
+    """Print a table and a JSON line of the lengths in a folder of shards; draw them."""
+    rollouts = read_rollouts(output)
+    statistics = length_statistics(rollouts)
+    if plot:
+        lengths: dict[str, list[int]] = {name: [] for name in statistics if name != "all"}
+        for sampled in rollouts:
+            lengths[sampled.domain].append(len(sampled.completion_ids))
+        plot_lengths(lengths, plot)
+    print(statistics_table(statistics))
+    print(json.dumps(statistics))
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]
 
 
 def _shards(prompts: Iterator[Prompt], size: int) -> Iterator[tuple[Prompt, ...]]:

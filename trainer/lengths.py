@@ -1,0 +1,44 @@
+"""How long completions are: what to choose max_tokens, gamma and the treatment of cuts by."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data import Rollout
+
+PERCENTILES = (50, 90, 99)
+
+
+def length_statistics(rollouts: Sequence[Rollout]) -> dict[str, dict[str, Any]]:
+    """By domain, and of all: counts, and lengths in tokens; percentiles of finished ones."""
+    parts: dict[str, list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        parts[rollout.domain].append(rollout)
+    return {name: _statistics(parts[name]) for name in sorted(parts)} | {
+        "all": _statistics(rollouts)
+    }
+
+
+def _statistics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    lengths = [len(r.completion_ids) for r in rollouts]
+    finished = [n for n, r in zip(lengths, rollouts, strict=True) if r.finished]
+    percentiles = np.percentile(finished, PERCENTILES) if finished else [None] * len(PERCENTILES)
+    return {
+        "completions": len(lengths),
+        "tokens": sum(lengths),
+        "cut": len(lengths) - len(finished),
+        "mean": float(np.mean(lengths)),
+        **{f"p{p}": v and float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
+    }
+
+
+def statistics_table(statistics: dict[str, dict[str, Any]]) -> str:
+    """Markdown, a row for each domain."""
+    columns = list(statistics["all"])
+    lines = ["| domain | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for name, row in statistics.items():
+        cells = ["" if row[c] is None else f"{row[c]:,.0f}" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
