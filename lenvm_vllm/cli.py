@@ -21,6 +21,7 @@ for name, target, line in (
         "trainer.evaluate:evaluate",
         "Evaluate CHECKPOINT on the held-out prompts of ROLLOUTS.",
     ),
+    ("tokens", "trainer.tokens:tokens", "Score the tokens that lengthen or shorten a text."),
     ("import", "trainer.reference:import_checkpoint", "Read a checkpoint of the paper's own code."),
     ("export", "trainer.reference:export_checkpoint", "Write CHECKPOINT as the paper's own code."),
     (

@@ -9,7 +9,9 @@ import pytest
 
 from lenvm_vllm.cli import app, main
 
-COMMANDS = ("serve", "rollout", "train", "evaluate", "import", "export", "predict", "demo")
+COMMANDS = (
+    *("serve", "rollout", "train", "evaluate", "tokens", "import", "export", "predict", "demo"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

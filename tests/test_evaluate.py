@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from tests.tiny import GAMMA, tiny_checkpoint
 from trainer.baselines import baseline_logits, fit_baselines
 from trainer.data import Rollout, make_example, prompt_hashes, read_rollouts
-from trainer.evaluate import evaluate, predict
+from trainer.evaluate import evaluate
 from trainer.figures import summarise
+from trainer.predict import predict
 from trainer.rollout import SCHEMA
 from value_server.contract.values import length_from_logit, logit_from_length
 from value_server.model import ValueModel

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from cyclopts import Parameter
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from trainer.baselines import baseline_logits, fit_baselines
 from trainer.card import result_table, write_card
 from trainer.checks import check
-from trainer.data import Rollout, make_example, prompt_hashes, read_rollouts, split
+from trainer.data import Rollout, prompt_hashes, read_rollouts, split
 from trainer.figures import summarise
 from trainer.plots import check_picture, plot_calibration
+from trainer.predict import predict_all
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.contract.values import length_from_logit, logit_from_length
 from value_server.model import ValueModel
@@ -86,9 +86,9 @@ def evaluate(
         for name, coefficients in fitted.items()
     }
     for name, other in models.items():
-        logits = _predict_all(other, held_out, max_length, name, only_json)
+        logits = predict_all(other, held_out, max_length, name, only_json)
         baselines[name] = [_with_gamma(z, other.lenvm.gamma, gamma) for z in logits]
-    values = _predict_all(model, held_out, max_length, checkpoint.name, only_json)
+    values = predict_all(model, held_out, max_length, checkpoint.name, only_json)
     result = summarise(held_out, values, gamma, max_length)
     result["baselines"] = {
         name: {
@@ -124,26 +124,7 @@ def split_as_trained(
     return split(rollouts, holdout)
 
 
-def _predict_all(
-    model: ValueModel, rollouts: Sequence[Rollout], max_length: int, name: str, quiet: bool
-) -> list[NDArray[np.float32]]:
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    progress = tqdm(rollouts, desc=name, unit="text", disable=quiet)
-    return [predict(model, rollout, max_length) for rollout in progress]
-
-
 def _with_gamma(z: NDArray[np.float32], before: float, after: float) -> NDArray[np.float64]:
     length = length_from_logit(torch.from_numpy(z).double(), before)
     converted: NDArray[np.float64] = logit_from_length(length, after).numpy()
     return converted
-
-
-@torch.inference_mode()
-def predict(model: ValueModel, rollout: Rollout, max_length: int) -> NDArray[np.float32]:
-    """(T,) logits over prompt and completion, T at most `max_length`."""
-    example = make_example(rollout, max_length)
-    device = next(model.parameters()).device
-    z: NDArray[np.float32] = (
-        model(torch.from_numpy(example.input_ids)[None].to(device))[0].cpu().numpy()
-    )
-    return z

@@ -41,6 +41,20 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], path: Path) -> None:
     save(path)
 
 
+def plot_clouds(weights: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Two word clouds side by side, each of words with their weights."""
+    from wordcloud import WordCloud
+
+    left, right, save = _two_axes()
+    for axis, (title, words) in zip((left, right), weights.items(), strict=True):
+        axis.set_title(title)
+        axis.axis("off")
+        if words:
+            cloud = WordCloud(width=800, height=600, background_color="white", random_state=0)
+            axis.imshow(cloud.generate_from_frequencies(dict(words)).to_array())
+    save(path)
+
+
 def _two_axes() -> tuple[Any, Any, Any]:
     from matplotlib.figure import Figure
 
