@@ -1,0 +1,208 @@
+"""Several engines on one value server: one of two tensor-parallel ranks, and one that has little
+memory, prefills in small chunks and serves a LoRA adapter. All models are tiny and random."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lenvm_vllm.processes import free_port
+from tests.servers import BARE_FLAG, value_serve, vllm_serve
+from tests.tiny import tiny_checkpoint
+from tests.tiny_llm import tiny_llm
+
+pytestmark = pytest.mark.e2e
+
+TWO_RANKS = ("-tp", "2", "--distributed-executor-backend", "mp")
+LITTLE = (
+    *("--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-batched-tokens", "64"),
+    *("--enable-lora", "--max-lora-rank", "8"),
+)
+OFFLINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+llm = LLM(
+    sys.argv[1], logits_processors=["lenvm_vllm"], dtype="float32", enforce_eager=True,
+    max_model_len=512, additional_config={"lenvm": {"url": sys.argv[2]}},
+)
+plain = SamplingParams(max_tokens=60)
+exact = plain.clone()
+exact.extra_args = {"length_target": 23, "length_tolerance": 0.0}
+outputs = llm.generate(["hello", "hello"], [exact, plain], use_tqdm=False)
+print(json.dumps([len(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+@dataclass
+class Engines:
+    """Clients of both engines and of their value server, and what they log."""
+
+    two_ranks: httpx.Client
+    little: httpx.Client
+    values: httpx.Client
+    url: str
+    folder: Path
+
+    def logs(self) -> str:
+        return "".join((self.folder / name).read_text() for name in ("two.log", "little.log"))
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    folder = tmp_path_factory.mktemp("engines")
+    checkpoint, model = tiny_checkpoint(folder / "value"), tiny_llm(folder / "model")
+    adapter = tiny_adapter(model, folder / "adapter")
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    env = {"LENVM_URL": url, "LENVM_TIMEOUT_S": "30"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
+        two = vllm_serve(
+            *(model, folder / "two.log", *BARE_FLAG, *TWO_RANKS),
+            env=env | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        )
+        little = vllm_serve(
+            *(model, folder / "little.log", *BARE_FLAG, *LITTLE),
+            *("--lora-modules", f"tuned={adapter}"),
+            env=env,
+        )
+        urls = stack.enter_context(two), stack.enter_context(little), url
+        clients = [
+            stack.enter_context(httpx.Client(base_url=u, timeout=120, trust_env=False))
+            for u in urls
+        ]
+        yield Engines(*clients, url, folder)
+
+
+def tiny_adapter(model: Path, folder: Path) -> Path:
+    """A LoRA adapter that changes what `model` says; returns `folder`."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return folder
+
+
+def complete(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "temperature": 0.0}
+    reply = client.post("/v1/completions", json=body | {"return_token_ids": True} | fields)
+    assert reply.status_code == 200, reply.text
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+def ids(reply: dict[str, Any]) -> list[int]:
+    return list(reply["choices"][0]["token_ids"])
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    found = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    return sum(map(float, found))
+
+
+def test_ranks_sample_the_same_and_as_one_engine_does(engines: Engines) -> None:
+    """Ranks that disagreed would write nonsense, or wait for each other for ever."""
+    asked: list[dict[str, Any]] = [
+        {"length_target": {"tokens": 60, "tolerance": None}},
+        {"length_target": {"tokens": 30, "tolerance": 0.0}, "temperature": 1.0, "seed": 4},
+        {"length_target": {"mode": "tilt", "beta": 3.0}, "temperature": 1.0, "seed": 5},
+        {"max_tokens": 30},
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        two = list(pool.map(lambda fields: complete(engines.two_ranks, **fields), asked))
+        one = list(pool.map(lambda fields: complete(engines.little, **fields), asked))
+    assert [ids(reply) for reply in two] == [ids(reply) for reply in one]
+    assert len(ids(two[1])) == 30
+    assert metric(engines.two_ranks, "lenvm_requests_total") == 3  # not once a rank
+    assert "no values" not in engines.logs()
+
+
+def test_engines_share_the_value_server(engines: Engines) -> None:
+    before = metric(engines.values, "lenvm_tokens_forwarded_total")
+    target = {"tokens": 40, "tolerance": 0.0}
+    with ThreadPoolExecutor(16) as pool:
+        replies = pool.map(
+            lambda i: complete((engines.two_ranks, engines.little)[i % 2], length_target=target),
+            range(16),
+        )
+        assert {len(ids(reply)) for reply in replies} == {40}
+    assert metric(engines.values, "lenvm_tokens_forwarded_total") > before
+    assert "no values" not in engines.logs()
+
+
+def test_preempted_requests_are_met(engines: Engines) -> None:
+    """640 tokens of memory for 16 requests of 130: vLLM drops some and computes them again."""
+    before = metric(engines.little, "vllm:num_preemptions_total")
+    with ThreadPoolExecutor(16) as pool:
+        replies = pool.map(
+            lambda i: complete(
+                engines.little,
+                prompt=f"{i}: say something long",
+                length_target={"tokens": 110, "tolerance": 0.0},
+                temperature=1.0,  # no seed: a seeded prompt in chunks kills vLLM's CPU engine
+            ),
+            range(16),
+        )
+        assert {len(ids(reply)) for reply in replies} == {110}
+    assert metric(engines.little, "vllm:num_preemptions_total") > before
+    assert "no values" not in engines.logs()
+
+
+def test_long_prompt_in_chunks_and_from_the_prefix_cache(engines: Engines) -> None:
+    """300 tokens in passes of 64, then from vLLM's cache: the same text, also with two ranks."""
+    asked = {"prompt": "once upon a time " * 18, "length_target": {"tokens": 25, "tolerance": None}}
+    first = complete(engines.little, **asked)
+    assert ids(complete(engines.little, **asked)) == ids(first)
+    assert ids(complete(engines.two_ranks, **asked)) == ids(first)
+    assert metric(engines.little, "vllm:prefix_cache_hits_total") > 0
+
+
+def test_lora_request(engines: Engines) -> None:
+    exact = {"length_target": {"tokens": 30, "tolerance": 0.0}}
+    tuned = complete(engines.little, model="tuned", **exact)
+    assert len(ids(tuned)) == 30
+    assert ids(tuned) != ids(complete(engines.little, **exact))
+
+
+def test_session_of_a_client_who_hangs_up_is_freed(engines: Engines) -> None:
+    body = {
+        "model": "tiny",
+        "prompt": "hello",
+        "max_tokens": 480,
+        "stream": True,
+        "length_target": {"tokens": 450, "tolerance": 0.0},
+    }
+    with engines.two_ranks.stream("POST", "/v1/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        for _ in range(5):
+            assert "error" not in json.loads(next(filter(None, lines)).removeprefix("data: "))
+    for client in (engines.two_ranks, engines.little):
+        complete(client, length_target=5)  # an engine closes sessions with its next guided step
+    assert metric(engines.values, "lenvm_sessions") <= 2  # of these two
+
+
+def test_offline_class(engines: Engines) -> None:
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(engines.folder / "model"), engines.url],
+        capture_output=True,
+        text=True,
+        env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    guided, plain = json.loads(run.stdout.splitlines()[-1])
+    assert guided == 23
+    assert plain <= 60
+    assert "no values" not in run.stdout + run.stderr
