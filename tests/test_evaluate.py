@@ -27,6 +27,7 @@ from value_server.contract.values import length_from_logit, logit_from_length
 from value_server.model import ValueModel
 
 MAX_LENGTH = 3000
+QUIET: dict[str, Any] = {"only_json": True}
 
 
 def rollout(
@@ -294,19 +295,19 @@ def test_another_checkpoint_in_the_same_table(checkpoint: Path, tmp_path: Path) 
     """With a gamma of its own: lengths are compared, in the values of the first."""
     data = write(tmp_path / "a.parquet", 9)
     shutil.copytree(checkpoint, tmp_path / "twin")
-    result = evaluate(checkpoint, data, compare=[tmp_path / "twin"], only_json=True)
+    result = evaluate(checkpoint, data, compare=[tmp_path / "twin"], dtype="float32", **QUIET)
     assert result["baselines"]["twin"]["mre"][""] == pytest.approx(result["mre"][""])
     assert result["baselines"]["twin"]["r2"] == pytest.approx(result["r2"])
     config = tmp_path / "twin" / "config.json"
     config.write_text(config.read_text().replace(f'"gamma": {GAMMA}', '"gamma": 0.98'))
-    other = evaluate(checkpoint, data, compare=[tmp_path / "twin"], only_json=True)
+    other = evaluate(checkpoint, data, compare=[tmp_path / "twin"], dtype="float32", **QUIET)
     alone = ValueModel.load(tmp_path / "twin")
     text = read_rollouts(data)[0]
     length = length_from_logit(torch.from_numpy(predict(alone, text, 99)).double(), 0.98)
     assert other["baselines"]["twin"]["mre"][""] != result["mre"][""]
     expected = summarise([text], [logit_from_length(length, GAMMA).numpy()], GAMMA, 99)
     write(data, 1)
-    one = evaluate(checkpoint, data, compare=[tmp_path / "twin"], only_json=True)
+    one = evaluate(checkpoint, data, compare=[tmp_path / "twin"], dtype="float32", **QUIET)
     assert one["baselines"]["twin"]["mre"] == pytest.approx(expected["mre"])
 
 
@@ -340,7 +341,8 @@ def test_the_module_is_a_command(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_length", 1), ("plot", Path("a.txt")), ("plot", Path("b"))]
+    ("name", "value"),
+    [("max_length", 1), ("plot", Path("a.txt")), ("plot", Path("b")), ("dtype", "int8")],
 )
 def test_a_bad_option_is_named(name: str, value: Any, tmp_path: Path) -> None:
     options = {name: value}

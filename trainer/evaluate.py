@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 
 from trainer.baselines import baseline_logits, fit_baselines
 from trainer.card import result_table, write_card
-from trainer.checks import check
+from trainer.checks import check, check_choice
 from trainer.data import Rollout, prompt_hashes, read_rollouts, split
 from trainer.figures import summarise
 from trainer.plots import check_picture, plot_calibration
-from trainer.predict import predict_all
+from trainer.predict import Precision, load_model, predict_all
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.contract.values import length_from_logit, logit_from_length
-from value_server.model import ValueModel
 
 
 def evaluate(
@@ -31,6 +30,7 @@ def evaluate(
     training: Path | None = None,
     holdout: float | None = None,
     max_length: int = 3000,
+    dtype: Precision = "auto",
     plot: Path | None = None,
     card: bool = False,
     only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -57,6 +57,8 @@ def evaluate(
         recorded, and 1 for rollouts of other prompts than those trained on.
     max_length
         Tokens of a text that are looked at.
+    dtype
+        Of the backbone; auto is that of `lenvm serve`: bfloat16 where the device has it.
     plot
         Picture of predicted against true lengths to write, as .png, .svg or .pdf.
     card
@@ -66,8 +68,9 @@ def evaluate(
     """
     check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
     check(max_length > 1, "max_length", max_length, "above 1")
+    check_choice("dtype", dtype, get_args(Precision))
     check_picture("plot", plot)
-    models = {path.name: ValueModel.load(path, base_model) for path in (checkpoint, *compare)}
+    models = {path.name: load_model(path, base_model, dtype) for path in (checkpoint, *compare)}
     check(len(models) == 1 + len(compare), "compare", [*map(str, compare)], "of different names")
     model = models.pop(checkpoint.name)
     gamma = model.lenvm.gamma

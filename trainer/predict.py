@@ -1,6 +1,8 @@
 """The values that a model gives to the tokens of rollouts."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -8,14 +10,26 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trainer.data import Rollout, make_example
-from value_server.model import ValueModel
+from value_server.model import ValueModel, default_dtype
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(checkpoint: Path, base_model: str | None, dtype: Precision) -> ValueModel:
+    """The checkpoint on `device`, its backbone in `dtype`."""
+    chosen = default_dtype(device()) if dtype == "auto" else getattr(torch, dtype)
+    return ValueModel.load(checkpoint, base_model, chosen).to(device())
 
 
 def predict_all(
     model: ValueModel, rollouts: Sequence[Rollout], max_length: int, name: str, quiet: bool
 ) -> list[NDArray[np.float32]]:
-    """Of each rollout the logits of `predict`, on a GPU if there is one."""
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    """Of each rollout the logits of `predict`."""
     progress = tqdm(rollouts, desc=name, unit="text", disable=quiet)
     return [predict(model, rollout, max_length) for rollout in progress]
 
@@ -24,8 +38,8 @@ def predict_all(
 def predict(model: ValueModel, rollout: Rollout, max_length: int) -> NDArray[np.float32]:
     """(T,) logits over prompt and completion, T at most `max_length`."""
     example = make_example(rollout, max_length)
-    device = next(model.parameters()).device
+    place = next(model.parameters()).device
     z: NDArray[np.float32] = (
-        model(torch.from_numpy(example.input_ids)[None].to(device))[0].cpu().numpy()
+        model(torch.from_numpy(example.input_ids)[None].to(place))[0].cpu().numpy()
     )
     return z

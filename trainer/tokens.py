@@ -9,18 +9,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 from cyclopts import Parameter
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from trainer.checks import check
+from trainer.checks import check, check_choice
 from trainer.data import Rollout, read_rollouts
 from trainer.plots import check_picture, plot_clouds
-from trainer.predict import predict_all
-from value_server.model import ValueModel
+from trainer.predict import Precision, load_model, predict_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,7 @@ def tokens(
     min_count: int = 20,
     top: int = 20,
     max_length: int = 3000,
+    dtype: Precision = "auto",
     cloud: Path | None = None,
     only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> dict[str, Any]:
@@ -66,6 +66,8 @@ def tokens(
         Tokens at each end of the table.
     max_length
         Tokens of a text that are looked at.
+    dtype
+        Of the backbone; auto is that of `lenvm serve`: bfloat16 where the device has it.
     cloud
         Picture of two word clouds to write, as .png, .svg or .pdf; needs `wordcloud`.
     only_json
@@ -74,8 +76,9 @@ def tokens(
     for name, value in (("min_count", min_count), ("top", top)):
         check(value > 0, name, value, "above 0")
     check(limit is None or limit > 0, "limit", limit, "above 0")
+    check_choice("dtype", dtype, get_args(Precision))
     check_picture("cloud", cloud)
-    model = ValueModel.load(checkpoint, base_model)
+    model = load_model(checkpoint, base_model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(base_model or model.lenvm.base_model)
     texts = read_rollouts(rollouts)[:limit]
     values = predict_all(model, texts, max_length, checkpoint.name, only_json)
