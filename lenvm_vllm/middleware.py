@@ -1,17 +1,23 @@
 """ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`, and
-`/metrics` shows what the engine counts of them.
+`/metrics` shows what the engine counts of them. With the setting `forecast` a request is also
+given its priority, and its answer a header with the length to expect.
 
-A request that holds no `length_` goes on byte for byte.
+Without that setting a request that holds no `length_` goes on byte for byte.
 """
 
 import json
 from typing import Any
 
+from lenvm_vllm import vllm_hooks
 from lenvm_vllm.admission import check_admission
+from lenvm_vllm.forecast import Forecast
 from lenvm_vllm.metrics import exposition
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
+from lenvm_vllm.settings import load_settings
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+MESSAGES = "/v1/messages"  # Anthropic's form
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES)
+PREDICTED = "lenvm-predicted-tokens"  # response header
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first one counts
 # Fields of vLLM's own requests that happen to start with the same letters.
 _OTHERS = {"length_penalty"}
@@ -20,6 +26,8 @@ _OTHERS = {"length_penalty"}
 class LengthTargetMiddleware:
     def __init__(self, app: Any) -> None:
         self._app = app
+        settings = load_settings(_served("additional_config"))
+        self._forecast = Forecast(settings) if settings.forecast else None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "GET" and _path(scope) == "/metrics":
@@ -30,7 +38,7 @@ class LengthTargetMiddleware:
             return
         messages = await _read(receive)
         body = b"".join(message.get("body", b"") for message in messages)
-        if PREFIX.encode() not in body:
+        if self._forecast is None and PREFIX.encode() not in body:
             await self._app(scope, _replay(messages, receive), send)
             return
         try:
@@ -38,6 +46,9 @@ class LengthTargetMiddleware:
         except LengthTargetError as error:
             await _refuse(send, str(error))
             return
+        if self._forecast is not None:
+            ranked = _path(scope) != MESSAGES
+            new, send = await _with_forecast(self._forecast, new or body, send, ranked)
         if new is not None:
             headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
             scope = {**scope, "headers": [*headers, (b"content-length", b"%d" % len(new))]}
@@ -76,6 +87,36 @@ def rewrite(body: bytes) -> bytes | None:
     return json.dumps(request).encode()
 
 
+async def _with_forecast(
+    forecast: Forecast, body: bytes, send: Any, ranked: bool
+) -> tuple[bytes, Any]:
+    """The body with its priority, and a `send` that tells the client what is expected.
+
+    body: without a length target of its own. ranked: the endpoint knows priorities. One that the
+    client gave stays.
+    """
+    try:
+        request = json.loads(body)
+        target = LengthTarget.from_extra_args(request.get("vllm_xargs"))
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return body, send  # vLLM says what is wrong with it
+    tokens = await forecast.tokens(request, target)
+    limits = [value for name in _LIMITS if type(value := request.get(name)) is int]
+    if tokens is not None:
+        tokens = min([tokens, *limits[:1]])
+    scheduler = _served("scheduler_config")
+    ranked = ranked and scheduler is not None and scheduler.policy == "priority"
+    if ranked and "priority" not in request:
+        body = json.dumps(request | {"priority": forecast.priority(tokens)}).encode()
+    return body, send if tokens is None else _with_header(send, PREDICTED, tokens)
+
+
+def _served(name: str) -> Any:
+    """A part of the configuration that this process serves; None outside vLLM."""
+    config = vllm_hooks.served_config
+    return None if config is None else getattr(config, name)
+
+
 def _check(target: LengthTarget, request: dict[str, Any]) -> None:
     """Raises LengthTargetError. A field of a wrong type is left to vLLM."""
     if request.get("use_beam_search"):
@@ -110,6 +151,18 @@ def _with_ours(send: Any) -> Any:
             message = {**message, "headers": headers}
         elif not message.get("more_body", False):
             message = {**message, "body": message.get("body", b"") + exposition()}
+        await send(message)
+
+    return send_more
+
+
+def _with_header(send: Any, name: str, value: int) -> Any:
+    """An ASGI `send` that adds a header to the answer."""
+
+    async def send_more(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            header = (name.encode(), str(value).encode())
+            message = {**message, "headers": [*message["headers"], header]}
         await send(message)
 
     return send_more

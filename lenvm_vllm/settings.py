@@ -18,6 +18,9 @@ class Settings(BaseSettings):
     tilt_min_p: candidate cut of a tilt that sets none itself.
     thinking_end_ids: tokens that end a thinking, for the scopes thinking and answer; without,
         the one of vLLM's reasoning parser.
+    forecast: predict the length of each answer before it is written, for the response header
+        and, under `--scheduling-policy priority`, for the queue.
+    aging: tokens a second by which the queue prefers what came earlier.
     max_candidates: candidates scored per request and step at most.
     """
 
@@ -31,6 +34,8 @@ class Settings(BaseSettings):
     top_p: float = Field(0.999, gt=0, le=1)
     tilt_min_p: float = Field(0.01, ge=0, le=1)
     thinking_end_ids: tuple[int, ...] = ()
+    forecast: bool = False
+    aging: float = Field(10.0, ge=0)
     max_candidates: int = Field(64, ge=1)
 
 

@@ -21,6 +21,7 @@ WHERE = {
     "ModelConfig": ("vllm.config", "ModelConfig"),
     "ReasoningConfig": ("vllm.config.reasoning", "ReasoningConfig"),
     "ParallelConfig": ("vllm.config", "ParallelConfig"),
+    "SchedulerConfig": ("vllm.config", "SchedulerConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
     "model_parallel_is_initialized": (
@@ -63,10 +64,11 @@ FIELDS = {
     "RequestSlots": ("all_token_ids", "prompt_len", "prefill_len"),
     "VllmConfig": (
         *("additional_config", "model_config", "parallel_config", "speculative_config"),
-        *("reasoning_config", "use_v2_model_runner"),
+        *("reasoning_config", "scheduler_config", "use_v2_model_runner"),
     ),
     "ModelConfig": ("skip_tokenizer_init",),
     "ReasoningConfig": ("natural_reasoning_end_token_ids",),
+    "SchedulerConfig": ("policy",),
     "ParallelConfig": ("enable_batch_sharded_sampling",),
 }
 

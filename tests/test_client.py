@@ -194,7 +194,7 @@ def test_after_a_failure_the_model_is_asked_for_again() -> None:
 
 def test_probe_waits_less_than_a_step() -> None:
     server = Server(info(), reply())
-    client = connect(server, timeout_s=2.0, probe_s=0.25)
+    client = connect(server, timeout_s=2.0)
     client.model(ours)
     client.step(STEP)
     assert [r.extensions["timeout"]["read"] for r in server.requests] == [0.25, 2.0]

@@ -75,8 +75,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
         )
         little = vllm_serve(
             *(model, folder / "little.log", *BARE_FLAG, *LITTLE),
-            *("--lora-modules", f"tuned={adapter}"),
-            env=env,
+            *("--lora-modules", f"tuned={adapter}", "--scheduling-policy", "priority"),
+            env=env | {"LENVM_FORECAST": "true"},
         )
         urls = stack.enter_context(two), stack.enter_context(little), url
         clients = [
@@ -165,6 +165,16 @@ def test_long_prompt_in_chunks_and_from_the_prefix_cache(engines: Engines) -> No
     assert ids(complete(engines.little, **asked)) == ids(first)
     assert ids(complete(engines.two_ranks, **asked)) == ids(first)
     assert metric(engines.little, "vllm:prefix_cache_hits_total") > 0
+
+
+def test_forecast_in_the_response_header(engines: Engines) -> None:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 50}
+    for more, expected in (({}, range(1, 51)), ({"length_target": 20}, range(20, 21))):
+        reply = engines.little.post("/v1/completions", json=body | more)
+        assert int(reply.headers["lenvm-predicted-tokens"]) in expected
+        assert reply.status_code == 200, reply.text
+        reply = engines.two_ranks.post("/v1/completions", json=body | more)
+        assert "lenvm-predicted-tokens" not in reply.headers
 
 
 def test_lora_request(engines: Engines) -> None:
