@@ -109,7 +109,9 @@ def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
         return torch.log_softmax(log_q + size[:, None] * scaled, dim=-1)
 
     low_size = torch.zeros_like(mean)
-    high_size = torch.where(direction == 0, 0.0, _LARGEST_TILT)
+    # Near no tilt at all the divergence is its rounding: a region of 0 is not left to bisection.
+    still = (direction == 0) | (goals.max_kl == 0)
+    high_size = torch.where(still, 0.0, _LARGEST_TILT)
     for _ in range(_BISECTIONS):
         size = (low_size + high_size) / 2
         log_t = tilted(size)
@@ -118,7 +120,7 @@ def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
         inside = (direction * (u_star - (t * u).sum(-1)) >= 0) & (moved <= goals.max_kl)
         low_size = torch.where(inside, size, low_size)
         high_size = torch.where(inside, high_size, size)
-    return torch.where((direction == 0)[:, None], log_q, tilted(low_size))
+    return torch.where(still[:, None], log_q, tilted(low_size))
 
 
 def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:

@@ -245,6 +245,13 @@ def test_neither_company_nor_order_matters(row: Row, company: list[Row], rng: An
     close((q, p0), ([alone[0][i] for i in order], alone[1]), 1e-9)
 
 
+def test_no_trust_region_is_no_tilt_to_the_last_bit() -> None:
+    row = Row(
+        q=(0.25, 0.25, 0.5), r=(1, 2, 3), p0=0.0, mode="equal_to", remaining=0, beta=0.0, max_kl=0.0
+    )
+    assert batched([row])[0] == (pytest.approx(row.q, abs=1e-15), 0.0)
+
+
 @quick
 @given(any_rows)
 def test_result_is_a_distribution_over_the_candidates(row: Row) -> None:
