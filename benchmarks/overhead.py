@@ -16,10 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cyclopts import App
 from tqdm import tqdm
 
@@ -44,7 +46,9 @@ def arms(tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, threads: int, dtype: str) -> Iterator[tuple[Server, Server]]:
+def servers(
+    folder: Path, threads: int, dtype: str, niceness: int
+) -> Iterator[tuple[Server, Server]]:
     """vLLM without and with the plugin: URL and process of each."""
     value_url = f"http://127.0.0.1:{(value_port := free_port())}"
     value_server = [
@@ -59,7 +63,8 @@ def servers(folder: Path, threads: int, dtype: str) -> Iterator[tuple[Server, Se
         for name, more in (("plain", ()), ("plugin", ("--logits-processors", "lenvm_vllm"))):
             url = f"http://127.0.0.1:{(port := free_port())}"
             command = [
-                *(*VLLM_SERVE, str(MODEL), "--served-model-name", NAME, "--port", str(port)),
+                *("nice", "-n", str(niceness), *VLLM_SERVE, str(MODEL)),
+                *("--served-model-name", NAME, "--port", str(port)),
                 *("--host", "127.0.0.1", "--max-model-len", "2048", "--max-num-seqs", "32"),
                 *("--enforce-eager", "--dtype", dtype, *more),
             ]
@@ -83,6 +88,23 @@ def awake(process: subprocess.Popen[bytes]) -> Iterator[None]:
         os.killpg(process.pid, signal.SIGSTOP)
 
 
+def steering_seconds(url: str) -> Counter[str]:
+    """Steps with guided rows so far, and the seconds they took, by the plugin's own metrics."""
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    pairs = (line.split() for line in lines if line.startswith("lenvm_"))
+    return Counter({name: float(value) for name, value in pairs})
+
+
+def steering(spent: Counter[str]) -> str:
+    """Where a guided step's time goes, to print; nothing without such steps."""
+    if not (steps := spent["lenvm_steps_total"]):
+        return ""
+    plan, value = (
+        spent[f"lenvm_{name}_seconds_total"] * 1000 / steps for name in ("plan", "value")
+    )
+    return f", a step {plan:.1f} ms, {value:.1f} of it in the value server"
+
+
 @app.default
 def main(
     *,
@@ -90,6 +112,7 @@ def main(
     tokens: int = 128,
     rounds: int = 3,
     threads: int = 2,
+    niceness: int = 10,
     dtype: str = "auto",
 ) -> None:
     """Measure and print one JSON line.
@@ -104,6 +127,8 @@ def main(
         Of all arms one after the other; the ratios are medians over rounds.
     threads
         Of the value server.
+    niceness
+        Of vLLM, whose engine core spins on the core that the value server wants.
     dtype
         Of vLLM.
     """
@@ -112,7 +137,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
-            servers(folder, threads, dtype) as both,
+            servers(folder, threads, dtype, niceness) as both,
             tqdm(total=rounds * len(concurrency) * len(table), file=sys.stderr) as bar,
         ):
             for size in concurrency:
@@ -128,13 +153,16 @@ def main(
                     for arm, (plugin, fields) in table.items():
                         url, process = both[plugin]
                         with awake(process):
+                            before = steering_seconds(url)
                             report = bench(url, (NAME, MODEL), prompts, fields, *flags)
+                            spent = steering_seconds(url) - before
                         assert report["total_output_tokens"] == count * tokens, arm
                         rates[arm].append(report["output_throughput"])
                         bar.update()
                         bar.write(
                             f"{size:3} {arm:7} {rates[arm][-1]:7.1f} tokens/s, between tokens"
-                            f" {report['median_itl_ms']:.1f} ms (p99 {report['p99_itl_ms']:.1f})",
+                            f" {report['median_itl_ms']:.1f} ms (p99 {report['p99_itl_ms']:.1f})"
+                            + steering(spent),
                             file=sys.stderr,
                         )
                 for arm, ratio in ratios.items():

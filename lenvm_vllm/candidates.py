@@ -50,6 +50,12 @@ class Candidates:
         log_p = torch.cat([self.log_p0[:, None], self.log_q + self.log_rest[:, None]], dim=-1)
         return torch.special.entr(log_p.exp()).sum(-1)
 
+    def scored(self, mass: Tensor) -> Tensor:
+        """(B, K) bool: the most probable candidates that together have `mass` (B,) of q."""
+        q = self.log_q.exp()
+        limit = mass.masked_fill(mass >= 1, torch.inf)  # all, whatever a sum rounds to
+        return self.kept & (q.cumsum(-1) - q < limit[:, None])
+
     def worth_scoring(self) -> Tensor:
         """(B,) bool: rows that leave a choice."""
         return (self.kept.sum(-1) + ~self.log_p0.isneginf()) > 1
@@ -68,7 +74,7 @@ class Writes:
         """logits: (batch, V)."""
         rows, ids = self.rows.to(logits.device), self.ids.to(logits.device)
         kept = logits[rows, ids] + self.deltas.to(logits.device, logits.dtype)
-        logits[rows] = -torch.inf
+        logits[self.rows.unique().to(logits.device)] = -torch.inf
         logits[rows, ids] = kept
 
 
@@ -85,19 +91,46 @@ def cut_candidates(logits: Tensor, cuts: list[Cut], width: int) -> Candidates:
     logits: (B, V), not changed. width: K at most. A token at -inf is never a candidate. The
     end counts against no limit of the others, so an end that must not come leaves them.
     """
+    size, device = logits.shape[-1], logits.device
     temperature = torch.tensor([cut.temperature for cut in cuts], dtype=torch.float32)
-    x = logits.float() / temperature.to(logits.device)[:, None]
-    rows, tokens = (index.to(x.device) for index in eos_index([c.eos_ids for c in cuts], len(x[0])))
-    ends = torch.full_like(x, -torch.inf)
-    ends[rows, tokens] = x[rows, tokens]
-    x[rows, tokens] = -torch.inf
-    top, ids = x.topk(min(width, x.shape[-1]), dim=-1)
-    end, full = ends.logsumexp(-1).double().cpu(), x.logsumexp(-1).double().cpu()
-    return _cut(top.double().cpu(), ids.cpu(), end, full, cuts)
+    temperature = temperature.to(device)[:, None]
+    width = min(max(cut.top_k or width for cut in cuts), width, size)
+    end_ids, is_end = _padded([sorted({t for t in cut.eos_ids if t < size}) for cut in cuts])
+    end_ids, is_end = end_ids.to(device), is_end.to(device)
+
+    ends = (logits.gather(1, end_ids).float() / temperature).masked_fill(~is_end, -torch.inf)
+    # With room for the ends among them, which saves a copy of the logits without them.
+    top, ids = logits.topk(min(width + end_ids.shape[1], size), dim=-1)
+    ended = ((ids[:, :, None] == end_ids[:, None]) & is_end[:, None]).any(-1)
+    top = (top.float() / temperature).masked_fill(ended, -torch.inf)
+    full = torch.full_like(temperature, torch.nan)
+    if whole := [row for row, cut in enumerate(cuts) if cut.top_p < 1 and not cut.top_k]:
+        x = logits[whole].float() / temperature[whole]
+        rows, tokens = eos_index([cuts[row].eos_ids for row in whole], size)
+        x[rows.to(device), tokens.to(device)] = -torch.inf
+        full[whole] = x.logsumexp(-1, keepdim=True)
+
+    # One copy from the device; float32 holds every id below 2^24.
+    end = ends.logsumexp(-1, keepdim=True)
+    here = torch.cat([top, ids.float(), end, full], dim=-1).double().cpu()
+    top, ids, end, full = here.split([top.shape[-1], top.shape[-1], 1, 1], dim=-1)
+    top, order = top.sort(dim=-1, descending=True, stable=True)
+    ids = ids.long().gather(1, order)
+    return _cut(top[:, :width], ids[:, :width], end, full, cuts)
+
+
+def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(B, M) the lists, padded with 0, and (B, M) bool what is no padding."""
+    width = max((len(row) for row in lists), default=0)
+    rows = [[*row, *[0] * (width - len(row))] for row in lists]
+    real = [[i < len(row) for i in range(width)] for row in lists]
+    shape = (len(lists), width)
+    return torch.tensor(rows).long().reshape(shape), torch.tensor(real).bool().reshape(shape)
 
 
 def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -> Candidates:
-    """top: (B, K) logits over temperature, sorted; end, full: (B,) logsumexp of ends and rest."""
+    """top, ids: (B, K) logits over temperature, sorted. end, full: (B, 1) logsumexp of the ends
+    and of all other tokens, the latter NaN where only the top ones count."""
 
     def column(name: str) -> Tensor:
         return torch.tensor([[float(getattr(cut, name))] for cut in cuts], dtype=torch.float64)
@@ -106,12 +139,11 @@ def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -
     top_p = top_p.masked_fill(top_p >= 1, torch.inf)  # no limit, whatever a sum rounds to
     rank = torch.arange(top.shape[-1])[None]
     top = top.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
-    total = torch.where(top_k > 0, top.logsumexp(-1, keepdim=True), full[:, None])  # (B, 1)
+    total = torch.where(full.isnan(), top.logsumexp(-1, keepdim=True), full)
     before = (top - total).exp().cumsum(-1) - (top - total).exp()
     cut = (before >= top_p) | (top < log_min_p + top[:, :1])
 
     # The end stands in one line with the others: how many, and how much, comes before it.
-    end = end[:, None]
     joint = torch.logaddexp(total, end)
     ahead = top > end
     outside = (top_k > 0) & (ahead.sum(-1, keepdim=True) >= top_k)

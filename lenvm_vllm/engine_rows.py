@@ -151,14 +151,18 @@ def _apply_rails_inplace(logits: Tensor, states: dict[int, RequestState]) -> Non
     """
     early = [row for row, s in states.items() if s.rails.suppresses(s.generated)]
     due = [row for row, s in states.items() if s.rails.forces(s.generated)]
-    for rows, force in ((early, False), (due, True)):
-        if not rows:
-            continue
-        ends = [states[row].proper_ends if force else states[row].ends for row in rows]
-        row_index, ids = eos_index(ends, logits.shape[-1])
-        row_index, ids = row_index.to(logits.device), ids.to(logits.device)
-        own = logits[rows]  # a copy
-        railed = torch.full_like(own, -torch.inf) if force else own.clone()
-        railed[row_index, ids] = own[row_index, ids] if force else -torch.inf
+    if early:
+        index, ids = eos_index([states[row].ends for row in early], logits.shape[-1])
+        rows, ids = torch.tensor(early)[index].to(logits.device), ids.to(logits.device)
+        ends = logits[rows, ids]
+        logits[rows, ids] = -torch.inf
+        empty = logits[early].amax(-1).isneginf()[index.to(logits.device)]
+        logits[rows, ids] = torch.where(empty, ends, -torch.inf)
+    if due:
+        index, ids = eos_index([states[row].proper_ends for row in due], logits.shape[-1])
+        index, ids = index.to(logits.device), ids.to(logits.device)
+        own = logits[due]  # a copy
+        railed = torch.full_like(own, -torch.inf)
+        railed[index, ids] = own[index, ids]
         empty = railed.isneginf().all(-1, keepdim=True)
-        logits[rows] = torch.where(empty, own, railed)
+        logits[due] = torch.where(empty, own, railed)

@@ -66,9 +66,11 @@ class Guide:
             if self._closed:
                 self._ask([], [])
             return None
-        worth = candidates.worth_scoring()
-        z = self._scores(candidates, worth, [states[row] for row in rows])
-        known_z = worth & ~(z.isnan() & candidates.kept).any(-1)
+        asking = [states[row] for row in rows]
+        wanted = candidates.scored(masses_of(asking, self._settings.scored_mass))
+        wanted &= candidates.worth_scoring()[:, None]
+        z = self._scores(wanted, candidates.ids, asking)
+        known_z = wanted.any(-1) & ~(z.isnan() & wanted).any(-1)
         keep = known_z.nonzero()[:, 0].tolist()
         if not keep:
             return None
@@ -78,16 +80,13 @@ class Guide:
         log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, goals)
         return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
 
-    def _scores(
-        self, candidates: Candidates, worth: Tensor, states: Sequence[RequestState]
-    ) -> Tensor:
-        """(B, K) float64 value logits, NaN where there is none.
+    def _scores(self, wanted: Tensor, tokens: Tensor, states: Sequence[RequestState]) -> Tensor:
+        """(B, K) float64 value logits of `tokens` where `wanted`, NaN where there is none.
 
-        Rows without a choice send their tokens too, so that the next step is short.
+        Rows that want nothing send their text too, so that the next step is short.
         """
-        wanted = candidates.kept & worth[:, None]
-        ids = [row[mask].tolist() for row, mask in zip(candidates.ids, wanted, strict=True)]
-        z = torch.full(candidates.log_q.shape, torch.nan, dtype=torch.float64)
+        ids = [row[mask].tolist() for row, mask in zip(tokens, wanted, strict=True)]
+        z = torch.full(wanted.shape, torch.nan, dtype=torch.float64)
         asked = list(range(len(states)))
         for attempt in range(2):
             answer, unknown = self._ask([states[i] for i in asked], [ids[i] for i in asked])
@@ -147,6 +146,12 @@ def cut_of(state: RequestState, settings: Settings) -> Cut:
         top_k=state.top_k or settings.top_k,
         top_p=state.top_p if state.top_p < 1 else settings.top_p,
     )
+
+
+def masses_of(states: Sequence[RequestState], mass: float) -> Tensor:
+    """(B,) share of each request's candidates, by probability, that is scored."""
+    shares = [1.0 if state.target.policy == "greedy" else mass for state in states]
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goals:

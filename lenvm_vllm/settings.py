@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     forecast: predict the length of each answer before it is written, for the response header
         and, under `--scheduling-policy priority`, for the queue.
     aging: tokens a second by which the queue prefers what came earlier.
-    max_candidates: candidates scored per request and step at most.
+    max_candidates: candidates per request and step at most.
+    scored_mass: the most probable candidates, up to this share of their probability together,
+        are scored; the others count with their mean. The policy greedy scores all.
     """
 
     model_config = SettingsConfigDict(env_prefix="LENVM_", frozen=True, extra="forbid")
@@ -37,6 +39,7 @@ class Settings(BaseSettings):
     forecast: bool = False
     aging: float = Field(10.0, ge=0)
     max_candidates: int = Field(64, ge=1)
+    scored_mass: float = Field(0.9, gt=0, le=1)
 
 
 def load_settings(additional_config: Any = None) -> Settings:

@@ -63,9 +63,10 @@ def steer(log_q: Tensor, log_p0: Tensor, z: Tensor, goals: Goals) -> tuple[Tenso
 
     log_q: (B, K) log-probabilities, most probable first, -inf in padding; each row sums to 1.
     log_p0: (B,) log-probability of the end, -inf where it is no candidate.
-    z: (B, K) value logits after each candidate; padding is ignored.
+    z: (B, K) value logits after each candidate; padding is ignored. NaN where a candidate was
+        not scored: it counts with the mean of those that were.
     """
-    u = torch.where(log_q.isneginf(), 0.0, value_from_logit(z))
+    u = _values(log_q, z)
 
     projected_q = _project(log_q, u, goals)
     projected_p0 = _decide_end(log_p0, (projected_q.exp() * u).sum(-1), goals)
@@ -76,6 +77,16 @@ def steer(log_q: Tensor, log_p0: Tensor, z: Tensor, goals: Goals) -> tuple[Tenso
     new_p0 = torch.where(greedy, greedy_p0, projected_p0)
     new_q = torch.where(greedy[:, None], greedy_q, projected_q)
     return torch.where(tilt[:, None], tilted_q, new_q), torch.where(tilt, tilted_p0, new_p0)
+
+
+def _values(log_q: Tensor, z: Tensor) -> Tensor:
+    """(B, K) values, 0 in padding."""
+    kept = ~log_q.isneginf()
+    scored = kept & ~z.isnan()
+    u = torch.where(scored, value_from_logit(z), 0.0)
+    q = torch.where(scored, log_q.exp(), 0.0)
+    mean = (q * u).sum(-1, keepdim=True) / q.sum(-1, keepdim=True).clamp(min=1e-300)
+    return torch.where(kept & ~scored, mean, u)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -99,28 +110,31 @@ def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     mean = (log_q.exp() * u).sum(-1)
     bounds = goals.bounds()
     direction = _direction(mean, *bounds)
+    # Near no tilt at all the divergence is its rounding: a region of 0 is not left to bisection.
+    still = (direction == 0) | (goals.max_kl == 0)
+    if still.all():
+        return log_q
     u_star = torch.where(direction > 0, *bounds)
     low = torch.where(kept, u, torch.inf).amin(-1)
     spread = (torch.where(kept, u, -torch.inf).amax(-1) - low).clamp(min=1e-300)
     # (B, K), in [-1, 0] or [0, 1]: the same whatever the scale of u
     scaled = torch.where(kept, (u - low[:, None]) / spread[:, None], 0.0) * direction[:, None]
-
-    def tilted(size: Tensor) -> Tensor:
-        return torch.log_softmax(log_q + size[:, None] * scaled, dim=-1)
+    most = (u_star - low) / spread * direction  # that the mean of `scaled` may reach
 
     low_size = torch.zeros_like(mean)
-    # Near no tilt at all the divergence is its rounding: a region of 0 is not left to bisection.
-    still = (direction == 0) | (goals.max_kl == 0)
     high_size = torch.where(still, 0.0, _LARGEST_TILT)
     for _ in range(_BISECTIONS):
         size = (low_size + high_size) / 2
-        log_t = tilted(size)
-        t = log_t.exp()
-        moved = torch.where(kept, t * (log_t - log_q), 0.0).sum(-1)
-        inside = (direction * (u_star - (t * u).sum(-1)) >= 0) & (moved <= goals.max_kl)
+        log_w = torch.addcmul(log_q, size[:, None], scaled)
+        log_t = log_w.log_softmax(-1)
+        reached = (log_t.exp() * scaled).sum(-1)
+        # KL of t from q, by the normaliser, which the first candidate, never a padded one, tells
+        moved = torch.addcmul(log_t[:, 0] - log_w[:, 0], size, reached)
+        inside = (reached <= most) & (moved <= goals.max_kl)
         low_size = torch.where(inside, size, low_size)
         high_size = torch.where(inside, high_size, size)
-    return torch.where(still[:, None], log_q, tilted(low_size))
+    tilted = torch.addcmul(log_q, low_size[:, None], scaled).log_softmax(-1)
+    return torch.where(still[:, None], log_q, tilted)
 
 
 def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
@@ -139,6 +153,8 @@ def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
 def _raise_within(p0: Tensor, wanted: Tensor, max_kl: Tensor) -> Tensor:
     """(B,) the largest probability up to `wanted` whose KL from p0 is at most max_kl."""
     low, high = p0, torch.maximum(p0, wanted)
+    if (high == low).all():
+        return high
     for _ in range(_BISECTIONS):
         p = (low + high) / 2
         moved = torch.special.xlogy(p, p / p0) + torch.special.xlogy(1 - p, (1 - p) / (1 - p0))

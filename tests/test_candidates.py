@@ -252,7 +252,11 @@ def write(
         steered(cut_candidates(logits[[row]], [c], V), seed)
         for row, c, seed in zip(rows, limits, seeds_of_rows, strict=True)
     ]
-    log_q, log_p0 = torch.cat([q for q, _ in parts]), torch.cat([p0 for _, p0 in parts])
+    width = candidates.ids.shape[1]
+    log_q = torch.cat(
+        [torch.nn.functional.pad(q, (0, width - q.shape[1]), value=-INF) for q, _ in parts]
+    )
+    log_p0 = torch.cat([p0 for _, p0 in parts])
     expected = []
     for i, (row, c) in enumerate(zip(rows, limits, strict=True)):
         rest = float(log1mexp(log_p0[i]).exp())

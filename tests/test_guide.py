@@ -189,13 +189,26 @@ def texts(mode: str, policy: str, targets: Any = (1, 2, 32)) -> list[RequestStat
     ]
 
 
+def test_only_the_likely_candidates_are_scored_and_no_token_is_lost() -> None:
+    logits = flat_logits(2, (10, 20, 40, 80))
+    logits[:, 10], logits[:, 20] = 3.0, 2.0  # 0.67, 0.25, 0.03, 0.03 and an end of 0.03
+    logits[:, EOS] = 0.0
+    server = Server()
+    states = {0: request(50), 1: request({"tokens": 50, "policy": "greedy"})}
+    after = steered(guide_of(server, scored_mass=0.9), logits, states)
+    assert asked(server.requests[0]) == [[10, 20], [10, 20, 40, 80]]
+    # Neither likelier nor less likely among themselves: they count with the mean.
+    assert after[0, 40] == after[0, 80] > -math.inf
+    assert after[0, 20] - after[0, 10] > logits[0, 20] - logits[0, 10]
+
+
 @pytest.mark.parametrize("policy", ["project", "greedy"])
 def test_perfect_values_land_on_the_token(policy: str) -> None:
     """A count that is off by one lands one token away, as the end comes by luck rarely. Each
     step is one call, and no token is told twice."""
     server = Server()
     states = texts("equal_to", policy, (1, 2, 32, 200))
-    steps = write(guide_of(server), states)
+    steps = write(guide_of(server, scored_mass=1.0), states)
     assert [len(s.output_ids) for s in states] == [s.target.tokens for s in states]
     assert len(server.requests) == steps == 200
     rows = [row for message in server.requests for row in told(message)]

@@ -61,12 +61,24 @@ class Row:
         return replace(self, mode="at_most", remaining=self.ceiling, width=0)
 
 
+def goals_of(rows: list[Row]) -> Goals:
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([float(getattr(row, name)) for row in rows], dtype=torch.float64)
+
+    return Goals(
+        mode=torch.tensor([MODE[row.mode] for row in rows]),
+        greedy=torch.tensor([row.greedy for row in rows]),
+        remaining=column("remaining"),
+        ceiling=column("ceiling"),
+        beta=column("beta"),
+        max_kl=column("max_kl"),
+        gamma=GAMMA,
+    )
+
+
 def batched(rows: list[Row]) -> list[tuple[list[float], float]]:
     """`steer` on all rows at once, padded to the widest: (q, p0) of each."""
     width = max(len(row.q) for row in rows)
-
-    def column(name: str) -> Any:
-        return torch.tensor([float(getattr(row, name)) for row in rows], dtype=torch.float64)
 
     def padded(lists: list[Any], fill: float) -> torch.Tensor:
         wide = [[*values, *[fill] * (width - len(values))] for values in lists]
@@ -76,16 +88,8 @@ def batched(rows: list[Row]) -> list[tuple[list[float], float]]:
     z = logit_from_length(r, GAMMA)
     log_q = padded([row.q for row in rows], 0.0).log()
     z[log_q.isneginf()] = NAN  # padding must not matter
-    goals = Goals(
-        mode=torch.tensor([MODE[row.mode] for row in rows]),
-        greedy=torch.tensor([row.greedy for row in rows]),
-        remaining=column("remaining"),
-        ceiling=column("ceiling"),
-        beta=column("beta"),
-        max_kl=column("max_kl"),
-        gamma=GAMMA,
-    )
-    new_q, new_p0 = steer(log_q, column("p0").log(), z, goals)
+    log_p0 = torch.tensor([row.p0 for row in rows], dtype=torch.float64).log()
+    new_q, new_p0 = steer(log_q, log_p0, z, goals_of(rows))
     return [
         (q[: len(row.q)], p0)
         for row, q, p0 in zip(rows, new_q.exp().tolist(), new_p0.exp().tolist(), strict=True)
@@ -250,6 +254,22 @@ def test_no_trust_region_is_no_tilt_to_the_last_bit() -> None:
         q=(0.25, 0.25, 0.5), r=(1, 2, 3), p0=0.0, mode="equal_to", remaining=0, beta=0.0, max_kl=0.0
     )
     assert batched([row])[0] == (pytest.approx(row.q, abs=1e-15), 0.0)
+
+
+@quick
+@given(drawn_rows() | drawn_rows(mode="tilt"), st.data())
+def test_a_candidate_without_a_score_counts_with_the_mean(row: Row, data: Any) -> None:
+    q = torch.tensor(row.q, dtype=torch.float64)
+    blind = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(q), max_size=len(q))))
+    blind[data.draw(st.integers(0, len(q) - 1))] = False
+    z = logit_from_length(torch.tensor(row.r, dtype=torch.float64), GAMMA)
+    share = q.masked_fill(blind, 0)
+    log_p0 = torch.tensor([row.p0], dtype=torch.float64).log()
+    mean_z = torch.logit((share * z.sigmoid()).sum() / share.sum())
+    got = steer(q.log()[None], log_p0, z.masked_fill(blind, NAN)[None], goals_of([row]))
+    told = steer(q.log()[None], log_p0, torch.where(blind, mean_z, z)[None], goals_of([row]))
+    for a, b in zip(got, told, strict=True):
+        torch.testing.assert_close(a.exp(), b.exp(), atol=1e-6, rtol=0)
 
 
 @quick
