@@ -26,6 +26,7 @@ EQUAL_TO, AT_MOST, AT_LEAST, TILT, RANGE = range(5)
 
 _BISECTIONS = 50
 _LARGEST_TILT = 1e4  # on values scaled to a spread of 1: beyond it only the extreme one is left
+_SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 
 
@@ -110,13 +111,15 @@ def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     mean = (log_q.exp() * u).sum(-1)
     bounds = goals.bounds()
     direction = _direction(mean, *bounds)
+    low = torch.where(kept, u, torch.inf).amin(-1)
+    spread = torch.where(kept, u, -torch.inf).amax(-1) - low
     # Near no tilt at all the divergence is its rounding: a region of 0 is not left to bisection.
-    still = (direction == 0) | (goals.max_kl == 0)
+    # Nor are values that only rounding tells apart: they say nothing of the text.
+    still = (direction == 0) | (goals.max_kl == 0) | (spread < _SAME)
     if still.all():
         return log_q
     u_star = torch.where(direction > 0, *bounds)
-    low = torch.where(kept, u, torch.inf).amin(-1)
-    spread = (torch.where(kept, u, -torch.inf).amax(-1) - low).clamp(min=1e-300)
+    spread = spread.clamp(min=_SAME)
     # (B, K), in [-1, 0] or [0, 1]: the same whatever the scale of u
     scaled = torch.where(kept, (u - low[:, None]) / spread[:, None], 0.0) * direction[:, None]
     most = (u_star - low) / spread * direction  # that the mean of `scaled` may reach

@@ -272,6 +272,16 @@ def test_a_candidate_without_a_score_counts_with_the_mean(row: Row, data: Any) -
         torch.testing.assert_close(a.exp(), b.exp(), atol=1e-6, rtol=0)
 
 
+def test_values_that_only_rounding_tells_apart_do_not_tilt() -> None:
+    q = torch.tensor([[0.1, 0.9]], dtype=torch.float64)
+    z = logit_from_length(torch.tensor([[50.0, 50.0]], dtype=torch.float64), GAMMA)
+    row = Row(q=(0.1, 0.9), r=(0, 0), p0=0.0, mode="equal_to", remaining=5, beta=0.0, max_kl=0.1)
+    nobody_ends = torch.full((1,), -torch.inf, dtype=torch.float64)
+    z[0, 0] += 1e-14
+    steered, _ = steer(q.log(), nobody_ends, z, goals_of([row]))
+    assert torch.equal(steered, q.log())
+
+
 @quick
 @given(any_rows)
 def test_result_is_a_distribution_over_the_candidates(row: Row) -> None:
