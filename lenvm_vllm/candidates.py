@@ -56,9 +56,12 @@ class Candidates:
         limit = mass.masked_fill(mass >= 1, torch.inf)  # all, whatever a sum rounds to
         return self.kept & (q.cumsum(-1) - q < limit[:, None])
 
-    def worth_scoring(self) -> Tensor:
-        """(B,) bool: rows that leave a choice."""
-        return (self.kept.sum(-1) + ~self.log_p0.isneginf()) > 1
+    def worth_scoring(self, scored: Tensor) -> Tensor:
+        """(B,) bool: rows whose distribution the values of `scored` (B, K) can change.
+
+        One value alone is also that of all the others, and changes nothing but the end.
+        """
+        return (scored.sum(-1) + ~self.log_p0.isneginf()) > 1
 
 
 @dataclass(frozen=True)

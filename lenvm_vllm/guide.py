@@ -61,30 +61,28 @@ class Guide:
         if rows:
             width = min(self._settings.max_candidates, info.max_candidates)
             candidates = cut_candidates(known[rows], cuts, width)
-            rows, cuts, candidates = _undecided(rows, cuts, candidates, states)
+            asking = [states[row] for row in rows]
+            wanted = candidates.scored(masses_of(asking, self._settings.scored_mass))
+            open_rows = _undecided(candidates, wanted, asking)
+            rows, cuts = ([a[i] for i in open_rows] for a in (rows, cuts))
+            candidates, wanted = _pick(candidates, open_rows), wanted[open_rows]
         if not rows:
             if self._closed:
                 self._ask([], [])
             return None
-        asking = [states[row] for row in rows]
-        wanted = candidates.scored(masses_of(asking, self._settings.scored_mass))
-        wanted &= candidates.worth_scoring()[:, None]
-        z = self._scores(wanted, candidates.ids, asking)
-        known_z = wanted.any(-1) & ~(z.isnan() & wanted).any(-1)
+        z = self._scores(wanted, candidates.ids, [states[row] for row in rows])
+        known_z = ~(z.isnan() & wanted).any(-1)
         keep = known_z.nonzero()[:, 0].tolist()
         if not keep:
             return None
-        candidates = _pick(candidates, known_z)
+        candidates = _pick(candidates, keep)
         rows, cuts, z = [rows[i] for i in keep], [cuts[i] for i in keep], z[known_z]
         goals = goals_of([states[row] for row in rows], info.gamma, self._settings.max_kl)
         log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, goals)
         return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
 
     def _scores(self, wanted: Tensor, tokens: Tensor, states: Sequence[RequestState]) -> Tensor:
-        """(B, K) float64 value logits of `tokens` where `wanted`, NaN where there is none.
-
-        Rows that want nothing send their text too, so that the next step is short.
-        """
+        """(B, K) float64 value logits of `tokens` where `wanted`, NaN where there is none."""
         ids = [row[mask].tolist() for row, mask in zip(tokens, wanted, strict=True)]
         z = torch.full(wanted.shape, torch.nan, dtype=torch.float64)
         asked = list(range(len(states)))
@@ -190,17 +188,15 @@ def _has_turn(state: RequestState) -> bool:
     return state.generated % state.target.every == 0
 
 
-def _undecided(
-    rows: list[int], cuts: list[Cut], candidates: Candidates, states: dict[int, RequestState]
-) -> tuple[list[int], list[Cut], Candidates]:
-    """Without the rows whose next token is too certain to be worth a value."""
-    least = torch.tensor([states[row].target.min_entropy for row in rows], dtype=torch.float64)
-    open_rows = candidates.entropy() >= least
-    keep = open_rows.nonzero()[:, 0].tolist()
-    return [rows[i] for i in keep], [cuts[i] for i in keep], _pick(candidates, open_rows)
+def _undecided(candidates: Candidates, wanted: Tensor, states: Sequence[RequestState]) -> list[int]:
+    """Rows whose next token is not too certain to be worth a value."""
+    least = torch.tensor([state.target.min_entropy for state in states], dtype=torch.float64)
+    open_rows = candidates.worth_scoring(wanted) & (candidates.entropy() >= least)
+    rows: list[int] = open_rows.nonzero()[:, 0].tolist()
+    return rows
 
 
-def _pick(candidates: Candidates, rows: Tensor) -> Candidates:
+def _pick(candidates: Candidates, rows: list[int]) -> Candidates:
     return Candidates(
         candidates.ids[rows],
         candidates.log_q[rows],

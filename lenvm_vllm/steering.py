@@ -24,8 +24,9 @@ from value_server.contract.values import value_from_length, value_from_logit
 MODES = ("equal_to", "at_most", "at_least", "tilt", "range")
 EQUAL_TO, AT_MOST, AT_LEAST, TILT, RANGE = range(5)
 
-_BISECTIONS = 50
-_LARGEST_TILT = 1e4  # on values scaled to a spread of 1: beyond it only the extreme one is left
+_BISECTIONS = 32
+# On values scaled to a spread of 1: below it nothing moves, beyond it only the extreme one is left.
+_SMALLEST_TILT, _LARGEST_TILT = 1e-6, 1e4
 _SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 
@@ -68,16 +69,14 @@ def steer(log_q: Tensor, log_p0: Tensor, z: Tensor, goals: Goals) -> tuple[Tenso
         not scored: it counts with the mean of those that were.
     """
     u = _values(log_q, z)
-
-    projected_q = _project(log_q, u, goals)
-    projected_p0 = _decide_end(log_p0, (projected_q.exp() * u).sum(-1), goals)
-    greedy_q, greedy_p0 = _choose(log_q, log_p0, u, goals)
-    tilted_q, tilted_p0 = _tilt(log_q, log_p0, u, goals.beta)
-
-    greedy, tilt = goals.greedy, goals.mode == TILT
-    new_p0 = torch.where(greedy, greedy_p0, projected_p0)
-    new_q = torch.where(greedy[:, None], greedy_q, projected_q)
-    return torch.where(tilt[:, None], tilted_q, new_q), torch.where(tilt, tilted_p0, new_p0)
+    tilt = goals.mode == TILT
+    greedy = goals.greedy & ~tilt
+    new_q, new_p0 = log_q, log_p0
+    for chosen, policy in ((tilt, _tilt), (greedy, _choose), (~tilt & ~greedy, _project)):
+        if chosen.any():
+            q, p0 = policy(log_q, log_p0, u, goals)
+            new_q, new_p0 = torch.where(chosen[:, None], q, new_q), torch.where(chosen, p0, new_p0)
+    return new_q, new_p0
 
 
 def _values(log_q: Tensor, z: Tensor) -> Tensor:
@@ -101,11 +100,18 @@ def _direction(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (mean < low).double() - (mean > high).double()
 
 
-def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
+def _project(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
+    """The smallest change that meets the target, in two parts as told above."""
+    projected = _tilt_to_target(log_q, u, goals)
+    return projected, _decide_end(log_p0, (projected.exp() * u).sum(-1), goals)
+
+
+def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     """(B, K) KL projection of q on the target's side of E[u] = u*, inside the trust region.
 
     The mean and the divergence both grow with the size of lambda, so the largest lambda that
-    neither passes u* nor leaves the trust region is found for all rows by one bisection.
+    neither passes u* nor leaves the trust region is found for all rows by one bisection, of
+    its logarithm.
     """
     kept = ~log_q.isneginf()
     mean = (log_q.exp() * u).sum(-1)
@@ -124,10 +130,10 @@ def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     scaled = torch.where(kept, (u - low[:, None]) / spread[:, None], 0.0) * direction[:, None]
     most = (u_star - low) / spread * direction  # that the mean of `scaled` may reach
 
-    low_size = torch.zeros_like(mean)
-    high_size = torch.where(still, 0.0, _LARGEST_TILT)
+    low_size = torch.full_like(mean, _SMALLEST_TILT)
+    high_size = torch.full_like(mean, _LARGEST_TILT)
     for _ in range(_BISECTIONS):
-        size = (low_size + high_size) / 2
+        size = (low_size * high_size).sqrt()
         log_w = torch.addcmul(log_q, size[:, None], scaled)
         log_t = log_w.log_softmax(-1)
         reached = (log_t.exp() * scaled).sum(-1)
@@ -137,7 +143,7 @@ def _project(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
         low_size = torch.where(inside, size, low_size)
         high_size = torch.where(inside, high_size, size)
     tilted = torch.addcmul(log_q, low_size[:, None], scaled).log_softmax(-1)
-    return torch.where(still[:, None], log_q, tilted)
+    return torch.where((still | (low_size == _SMALLEST_TILT))[:, None], log_q, tilted)
 
 
 def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
@@ -147,7 +153,7 @@ def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
     most, least = ((1 - u / mean.clamp(min=1e-300)).clamp(0, 1) for u in goals.bounds())
     most, least = (torch.where(p < _NEVER, 0.0, p) for p in (most, least))
     most = most.masked_fill(goals.too_early, 0)
-    raised = _raise_within(p0, least, goals.max_kl)
+    raised = _raise_within(p0, least.masked_fill(p0 == 0, 0), goals.max_kl)
     new = torch.where(most < p0, most, raised)
     new = torch.where((goals.ceiling <= 0) & (goals.mode != AT_LEAST), 1.0, new)
     return torch.where((p0 == 0) | (new == p0), log_p0, new.log())
@@ -193,9 +199,9 @@ def _choose(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Ten
     return new_q, new_p0
 
 
-def _tilt(log_q: Tensor, log_p0: Tensor, u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def _tilt(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
     """p' ~ p exp(beta u) over all candidates, the end (u = 0) among them."""
-    log_w = log_q + beta[:, None] * u
+    log_w = log_q + goals.beta[:, None] * u
     rest = log_w.logsumexp(-1)
     total = torch.logaddexp(log_p0, log1mexp(log_p0) + rest)
     return log_w - rest[:, None], log_p0 - total

@@ -222,7 +222,18 @@ def test_one_candidate_leaves_nothing_to_score(
     for token in open_tokens:
         logits[0, token] = token / 10
     candidates = cut_candidates(logits, [cut(**limits)], V)
-    assert candidates.worth_scoring().tolist() == [worth]
+    assert candidates.worth_scoring(candidates.kept).tolist() == [worth]
+
+
+@pytest.mark.parametrize(
+    ("with_end", "scored", "worth"),
+    [(False, 1, False), (False, 2, True), (True, 1, True), (True, 0, False)],
+)
+def test_one_value_changes_nothing_but_the_end(with_end: bool, scored: int, worth: bool) -> None:
+    logits = torch.tensor([[2.0 if with_end else -INF, 1.0, 0.5]])
+    candidates = cut_candidates(logits, [cut()], V)
+    first = torch.arange(candidates.ids.shape[1])[None] < scored
+    assert candidates.worth_scoring(first).tolist() == [worth]
 
 
 # ---- the way back
@@ -273,7 +284,8 @@ def write(
 
 def choice(logits: Tensor, rows: list[int], limits: list[Cut]) -> list[int]:
     """The places in `rows` that leave a choice."""
-    return cut_candidates(logits[rows], limits, V).worth_scoring().nonzero()[:, 0].tolist()
+    candidates = cut_candidates(logits[rows], limits, V)
+    return candidates.worth_scoring(candidates.kept).nonzero()[:, 0].tolist()
 
 
 @quick
@@ -322,7 +334,7 @@ def test_an_unaltered_distribution_leaves_the_candidates_logits(
 ) -> None:
     logits = random_logits(len(limits), seed)
     candidates = cut_candidates(logits, limits, V)
-    rows = candidates.worth_scoring().nonzero()[:, 0].tolist()
+    rows = candidates.worth_scoring(candidates.kept).nonzero()[:, 0].tolist()
     if not rows:
         return
     picked = [limits[i] for i in rows]

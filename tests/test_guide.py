@@ -259,13 +259,25 @@ def test_no_rows_no_call() -> None:
     assert server.fingerprint is None
 
 
-def test_a_row_without_a_choice_sends_its_tokens_only() -> None:
+def test_a_row_without_a_choice_tells_its_tokens_with_its_next_one() -> None:
     server = Server()
-    logits = torch.cat([flat_logits(1), flat_logits(1, [10])])
-    states = {0: request(), 1: request()}
-    assert guided_rows(guide_of(server), logits, states) == [0]
-    assert [len(ids) for ids in asked(server.requests[0])] == [4, 0]
-    assert len(server.texts) == 2
+    guide, states = guide_of(server), {0: request(), 1: request()}
+    assert guided_rows(guide, torch.cat([flat_logits(1), flat_logits(1, [10])]), states) == [0]
+    states[1].output_ids.append(10)
+    assert guided_rows(guide, flat_logits(2), states) == [0, 1]
+    first, second = server.requests
+    assert [len(ids) for ids in asked(first)] == [4]
+    assert told(second)[1] == (states[1].session, 0, [*(states[1].prompt_ids or []), 10])
+
+
+def test_a_row_whose_values_could_change_nothing_is_not_scored() -> None:
+    """One candidate has nearly all probability, so its value would be that of all."""
+    server = Server()
+    logits = flat_logits(1, [10, 11])
+    logits[0, 10] += 5.0
+    assert guide_of(server).plan(logits, {0: request()}) is None
+    assert not server.requests
+    assert guided_rows(guide_of(server), logits, {0: request({"tokens": 5, "policy": "greedy"})})
 
 
 @pytest.mark.parametrize("backwards", [False, True])
