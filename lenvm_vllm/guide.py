@@ -64,7 +64,7 @@ class Guide:
             asking = [states[row] for row in rows]
             wanted = candidates.scored(masses_of(asking, self._settings.scored_mass))
             open_rows = _undecided(candidates, wanted, asking)
-            rows, cuts = ([a[i] for i in open_rows] for a in (rows, cuts))
+            rows, cuts = [rows[i] for i in open_rows], [cuts[i] for i in open_rows]
             candidates, wanted = _pick(candidates, open_rows), wanted[open_rows]
         if not rows:
             if self._closed:
