@@ -16,7 +16,7 @@ from lenvm_vllm.candidates import Writes, eos_index
 from lenvm_vllm.client import CircuitOpen, ValueClient, ValueServerError
 from lenvm_vllm.guide import Client, Guide
 from lenvm_vllm.metrics import Counters
-from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState
 from lenvm_vllm.vllm_names import (
@@ -49,7 +49,11 @@ class EngineRows:
         self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]
     ) -> RequestState | None:
         """A request by its SamplingParams; None where it asks for no length."""
-        target = LengthTarget.from_extra_args(params.extra_args)
+        try:
+            target = LengthTarget.from_extra_args(params.extra_args)
+        except LengthTargetError as error:  # from a front end that does not validate
+            logger.error("%s; the request goes on without a length target", error)
+            return None
         if target is None:
             return None
         if _leads():

@@ -6,6 +6,8 @@ a small file of a folder that an environment variable names; the middleware adds
 """
 
 import atexit
+import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+logger = logging.getLogger("vllm.lenvm")
 
 FOLDER = "LENVM_METRICS_DIR"
 HELP = {
@@ -29,14 +33,17 @@ _NAMES = list(HELP)
 
 
 class Counters:
-    """The sums of this process; without a folder nobody sees them."""
+    """The sums of this process; without a folder that takes its file nobody sees them."""
 
     def __init__(self) -> None:
-        folder = os.environ.get(FOLDER)
         self._sums: NDArray[np.float64] = np.zeros(len(HELP))
-        if folder and Path(folder).is_dir():
+        if not (folder := os.environ.get(FOLDER)):
+            return
+        try:
             path = Path(folder) / str(os.getpid())
             self._sums = np.memmap(path, np.float64, "w+", shape=len(HELP))
+        except OSError as error:
+            logger.warning("%s: no metrics of length targets (%s)", FOLDER, error)
 
     def add(self, name: str, amount: float = 1.0) -> None:
         self._sums[_NAMES.index(name)] += amount
@@ -61,9 +68,10 @@ def exposition() -> bytes:
     if FOLDER not in os.environ:
         return b""
     sums = np.zeros(len(HELP))
-    for path in Path(os.environ[FOLDER]).iterdir():
-        if path.stat().st_size == sums.nbytes:  # not one that is being made
-            sums += np.fromfile(path, np.float64)
+    with contextlib.suppress(OSError):  # a folder that somebody cleared away
+        for path in Path(os.environ[FOLDER]).iterdir():
+            if path.stat().st_size == sums.nbytes:  # not one that is being made
+                sums += np.fromfile(path, np.float64)
     lines = [
         f"# HELP lenvm_{name}_total {HELP[name]}\n# TYPE lenvm_{name}_total counter\n"
         f"lenvm_{name}_total {value!r}\n"

@@ -1,7 +1,7 @@
 """Settings of the plugin, one for the whole vLLM process."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     top_k: int = Field(15, ge=1)
     top_p: float = Field(0.999, gt=0, le=1)
     tilt_min_p: float = Field(0.01, ge=0, le=1)
-    thinking_end_ids: tuple[int, ...] = ()
+    thinking_end_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     forecast: bool = False
     aging: float = Field(10.0, ge=0)
     max_candidates: int = Field(64, ge=1)

@@ -50,6 +50,17 @@ def test_without_a_folder_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     assert exposition() == b""
 
 
+@pytest.mark.parametrize("name", ["gone", "file"])
+def test_a_folder_that_is_none_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Neither the engine, which would end, nor vLLM's own metrics."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(FOLDER, str(tmp_path / name))
+    Counters().add("requests")
+    assert set(shown().values()) == {0.0}
+
+
 def test_one_folder_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, "")
     monkeypatch.delenv(FOLDER)

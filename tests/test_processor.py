@@ -398,9 +398,10 @@ def test_a_row_is_never_emptied_nor_opened(target: Any, open_tokens: list[int], 
 
 
 @pytest.mark.parametrize("target", [exactly(1), exactly(9)])
-def test_ends_beyond_the_vocabulary(target: Any) -> None:
+@pytest.mark.parametrize("eos", [V, V + 3, -1, -V - 3])
+def test_ends_beyond_the_vocabulary(target: Any, eos: int) -> None:
     logits = torch.randn(V)
-    assert same_bits(railed(logits, target, eos=V + 3), logits)
+    assert same_bits(railed(logits, target, eos=eos), logits)
 
 
 # ---- what else a request may ask for
@@ -509,6 +510,16 @@ def test_trouble_and_recovery_are_logged_once(log: list[logging.LogRecord], erro
     assert f"{type(error).__name__}: {error}" in log[0].getMessage()
     assert "steered again" in log[1].getMessage()
     assert bool(log[0].exc_info) == isinstance(error, RuntimeError)  # a bug shows where it is
+
+
+def test_a_request_that_nobody_validated_goes_on_unguided(log: list[logging.LogRecord]) -> None:
+    """What is raised in the engine would end it."""
+    served = processor_with(server := Server())
+    served.update_state(update(added=[added(0, params({"length_target": 0}))]))
+    logits = torch.randn(1, V)
+    assert same_bits(apply(served, logits), logits)
+    assert server.calls == 0
+    assert "length_target.tokens" in log[0].getMessage()
 
 
 def test_a_step_that_asks_nothing_is_no_recovery(log: list[logging.LogRecord]) -> None:
