@@ -51,17 +51,15 @@ class Candidates:
         return torch.special.entr(log_p.exp()).sum(-1)
 
     def scored(self, mass: Tensor) -> Tensor:
-        """(B, K) bool: the most probable candidates that together have `mass` (B,) of q."""
+        """(B, K) bool: the most probable candidates that together have `mass` (B,) of q.
+
+        None of a row where they and the end leave no choice.
+        """
         q = self.log_q.exp()
         limit = mass.masked_fill(mass >= 1, torch.inf)  # all, whatever a sum rounds to
-        return self.kept & (q.cumsum(-1) - q < limit[:, None])
-
-    def worth_scoring(self, scored: Tensor) -> Tensor:
-        """(B,) bool: rows whose distribution the values of `scored` (B, K) can change.
-
-        One value alone is also that of all the others, and changes nothing but the end.
-        """
-        return (scored.sum(-1) + ~self.log_p0.isneginf()) > 1
+        likely = self.kept & (q.cumsum(-1) - q < limit[:, None])
+        choice = likely.sum(-1) + ~self.log_p0.isneginf() > 1
+        return likely & choice[:, None]
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Writes:
 
 
 def eos_index(eos: list[list[int]], size: int) -> tuple[Tensor, Tensor]:
-    """(M,) row and (M,) token of every end token below `size` of every row."""
-    pairs = [(row, token) for row, ids in enumerate(eos) for token in ids if token < size]
+    """(M,) row and (M,) token of every end token in the vocabulary of every row."""
+    pairs = [(row, token) for row, ids in enumerate(eos) for token in ids if 0 <= token < size]
     index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return index[:, 0], index[:, 1]
 
@@ -98,14 +96,14 @@ def cut_candidates(logits: Tensor, cuts: list[Cut], width: int) -> Candidates:
     temperature = torch.tensor([cut.temperature for cut in cuts], dtype=torch.float32)
     temperature = temperature.to(device)[:, None]
     width = min(max(cut.top_k or width for cut in cuts), width, size)
-    end_ids, is_end = _padded([sorted({t for t in cut.eos_ids if t < size}) for cut in cuts])
-    end_ids, is_end = end_ids.to(device), is_end.to(device)
+    end_ids = _sorted_ends([cut.eos_ids for cut in cuts], size).to(device)
 
-    ends = (logits.gather(1, end_ids).float() / temperature).masked_fill(~is_end, -torch.inf)
+    ends = logits.gather(1, end_ids.clamp(max=size - 1)).float() / temperature
+    ends = ends.masked_fill(end_ids == size, -torch.inf)
     # With room for the ends among them, which saves a copy of the logits without them.
     top, ids = logits.topk(min(width + end_ids.shape[1], size), dim=-1)
-    ended = ((ids[:, :, None] == end_ids[:, None]) & is_end[:, None]).any(-1)
-    top = (top.float() / temperature).masked_fill(ended, -torch.inf)
+    place = torch.searchsorted(end_ids, ids).clamp(max=end_ids.shape[1] - 1)
+    top = (top.float() / temperature).masked_fill(end_ids.gather(1, place) == ids, -torch.inf)
     full = torch.full_like(temperature, torch.nan)
     if whole := [row for row, cut in enumerate(cuts) if cut.top_p < 1 and not cut.top_k]:
         x = logits[whole].float() / temperature[whole]
@@ -122,13 +120,11 @@ def cut_candidates(logits: Tensor, cuts: list[Cut], width: int) -> Candidates:
     return _cut(top[:, :width], ids[:, :width], end, full, cuts)
 
 
-def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(B, M) the lists, padded with 0, and (B, M) bool what is no padding."""
-    width = max((len(row) for row in lists), default=0)
-    rows = [[*row, *[0] * (width - len(row))] for row in lists]
-    real = [[i < len(row) for i in range(width)] for row in lists]
-    shape = (len(lists), width)
-    return torch.tensor(rows).long().reshape(shape), torch.tensor(real).bool().reshape(shape)
+def _sorted_ends(eos: list[list[int]], size: int) -> Tensor:
+    """(B, M) the end tokens in the vocabulary of each row, ascending, padded with `size`."""
+    rows = [sorted({token for token in ids if 0 <= token < size}) for ids in eos]
+    width = max(1, *map(len, rows))
+    return torch.tensor([[*row, *[size] * (width - len(row))] for row in rows])
 
 
 def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -> Candidates:

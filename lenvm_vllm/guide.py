@@ -191,7 +191,7 @@ def _has_turn(state: RequestState) -> bool:
 def _undecided(candidates: Candidates, wanted: Tensor, states: Sequence[RequestState]) -> list[int]:
     """Rows whose next token is not too certain to be worth a value."""
     least = torch.tensor([state.target.min_entropy for state in states], dtype=torch.float64)
-    open_rows = candidates.worth_scoring(wanted) & (candidates.entropy() >= least)
+    open_rows = wanted.any(-1) & (candidates.entropy() >= least)
     rows: list[int] = open_rows.nonzero()[:, 0].tolist()
     return rows
 

@@ -30,7 +30,7 @@ cuts = st.builds(
     top_k=st.sampled_from([0, 1, 2, 5, 99]),
     top_p=st.sampled_from([0.2, 0.7, 0.95, 1.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
-    eos_ids=st.sampled_from([[], [0], [3, 7], [V - 1, V, 10 * V]]),
+    eos_ids=st.sampled_from([[], [0], [3, 7], [V - 1, V, 10 * V, -1]]),
 )
 
 
@@ -58,7 +58,7 @@ def distribution(row: Tensor, temperature: float) -> Tensor:
 def naive_cut(row: Tensor, c: Cut, width: int = V) -> tuple[dict[int, float], float]:
     """({token: q}, p0) of one row."""
     weights = [math.exp(x) for x in (row / c.temperature).tolist()]
-    ends = [token for token in c.eos_ids if token < len(weights)]
+    ends = [token for token in c.eos_ids if 0 <= token < len(weights)]
     end = sum(weights[token] for token in ends)
     others = sorted(set(range(len(weights))) - set(ends), key=weights.__getitem__, reverse=True)
     total = sum(weights[token] for token in others)
@@ -92,6 +92,12 @@ def row_of(candidates: Candidates, i: int) -> tuple[dict[int, float], float]:
     kept = candidates.kept[i]
     ids, q = candidates.ids[i][kept].tolist(), candidates.log_q[i][kept].exp().tolist()
     return dict(zip(ids, q, strict=True)), float(candidates.log_p0[i].exp())
+
+
+def with_choice(candidates: Candidates) -> list[int]:
+    """The rows that are worth scoring."""
+    all_of_it = torch.ones(len(candidates.ids), dtype=torch.float64)
+    return candidates.scored(all_of_it).any(-1).nonzero()[:, 0].tolist()
 
 
 def assert_same(
@@ -222,18 +228,36 @@ def test_one_candidate_leaves_nothing_to_score(
     for token in open_tokens:
         logits[0, token] = token / 10
     candidates = cut_candidates(logits, [cut(**limits)], V)
-    assert candidates.worth_scoring(candidates.kept).tolist() == [worth]
+    assert with_choice(candidates) == [0] * worth
 
 
 @pytest.mark.parametrize(
-    ("with_end", "scored", "worth"),
-    [(False, 1, False), (False, 2, True), (True, 1, True), (True, 0, False)],
+    ("mass", "eos_ids", "scored"),
+    [
+        (1.0, [0], [5, 6, 7]),
+        (0.95, [0], [5, 6]),
+        (0.9, [0], [5]),  # the end is the other choice
+        (0.9, [], []),
+        (0.95, [], [5, 6]),
+    ],
 )
-def test_one_value_changes_nothing_but_the_end(with_end: bool, scored: int, worth: bool) -> None:
-    logits = torch.tensor([[2.0 if with_end else -INF, 1.0, 0.5]])
-    candidates = cut_candidates(logits, [cut()], V)
-    first = torch.arange(candidates.ids.shape[1])[None] < scored
-    assert candidates.worth_scoring(first).tolist() == [worth]
+def test_the_likely_are_scored_where_they_leave_a_choice(
+    mass: float, eos_ids: list[int], scored: list[int]
+) -> None:
+    logits = torch.full((1, V), -INF)
+    logits[0, [5, 6, 7]] = torch.tensor([0.92, 0.05, 0.03]).log()
+    logits[0, eos_ids] = 0.0
+    candidates = cut_candidates(logits, [cut(eos_ids=eos_ids)], V)
+    wanted = candidates.scored(torch.tensor([mass], dtype=torch.float64))
+    assert candidates.ids[wanted].tolist() == scored
+
+
+def test_all_tokens_but_a_few_may_be_ends() -> None:
+    """In memory for their number, not for its square."""
+    size = 100_000
+    candidates = cut_candidates(torch.zeros(1, size), [cut(eos_ids=list(range(3, size)))], 15)
+    expected = dict.fromkeys([0, 1, 2], 1 / 3), 1 - 3 / size
+    assert_same(row_of(candidates, 0), expected)
 
 
 # ---- the way back
@@ -273,7 +297,7 @@ def write(
         rest = float(log1mexp(log_p0[i]).exp())
         q = zip(candidates.ids[i].tolist(), log_q[i].exp().tolist(), strict=True)
         p = {token: rest * value for token, value in q if value > 0}
-        ends = [token for token in c.eos_ids if token < V]
+        ends = [token for token in c.eos_ids if 0 <= token < V]
         if p0 := float(log_p0[i].exp()):
             own = distribution(logits[row, ends], c.temperature).tolist()
             p |= {token: p0 * share for token, share in zip(ends, own, strict=True)}
@@ -284,8 +308,7 @@ def write(
 
 def choice(logits: Tensor, rows: list[int], limits: list[Cut]) -> list[int]:
     """The places in `rows` that leave a choice."""
-    candidates = cut_candidates(logits[rows], limits, V)
-    return candidates.worth_scoring(candidates.kept).nonzero()[:, 0].tolist()
+    return with_choice(cut_candidates(logits[rows], limits, V))
 
 
 @quick
@@ -334,7 +357,7 @@ def test_an_unaltered_distribution_leaves_the_candidates_logits(
 ) -> None:
     logits = random_logits(len(limits), seed)
     candidates = cut_candidates(logits, limits, V)
-    rows = candidates.worth_scoring(candidates.kept).nonzero()[:, 0].tolist()
+    rows = with_choice(candidates)
     if not rows:
         return
     picked = [limits[i] for i in rows]
