@@ -13,9 +13,13 @@ from lenvm_vllm.settings import Settings, load_settings
 
 
 def check_admission(
-    target: LengthTarget, max_tokens: int | None, min_tokens: int, ignore_eos: bool
+    target: LengthTarget,
+    max_tokens: int | None,
+    min_tokens: int,
+    ignore_eos: bool,
+    thinking_token_budget: int | None = None,
 ) -> None:
-    """max_tokens, min_tokens, ignore_eos: of the request itself. Raises LengthTargetError."""
+    """The limits are those of the request itself. Raises LengthTargetError."""
     config = vllm_hooks.served_config
     if config is not None and config.speculative_config is not None:
         # A row of a draft token belongs to a text that may never be; nothing guides it.
@@ -29,7 +33,15 @@ def check_admission(
                 f"length_target.scope: {target.scope!r} needs to know the token that ends the "
                 "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
             )
-    check_limits(rails_of(target), max_tokens, min_tokens, ignore_eos)
+    rails = rails_of(target)
+    check_limits(rails, max_tokens, min_tokens, ignore_eos)
+    # vLLM's budget counts the tokens before the marker, and forces that whatever we say.
+    budget = thinking_token_budget if target.scope == "thinking" else None
+    if budget is not None and budget + 1 < rails.first:
+        raise LengthTargetError(
+            f"thinking_token_budget: {budget} tokens before the marker contradict length_target, "
+            f"whose thinking has at least {rails.first} tokens, the marker included"
+        )
 
 
 def marker_ids_of(vllm_config: Any, settings: Settings) -> list[int]:

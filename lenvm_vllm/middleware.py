@@ -16,7 +16,9 @@ from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
 from lenvm_vllm.settings import load_settings
 
 MESSAGES = "/v1/messages"  # Anthropic's form
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES)
+_ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES)
+# The same requests, several in one, or rendered for an engine elsewhere.
+PATHS = (*_ANSWERS, "/v1/chat/completions/batch", *(f"{path}/render" for path in _ANSWERS))
 PREDICTED = "lenvm-predicted-tokens"  # response header
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first one counts
 # Fields of vLLM's own requests that happen to start with the same letters.
@@ -47,7 +49,7 @@ class LengthTargetMiddleware:
             await _refuse(send, str(error))
             return
         if self._forecast is not None:
-            ranked = _path(scope) != MESSAGES
+            ranked = not _path(scope).startswith(MESSAGES)
             new, send = await _with_forecast(self._forecast, new or body, send, ranked)
         if new is not None:
             headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
@@ -101,9 +103,8 @@ async def _with_forecast(
     except (ValueError, RecursionError, AttributeError, TypeError):
         return body, send  # vLLM says what is wrong with it
     tokens = await forecast.tokens(request, target)
-    limits = [value for name in _LIMITS if type(value := request.get(name)) is int]
-    if tokens is not None:
-        tokens = min([tokens, *limits[:1]])
+    if tokens is not None and (limit := _limit(request)) is not None:
+        tokens = min(tokens, limit)
     scheduler = _served("scheduler_config")
     ranked = ranked and scheduler is not None and scheduler.policy == "priority"
     if ranked and "priority" not in request:
@@ -118,18 +119,31 @@ def _served(name: str) -> Any:
 
 
 def _check(target: LengthTarget, request: dict[str, Any]) -> None:
-    """Raises LengthTargetError. A field of a wrong type is left to vLLM."""
+    """Raises LengthTargetError."""
     if request.get("use_beam_search"):
         # vLLM searches beams without any logits processor: the target would be lost silently.
         raise LengthTargetError(f"use_beam_search: true contradicts {FIELD}")
-    limits = [value for name in _LIMITS if type(value := request.get(name)) is int]
-    least = request.get("min_tokens")
+    if request.get("prompt_embeds"):
+        raise LengthTargetError(
+            f"prompt_embeds: contradicts {FIELD}, whose values are those of tokens"
+        )
     check_admission(
         target,
-        max_tokens=next(iter(limits), None),
-        min_tokens=least if type(least) is int else 0,
+        max_tokens=_limit(request),
+        min_tokens=_whole(request, "min_tokens") or 0,
         ignore_eos=request.get("ignore_eos") is True,
+        thinking_token_budget=_whole(request, "thinking_token_budget"),
     )
+
+
+def _limit(request: dict[str, Any]) -> int | None:
+    """The most tokens that the client lets the answer have."""
+    return next((n for name in _LIMITS if (n := _whole(request, name)) is not None), None)
+
+
+def _whole(request: dict[str, Any], name: str) -> int | None:
+    """A number of the request; None for anything else, which is left to vLLM."""
+    return value if type(value := request.get(name)) is int else None
 
 
 def _path(scope: Any) -> str:

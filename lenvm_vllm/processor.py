@@ -30,4 +30,5 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 sampling_params.max_tokens,
                 sampling_params.min_tokens,
                 sampling_params.ignore_eos,
+                sampling_params.thinking_token_budget,
             )

@@ -56,7 +56,7 @@ FIELDS = {
     "EngineArgs": ("logits_processors",),
     "SamplingParams": (
         *("extra_args", "max_tokens", "min_tokens", "ignore_eos", "all_stop_token_ids"),
-        *("temperature", "top_k", "top_p", "min_p"),
+        *("temperature", "top_k", "top_p", "min_p", "thinking_token_budget"),
     ),
     "BatchUpdate": ("removed", "added", "moved"),
     "MoveDirectionality": ("SWAP", "UNIDIRECTIONAL"),

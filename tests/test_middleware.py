@@ -170,6 +170,7 @@ def test_root_path_is_left_out() -> None:
         ({"length_target": 50, "ignore_eos": True}, ["ignore_eos: true"]),
         ({"length_target": 5, "use_beam_search": True}, ["use_beam_search: true"]),
         ({"vllm_xargs": {"length_target": 5}, "use_beam_search": True}, ["use_beam_search: true"]),
+        ({"length_target": 5, "prompt_embeds": "AAAA"}, ["prompt_embeds: contradicts"]),
     ],
 )
 def test_wrong_field_is_a_400_that_names_it(body: Any, named: list[str]) -> None:

@@ -4,6 +4,7 @@ As in test_guide token 0 is the end and token x says that x more tokens are to c
 the thinking.
 """
 
+import contextlib
 import math
 import random
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from lenvm_vllm import vllm_hooks
 from lenvm_vllm.admission import check_admission
 from lenvm_vllm.client import TimedOut
 from lenvm_vllm.engine_rows import EngineRows
+from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.state import RequestState
 from tests import fakes
@@ -241,3 +243,29 @@ def test_a_part_needs_a_known_marker(monkeypatch: pytest.MonkeyPatch, scope: str
                 check_admission(target, None, 0, False)
     config.additional_config = {"lenvm": {"thinking_end_ids": [5]}}
     check_admission(target, None, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("target", "budget", "taken"),
+    [
+        ({"tokens": 50, "scope": "thinking"}, 44, True),  # the marker is the 45th token
+        ({"tokens": 50, "scope": "thinking"}, 43, False),
+        ({"tokens": 50, "scope": "thinking", "tolerance": None}, 1, True),
+        ({"tokens": 50, "scope": "answer"}, 1, True),
+        ({"tokens": 50}, 1, True),
+    ],
+)
+def test_a_budget_that_ends_the_thinking_too_early(
+    monkeypatch: pytest.MonkeyPatch, target: Any, budget: int, taken: bool
+) -> None:
+    config = fakes.config()
+    config.additional_config = {"lenvm": {"thinking_end_ids": [5]}}
+    monkeypatch.setattr(vllm_hooks, "served_config", config)
+    flat = LengthTarget.parse(target).to_xargs()
+    refused = pytest.raises(ValueError, match=f"thinking_token_budget: {budget} .* at least 45")
+    with contextlib.nullcontext() if taken else refused:
+        check_admission(LengthTarget.parse(target), None, 0, False, budget)
+    with contextlib.nullcontext() if taken else refused:
+        LenvmLogitsProcessor.validate_params(
+            fakes.params(flat, thinking_token_budget=budget, max_tokens=None)
+        )
