@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import (
@@ -308,6 +309,36 @@ def test_the_cut_is_that_of_the_request(fields: Any, left: int) -> None:
     logits = -torch.arange(V)[None] / 2
     logits[0, EOS] = -INF
     assert int((apply(served, logits) > -INF).sum()) == left
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies to the host from the device "meta", which has no numbers; any other wish to
+    know one of them fails. The host gets zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = (kwargs or {}).get("device")
+        if func is torch.ops.aten._to_copy.default and device == torch.device("cpu"):
+            self.count += args[0].is_meta
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_one_copy_from_the_device() -> None:
+    """Rows of all kinds; their writes and rails go there without an answer."""
+    tilt = {"length_mode": "tilt", "length_beta": 1.0}
+    wishes = [params(9), params(exactly(1)), params(tilt), params(tilt, top_p=0.5), params(free(9))]
+    served = processor_with(server := Server())
+    served.update_state(update(added=[added(row, wanted) for row, wanted in enumerate(wishes)]))
+    with Copies() as copies:
+        served.apply(torch.empty(5, V, device="meta"))
+    assert copies.count == 1
+    assert server.last is not None
+    assert len(server.last.sessions) == 4
+    assert served._rows._trouble is None  # type: ignore[attr-defined]
 
 
 # ---- guard rails
@@ -751,6 +782,7 @@ def test_no_guidance_of_drafts(monkeypatch: pytest.MonkeyPatch, target: Any) -> 
 def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     served = SimpleNamespace(
+        model=str(tmp_path),
         tokenizer=str(tmp_path),
         tokenizer_mode="hf",
         tokenizer_revision=None,

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 )
 
 from lenvm_vllm.client import TimedOut
+from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.v1 import V1Processor
 from lenvm_vllm.v2 import V2Processor
@@ -33,6 +34,13 @@ from value_server.contract import wire
 
 SLOTS = 5
 quick = settings(deadline=None, max_examples=40)
+
+
+def load(slots: LogitsProcRequestState, name: Any) -> V2Processor:
+    """The one processor that vLLM makes of `name`."""
+    (made,) = build_custom_logits_processors(config(v2=True), slots, False, [name])
+    assert isinstance(made, V2Processor)
+    return made
 
 
 class Runner:
@@ -53,7 +61,8 @@ class Runner:
             total_len=SimpleNamespace(gpu=torch.zeros(SLOTS, dtype=torch.int32)),
         )
         self.lengths = [0] * SLOTS
-        self.served = LenvmLogitsProcessor(config(v2=True), self.slots, client=server)
+        self.served = load(self.slots, PROCESSOR)
+        self.served._rows = EngineRows(config(v2=True), server)
 
     def add(self, slot: int, wanted: Any, prompt: Any = (7, 8), output: Any = ()) -> bool:
         text = [*prompt, *output]
@@ -102,9 +111,7 @@ def open_tokens(row: Tensor) -> list[int]:
 
 
 def test_one_name_for_both_model_runners() -> None:
-    slots = Runner(Server()).slots
-    (v2,) = build_custom_logits_processors(config(v2=True), slots, False, [PROCESSOR])
-    assert isinstance(v2, V2Processor)
+    """The other runner's loader; that of this one brings whatever is tested below."""
     both = config()
     both.scheduler_config = SimpleNamespace(max_num_seqs=4)
     v1 = build_logitsprocs(both, torch.device("cpu"), False, False, (PROCESSOR,))
@@ -112,9 +119,7 @@ def test_one_name_for_both_model_runners() -> None:
 
 
 def test_the_class_itself_is_taken_too() -> None:
-    slots = Runner(Server()).slots
-    (v2,) = build_custom_logits_processors(config(v2=True), slots, False, [LenvmLogitsProcessor])
-    assert isinstance(v2, V2Processor)
+    load(Runner(Server()).slots, LenvmLogitsProcessor)
 
 
 def test_wrong_requests_are_refused_at_admission() -> None:
