@@ -34,6 +34,11 @@ def check_admission(
                 "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
             )
     rails = rails_of(target)
+    if config is not None and rails.first >= config.model_config.max_model_len:
+        raise LengthTargetError(
+            f"length_target: {rails.first} tokens at least, prompt and completion together have "
+            f"{config.model_config.max_model_len}"
+        )
     check_limits(rails, max_tokens, min_tokens, ignore_eos)
     # vLLM's budget counts the tokens before the marker, and forces that whatever we say.
     budget = thinking_token_budget if target.scope == "thinking" else None

@@ -15,12 +15,13 @@ from lenvm_vllm.metrics import exposition
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
 from lenvm_vllm.settings import load_settings
 
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
 MESSAGES = "/v1/messages"  # Anthropic's form
-_ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES)
-# The same requests, several in one, or rendered for an engine elsewhere.
-PATHS = (*_ANSWERS, "/v1/chat/completions/batch", *(f"{path}/render" for path in _ANSWERS))
+PATHS = (CHAT, f"{CHAT}/batch", TEXT, "/v1/responses", MESSAGES)
 PREDICTED = "lenvm-predicted-tokens"  # response header
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first one counts
+_TEXT_LIMIT = 16  # of a text completion that sets none, since OpenAI's first
 # Fields of vLLM's own requests that happen to start with the same letters.
 _OTHERS = {"length_penalty"}
 
@@ -44,13 +45,12 @@ class LengthTargetMiddleware:
             await self._app(scope, _replay(messages, receive), send)
             return
         try:
-            new = rewrite(body)
+            new = rewrite(body, _path(scope))
         except LengthTargetError as error:
             await _refuse(send, str(error))
             return
         if self._forecast is not None:
-            ranked = not _path(scope).startswith(MESSAGES)
-            new, send = await _with_forecast(self._forecast, new or body, send, ranked)
+            new, send = await _with_forecast(self._forecast, new or body, send, _path(scope))
         if new is not None:
             headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
             scope = {**scope, "headers": [*headers, (b"content-length", b"%d" % len(new))]}
@@ -58,7 +58,7 @@ class LengthTargetMiddleware:
         await self._app(scope, _replay(messages, receive), send)
 
 
-def rewrite(body: bytes) -> bytes | None:
+def rewrite(body: bytes, path: str) -> bytes | None:
     """The body with its length target moved to `vllm_xargs`; None when there is none to move.
 
     Raises LengthTargetError.
@@ -77,10 +77,10 @@ def rewrite(body: bytes) -> bytes | None:
     xargs = request.get("vllm_xargs") or {}
     if request.get(FIELD) is None:
         if isinstance(xargs, dict) and (flat := LengthTarget.from_extra_args(xargs)):
-            _check(flat, request)
+            _check(flat, request, path)
         return json.dumps(request).encode() if request.pop(FIELD, 0) is None else None
     target = LengthTarget.parse(request.pop(FIELD))
-    _check(target, request)
+    _check(target, request, path)
     if not isinstance(xargs, dict):
         raise LengthTargetError(f"vllm_xargs: expected an object, got {xargs!r}")
     if twice := [key for key in xargs if key.startswith(PREFIX)]:
@@ -90,12 +90,11 @@ def rewrite(body: bytes) -> bytes | None:
 
 
 async def _with_forecast(
-    forecast: Forecast, body: bytes, send: Any, ranked: bool
+    forecast: Forecast, body: bytes, send: Any, path: str
 ) -> tuple[bytes, Any]:
     """The body with its priority, and a `send` that tells the client what is expected.
 
-    body: without a length target of its own. ranked: the endpoint knows priorities. One that the
-    client gave stays.
+    body: without a length target of its own. A priority that the client gave stays.
     """
     try:
         request = json.loads(body)
@@ -103,11 +102,11 @@ async def _with_forecast(
     except (ValueError, RecursionError, AttributeError, TypeError):
         return body, send  # vLLM says what is wrong with it
     tokens = await forecast.tokens(request, target)
-    if tokens is not None and (limit := _limit(request)) is not None:
+    if tokens is not None and (limit := _limit(request, path)) is not None:
         tokens = min(tokens, limit)
     scheduler = _served("scheduler_config")
-    ranked = ranked and scheduler is not None and scheduler.policy == "priority"
-    if ranked and "priority" not in request:
+    ranked = scheduler is not None and scheduler.policy == "priority"
+    if ranked and "priority" not in request and path != MESSAGES:  # it has none
         body = json.dumps(request | {"priority": forecast.priority(tokens)}).encode()
     return body, send if tokens is None else _with_header(send, PREDICTED, tokens)
 
@@ -118,7 +117,7 @@ def _served(name: str) -> Any:
     return None if config is None else getattr(config, name)
 
 
-def _check(target: LengthTarget, request: dict[str, Any]) -> None:
+def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
     """Raises LengthTargetError."""
     if request.get("use_beam_search"):
         # vLLM searches beams without any logits processor: the target would be lost silently.
@@ -129,15 +128,17 @@ def _check(target: LengthTarget, request: dict[str, Any]) -> None:
         )
     check_admission(
         target,
-        max_tokens=_limit(request),
+        max_tokens=_limit(request, path),
         min_tokens=_whole(request, "min_tokens") or 0,
         ignore_eos=request.get("ignore_eos") is True,
         thinking_token_budget=_whole(request, "thinking_token_budget"),
     )
 
 
-def _limit(request: dict[str, Any]) -> int | None:
-    """The most tokens that the client lets the answer have."""
+def _limit(request: dict[str, Any], path: str) -> int | None:
+    """The most tokens that the answer may have; None where only the model's context ends it."""
+    if all(request.get(name) is None for name in _LIMITS):
+        return _TEXT_LIMIT if path == TEXT else None
     return next((n for name in _LIMITS if (n := _whole(request, name)) is not None), None)
 
 

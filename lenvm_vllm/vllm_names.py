@@ -66,7 +66,7 @@ FIELDS = {
         *("additional_config", "model_config", "parallel_config", "speculative_config"),
         *("reasoning_config", "scheduler_config", "use_v2_model_runner"),
     ),
-    "ModelConfig": ("skip_tokenizer_init",),
+    "ModelConfig": ("skip_tokenizer_init", "max_model_len"),
     "ReasoningConfig": ("natural_reasoning_end_token_ids",),
     "SchedulerConfig": ("policy",),
     "ParallelConfig": ("enable_batch_sharded_sampling",),

@@ -52,7 +52,7 @@ class Server:
 
 
 def config(v2: bool = False, **lenvm: Any) -> Any:
-    model = SimpleNamespace(skip_tokenizer_init=True)
+    model = SimpleNamespace(skip_tokenizer_init=True, max_model_len=1000)
     return SimpleNamespace(
         additional_config={"lenvm": lenvm},
         model_config=model,

@@ -145,11 +145,12 @@ def test_what_is_not_known_counts_as_the_mean() -> None:
 
 
 def through(
-    monkeypatch: pytest.MonkeyPatch, body: Any, path: str = "/v1/completions", policy: str = ""
+    monkeypatch: pytest.MonkeyPatch, body: Any, path: str = "/v1/chat/completions", policy: str = ""
 ) -> tuple[Any, dict[bytes, bytes]]:
     """(body that reaches vLLM, response headers) of one request with the setting on."""
     config = SimpleNamespace(
         additional_config={"lenvm": {"forecast": True, "aging": 0.0}},
+        model_config=SimpleNamespace(max_model_len=1000),
         scheduler_config=SimpleNamespace(policy=policy or "fcfs"),
         speculative_config=None,
     )
@@ -178,16 +179,19 @@ def through(
 
 def test_header_and_priority(monkeypatch) -> None:
     name = PREDICTED.encode()
-    body, headers = through(monkeypatch, {"prompt": "x"}, policy="priority")
+    body, headers = through(monkeypatch, {"messages": CHAT}, policy="priority")
     assert (body["priority"], headers) == (120, {b"a": b"b", name: b"120"})
-    body, headers = through(monkeypatch, {"prompt": "x"})
+    body, headers = through(monkeypatch, {"messages": CHAT})
     assert "priority" not in body  # vLLM would refuse it
     assert headers[name] == b"120"
+    _, headers = through(monkeypatch, {"prompt": "x"}, "/v1/completions")
+    assert headers[name] == b"16"  # more it does not write unless the request says
     body, headers = through(
-        monkeypatch, {"prompt": "x", "max_tokens": 30, "priority": 7}, policy="priority"
+        monkeypatch, {"messages": CHAT, "max_tokens": 30, "priority": 7}, policy="priority"
     )
     assert (body["priority"], headers[name]) == (7, b"30")
-    body, headers = through(monkeypatch, {"prompt": "x", "length_target": 50}, policy="priority")
+    asked = {"messages": CHAT, "length_target": 50}
+    body, headers = through(monkeypatch, asked, policy="priority")
     assert (body["priority"], headers[name]) == (50, b"50")
     body, _ = through(monkeypatch, {"messages": CHAT}, "/v1/messages", "priority")
     assert "priority" not in body  # Anthropic's requests have none

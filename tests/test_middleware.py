@@ -69,10 +69,11 @@ def post(body: Any, **scope: Any) -> Any:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [200, {"mode": "tilt", "beta": -2.5, "tolerance": None}])
 def test_field_moves_into_xargs(path: str, value: Any) -> None:
-    app, status, _ = post({"model": "m", "length_target": value, "seed": 3}, path=path)
+    body = {"model": "m", "seed": 3, "max_tokens": 300}
+    app, status, _ = post(body | {"length_target": value}, path=path)
     assert status == 200
     flat = LengthTarget.parse(value).to_xargs()
-    assert json.loads(app.body) == {"model": "m", "seed": 3, "vllm_xargs": flat}
+    assert json.loads(app.body) == body | {"vllm_xargs": flat}
     assert LengthTarget.from_extra_args(flat) == LengthTarget.parse(value)
     assert app.headers[b"content-length"] == str(len(app.body)).encode()
     assert b"Content-Length" not in app.headers
@@ -179,6 +180,15 @@ def test_wrong_field_is_a_400_that_names_it(body: Any, named: list[str]) -> None
     assert app.scope is None
     assert all(part in answer["error"]["message"] for part in named)
     assert answer["error"]["code"] == 400
+
+
+def test_a_text_completion_has_sixteen_tokens_unless_it_says() -> None:
+    """vLLM would say so too late for a stream."""
+    for body in ({"length_target": 50}, {"vllm_xargs": {"length_target": 50}, "max_tokens": None}):
+        _, status, answer = post(body, path="/v1/completions")
+        assert (status, "max_tokens: 16" in answer["error"]["message"]) == (400, True)
+    assert post({"length_target": 50, "max_tokens": 50}, path="/v1/completions")[1] == 200
+    assert post({"length_target": 50})[1] == 200
 
 
 def test_client_that_leaves_while_it_sends() -> None:

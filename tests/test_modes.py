@@ -245,6 +245,14 @@ def test_a_part_needs_a_known_marker(monkeypatch: pytest.MonkeyPatch, scope: str
     check_admission(target, None, 0, False)
 
 
+def test_a_text_longer_than_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a stream that sets no max_tokens."""
+    monkeypatch.setattr(vllm_hooks, "served_config", fakes.config())
+    check_admission(LengthTarget.parse(1000), None, 0, False)  # its lower rail fits
+    with pytest.raises(ValueError, match=r"length_target: 1080 tokens at least, .* have 1000"):
+        check_admission(LengthTarget.parse(1200), None, 0, False)
+
+
 @pytest.mark.parametrize(
     ("target", "budget", "taken"),
     [
