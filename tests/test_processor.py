@@ -680,6 +680,14 @@ def test_requests_that_are_taken(length: Any, fields: Any) -> None:
 # ---- the way into vLLM
 
 
+def test_one_name_for_both_model_runners() -> None:
+    """What the loader of this one makes; that of the other stands in test_v2."""
+    served = config()
+    served.scheduler_config = SimpleNamespace(max_num_seqs=4)
+    made = build_logitsprocs(served, torch.device("cpu"), False, False, (PROCESSOR,))
+    assert [isinstance(p, V1Processor) for p in made.non_argmax_invariant].count(True) == 1
+
+
 def test_vllm_finds_the_processor_by_its_full_name() -> None:
     assert _load_logitsprocs_by_fqcns([PROCESSOR]) == [lenvm_vllm.LenvmLogitsProcessor]
     assert issubclass(LenvmLogitsProcessor, LogitsProcessor)

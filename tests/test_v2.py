@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu.sample.logits_processor import (
     LogitsContext,
     LogitsProcRequestState,
@@ -26,7 +25,6 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 from lenvm_vllm.client import TimedOut
 from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.processor import LenvmLogitsProcessor
-from lenvm_vllm.v1 import V1Processor
 from lenvm_vllm.v2 import V2Processor
 from lenvm_vllm.vllm_hooks import PROCESSOR
 from tests.fakes import EOS, Server, V, config, exactly, free, params, same_bits
@@ -108,14 +106,6 @@ def open_tokens(row: Tensor) -> list[int]:
 
 
 # ---- the way in
-
-
-def test_one_name_for_both_model_runners() -> None:
-    """The other runner's loader; that of this one brings whatever is tested below."""
-    both = config()
-    both.scheduler_config = SimpleNamespace(max_num_seqs=4)
-    v1 = build_logitsprocs(both, torch.device("cpu"), False, False, (PROCESSOR,))
-    assert [isinstance(p, V1Processor) for p in v1.non_argmax_invariant].count(True) == 1
 
 
 def test_the_class_itself_is_taken_too() -> None:
