@@ -12,16 +12,19 @@ ValueServerError
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from lenvm_vllm.endpoint import http_client
 from value_server.contract import wire
 
 T = TypeVar("T")
+
+LARGEST_INFO = 1 << 16  # bytes
 
 
 class ValueServerError(Exception):
@@ -56,29 +59,22 @@ class ValueClient:
     """Asks one value server, and after a failure leaves it alone for a while.
 
     The first call, and the first after a failure, asks `/v1/model` what is served, in an eighth
-    of the time-out, so that a dead server costs a step little. Not for use from several threads.
+    of the time-out, so that a dead server costs a step little. For one thread at a time.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        token: str | None = None,
         timeout_s: float = 2.0,
-        backoff_s: tuple[float, float] = (0.5, 5.0),
-        transport: httpx.BaseTransport | None = None,
+        backoff_s: tuple[float, float] = (0.5, 2.0),
         clock: Callable[[], float] = time.monotonic,
+        **connection: Any,
     ) -> None:
-        """url: http://host:port or unix:/path. backoff_s: first and longest pause after a
-        failure; it doubles. Connects to nothing yet."""
-        if url.startswith("unix:"):
-            transport = transport or httpx.HTTPTransport(uds=url.removeprefix("unix:"))
-            url = "http://localhost"
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
-        )
-        self._probe_s = timeout_s / 8
+        """backoff_s: first and longest pause after a failure; it doubles. connection: more of
+        `endpoint.http_client`. Connects to nothing yet."""
+        self._http = http_client(url, timeout_s=timeout_s, **connection)
+        self._timeout_s = timeout_s
         self._first_pause, self._longest_pause = backoff_s
         self._pause = self._first_pause
         self._open_until = -float("inf")
@@ -102,12 +98,17 @@ class ValueClient:
         """
         return self._guarded(lambda: self._step(request))
 
+    @property
+    def rests(self) -> bool:
+        """Whether the server failed a moment ago and is not asked yet."""
+        return self._clock() < self._open_until
+
     def close(self) -> None:
         self._http.close()
 
     def _guarded(self, ask: Callable[[], T]) -> T:
         """`ask()` behind the circuit breaker; foreign errors come out as ours."""
-        if self._clock() < self._open_until:
+        if self.rests:
             raise CircuitOpen("the value server failed a moment ago")
         try:
             answer = _mapped(ask)
@@ -119,8 +120,8 @@ class ValueClient:
         return answer
 
     def _probe(self, fingerprint: Callable[[], str | None]) -> None:
-        reply = self._http.get(wire.MODEL_PATH, timeout=self._probe_s)
-        info = msgspec.json.decode(_checked(reply), type=wire.ModelInfo)
+        body = self._ask("GET", wire.MODEL_PATH, self._timeout_s / 8, LARGEST_INFO)
+        info = msgspec.json.decode(body, type=wire.ModelInfo)
         if info.version != wire.WIRE_VERSION:
             raise Mismatch(f"version: the server speaks {info.version}, not {wire.WIRE_VERSION}")
         ours = fingerprint()
@@ -132,22 +133,36 @@ class ValueClient:
         self._info = info
 
     def _step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
-        reply = self._http.post(
-            wire.STEP_PATH,
+        rows = len(request.sessions)
+        body = self._ask(
+            *("POST", wire.STEP_PATH, self._timeout_s, wire.largest_reply(request)),
             content=wire.encode(request),
             headers={"Content-Type": wire.MEDIA_TYPE},
         )
-        message = wire.decode_reply(_checked(reply), sum(request.candidate_counts))
-        if any(not 0 <= row < len(request.sessions) for row in message.unknown):
-            raise BadReply(f"unknown: rows {message.unknown} of {len(request.sessions)}")
+        message = wire.decode_reply(body, sum(request.candidate_counts))
+        if any(not 0 <= row < rows for row in message.unknown):
+            raise BadReply(f"unknown: rows {message.unknown} of {rows}")
+        logits = wire.unpack_logits(message.logits)
+        missing = np.repeat(np.isin(np.arange(rows), message.unknown), request.candidate_counts)
+        if not np.isfinite(logits[~missing]).all():
+            raise BadReply("logits: one of a known row is not a finite number")
         self._pause = self._first_pause
-        return wire.unpack_logits(message.logits), message.unknown
+        return logits, message.unknown
 
-
-def _checked(reply: httpx.Response) -> bytes:
-    if reply.status_code != 200:
-        raise Refused(f"{reply.url.path}: HTTP {reply.status_code} {reply.text[:200]}")
-    return reply.content
+    def _ask(self, method: str, path: str, timeout_s: float, largest: int, **fields: Any) -> bytes:
+        """The body of the answer, complete within `timeout_s` and of `largest` bytes at most."""
+        deadline = self._clock() + timeout_s
+        with self._http.stream(method, path, timeout=timeout_s, **fields) as reply:
+            body = bytearray()
+            for piece in reply.iter_bytes():
+                body += piece
+                if len(body) > largest:
+                    raise BadReply(f"{path}: more than {largest} bytes")
+                if self._clock() > deadline:  # each piece in time, but not all of them
+                    raise TimedOut("no answer in time (it came in pieces)")
+        if reply.status_code != 200:
+            raise Refused(f"{path}: HTTP {reply.status_code} {body[:200].decode(errors='replace')}")
+        return bytes(body)
 
 
 def _mapped(ask: Callable[[], T]) -> T:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lenvm_vllm.admission import marker_ids_of
 from lenvm_vllm.candidates import Writes, eos_index
-from lenvm_vllm.client import CircuitOpen, ValueClient, ValueServerError
+from lenvm_vllm.client import CircuitOpen, ValueServerError
 from lenvm_vllm.guide import Client, Guide
 from lenvm_vllm.metrics import Counters
+from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState
@@ -35,9 +36,7 @@ class EngineRows:
     def __init__(self, vllm_config: Any, client: Client | None = None) -> None:
         """Connects to nothing; the first request with a target does."""
         settings = load_settings(vllm_config.additional_config)
-        client = client or ValueClient(
-            settings.url, token=settings.token, timeout_s=settings.timeout_s
-        )
+        client = client or connect(settings)
         self._marker_ids = marker_ids_of(vllm_config, settings)
         self._guide = Guide(client, settings, lambda: fingerprint_of(vllm_config))
         # Where each rank samples requests of its own, each asks for its own.

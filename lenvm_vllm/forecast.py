@@ -6,18 +6,28 @@ later starts with `aging` tokens a second more: after (long - short) / aging sec
 overtakes any more.
 """
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from lenvm_vllm.endpoint import async_http_client
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.settings import Settings
 from value_server.contract.wire import PREDICT_PATH
 
 _PAUSE_S = 5.0  # after a failure
 _MEMORY = 0.9  # of the mean that stands for what could not be asked
+
+
+@dataclass
+class _Server:
+    http: httpx.AsyncClient
+    silent_until: float = -math.inf
 
 
 class Forecast:
@@ -30,22 +40,13 @@ class Forecast:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connects to nothing yet."""
-        url = settings.url
-        if url.startswith("unix:"):
-            transport = transport or httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"))
-            url = "http://localhost"
-        headers = {"Authorization": f"Bearer {settings.token}"} if settings.token else {}
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers=headers,
-            timeout=settings.timeout_s,
-            transport=transport,
-            trust_env=False,
+        options = settings.connection
+        self._servers = deque(
+            _Server(async_http_client(url, transport=transport, **options)) for url in settings.url
         )
         self._aging = settings.aging
         self._clock = clock
         self._started = clock()
-        self._silent_until = self._started
         self._mean: float | None = None
 
     async def tokens(self, request: dict[str, Any], target: LengthTarget | None) -> int | None:
@@ -74,17 +75,21 @@ class Forecast:
         return round(waited + (tokens if tokens is not None else self._mean or 0))
 
     async def _predict(self, request: dict[str, Any]) -> int | None:
-        text = _text_of(request)
-        if text is None or self._clock() < self._silent_until:
+        """The answer of the first server that has one; each request begins with another."""
+        if (text := _text_of(request)) is None:
             return None
-        try:
-            reply = await self._http.post(PREDICT_PATH, json=text)
-            if reply.status_code >= 500:
-                reply.raise_for_status()
-            return max(1, round(reply.json()["predicted_tokens"])) if reply.is_success else None
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, OverflowError):
-            self._silent_until = self._clock() + _PAUSE_S
-            return None
+        self._servers.rotate(-1)
+        for server in list(self._servers):
+            if self._clock() < server.silent_until:
+                continue
+            try:
+                reply = await server.http.post(PREDICT_PATH, json=text)
+                if reply.status_code >= 500:
+                    reply.raise_for_status()
+                return max(1, round(reply.json()["predicted_tokens"])) if reply.is_success else None
+            except (httpx.HTTPError, ValueError, KeyError, TypeError, OverflowError):
+                server.silent_until = self._clock() + _PAUSE_S
+        return None
 
 
 def _text_of(request: dict[str, Any]) -> dict[str, Any] | None:

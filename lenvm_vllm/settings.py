@@ -1,17 +1,44 @@
 """Settings of the plugin, one for the whole vLLM process."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_SCHEMES = ("http://", "https://", "unix:")
+
+
+def _listed(urls: Any) -> Any:
+    """One URL, several with commas between them, a JSON list or a list."""
+    if not isinstance(urls, str):
+        return urls
+    if urls.lstrip().startswith("["):
+        return json.loads(urls)
+    return [url.strip() for url in urls.split(",")]
+
+
+def _checked(urls: tuple[str, ...]) -> tuple[str, ...]:
+    for url in urls:
+        if not url.startswith(_SCHEMES):
+            raise ValueError(f"expected http://host:port, https://… or unix:/path, got {url!r}")
+    if len(set(urls)) < len(urls):
+        raise ValueError(f"a server is named twice in {', '.join(urls)}")
+    return urls
+
+
+Urls = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_checked)]
 
 
 class Settings(BaseSettings):
     """Read from LENVM_<NAME> in the environment; `--additional-config '{"lenvm": {...}}'` wins.
 
-    url: of the value server, http://host:port or unix:/path/to/socket.
-    token: bearer token, if the server asks for one.
+    url: of the value server, http://host:port or unix:/path/to/socket; several replicas with
+        commas between them, or as a JSON list.
+    token, token_file: bearer token, or the file that holds it, if the server asks for one.
+    tls_ca: PEM file of the authority that signs the certificates of https:// servers.
     timeout_s: longest that a step waits for values; after it the step goes on unguided.
     max_kl: nats that one step of `project` may move the text, unless the request says.
     top_k, top_p: candidate cut of a request with a token target that sets none itself.
@@ -28,8 +55,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LENVM_", frozen=True, extra="forbid")
 
-    url: str = "http://127.0.0.1:8100"
-    token: str | None = None
+    url: Urls = Field(("http://127.0.0.1:8100",), min_length=1)
+    token: SecretStr | None = None
+    token_file: Path | None = None
+    tls_ca: Path | None = None
     timeout_s: float = Field(2.0, gt=0)
     max_kl: float = Field(0.2, ge=0)
     top_k: int = Field(15, ge=1)
@@ -40,6 +69,14 @@ class Settings(BaseSettings):
     aging: float = Field(10.0, ge=0)
     max_candidates: int = Field(64, ge=1)
     scored_mass: float = Field(0.9, gt=0, le=1)
+
+    @property
+    def connection(self) -> dict[str, Any]:
+        """Options of `endpoint.http_client`. Raises OSError for an unreadable token_file."""
+        token = self.token.get_secret_value() if self.token else None
+        if self.token_file is not None:
+            token = self.token_file.read_text().strip()
+        return {"token": token, "timeout_s": self.timeout_s, "tls_ca": self.tls_ca}
 
 
 def load_settings(additional_config: Any = None) -> Settings:

@@ -1,6 +1,6 @@
 """The client of the value server: every failure is one of ours, and is not asked for at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -82,9 +82,9 @@ def ours() -> str:
 
 
 def test_step() -> None:
-    server = Server(reply([1.5, np.nan, np.nan], unknown=[1]))
+    server = Server(reply([1.5, -2.0, np.nan], unknown=[1]))
     z, unknown = connect(server, token="secret").step(STEP)
-    np.testing.assert_array_equal(z, np.float32([1.5, np.nan, np.nan]))
+    np.testing.assert_array_equal(z, np.float32([1.5, -2.0, np.nan]))
     assert unknown == [1]
     (request,) = server.requests
     assert (request.method, request.url.path) == ("POST", wire.STEP_PATH)
@@ -142,6 +142,9 @@ def test_model_errors(answer: Any, error: type[Exception], message: str | None) 
         (reply(version=2), BadReply),
         (reply(unknown=[2]), BadReply),
         (reply(unknown=[-1]), BadReply),
+        (reply([1.5, np.nan, 0.0]), BadReply),
+        (reply([1.5, np.inf, np.nan], unknown=[1]), BadReply),
+        (reply() + bytes(10_000), BadReply),
         (msgspec.msgpack.encode({"version": 1, "logits": "text"}), BadReply),
         (msgspec.msgpack.encode([1, 2]), BadReply),
     ],
@@ -157,6 +160,20 @@ def test_a_bad_address_is_unreachable() -> None:
     for url in ("http://", "ftp://x", "unix:/no/such/socket", "http://127.0.0.1:9"):
         with pytest.raises(Unreachable):
             ValueClient(url, timeout_s=1.0).step(STEP)
+
+
+def test_an_answer_in_pieces_has_no_more_time_than_one_in_a_piece() -> None:
+    clock = Clock()
+
+    def pieces() -> Iterator[bytes]:
+        for byte in reply():
+            clock.time += 0.5
+            yield bytes([byte])
+
+    server = Server(httpx.Response(200, content=pieces()))
+    with pytest.raises(TimedOut):
+        connect(server, clock=clock, timeout_s=2.0).step(STEP)
+    assert clock.time == 2.5
 
 
 def failing(ask: Callable[[], object], error: type[Exception]) -> None:

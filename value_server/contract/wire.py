@@ -126,6 +126,11 @@ def decode_request(data: bytes) -> StepRequest:
     return request
 
 
+def largest_reply(request: StepRequest) -> int:
+    """Bytes that the reply to `request`, or an error in its place, has at most."""
+    return 4096 + 4 * sum(request.candidate_counts) + 9 * len(request.sessions)
+
+
 def decode_reply(data: bytes, candidates: int) -> StepReply:
     """A checked reply to a request with K = `candidates`. Raises WireError."""
     try:
