@@ -57,7 +57,8 @@ def both_servers(port: int, value_port: int) -> Iterator[str]:
     vllm = [
         *(*VLLM_SERVE, str(MODEL)),
         *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "2048", "--max-num-seqs", str(MAX_NUM_SEQS), "--dtype", _dtype()),
+        *("--max-model-len", "2048", "--max-num-seqs", str(MAX_NUM_SEQS)),
+        *("--dtype", native_dtype()),
         *("--logits-processors", "lenvm_vllm"),
         "--enforce-eager",  # compiling takes longer than it saves here
     ]
@@ -69,7 +70,7 @@ def both_servers(port: int, value_port: int) -> Iterator[str]:
         yield url
 
 
-def _dtype() -> str:
+def native_dtype() -> str:
     """bfloat16 where the device multiplies it natively; other CPUs emulate it, slowly."""
     import torch
 

@@ -1,0 +1,116 @@
+"""Figures of length control: how well each arm keeps the length, and what its texts are like."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from benchmarks.arms import fields
+from benchmarks.estimates import Estimate, Sample, estimate
+from benchmarks.lengths import deviation, score
+from benchmarks.quality import distinct, ends_naturally, ends_sentence, repetition
+from benchmarks.tables import table
+from lenvm_vllm.rails import rails_of
+from lenvm_vllm.request import LengthTarget
+
+QUALITY = ("unforced_share", "sentence_share", "repetition", "distinct_1", "distinct_2")
+CUTS = ("target", "kind", "language")
+
+
+def judged(answer: dict[str, Any], likelihood: dict[str, Any] | None) -> dict[str, Any]:
+    """The answer with its figures: in percent ls, ld and shares; nll in nats a token."""
+    length, target, mode = (answer[name] for name in ("length", "target", "mode"))
+    text = answer["ids"][: length - (answer["finish"] == "stop")]
+    own = {
+        "ls": score(length, target, mode),
+        "ld": deviation(length, target),
+        "sentence_share": 100.0 * ends_sentence(answer["text"]),
+        "repetition": 100 * repetition(text),
+        "distinct_1": 100 * distinct(text, 1),
+        "distinct_2": 100 * distinct(text, 2),
+    }
+    if likelihood:
+        last = last_of(answer["arm"], mode, target)
+        natural = ends_naturally(answer["finish"], length, last, likelihood["p_end"])
+        own |= {"unforced_share": 100.0 * natural, "nll": likelihood["nll"]}
+    return answer | own
+
+
+def last_of(arm: str, mode: str, target: int) -> int | None:
+    """Number of the token that a guard rail of this arm makes the end."""
+    wish = (fields(arm, mode, target) or {}).get("length_target")
+    return rails_of(LengthTarget.parse(wish)).last if wish else None
+
+
+def measure(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    """Figures of some answers; `base`: those of the prompt arm to the same requests."""
+
+    def sample(rows: Sequence[dict[str, Any]], name: str) -> Sample:
+        known = [row for row in rows if row.get(name) is not None]
+        return Sample([row[name] for row in known], [row["id"] for row in known])
+
+    figures = {name: estimate(sample(rows, name)) for name in ("ls", "ld", "length", *QUALITY)}
+    pair = sample(rows, "nll"), sample(base, "nll")
+    figures["ppl_ratio"] = estimate(*pair, of=lambda mine, free: np.exp(mine - free))
+    return {name: figure for name, figure in figures.items() if figure.n}
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of each arm, of each of its modes, and of these by target, kind and language."""
+    found = []
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    parts = [{}, *({"mode": mode} for mode in modes)]
+    for cut in CUTS:
+        values = sorted({row[cut] for row in rows})
+        parts += [{"mode": mode, cut: value} for mode in modes for value in values]
+    for part in parts:
+        inside = [row for row in rows if part.items() <= row.items()]
+        base = [row for row in inside if row["arm"] == "prompt"]
+        for arm in arms:
+            if own := [row for row in inside if row["arm"] == arm]:
+                figures = {name: asdict(e) for name, e in measure(own, base).items()}
+                found.append({"arm": arm, **part, "figures": figures})
+    return found
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last line: of each arm its modes, and the quality over all of them."""
+    arms: dict[str, Any] = {}
+    for cell in found:
+        figures = {name: rounded(figure) for name, figure in cell["figures"].items()}
+        if cell.keys() == {"arm", "figures"}:
+            whole = {name: f for name, f in figures.items() if name not in ("ls", "ld", "length")}
+            arms[cell["arm"]] = {name: figure["value"] for name, figure in whole.items()} | {
+                "ci": {name: figure["ci"] for name, figure in whole.items()}
+            }
+        elif cell.keys() == {"arm", "mode", "figures"}:
+            arms[cell["arm"]][cell["mode"]] = {
+                **{name: figures[name]["value"] for name in ("ls", "ld")},
+                **{f"{name}_ci": figures[name]["ci"] for name in ("ls", "ld")},
+                "n": cell["figures"]["ls"]["n"],
+            }
+    return {"arms": arms}
+
+
+def rounded(figure: dict[str, Any]) -> dict[str, Any]:
+    """Value and interval to three decimals."""
+    value, low, high = (round(figure[name], 3) for name in ("value", "low", "high"))
+    return {"value": value, "ci": [low, high]}
+
+
+def tables(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown: first the arms by mode, then LS by target, kind and language."""
+    parts = []
+    for cut in (None, *CUTS):
+        rows = []
+        for cell in found:
+            if "mode" not in cell or (set(cell) & set(CUTS)) != ({cut} if cut else set()):
+                continue
+            figures = {name: str(Estimate(**f)) for name, f in cell["figures"].items()}
+            kept = figures if cut is None else {name: figures[name] for name in ("ls", "ld")}
+            names = {name: str(cell[name]) for name in ("mode", cut, "arm") if name}
+            rows.append({**names, **kept, "n": cell["figures"]["ls"]["n"]})
+        parts.append(f"### by {cut or 'mode'}\n\n{table(rows)}")
+    return "\n\n".join(parts)

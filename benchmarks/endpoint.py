@@ -1,0 +1,133 @@
+"""Many chat completions of an OpenAI API, as rows that a later run does not ask for again."""
+
+import asyncio
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from openai import APIError, AsyncOpenAI
+from tqdm import tqdm
+
+from benchmarks.rows import Rows
+
+TIMEOUT_S = 3600
+RETRIES = 4
+OWN = ("model", "messages", "temperature", "top_p", "max_tokens", "seed")  # of the client's API
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request. facts: what its row says beside the answer; their values name the row."""
+
+    facts: dict[str, Any]
+    messages: list[dict[str, Any]]
+    body: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return "/".join(map(str, self.facts.values()))
+
+    @property
+    def request(self) -> str:
+        """The text of the last message, without pictures."""
+        content = self.messages[-1]["content"]
+        parts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
+        return "".join(parts)
+
+    def seed(self, base: int) -> int:
+        """Differs between jobs, and is the same in every run."""
+        digest = hashlib.sha256(f"{base}/{self.key}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """url: with its /v1. model: as it is served. concurrency: requests open at once.
+
+    with_ids: whether answers are token ids as well, which vLLM returns.
+    """
+
+    url: str
+    model: str
+    concurrency: int = 32
+    with_ids: bool = True
+
+    @property
+    def key(self) -> str:
+        return os.environ.get("OPENAI_API_KEY", "none")
+
+    def refuses(self, fields: dict[str, Any]) -> bool:
+        """Whether a request with these is a 400: how a plugin that reads them is told."""
+        body = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 1, **fields}
+        headers = {"Authorization": f"Bearer {self.key}"}
+        answer = httpx.post(
+            f"{self.url}/chat/completions",
+            json={"model": self.model, **body},
+            headers=headers,
+            timeout=TIMEOUT_S,
+        )
+        if answer.status_code not in (200, 400):
+            raise ValueError(f"url: {self.url} answers {answer.status_code} {answer.text[:300]}")
+        return answer.status_code == 400
+
+    def answer(self, jobs: Sequence[Job], rows: Rows, seed: int) -> list[dict[str, Any]]:
+        """The rows of all jobs, those that are missing asked for.
+
+        A row: key, facts, request, text, length in tokens, finish (stop or length) and, with
+        ids, prompt_ids and ids. Raises ValueError where the endpoint refuses a request.
+        """
+        missing = [job for job in jobs if job.key not in rows]
+        asyncio.run(self._fill(missing, rows, seed, len(jobs)))
+        return [rows[job.key] for job in jobs]
+
+    async def _fill(self, jobs: Sequence[Job], rows: Rows, seed: int, total: int) -> None:
+        gate = asyncio.Semaphore(self.concurrency)
+        bar = tqdm(total=total, initial=total - len(jobs), desc="answers", file=sys.stderr)
+        client = AsyncOpenAI(
+            base_url=self.url, api_key=self.key, timeout=TIMEOUT_S, max_retries=RETRIES
+        )
+
+        async def fill(job: Job) -> None:
+            async with gate:
+                rows.add(await self._one(client, job, seed))
+                bar.update()
+
+        async with client:
+            try:
+                await asyncio.gather(*map(fill, jobs))
+            except APIError as error:
+                raise ValueError(f"url: {self.url}: {error}") from error
+            finally:
+                bar.close()
+
+    async def _one(self, client: AsyncOpenAI, job: Job, seed: int) -> dict[str, Any]:
+        body = {"seed": job.seed(seed), **job.body}
+        own: dict[str, Any] = {name: body[name] for name in OWN if name in body}
+        more = {name: value for name, value in body.items() if name not in OWN}
+        reply = await client.chat.completions.create(
+            model=self.model,
+            messages=job.messages,  # type: ignore[arg-type]
+            extra_body={"return_token_ids": True, **more} if self.with_ids else more,
+            **own,
+        )
+        (choice,) = reply.choices
+        row = {
+            "key": job.key,
+            **job.facts,
+            "request": job.request,
+            "text": choice.message.content or "",
+            "length": reply.usage.completion_tokens if reply.usage else 0,
+            "finish": choice.finish_reason,
+        }
+        if self.with_ids:
+            try:
+                row["prompt_ids"] = (reply.model_extra or {})["prompt_token_ids"]
+                row["ids"] = (choice.model_extra or {})["token_ids"]
+            except KeyError as error:
+                name = f"{self.url} answers without {error}, which vLLM returns"
+                raise ValueError(f"url: {name}") from error
+        return row

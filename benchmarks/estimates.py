@@ -1,0 +1,66 @@
+"""A figure with its uncertainty: mean, n and a bootstrap confidence interval.
+
+Rows that share a prompt are not independent, so a resample draws prompts with all their rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES = 2000
+LEVEL = 95.0  # percent
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """values: (N,) one a row. groups: (N,) the prompt of each."""
+
+    values: Sequence[float]
+    groups: Sequence[str]
+
+    def by_group(self, names: Sequence[str]) -> tuple[Floats, Floats]:
+        """Sum of values and number of rows of each group in `names`."""
+        place = {name: i for i, name in enumerate(names)}
+        index = [place[group] for group in self.groups]
+        sums = np.bincount(index, self.values, len(names)).astype(np.float64)
+        return sums, np.bincount(index, minlength=len(names)).astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """value, and the bounds of its confidence interval. n: rows of the first sample."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def estimate(
+    *samples: Sample, of: Callable[..., Any] = lambda mean: mean, seed: int = 0
+) -> Estimate:
+    """`of` the means of the samples, by default the mean of the only one.
+
+    `of` takes a float or a (RESAMPLES,) array for each sample. All samples are resampled by the
+    same prompts, so that a difference between arms keeps its pairs.
+    """
+    if not all(len(sample.values) for sample in samples):
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    names = sorted({group for sample in samples for group in sample.groups})
+    share = np.full(len(names), 1 / len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), share, RESAMPLES)  # (R, G)
+    parts = [sample.by_group(names) for sample in samples]
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may miss a sample altogether
+        means = [(draws @ sums) / (draws @ counts) for sums, counts in parts]
+        resampled = of(*means)
+    tail = (100 - LEVEL) / 2
+    low, high = np.nanpercentile(resampled, [tail, 100 - tail])
+    value = of(*(sums.sum() / counts.sum() for sums, counts in parts))
+    return Estimate(float(value), float(low), float(high), len(samples[0].values))

@@ -1,0 +1,155 @@
+"""Does a text get the length that was asked for, and what does that cost the text? LIFEBench.
+
+    python -m benchmarks.lifebench --data lifebench.jsonl [--url http://host:8000/v1]
+
+The paper's token setting: equal to, at most and at least 32 to 1024 tokens, T = 1, top_p 0.999,
+top_k 15; LD and LS by its Eq. 17 and 18. Without --url it starts both servers by itself. Every
+answer is kept in --output: the same command goes on from there.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from benchmarks.arms import ARMS, check_arms, fields
+from benchmarks.control import cells, judged, summary, tables
+from benchmarks.endpoint import Job
+from benchmarks.judge import Judge
+from benchmarks.lengths import MODES
+from benchmarks.likelihood import score_rows
+from benchmarks.rows import Rows, keep_settings
+from benchmarks.servers import digest, endpoint_at
+from benchmarks.tasks import Task, read_tasks, stratified
+from lenvm_vllm.demo import CHECKPOINT, MODEL
+from trainer.checks import check, check_choice
+
+app = App(help=__doc__)
+TARGETS = (32, 64, 128, 256, 512, 1024)
+SAMPLING = {"temperature": 1.0, "top_p": 0.999, "top_k": 15}
+
+
+def jobs_of(
+    tasks: Sequence[Task],
+    arms: Sequence[str],
+    modes: Sequence[str],
+    targets: Sequence[int],
+    max_tokens: int,
+) -> list[Job]:
+    """Every arm of a task before the next task, so that a run that was stopped compares them."""
+    jobs = []
+    for task in tasks:
+        for mode in modes:
+            for target in targets:
+                messages = [{"role": "user", "content": task.prompt(mode, target)}]
+                for arm in arms:
+                    if (more := fields(arm, mode, target)) is None:
+                        continue
+                    names = {"language": task.language, "kind": task.kind, "id": task.id}
+                    facts = {"arm": arm, "mode": mode, "target": target, **names}
+                    body = {**SAMPLING, "max_tokens": max_tokens, **more}
+                    jobs.append(Job(facts, messages, body))
+    return jobs
+
+
+@app.default
+def main(
+    *,
+    data: Path,
+    model: str = str(MODEL),
+    weights: str | None = None,
+    url: str | None = None,
+    checkpoint: Path = CHECKPOINT,
+    arms: tuple[str, ...] = ARMS,
+    modes: tuple[str, ...] = MODES,
+    targets: tuple[int, ...] = TARGETS,
+    languages: tuple[str, ...] = ("en", "cn"),
+    limit: int = 16,
+    max_tokens: int = 1536,
+    concurrency: int = 32,
+    dtype: str | None = None,
+    quality: bool = True,
+    judge: Judge | None = None,
+    seed: int = 0,
+    output: Path = Path("runs/lifebench"),
+    only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Ask, measure, print tables and, as the last line, one JSON object.
+
+    Parameters
+    ----------
+    data
+        JSON lines as LIFEBench has them: id, category, lang, task.
+    model
+        Hub name or folder to serve; with --url the name that it is served under there.
+    weights
+        Hub name or folder of the same model for the perplexities, where `model` is neither.
+    url
+        Of a vLLM with the plugin and its value server, with its /v1.
+    checkpoint
+        Value model to serve; with --url the one that is served there.
+    arms
+        Ways to get the length; see benchmarks/arms.py.
+    modes
+        equal_to, at_most, at_least.
+    targets
+        Tokens to ask for.
+    languages
+        Of the tasks: en, cn.
+    limit
+        Tasks, the same number of each kind and language; each is asked for in all modes,
+        targets and arms. A larger limit goes on from a smaller one.
+    max_tokens
+        That end a text which does not end.
+    concurrency
+        Requests at a time.
+    dtype
+        Of both models; by default what the device multiplies natively.
+    quality
+        Also score the answers with the unguided model, for natural ends and perplexity.
+    judge
+        Model that compares each arm with `prompt`, pair by pair; none by default.
+    seed
+        Of the choice of tasks and of the sampling.
+    output
+        Folder of the answers, their scores and the figures.
+    only_json
+        Print nothing else.
+    """
+    for name, value in (("limit", limit), ("max_tokens", max_tokens), ("concurrency", concurrency)):
+        check(value > 0, name, value, "above 0")
+    for mode in modes:
+        check_choice("modes", mode, MODES)
+    check(all(n > 1 for n in targets), "targets", targets, "above 1")
+    tasks = [task for task in read_tasks(data) if task.language in languages]
+    check(bool(tasks), "languages", languages, f"some that {data} has")
+    chosen = stratified(tasks, lambda task: (task.language, task.kind), limit, seed)
+    settings = {"model": Path(model).name, "value_model": digest(checkpoint), "seed": seed}
+    keep_settings(output, {**settings, **SAMPLING, "max_tokens": max_tokens})
+    jobs = jobs_of(chosen, arms, modes, targets, max_tokens)
+    stored = Rows(output / "answers.jsonl")
+    if all(job.key in stored for job in jobs):
+        answers = [stored[job.key] for job in jobs]
+    else:
+        how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype}
+        with endpoint_at(url, model, checkpoint, output, **how) as endpoint:
+            check_arms(arms, endpoint)
+            answers = endpoint.answer(jobs, stored, seed)
+    scores: Sequence[Any] = [None] * len(answers)
+    if quality:
+        scores = score_rows(answers, weights or model, Rows(output / "scores.jsonl"))
+    rows = [judged(answer, score) for answer, score in zip(answers, scores, strict=True)]
+    found = cells(rows)
+    result = summary(found)
+    if judge:
+        result["judge"] = judge.compare(rows, Rows(output / "verdicts.jsonl"))
+    (output / "figures.json").write_text(json.dumps({"cells": found, **result}) + "\n")
+    if not only_json:
+        print(tables(found))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app()

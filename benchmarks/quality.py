@@ -1,0 +1,33 @@
+"""What a length was bought with: how a text ends, and how much it repeats itself."""
+
+import re
+from collections.abc import Sequence
+
+NATURAL = 0.05  # an end is natural where the unguided model gives it at least this probability
+_SENTENCE_END = re.compile(r"[.!?。！？…](?:[\"'”’»」』)\]*_`]|</?\w+>)*$|```$")  # noqa: RUF001
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether it stops at the end of a sentence or of a code block, behind quotes and the like."""
+    return bool(_SENTENCE_END.search(text.rstrip()))
+
+
+def ends_naturally(finish: str, length: int, last: int | None, p_end: float) -> bool:
+    """Whether the model finished by itself.
+
+    last: number of the token that a guard rail makes the end; None without one. p_end: the
+    unguided model's probability of an end at that place.
+    """
+    forced = last is not None and length >= last
+    return finish == "stop" and not forced and p_end >= NATURAL
+
+
+def distinct(ids: Sequence[int], n: int) -> float:
+    """Different n-grams of a text over all its n-grams; 1 in a text without any."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of the 4-grams that stood in the text before."""
+    return 1 - distinct(ids, 4)

@@ -1,0 +1,84 @@
+"""LIFEBench's tasks in the paper's token setting: the same text, with tokens for words."""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+WORDS = {
+    "en": {"equal_to": "equal to", "at_most": "at most", "at_least": "at least"},
+    "cn": {"equal_to": "等于", "at_most": "至多", "at_least": "至少"},
+}
+TOKENS = {
+    "en": (("{word_count} words long", "{word_count} tokens long"),),
+    "cn": (
+        ("字数必须{word_count_type}", "token数必须{word_count_type}"),
+        ("{word_count}字", "{word_count}个token"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """kind: as qa or create. text: with {word_count_type} and {word_count}."""
+
+    id: str
+    kind: str
+    language: str
+    text: str
+
+    def prompt(self, mode: str, tokens: int) -> str:
+        """The text that asks for this length."""
+        text = self.text
+        for words, instead in TOKENS[self.language]:
+            text = text.replace(words, instead)
+        text = text.replace("{word_count_type}", WORDS[self.language][mode])
+        return text.replace("{word_count}", str(tokens))
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """JSON lines as LIFEBench has them. Raises ValueError naming the line and what it lacks."""
+    tasks = []
+    for number, row in enumerate(read_lines(path), 1):
+        try:
+            task = Task(str(row["id"]), row["category"], row["lang"], row["task"])
+        except KeyError as error:
+            raise ValueError(f"data: {path}, line {number}: no {error.args[0]!r}") from error
+        known = TOKENS.get(task.language, ())
+        if not known or any(words not in task.text for words, _ in known):
+            raise ValueError(f"data: {path}, line {number}: task: no length in words that is known")
+        tasks.append(task)
+    return tasks
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Raises ValueError naming the line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data: {path}, line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"data: {path}, line {number}: expected an object, got {row!r}")
+        rows.append(row)
+    return rows
+
+
+def stratified(
+    items: Sequence[T], stratum: Callable[[T], Hashable], limit: int | None, seed: int
+) -> list[T]:
+    """`limit` items, all strata in turn, each in a random order; those of a lower limit first."""
+    strata: dict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        strata[stratum(item)].append(item)
+    chance = random.Random(seed)
+    for members in strata.values():
+        chance.shuffle(members)
+    longest = max(map(len, strata.values()), default=0)
+    turns = [members[i] for i in range(longest) for members in strata.values() if i < len(members)]
+    return turns[:limit]
