@@ -1,7 +1,6 @@
 """Many chat completions of an OpenAI API, as rows that a later run does not ask for again."""
 
 import asyncio
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from benchmarks.rows import Rows
 
 TIMEOUT_S = 3600
 RETRIES = 4
-OWN = ("model", "messages", "temperature", "top_p", "max_tokens", "seed")  # of the client's API
+OWN = ("model", "messages", "temperature", "top_p", "max_tokens")  # of the client's API
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +36,6 @@ class Job:
         content = self.messages[-1]["content"]
         parts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
         return "".join(parts)
-
-    def seed(self, base: int) -> int:
-        """Differs between jobs, and is the same in every run."""
-        digest = hashlib.sha256(f"{base}/{self.key}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +68,17 @@ class Endpoint:
             raise ValueError(f"url: {self.url} answers {answer.status_code} {answer.text[:300]}")
         return answer.status_code == 400
 
-    def answer(self, jobs: Sequence[Job], rows: Rows, seed: int) -> list[dict[str, Any]]:
+    def answer(self, jobs: Sequence[Job], rows: Rows) -> list[dict[str, Any]]:
         """The rows of all jobs, those that are missing asked for.
 
         A row: key, facts, request, text, length in tokens, finish (stop or length) and, with
         ids, prompt_ids and ids. Raises ValueError where the endpoint refuses a request.
         """
         missing = [job for job in jobs if job.key not in rows]
-        asyncio.run(self._fill(missing, rows, seed, len(jobs)))
+        asyncio.run(self._fill(missing, rows, len(jobs)))
         return [rows[job.key] for job in jobs]
 
-    async def _fill(self, jobs: Sequence[Job], rows: Rows, seed: int, total: int) -> None:
+    async def _fill(self, jobs: Sequence[Job], rows: Rows, total: int) -> None:
         gate = asyncio.Semaphore(self.concurrency)
         bar = tqdm(total=total, initial=total - len(jobs), desc="answers", file=sys.stderr)
         client = AsyncOpenAI(
@@ -93,7 +87,7 @@ class Endpoint:
 
         async def fill(job: Job) -> None:
             async with gate:
-                rows.add(await self._one(client, job, seed))
+                rows.add(await self._one(client, job))
                 bar.update()
 
         async with client:
@@ -104,10 +98,9 @@ class Endpoint:
             finally:
                 bar.close()
 
-    async def _one(self, client: AsyncOpenAI, job: Job, seed: int) -> dict[str, Any]:
-        body = {"seed": job.seed(seed), **job.body}
-        own: dict[str, Any] = {name: body[name] for name in OWN if name in body}
-        more = {name: value for name, value in body.items() if name not in OWN}
+    async def _one(self, client: AsyncOpenAI, job: Job) -> dict[str, Any]:
+        own: dict[str, Any] = {name: job.body[name] for name in OWN if name in job.body}
+        more = {name: value for name, value in job.body.items() if name not in OWN}
         reply = await client.chat.completions.create(
             model=self.model,
             messages=job.messages,  # type: ignore[arg-type]

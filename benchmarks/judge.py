@@ -49,7 +49,7 @@ class Judge:
         pairs = [r for r in rows if r["arm"] != "prompt" and _place(r) in base]
         jobs = [_job(row, base[_place(row)], first) for row in pairs for first in (True, False)]
         endpoint = Endpoint(self.url, self.model, with_ids=False)
-        answers = endpoint.answer(jobs, verdicts, seed=0)
+        answers = endpoint.answer(jobs, verdicts)
         won: dict[str, list[tuple[float, str]]] = {}
         for answer in answers:
             points = POINTS.get(answer["text"].strip().strip("*.\"'").lower(), 0.5)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+from transformers import AutoTokenizer
 
 from benchmarks.arms import ARMS, check_arms, fields
 from benchmarks.control import cells, judged, summary, tables
@@ -67,6 +68,7 @@ def main(
     targets: tuple[int, ...] = TARGETS,
     languages: tuple[str, ...] = ("en", "cn"),
     limit: int = 16,
+    max_prompt: int = 2048,
     max_tokens: int = 1536,
     concurrency: int = 32,
     dtype: str | None = None,
@@ -101,6 +103,8 @@ def main(
     limit
         Tasks, the same number of each kind and language; each is asked for in all modes,
         targets and arms. A larger limit goes on from a smaller one.
+    max_prompt
+        Tokens of a task; longer ones are left out.
     max_tokens
         That end a text which does not end.
     concurrency
@@ -112,7 +116,7 @@ def main(
     judge
         Model that compares each arm with `prompt`, pair by pair; none by default.
     seed
-        Of the choice of tasks and of the sampling.
+        Of the choice of tasks, and of the sampling of our own server.
     output
         Folder of the answers, their scores and the figures.
     only_json
@@ -123,8 +127,13 @@ def main(
     for mode in modes:
         check_choice("modes", mode, MODES)
     check(all(n > 1 for n in targets), "targets", targets, "above 1")
-    tasks = [task for task in read_tasks(data) if task.language in languages]
-    check(bool(tasks), "languages", languages, f"some that {data} has")
+    tokenizer = AutoTokenizer.from_pretrained(weights or model)
+    tasks = [
+        task
+        for task in read_tasks(data)
+        if task.language in languages and len(tokenizer.encode(task.text)) <= max_prompt
+    ]
+    check(bool(tasks), "languages", languages, f"some that {data} has within max_prompt")
     chosen = stratified(tasks, lambda task: (task.language, task.kind), limit, seed)
     settings = {"model": Path(model).name, "value_model": digest(checkpoint), "seed": seed}
     keep_settings(output, {**settings, **SAMPLING, "max_tokens": max_tokens})
@@ -133,10 +142,10 @@ def main(
     if all(job.key in stored for job in jobs):
         answers = [stored[job.key] for job in jobs]
     else:
-        how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype}
+        how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype, "seed": seed}
         with endpoint_at(url, model, checkpoint, output, **how) as endpoint:
             check_arms(arms, endpoint)
-            answers = endpoint.answer(jobs, stored, seed)
+            answers = endpoint.answer(jobs, stored)
     scores: Sequence[Any] = [None] * len(answers)
     if quality:
         scores = score_rows(answers, weights or model, Rows(output / "scores.jsonl"))

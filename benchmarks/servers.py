@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.endpoint import Endpoint
 from lenvm_vllm.demo import ROOT, native_dtype
@@ -36,19 +37,21 @@ def served(
     concurrency: int = 32,
     max_model_len: int = 4096,
     dtype: str | None = None,
+    seed: int = 0,
     niceness: int = 10,
 ) -> Iterator[Endpoint]:
     """Both, until the block ends. model: hub name or folder, also the name it is served under.
 
     dtype: of both; by default what the device multiplies natively. niceness: of vLLM, whose
-    engine core spins on the core that the value server wants.
+    engine core spins on the core that the value server wants. seed: of vLLM; a request's own
+    stops its CPU build where the prompt is prefilled in chunks.
     """
     dtype = dtype or native_dtype()
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [
         *("nice", "-n", str(niceness), *VLLM_SERVE, model, "--host", "127.0.0.1"),
         *("--port", str(port), "--max-model-len", str(max_model_len), "--enforce-eager"),
-        *("--max-num-seqs", str(concurrency), "--dtype", dtype),
+        *("--max-num-seqs", str(concurrency), "--dtype", dtype, "--seed", str(seed)),
         *("--logits-processors", *PROCESSORS),
     ]
     with value_served(model, checkpoint, logs, dtype=dtype) as values:
@@ -67,12 +70,14 @@ def endpoint_at(
     *,
     concurrency: int,
     dtype: str | None,
+    seed: int,
 ) -> Iterator[Endpoint]:
     """The one at `url`, else servers of our own for as long as the block."""
     if url:
         yield Endpoint(url.rstrip("/"), model, concurrency)
         return
-    with served(model, checkpoint, logs, concurrency=concurrency, dtype=dtype) as own:
+    how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype, "seed": seed}
+    with served(model, checkpoint, logs, **how) as own:
         yield own
 
 

@@ -202,7 +202,7 @@ def main(
     dtype
         Of both models; by default what the device multiplies natively.
     seed
-        Of the choice of questions and of the sampling.
+        Of the choice of questions, and of the sampling of our own server.
     output
         Folder of the answers, their grades, the figures and the plot.
     only_json
@@ -218,10 +218,10 @@ def main(
     jobs = jobs_of(questions, betas, budgets, samples, max_tokens)
     stored = Rows(output / "answers.jsonl")
     if any(job.key not in stored for job in jobs):
-        how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype}
+        how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype, "seed": seed}
         with endpoint_at(url, model, checkpoint, output, **how) as endpoint:
             check_arms(("project",), endpoint)
-            endpoint.answer(jobs, stored, seed)
+            endpoint.answer(jobs, stored)
     answers = [stored[job.key] for job in jobs]
     answers += cut(answers, budgets, AutoTokenizer.from_pretrained(weights or model))
     points = points_of(grade(answers, questions, Rows(output / "grades.jsonl")))

@@ -90,7 +90,7 @@ def evaluate(
     }
     for name, other in models.items():
         logits = predict_all(other, held_out, max_length, name, only_json)
-        baselines[name] = [_with_gamma(z, other.lenvm.gamma, gamma) for z in logits]
+        baselines[name] = [with_gamma(z, other.lenvm.gamma, gamma) for z in logits]
     values = predict_all(model, held_out, max_length, checkpoint.name, only_json)
     result = summarise(held_out, values, gamma, max_length)
     result["baselines"] = {
@@ -127,7 +127,8 @@ def split_as_trained(
     return split(rollouts, holdout)
 
 
-def _with_gamma(z: NDArray[np.float32], before: float, after: float) -> NDArray[np.float64]:
+def with_gamma(z: NDArray[np.float32], before: float, after: float) -> NDArray[np.float64]:
+    """The logits of the same lengths under another gamma."""
     length = length_from_logit(torch.from_numpy(z).double(), before)
     converted: NDArray[np.float64] = logit_from_length(length, after).numpy()
     return converted

@@ -43,11 +43,9 @@ def summarise(
     bounds: list[tuple[Floats, Floats]] = []
     errors: dict[float, list[float]] = {position: [] for position in POSITIONS}
     for rollout, z in zip(rollouts, logits, strict=True):
-        u = known_values(rollout, gamma, max_length)
+        u, own = known_places(rollout, z, gamma, max_length)
         if not len(u):
             continue
-        start = len(rollout.prompt_ids) - 1
-        own = z[start : start + len(u)].astype(np.float64)
         predicted = 1 / (1 + np.exp(-own))
         boundary[rollout.domain, rollout.prompt_id].append((float(u[0]), float(predicted[0])))
         (known if rollout.finished else bounds).append((u, predicted))
@@ -74,14 +72,28 @@ def summarise(
     }
 
 
+def known_places(
+    rollout: Rollout, z: NDArray[np.floating[Any]], gamma: float, max_length: int
+) -> tuple[Floats, Floats]:
+    """(K,) values u that are known or bounded, and the (K,) logits there; see `known_values`."""
+    u = known_values(rollout, gamma, max_length)
+    start = len(rollout.prompt_ids) - 1
+    return u, z[start : start + len(u)].astype(np.float64)
+
+
+def relative_error(pairs: Sequence[tuple[float, float]]) -> float:
+    """|û - ū| / ū of one prompt, from (u, prediction) of its completions."""
+    truth, predicted = np.mean(pairs, axis=0)
+    return float(abs(predicted - truth) / truth)
+
+
 def mean_relative_errors(
     boundary: dict[tuple[str, str], list[tuple[float, float]]],
 ) -> dict[str, float]:
     """MRE by domain of (u, prediction) pairs by (domain, prompt)."""
     errors: dict[str, list[float]] = defaultdict(list)
     for (domain, _), pairs in boundary.items():
-        truth, predicted = np.mean(pairs, axis=0)
-        errors[domain].append(abs(predicted - truth) / truth)
+        errors[domain].append(relative_error(pairs))
     return {domain: float(np.mean(rows)) for domain, rows in sorted(errors.items())}
 
 
