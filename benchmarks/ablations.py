@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from benchmarks.grid import Run, grid_table, run_grid
+from benchmarks.grid import Run, grid_rows, run_grid
 from benchmarks.rows import keep_settings
 from benchmarks.scaling import LORA, OBJECTIVE, RECIPE
+from benchmarks.tables import table
 from trainer.checks import check, check_choice
 from trainer.data import read_rollouts, split
 from trainer.objective import Objective
@@ -109,7 +110,7 @@ def main(
     line = json.dumps({"gamma": gamma, "runs": rows})
     (output / "figures.json").write_text(line + "\n")
     if not only_json:
-        print(grid_table(rows))
+        print(table(grid_rows(rows)))
     print(line)
 
 

@@ -10,7 +10,6 @@ from benchmarks.arms import fields
 from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.lengths import deviation, score
 from benchmarks.quality import distinct, ends_naturally, ends_sentence, repetition
-from benchmarks.tables import table
 from lenvm_vllm.rails import rails_of
 from lenvm_vllm.request import LengthTarget
 
@@ -100,9 +99,9 @@ def rounded(figure: dict[str, Any]) -> dict[str, Any]:
     return {"value": value, "ci": [low, high]}
 
 
-def tables(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: first the arms by mode, then LS by target, kind and language."""
-    parts = []
+def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by caption: the arms by mode, then LS and LD also by target, kind and language."""
+    captions = {}
     for cut in (None, *CUTS):
         rows = []
         for cell in found:
@@ -112,5 +111,5 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
             kept = figures if cut is None else {name: figures[name] for name in ("ls", "ld")}
             names = {name: str(cell[name]) for name in ("mode", cut, "arm") if name}
             rows.append({**names, **kept, "n": cell["figures"]["ls"]["n"]})
-        parts.append(f"### by {cut or 'mode'}\n\n{table(rows)}")
-    return "\n\n".join(parts)
+        captions[f"By {cut or 'mode'}"] = rows
+    return captions

@@ -10,8 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.estimates import Estimate
-from benchmarks.prediction import predict_held_out, scaled
-from benchmarks.tables import table
+from benchmarks.prediction import figure_cells, predict_held_out
 from trainer.data import read_rollouts
 from trainer.train import train
 
@@ -66,13 +65,10 @@ def run_grid(
     return rows
 
 
-def grid_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown; MRE in percent, the squared error in thousandths."""
-    lines = []
-    for row in rows:
-        figures = {name: Estimate(**f) for name, f in row["figures"].items()}
-        cells = {f"{n}, %": str(scaled(e, 100)) for n, e in figures.items() if "mre" in n}
-        cells |= {"loss / 0.001": str(scaled(figures["loss"], 1000)), "R²": str(figures["r2"])}
-        tokens = {"tokens": figures["loss"].n}
-        lines.append({"axis": row["axis"], "setting": row["setting"], **cells, **tokens})
-    return table(lines)
+def grid_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row of a table for each run."""
+    rows = []
+    for run in runs:
+        figures = {name: Estimate(**figure) for name, figure in run["figures"].items()}
+        rows.append({"axis": run["axis"], "setting": run["setting"], **figure_cells(figures)})
+    return rows

@@ -23,6 +23,7 @@ from benchmarks.lengths import MODES
 from benchmarks.likelihood import score_rows
 from benchmarks.rows import Rows, keep_settings
 from benchmarks.servers import digest, endpoint_at
+from benchmarks.tables import table
 from benchmarks.tasks import Task, read_tasks, stratified
 from lenvm_vllm.demo import CHECKPOINT, MODEL
 from trainer.checks import check, check_choice
@@ -156,7 +157,8 @@ def main(
         result["judge"] = judge.compare(rows, Rows(output / "verdicts.jsonl"))
     (output / "figures.json").write_text(json.dumps({"cells": found, **result}) + "\n")
     if not only_json:
-        print(tables(found))
+        for caption, lines in tables(found).items():
+            print(f"### {caption}\n\n{table(lines)}\n")
     print(json.dumps(result))
 
 

@@ -9,7 +9,7 @@ them, here with intervals. All checkpoints are compared under the gamma of the f
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -93,17 +93,19 @@ def predict_held_out(
     }
 
 
-def result_table(models: dict[str, Figures]) -> str:
-    """Markdown; MRE in percent, the squared error in thousandths."""
-    return table(
-        [
-            {"model": name}
-            | {f"{key}, %": str(scaled(e, 100)) for key, e in figures.items() if "mre" in key}
-            | {"loss / 0.001": str(scaled(figures["loss"], 1000)), "R²": str(figures["r2"])}
-            | {"prompts": sum(e.n for key, e in figures.items() if "mre" in key)}
-            for name, figures in models.items()
-        ]
-    )
+def model_rows(models: Mapping[str, Figures]) -> list[dict[str, Any]]:
+    """A row of a table for each model."""
+    return [{"model": name, **figure_cells(figures)} for name, figures in models.items()]
+
+
+def figure_cells(figures: Figures) -> dict[str, Any]:
+    """MRE in percent, the squared error in thousandths; n: held-out prompts, and tokens."""
+    mre = {name: e for name, e in figures.items() if name.startswith("mre")}
+    return {
+        **{f"{name}, %": str(scaled(e, 100)) for name, e in mre.items()},
+        **{"loss / 0.001": str(scaled(figures["loss"], 1000)), "R²": str(figures["r2"])},
+        **{"prompts": sum(e.n for e in mre.values()), "tokens": figures["loss"].n},
+    }
 
 
 def scaled(e: Estimate, factor: float) -> Estimate:
@@ -162,7 +164,7 @@ def main(
     line = json.dumps({"gamma": gamma, "rollouts": rollouts.name, "models": result})
     (output / "figures.json").write_text(line + "\n")
     if not only_json:
-        print(result_table(models))
+        print(table(model_rows(models)))
     print(line)
 
 

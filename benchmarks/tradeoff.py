@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from benchmarks.arms import check_arms
 from benchmarks.endpoint import Job
 from benchmarks.estimates import Estimate, Sample, estimate
+from benchmarks.pictures import plot_tradeoff
 from benchmarks.questions import SHAPE, Question, read_questions
 from benchmarks.rows import Rows, keep_settings
 from benchmarks.servers import digest, endpoint_at
@@ -138,20 +139,14 @@ def summary(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def plot(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy over mean tokens, a line an arm."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for arm in dict.fromkeys(p["arm"] for p in points):
-        own = sorted((p for p in points if p["arm"] == arm), key=lambda p: p["tokens"]["value"])
-        x, y = ([p[name]["value"] for p in own] for name in ("tokens", "accuracy"))
-        bars = [[abs(p["accuracy"][end] - p["accuracy"]["value"]) for p in own] for end in ENDS]
-        axis.errorbar(x, y, yerr=bars, fmt="o-", capsize=2, label=arm)
-    axis.set(xlabel="mean completion tokens", ylabel="pass@1, %")
-    axis.legend()
-    figure.savefig(path, dpi=120)
+def point_rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row of a table for each point."""
+    return [
+        {"arm": p["arm"], "dial": str(p["dial"])}
+        | {"pass@1, %": str(Estimate(**p["accuracy"])), "tokens": str(Estimate(**p["tokens"]))}
+        | {"n": p["accuracy"]["n"]}
+        for p in points
+    ]
 
 
 @app.default
@@ -227,15 +222,10 @@ def main(
     points = points_of(grade(answers, questions, Rows(output / "grades.jsonl")))
     result = names | summary(points)
     (output / "figures.json").write_text(json.dumps({"measured": points, **result}) + "\n")
-    plot(points, output / "tradeoff.png")
+    plot_tradeoff(points, output / "tradeoff.png")
     if not only_json:
-        print(table([{"arm": p["arm"], "dial": str(p["dial"]), **_shown(p)} for p in points]))
+        print(table(point_rows(points)))
     print(json.dumps(result))
-
-
-def _shown(point: dict[str, Any]) -> dict[str, Any]:
-    figures = {name: str(Estimate(**point[name])) for name in NAMES}
-    return {"pass@1, %": figures["accuracy"], "tokens": figures["tokens"]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The LIFEBench harness from data to JSON line, on real servers with tiny random models."""
+"""The harnesses that ask servers, from data to JSON line, on real ones with tiny random models."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks import lifebench
+from benchmarks import lifebench, report, tradeoff
 from benchmarks.arms import ARMS, check_arms
 from benchmarks.endpoint import Endpoint
 from benchmarks.lengths import MODES
@@ -45,7 +45,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], limit: int) -> dict[st
         targets=TARGETS,
         limit=limit,
         max_tokens=48,
-        output=folder / "out",
+        output=folder / "runs" / "lifebench",
     )
     return json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
 
@@ -65,7 +65,7 @@ def test_the_last_line_and_a_run_that_goes_on(
     assert arms["railed"]["at_least"]["ls"] == 100.0
     assert arms["prompt"]["ppl_ratio"] == 1.0
 
-    answers = folder / "out" / "answers.jsonl"
+    answers = folder / "runs" / "lifebench" / "answers.jsonl"
     before = answers.read_text()
     whole = before.splitlines(keepends=True)
     answers.write_text("".join(whole[:-3]))  # as if killed three answers earlier
@@ -96,3 +96,61 @@ def test_the_ramp_ends_a_text_about_its_target(folder: Path) -> None:
         reply = httpx.post(f"{url}/chat/completions", json=ask, timeout=60).raise_for_status()
         ended[target] = [len(choice["token_ids"]) for choice in reply.json()["choices"]]
     assert sum(ended[20]) / 8 < 24 < 45 < sum(ended[60]) / 8 < 70
+
+
+def test_tradeoff_from_data_to_the_last_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder / "questions.jsonl"
+    row = json.dumps({"question": "How many?", "answer": "#### 7"})
+    data.write_text(f"{row}\n{row}\n")
+
+    def run() -> str:
+        tradeoff.main(
+            data=data,
+            model=str(folder / "model"),
+            url=(folder / "url").read_text(),
+            checkpoint=folder / "values",
+            betas=(-5.0,),
+            budgets=(8,),
+            limit=2,
+            samples=1,
+            max_tokens=24,
+            output=folder / "runs" / "tradeoff",
+        )
+        return capsys.readouterr().out.splitlines()[-1]
+
+    first = run()
+    result = json.loads(first)
+    assert result["free"]["n"] == 2
+    points = {(p["arm"], p["dial"]): p for p in result["points"]}
+    assert points.keys() >= {("tilt", -5.0), ("at_most", 8), ("budget", 8), ("brief", "brief")}
+    assert points["budget", 8]["tokens"] <= 8
+    assert points["at_most", 8]["tokens"] <= 8
+    assert (folder / "runs" / "tradeoff" / "tradeoff.png").exists()
+    answers = folder / "runs" / "tradeoff" / "answers.jsonl"
+    before = answers.read_text()
+    assert run() == first
+    assert answers.read_text() == before
+
+
+def test_report_of_both(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "benchmarks.md"
+    document.write_text(f"# Before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+
+    def run(**more: Path) -> str:
+        report.main(runs=folder / "runs", docs=tmp_path, model=str(folder / "model"), **more)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert json.loads(run(checkpoint=folder / "values"))["sections"] == ["lifebench", "tradeoff"]
+    text = document.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    assert "### tradeoff" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {"lifebench.png", "tradeoff.png"}
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<ruby>") > 100
+    assert "railed: asked for equal to 24, wrote" in page
+    run(checkpoint=Path("nowhere"))  # the values are kept
+    assert (tmp_path / "report.html").read_text() == page

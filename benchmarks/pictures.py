@@ -1,0 +1,68 @@
+"""Plots of the figures that the harnesses keep."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+DPI = 100
+
+
+def plot_control(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """LS of equal_to over the target, an arm a line; and what the arms' texts are like."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    cells = [c for c in found if c.get("mode") == "equal_to"]
+    for arm in dict.fromkeys(c["arm"] for c in cells):
+        own = [c for c in cells if c["arm"] == arm and "target" in c]
+        x = [c["target"] for c in own]
+        _with_bars(left, x, [c["figures"]["ls"] for c in own], arm)
+        (whole,) = (c for c in cells if c["arm"] == arm and c.keys() == {"arm", "mode", "figures"})
+        if "ppl_ratio" in whole["figures"]:
+            at = [whole["figures"]["ppl_ratio"]["value"]]
+            _with_bars(right, at, [whole["figures"]["unforced_share"]], arm)
+    left.set(xscale="log", xlabel="target, tokens", ylabel="length score")
+    left.set_xticks(ticks := sorted({c["target"] for c in cells if "target" in c}), map(str, ticks))
+    left.minorticks_off()
+    left.legend()
+    right.set(xlabel="perplexity over that of free samples", ylabel="natural ends, %")
+    if len(right.containers):
+        right.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy over mean tokens, an arm a line."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for arm in dict.fromkeys(p["arm"] for p in points):
+        own = sorted((p for p in points if p["arm"] == arm), key=lambda p: p["tokens"]["value"])
+        x = [p["tokens"]["value"] for p in own]
+        _with_bars(axis, x, [p["accuracy"] for p in own], arm)
+    axis.set(xlabel="mean completion tokens", ylabel="pass@1, %")
+    axis.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_grid(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Squared error of each run, an axis of the grid a panel."""
+    axes = list(dict.fromkeys(run["axis"] for run in runs))
+    figure = Figure(figsize=(2.8 * len(axes), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    for panel, axis in zip(panels, axes, strict=True):
+        own = [run for run in runs if run["axis"] == axis]
+        _with_bars(panel, [run["setting"] for run in own], [r["figures"]["loss"] for r in own], "")
+        panel.tick_params("x", rotation=30)
+        panel.set_xlabel(axis)
+    panels[0].set_ylabel("squared error of u")
+    figure.savefig(path, dpi=DPI)
+
+
+def _with_bars(
+    axis: Axes, x: Sequence[Any], figures: Sequence[Mapping[str, float]], label: str
+) -> None:
+    """Values over x with their intervals."""
+    bars = [[abs(f[end] - f["value"]) for f in figures] for end in ("low", "high")]
+    axis.errorbar(x, [f["value"] for f in figures], bars, fmt="o-", capsize=2, label=label)
