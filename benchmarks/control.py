@@ -66,12 +66,17 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         parts += [{"mode": mode, cut: value} for mode in modes for value in values]
     for part in parts:
         inside = [row for row in rows if part.items() <= row.items()]
-        base = [row for row in inside if row["arm"] == "prompt"]
+        free = {_request(row): row for row in inside if row["arm"] == "prompt"}
         for arm in arms:
             if own := [row for row in inside if row["arm"] == arm]:
+                base = [free[_request(row)] for row in own if _request(row) in free]
                 figures = {name: asdict(e) for name, e in measure(own, base).items()}
                 found.append({"arm": arm, **part, "figures": figures})
     return found
+
+
+def _request(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["mode"], row["target"], row["id"]
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

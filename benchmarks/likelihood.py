@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.rows import Rows
 from value_server.model import default_dtype
 
-BATCH_TOKENS = 4096  # padding included
+BATCH_TOKENS = 2048  # padding included
 
 
 def score_rows(answers: Sequence[dict[str, Any]], model: str, rows: Rows) -> list[dict[str, Any]]:
