@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml scripts/setup.sh scripts/small_model.py
+$(VENV)/.ready: pyproject.toml scripts/setup.sh scripts/small_model.py scripts/from_gguf.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
 	touch $@
 
