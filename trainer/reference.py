@@ -28,7 +28,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    Qwen2Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -42,6 +41,7 @@ from value_server.contract.checkpoint import (
 )
 from value_server.contract.values import check_gamma
 from value_server.model import ValueModel
+from value_server.text_part import text_config
 
 HeadKind = Literal["mlp", "linear"]
 HEAD_PREFIX = "v_head."
@@ -84,7 +84,7 @@ def import_checkpoint(
         raise ValueError(f"head: {head!r}, must be one of {', '.join(get_args(HeadKind))}")
     _check_empty(output)
     theirs = _load_config(source)
-    config = _text_config(theirs)
+    config = text_config(theirs)
     tensors = dict(_read_tensors(source))
     head_tensors = _take_head(tensors, config.hidden_size, source)
     if head is None:
@@ -235,20 +235,6 @@ def _load_config(source: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: config.json does not load: {error}") from error
-
-
-def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """For Qwen2.5-VL that of Qwen2: on text, where its three position axes agree, they are one."""
-    if config.model_type != "qwen2_5_vl":
-        return config
-    facts: dict[str, Any] = config.get_text_config().to_dict()
-    facts["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": facts["rope_parameters"]["rope_theta"],
-    }
-    facts["tie_word_embeddings"] = config.tie_word_embeddings
-    del facts["model_type"]
-    return Qwen2Config(**facts)
 
 
 def _tokenizer(folder: Path, base_model: str) -> PreTrainedTokenizerBase:

@@ -226,7 +226,7 @@ def choose_scale(examples: Sequence[Example], objective: Objective) -> float:
 def load_shape(model: str) -> tuple[int, int]:
     """(layers, vocabulary size) of a backbone. Raises ValueError if there is none."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"model: {model!r} does not load: {error}") from error
     return config.num_hidden_layers, config.vocab_size

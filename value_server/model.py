@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from value_server.contract.checkpoint import (
     CONFIG_FILE,
@@ -25,6 +25,7 @@ from value_server.contract.checkpoint import (
     read_config,
 )
 from value_server.contract.targets import Readout
+from value_server.text_part import text_part
 
 
 class ValueHead(nn.Module):
@@ -153,16 +154,13 @@ def load_backbone(
 ) -> PreTrainedModel:
     """The first `num_layers` layers (None: all) of a decoder and its norm, no vocabulary head.
 
-    source: hub name or folder. Raises CheckpointError.
+    source: hub name or folder; of a vision-language model the text part is taken. Raises
+    CheckpointError.
     """
     try:
         config = AutoConfig.from_pretrained(source)
         if num_layers is not None:
-            if not 1 <= num_layers <= config.num_hidden_layers:
-                raise ValueError(f"num_layers: {num_layers} of {config.num_hidden_layers}")
-            config.num_hidden_layers = num_layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:num_layers]
+            _truncate(config.get_text_config(), num_layers)
         backbone, report = AutoModel.from_pretrained(
             source,
             config=config,
@@ -173,9 +171,17 @@ def load_backbone(
         )
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"weights are missing: {sorted(report['missing_keys'])[0]}")
-        return backbone
+        return text_part(backbone)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: backbone does not load: {error}") from error
+
+
+def _truncate(config: PreTrainedConfig, num_layers: int) -> None:
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(f"num_layers: {num_layers} of {config.num_hidden_layers}")
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
