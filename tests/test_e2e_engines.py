@@ -1,5 +1,6 @@
 """Several engines on one value server: one of two tensor-parallel ranks, and one that has little
-memory, prefills in small chunks and serves a LoRA adapter. All models are tiny and random."""
+memory, prefills in small chunks, thinks and serves a LoRA adapter. All models are tiny and random.
+"""
 
 import contextlib
 import json
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lenvm_vllm.processes import free_port
 from tests.servers import BARE_FLAG, value_serve, vllm_serve
-from tests.tiny import tiny_checkpoint
+from tests.tiny import THINKING, tiny_checkpoint
 from tests.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.e2e
@@ -28,8 +29,9 @@ pytestmark = pytest.mark.e2e
 TWO_RANKS = ("-tp", "2", "--distributed-executor-backend", "mp")
 LITTLE = (
     *("--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-batched-tokens", "64"),
-    *("--enable-lora", "--max-lora-rank", "8"),
+    *("--enable-lora", "--max-lora-rank", "8", "--reasoning-parser", "deepseek_r1"),
 )
+MARKER, BEFORE_IT = 259, "<think>hm</think>"
 OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -63,7 +65,8 @@ class Engines:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     folder = tmp_path_factory.mktemp("engines")
-    checkpoint, model = tiny_checkpoint(folder / "value"), tiny_llm(folder / "model")
+    checkpoint = tiny_checkpoint(folder / "value", more=THINKING)
+    model = tiny_llm(folder / "model", more=THINKING)
     adapter = tiny_adapter(model, folder / "adapter")
     url = f"http://127.0.0.1:{(port := free_port())}"
     env = {"LENVM_URL": url, "LENVM_TIMEOUT_S": "30"}
@@ -175,6 +178,58 @@ def test_forecast_in_the_response_header(engines: Engines) -> None:
         assert reply.status_code == 200, reply.text
         reply = engines.two_ranks.post("/v1/completions", json=body | more)
         assert "lenvm-predicted-tokens" not in reply.headers
+
+
+def test_a_stream_tells_how_far_it_is(engines: Engines) -> None:
+    """The length to expect before the first token, and with each one how many there are."""
+    body = {
+        "model": "tiny",
+        "prompt": "hello",
+        "max_tokens": 50,
+        "length_target": 20,
+        "stream": True,
+    }
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    with engines.little.stream("POST", "/v1/completions", json=body) as reply:
+        expected = int(reply.headers["lenvm-predicted-tokens"])
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    done = [json.loads(line)["usage"]["completion_tokens"] for line in lines[:-1]]
+    assert done == sorted(done)
+    assert done[0] <= 2
+    assert abs(done[-1] - expected) <= 2
+    assert len(set(done)) > 10
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 2}])
+def test_parts_of_a_text_that_thinks(engines: Engines, sampling: dict[str, Any]) -> None:
+    """vLLM's own reasoning parser tells which token ends the thinking."""
+    exact = {"tokens": 20, "tolerance": 0.0}
+    thinking = {"length_target": exact | {"scope": "thinking"}} | sampling
+    thought = ids(complete(engines.little, **thinking))
+    assert thought.index(MARKER) == 19
+    assert len(thought) > 20
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 60}
+    body |= {"return_token_ids": True} | thinking
+    reply = engines.little.post("/v1/chat/completions", json=body).json()
+    assert ids(reply).index(MARKER) == 19
+    assert reply["choices"][0]["message"]["reasoning"]
+
+    answer = {"length_target": exact | {"scope": "answer"}} | sampling
+    often = {"logit_bias": {str(MARKER): 8.0}}
+    text = ids(complete(engines.little, **answer, **often))
+    assert len(text) - (text.index(MARKER) + 1) == 20
+    assert len(ids(complete(engines.little, prompt=BEFORE_IT, **answer))) == 20
+
+
+def test_parts_that_cannot_be(engines: Engines) -> None:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 60}
+    target = {"length_target": {"tokens": 20, "scope": "thinking"}}
+    reply = engines.two_ranks.post("/v1/completions", json=body | target)
+    assert (reply.status_code, "length_target.scope" in reply.text) == (400, True), reply.text
+    reply = engines.little.post(
+        "/v1/completions", json=body | target | {"thinking_token_budget": 9}
+    )
+    assert (reply.status_code, "thinking_token_budget" in reply.text) == (400, True), reply.text
 
 
 def test_lora_request(engines: Engines) -> None:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.e2e
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+BATCH = "/v1/chat/completions/batch"
 ASK = {
     CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60},
     TEXT: {"prompt": "hi", "max_tokens": 60},
@@ -43,6 +44,9 @@ TARGETS: list[tuple[Any, range]] = [
     ({"tokens": 30, "tolerance": None}, range(1, 61)),
 ]
 SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.95, "seed": 3}]
+LETTERS = {"structured_outputs": {"regex": "[a-z]*"}}
+# Room for six of the sixteen requests that run at a time: all kinds of them are preempted.
+LITTLE_MEMORY = ("--block-size", "32", "--num-gpu-blocks-override", "18")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     env = {"LENVM_URL": f"http://127.0.0.1:{port}", "LENVM_TIMEOUT_S": "30"}
     with contextlib.ExitStack() as servers:
         servers.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
-        url = servers.enter_context(vllm_serve(model, folder / "log", *BARE_FLAG, env=env))
+        vllm = vllm_serve(model, folder / "log", *BARE_FLAG, *LITTLE_MEMORY, env=env)
+        url = servers.enter_context(vllm)
         yield servers.enter_context(httpx.Client(base_url=url, timeout=60, trust_env=False))
         assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
         log = (folder / "log").read_text()
@@ -87,17 +92,33 @@ def streamed(path: str) -> dict[str, Any]:
     return {"stream": True} | options
 
 
+def preemptions(client: httpx.Client) -> float:
+    found = re.findall(r"^vllm:num_preemptions_total{.*} (\S+)$", client.get("/metrics").text, re.M)
+    return sum(map(float, found))
+
+
 def test_every_mode_on_every_endpoint(client):
+    """Streamed or not, under a grammar or not, greedy or seeded, and preempted."""
     cells = [
-        (path, {"length_target": target} | sampling | more, lengths)
+        (path, {"length_target": target} | sampling | stream | grammar, lengths)
         for path in ASK
         for (target, lengths), sampling in itertools.product(TARGETS, SAMPLING)
-        for more in ({}, streamed(path))
-        if not (path == MESSAGES and "seed" in sampling)  # it has no such field
+        for stream, grammar in itertools.product(({}, streamed(path)), ({}, LETTERS))
+        if not (path == MESSAGES and ("seed" in sampling or grammar))  # it has no such fields
     ]
+    before = preemptions(client)
     replies = post_all(client, [(path, fields) for path, fields, _ in cells])
     for (path, fields, lengths), reply in zip(cells, replies, strict=True):
         assert length(reply) in lengths, (path, fields, reply.text)
+    assert preemptions(client) > before + 50
+
+
+def test_a_batch_of_conversations(client):
+    conversations = [ASK[CHAT]["messages"], ASK[CHAT]["messages"]]
+    body = {"model": "tiny", "messages": conversations, "max_tokens": 60, "length_target": 0}
+    assert client.post(BATCH, json=body).status_code == 400
+    body["length_target"] = {"tokens": 9, "tolerance": 0.0}
+    assert length(client.post(BATCH, json=body)) == 18
 
 
 def test_messages_with_sampling(client):
@@ -153,6 +174,31 @@ def test_what_else_a_request_may_ask_for(client):
     assert len(samples.json()["choices"]) == 4
     several = post(client, TEXT, **exact | {"prompt": ["a", "bc", "def"]})
     assert length(several) == 30
+
+
+def test_a_seed_gives_the_same_text_again(client):
+    asked = {"length_target": 20, "temperature": 1.0}
+    same, again, other = (text_of(post(client, TEXT, **asked, seed=seed)) for seed in (3, 3, 4))
+    assert same == again != other
+
+
+def test_logprobs_are_the_models_own(client):
+    """Of a greedy text that the target has changed, as without one; so is the best of several."""
+    asked = {"logprobs": 0, "temperature": 0.0, "return_token_ids": True}
+    target = {"tokens": 20, "tolerance": 0.0, "policy": "greedy"}
+    (guided,) = post(client, TEXT, **asked, length_target=target).json()["choices"]
+    (plain,) = post(client, TEXT, **asked).json()["choices"]
+    assert guided["token_ids"] != plain["token_ids"]
+    prompt = [*guided["prompt_token_ids"], *guided["token_ids"]]
+    scored = {"prompt": prompt, "echo": True, "max_tokens": 1, "logprobs": 0}
+    (read,) = post(client, TEXT, **scored).json()["choices"]
+    own = read["logprobs"]["token_logprobs"][len(guided["prompt_token_ids"]) :][:20]
+    assert guided["logprobs"]["token_logprobs"] == pytest.approx(own, abs=1e-3)
+
+    several = post(client, TEXT, **asked | {"n": 4, "temperature": 1.0}, length_target=20)
+    sums = [sum(choice["logprobs"]["token_logprobs"]) for choice in several.json()["choices"]]
+    assert len(sums) == 4
+    assert -1000 < min(sums) <= max(sums) < 0
 
 
 def test_text_that_stops_by_a_string_or_a_token(client):
@@ -217,6 +263,17 @@ CONTRADICTIONS = [
     ({"vllm_xargs": {"length_goal": 5}}, "length_goal"),
     ({"length_goal": 5}, "length_goal"),
 ]
+
+
+def test_limits_that_nobody_set(client):
+    """A text completion has 16 tokens, the rest the model's context; a stream is told so, too."""
+    for path, fields in ((TEXT, {"length_target": 40}), (CHAT, {"length_target": 600})):
+        body = {"model": "tiny", **ASK[path], "max_tokens": None, **fields}
+        for more in ({}, streamed(path)):
+            reply = client.post(path, json=body | more)
+            assert reply.status_code == 400, reply.text
+    body = {"model": "tiny", **ASK[CHAT], "max_tokens": None, "length_target": 40}
+    assert length(client.post(CHAT, json=body)) in range(36, 45)
 
 
 def test_what_is_wrong_is_a_400_that_names_it(client):

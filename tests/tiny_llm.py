@@ -8,11 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.tiny import tiny_tokenizer
 
 
-def tiny_llm(folder: Path, seed: int = 0) -> Path:
+def tiny_llm(folder: Path, seed: int = 0, more: tuple[str, ...] = ()) -> Path:
     """A checkpoint with the tokenizer of tests.tiny; returns `folder`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=258,
+        vocab_size=258 + len(more),
         hidden_size=128,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -24,5 +24,5 @@ def tiny_llm(folder: Path, seed: int = 0) -> Path:
         pad_token_id=256,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(more).save_pretrained(folder)
     return folder
