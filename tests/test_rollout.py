@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.data import read_rollouts
-from trainer.prompts import PRESETS, Prompt, read_prompts
+from trainer.prompts import PRESETS, Hub, Prompt, read_prompts
 from trainer.rollout import SCHEMA, rollout
 from trainer.samplers import Sampling, ServerSampler
 
@@ -87,6 +87,16 @@ class FakeVllm(ModuleType):
     def SamplingParams(self, **options: Any) -> dict[str, Any]:  # noqa: N802
         self.samplings.append(options)
         return options
+
+    @property
+    def model_config(self) -> SimpleNamespace:
+        return SimpleNamespace(max_model_len=self.models[-1]["max_model_len"] or 1000)
+
+    def get_tokenizer(self) -> "FakeVllm":
+        return self
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_options: bool) -> dict[str, Any]:
+        return {"input_ids": [1, *chat[0]["content"].encode(), 2]}
 
     def chat(
         self, chats: list[list[dict[str, str]]], sampling: dict[str, Any], use_tqdm: bool
@@ -279,6 +289,17 @@ def test_shards_are_a_data_set(vllm: FakeVllm, tmp_path: Path) -> None:
     assert loaded[0]["completion_ids"] == [*b"p0", 0]
 
 
+def test_prompts_that_are_too_long_are_left_out_and_told(
+    vllm: FakeVllm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bug guarded against: one long prompt, and its shard can never be sampled."""
+    prompts = write_prompts(tmp_path / "p.jsonl")  # of 5, 9 and 7 tokens
+    rollout(prompts, tmp_path / "out", model="m", max_model_len=7)
+    assert vllm.chats == [["one"]]
+    assert {r.prompt_id for r in read_rollouts(tmp_path / "out")} == {"7"}
+    assert "part-00000.parquet: 2 prompts are too long for m, left out" in capsys.readouterr().out
+
+
 def test_a_template_stands_around_each_prompt(vllm: FakeVllm, tmp_path: Path) -> None:
     template = "In {{one}} word: {prompt}?"
     rollout(write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="m", template=template)
@@ -360,6 +381,22 @@ def test_presets_read_rows_of_their_data_sets(
     assert plain == questions
 
 
+def test_any_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(*names: Any, **options: Any) -> list[dict[str, Any]]:
+        asked.append((names, options))
+        return [{"question": "1 + 1?", "domain": "math", "answer": "2"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub = Hub(subset="main", split="test")
+    prompts = list(read_prompts(Path("hub:org/name"), "{prompt}!", "question", hub))
+    assert prompts == [Prompt("0", "math", "1 + 1?!")]
+    assert asked == [(("org/name", "main"), {"split": "test", "streaming": True})]
+    with pytest.raises(ValueError, match=r"^hub:org/name: row 1: prompt: missing or not a text"):
+        list(read_prompts(Path("hub:org/name")))
+
+
 # --- servers ------------------------------------------------------------------------------
 
 SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=9)
@@ -394,14 +431,15 @@ def server(*answers: httpx.Response | Exception) -> tuple[ServerSampler, list[di
 def test_a_server_is_asked_for_token_ids() -> None:
     sampler, requests = server()
     sampled = sampler.sample(PROMPTS, SAMPLING)
-    assert [s.prompt_ids for s in sampled] == [[1, 2]] * 3
-    assert [s.completions for s in sampled] == [
+    assert [s and s.prompt_ids for s in sampled] == [[1, 2]] * 3
+    assert [s and s.completions for s in sampled] == [
         [([*prompt.text.encode(), k], "stop") for k in range(2)] for prompt in PROMPTS
     ]
     for request in requests:
         assert (request["path"], request["key"]) == ("/v1/chat/completions", "Bearer k")
         assert request["return_token_ids"] is True
         assert (request["n"], request["max_tokens"], request["model"]) == (2, 9, "m")
+        assert (request["top_k"], request["repetition_penalty"]) == (0, 1.0)
 
 
 def test_passing_failures_are_repeated() -> None:
@@ -409,6 +447,16 @@ def test_passing_failures_are_repeated() -> None:
     sampler, requests = server(*failures)
     assert len(sampler.sample(PROMPTS[:1], SAMPLING)) == 1
     assert len(requests) == 4
+
+
+def test_a_server_that_finds_a_prompt_too_long() -> None:
+    text = "This model's maximum context length is 9 tokens. However, your prompt ..."
+    sampler, requests = server(httpx.Response(400, text=text))
+    sampler.concurrency = 1
+    first, second = sampler.sample(PROMPTS[:2], SAMPLING)
+    assert first is None
+    assert second is not None
+    assert len(requests) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""Prompts to sample completions of: from JSON lines, or from a hub data set by a preset."""
+"""Prompts to sample completions of: from JSON lines, or from a hub data set, by a preset or not."""
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.codereasoning import question_of
+
+HUB = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,22 @@ class Preset:
     domain: str
     template: str
     text: Callable[[Mapping[str, Any]], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Where in a hub data set the prompts are.
+
+    Parameters
+    ----------
+    subset
+        Its configuration, where it has several.
+    split
+        Its split.
+    """
+
+    subset: str | None = None
+    split: str = "train"
 
 
 def _first_turn(row: Mapping[str, Any]) -> str | None:
@@ -66,29 +84,48 @@ def check_template(template: str) -> None:
         raise ValueError(f"template: {template!r}, must contain {{prompt}}")
 
 
-def read_prompts(source: Path, template: str | None = None) -> Iterator[Prompt]:
-    """Prompts of a JSONL file, plain or gzip, or of the data set that a preset names.
+def read_prompts(
+    source: Path, template: str | None = None, column: str = "prompt", hub: Hub = Hub()
+) -> Iterator[Prompt]:
+    """Prompts of a JSONL file, plain or gzip, of the data set hub:NAME, or of a preset's.
 
-    `template` wraps each, by default that of the preset. Raises ValueError naming the line and
-    the missing field.
+    `column` holds the text in the first two; `template` wraps each, by default that of the
+    preset. Raises ValueError naming the line and the missing field.
     """
-    preset = PRESETS.get(str(source))
+    name = str(source)
+    preset = PRESETS.get(name)
     template = template or (preset.template if preset else "{prompt}")
-    for prompt in _of_preset(str(source), preset) if preset else _of_file(source):
+    if preset:
+        prompts = _of_preset(name, preset)
+    elif name.startswith(HUB):
+        prompts = _of_rows(name, "row", _hub_rows(name.removeprefix(HUB), hub), column)
+    else:
+        prompts = _of_rows(name, "line", _file_rows(source), column)
+    for prompt in prompts:
         yield Prompt(prompt.id, prompt.domain, template.format(prompt=prompt.text))
 
 
-def _of_file(path: Path) -> Iterator[Prompt]:
+def _of_rows(source: str, what: str, rows: Iterable[Any], column: str) -> Iterator[Prompt]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise ValueError(f"{source}: {what} {number + 1}: {column}: missing or not a text")
+        yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row[column])
+
+
+def _hub_rows(name: str, hub: Hub) -> Iterable[Any]:
+    from datasets import load_dataset
+
+    return load_dataset(name, hub.subset, split=hub.split, streaming=True)
+
+
+def _file_rows(path: Path) -> Iterator[Any]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines):
             try:
-                row = json.loads(line)
+                yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: line {number + 1}: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise ValueError(f"{path}: line {number + 1}: prompt: missing or not a text")
-            yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row["prompt"])
 
 
 def _of_preset(name: str, preset: Preset) -> Iterator[Prompt]:

@@ -20,7 +20,7 @@ from trainer.checks import check
 from trainer.data import read_rollouts
 from trainer.lengths import length_statistics, statistics_table
 from trainer.plots import check_picture, plot_lengths
-from trainer.prompts import Prompt, check_template, read_prompts
+from trainer.prompts import Hub, Prompt, check_template, read_prompts
 from trainer.samplers import OfflineSampler, Sampler, Sampling, ServerSampler
 
 SCHEMA = pa.schema(
@@ -52,6 +52,8 @@ def rollout(
     server: str | None = None,
     concurrency: int = 64,
     template: str | None = None,
+    column: str = "prompt",
+    hub: Hub = Hub(),
     n: int = 2,
     max_tokens: int = 1024,
     temperature: float = 1.0,
@@ -70,8 +72,9 @@ def rollout(
     Parameters
     ----------
     prompts
-        JSON lines, plain or gzip, with `prompt` and, optionally, `id` and `domain`; or one of
-        opencodereasoning-2-python, wildchat, deepmath-103k, which are read from the hub.
+        JSON lines, plain or gzip, with `prompt` and, optionally, `id` and `domain`; hub:NAME, a
+        data set of the hub with the same columns; or one of opencodereasoning-2-python,
+        wildchat, deepmath-103k, which are read from the hub.
     output
         Folder of the Parquet files; those that are there already stay as they are.
     model
@@ -84,6 +87,8 @@ def rollout(
         Requests that are open at a server at once.
     template
         Text around each {prompt}.
+    column
+        Column of a file or data set that holds the prompt, if another.
     n
         Completions per prompt.
     max_tokens
@@ -122,7 +127,7 @@ def rollout(
     shards = [
         (output / f"part-{number:05d}.parquet", shard)
         for number, shard in enumerate(
-            _shards(islice(read_prompts(prompts, template), limit), shard_size)
+            _shards(islice(read_prompts(prompts, template, column, hub), limit), shard_size)
         )
     ]
     check(bool(shards), "prompts", str(prompts), "a file with prompts")
@@ -143,6 +148,9 @@ def rollout(
         done = len(shards) - len(missing)
         for path, shard in tqdm(missing, desc="shards", initial=done, total=len(shards)):
             rows = sample_rows(sampler, shard, sampling)
+            if left_out := {prompt.id for prompt in shard} - {row["prompt_id"] for row in rows}:
+                count = len(left_out)
+                tqdm.write(f"{path.name}: {count} prompts are too long for {model}, left out")
             write_shard(rows, path, settings | {"prompts": _digest(shard)})
     summarise_lengths(output, plot)
 
@@ -150,7 +158,7 @@ def rollout(
 def sample_rows(
     sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[dict[str, Any]]:
-    """Rows of SCHEMA, a completion each."""
+    """Rows of SCHEMA, a completion each; none of a prompt that is too long for the model."""
     return [
         {
             "prompt_id": prompt.id,
@@ -161,6 +169,7 @@ def sample_rows(
             "finish_reason": reason,
         }
         for prompt, sampled in zip(prompts, sampler.sample(prompts, sampling), strict=True)
+        if sampled
         for ids, reason in sampled.completions
     ]
 
