@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -25,6 +27,7 @@ import trainer.train
 from tests.tiny import GAMMA, tiny_model, tiny_tokenizer
 from tests.tiny_llm import tiny_llm
 from trainer.data import NO_LABEL, PackedDataset, Rollout, collate, make_example
+from trainer.evaluate import evaluate
 from trainer.objective import Objective
 from trainer.recipe import Recipe
 from trainer.rollout import SCHEMA
@@ -282,6 +285,7 @@ def test_cut_completions_are_bounds_or_nothing(
         {"target": "log_length", "max_steps": 40},
         {"censored": "bootstrap"},
         {"gradient_checkpointing": True},
+        {"bf16": True},
     ],
     ids=str,
 )
@@ -322,6 +326,26 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(
     with torch.inference_mode():
         values = [model(torch.arange(258)[None]) for model in (plain, again)]
     torch.testing.assert_close(values[0], values[1])
+
+
+def test_no_logits_of_the_vocabulary_are_computed(base: Path, data: Path, tmp_path: Path) -> None:
+    """A pack's would be the largest tensor of all: nothing but weights has 258 columns."""
+
+    seen: set[tuple[int, ...]] = set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            seen.update(tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with Shapes():
+        run(data, tmp_path / "out", base, tune="full", max_steps=1)
+        evaluate(tmp_path / "out", data, holdout=1.0, only_json=True)
+    assert (258, 128) in seen  # the embeddings
+    assert not [shape for shape in seen if shape and shape[-1] == 258]
 
 
 def test_the_log_for_tensorboard(base: Path, data: Path, tmp_path: Path) -> None:
@@ -416,6 +440,20 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     run(data, tmp_path / "out", base, tune=tune)
     assert len([entry for entry in history if "loss" in entry]) == 3  # it did go on from step 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_repeated(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(data, out, base)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    run(data, out, base)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert f"{out}: finished before" in capsys.readouterr().out
+    for options in ({"resume": False}, {"seed": 1}):
+        run(data, out, base, **options)
+        assert min(path.stat().st_mtime_ns for path in out.iterdir()) > max(before.values())
 
 
 def test_stopped_twice_and_before_the_first_save(base: Path, data: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from value_server.contract.checkpoint import LenvmConfig
 
 CARD_FILE = "README.md"
-# Of no use to a reader: they are read by `lenvm evaluate`.
-INTERNAL = ("baselines", "prompt_sketch")
+# Of no use to a reader: they are read by `lenvm evaluate`, `run` by `lenvm train`.
+INTERNAL = ("baselines", "prompt_sketch", "run")
 
 
 def write_card(

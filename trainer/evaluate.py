@@ -15,6 +15,7 @@ from trainer.card import result_table, write_card
 from trainer.checks import check, check_choice
 from trainer.data import Rollout, prompt_hashes, read_rollouts, split
 from trainer.figures import summarise
+from trainer.journal import Journal
 from trainer.plots import check_picture, plot_calibration
 from trainer.predict import Precision, load_model, predict_all
 from value_server.contract.checkpoint import LenvmConfig
@@ -70,8 +71,9 @@ def evaluate(
     check(max_length > 1, "max_length", max_length, "above 1")
     check_choice("dtype", dtype, get_args(Precision))
     check_picture("plot", plot)
-    models = {path.name: load_model(path, base_model, dtype) for path in (checkpoint, *compare)}
-    check(len(models) == 1 + len(compare), "compare", [*map(str, compare)], "of different names")
+    paths = {path.name: path for path in (checkpoint, *compare)}
+    check(len(paths) == 1 + len(compare), "compare", [*map(str, compare)], "of different names")
+    models = {name: load_model(path, base_model, dtype) for name, path in paths.items()}
     model = models.pop(checkpoint.name)
     gamma = model.lenvm.gamma
     known, held_out = split_as_trained(read_rollouts(rollouts), model.lenvm, holdout)
@@ -82,6 +84,10 @@ def evaluate(
         )
     if training:
         known = read_rollouts(training)
+    journals = {
+        name: Journal.of(paths[name], loaded, held_out, max_length)
+        for name, loaded in {checkpoint.name: model, **models}.items()
+    }
     fitted = None if training else model.lenvm.training.get("baselines")
     fitted = fitted or fit_baselines(known or held_out, gamma, max_length)
     baselines = {
@@ -89,9 +95,10 @@ def evaluate(
         for name, coefficients in fitted.items()
     }
     for name, other in models.items():
-        logits = predict_all(other, held_out, max_length, name, only_json)
+        logits = predict_all(other, held_out, max_length, name, only_json, journals[name])
         baselines[name] = [with_gamma(z, other.lenvm.gamma, gamma) for z in logits]
-    values = predict_all(model, held_out, max_length, checkpoint.name, only_json)
+    name = checkpoint.name
+    values = predict_all(model, held_out, max_length, name, only_json, journals[name])
     result = summarise(held_out, values, gamma, max_length)
     result["baselines"] = {
         name: {
@@ -112,6 +119,8 @@ def evaluate(
     if not only_json:
         print(result_table(result))
     print(json.dumps(result))
+    for journal in journals.values():
+        journal.remove()
     return result
 
 

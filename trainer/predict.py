@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trainer.data import Rollout, make_example
+from trainer.journal import Journal
 from value_server.model import ValueModel, default_dtype
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -27,11 +28,22 @@ def load_model(checkpoint: Path, base_model: str | None, dtype: Precision) -> Va
 
 
 def predict_all(
-    model: ValueModel, rollouts: Sequence[Rollout], max_length: int, name: str, quiet: bool
+    model: ValueModel,
+    rollouts: Sequence[Rollout],
+    max_length: int,
+    name: str,
+    quiet: bool,
+    journal: Journal | None = None,
 ) -> list[NDArray[np.float32]]:
-    """Of each rollout the logits of `predict`."""
-    progress = tqdm(rollouts, desc=name, unit="text", disable=quiet)
-    return [predict(model, rollout, max_length) for rollout in progress]
+    """Of each rollout the logits of `predict`; what is in the journal already is not repeated."""
+    done = journal.read() if journal else {}
+    left = [index for index in range(len(rollouts)) if index not in done]
+    progress = {"desc": name, "unit": "text", "total": len(rollouts), "disable": quiet}
+    for index in tqdm(left, initial=len(done), **progress):
+        done[index] = predict(model, rollouts[index], max_length)
+        if journal:
+            journal.write(index, done[index])
+    return [done[index] for index in range(len(rollouts))]
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from trainer.checks import check, check_choice
 from trainer.data import Rollout, read_rollouts
+from trainer.journal import Journal
 from trainer.plots import check_picture, plot_clouds
 from trainer.predict import Precision, load_model, predict_all
 
@@ -81,7 +82,8 @@ def tokens(
     model = load_model(checkpoint, base_model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(base_model or model.lenvm.base_model)
     texts = read_rollouts(rollouts)[:limit]
-    values = predict_all(model, texts, max_length, checkpoint.name, only_json)
+    journal = Journal.of(checkpoint, model, texts, max_length)
+    values = predict_all(model, texts, max_length, checkpoint.name, only_json, journal)
     scored = token_scores(texts, values, model.lenvm.gamma, min_count)
     check(bool(scored), "min_count", min_count, f"at most what {rollouts} has of any token")
     named = [
@@ -103,6 +105,7 @@ def tokens(
         print(score_table(ends))
     result = {end: [asdict(s) for s in rows] for end, rows in ends.items()}
     print(json.dumps(result))
+    journal.remove()
     return result
 
 

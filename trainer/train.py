@@ -1,5 +1,7 @@
 """`lenvm train`: from rollouts to a checkpoint."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +33,12 @@ from trainer.objective import PERCENTILE, Objective
 from trainer.recipe import Recipe
 from trainer.steps import last_step, open_steps
 from trainer.value_trainer import ValueTrainer
-from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
+from value_server.contract.checkpoint import (
+    CheckpointError,
+    LenvmConfig,
+    read_config,
+    tokenizer_fingerprint,
+)
 from value_server.contract.values import gamma_from_length
 from value_server.model import ValueHead, ValueModel, load_backbone
 
@@ -107,7 +114,7 @@ def train(
     holdout
         Share of the prompts kept for `lenvm evaluate`.
     resume
-        Go on from the last save of a run with the same settings.
+        Go on from the last save of a run with the same settings; a finished one stays as it is.
     tensorboard
         Folder for TensorBoard's log.
     """
@@ -160,6 +167,10 @@ def train(
     settings = msgspec.to_builtins(config) | config.training | {"model": model}
     settings |= {"lora": asdict(lora), "data": digest(examples)}
     del settings["training"]
+    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    if resume and not steps.exists() and is_finished(output, run):
+        print(f"{output}: finished before; without resume it starts anew")
+        return
     first = arguments.process_index == 0
     with arguments.main_process_first():
         last = open_steps(steps, settings, resume) if first else last_step(steps)
@@ -190,11 +201,19 @@ def train(
         if trainer.is_fsdp_enabled:
             value_model = build_model(model, config, tune, lora, dtype)
             value_model.load_state_dict(weights)
-        facts = config.training | {"loss_curve": loss_curve(trainer.state.log_history)}
+        facts = config.training | {"loss_curve": loss_curve(trainer.state.log_history), "run": run}
         value_model.lenvm = msgspec.structs.replace(config, training=facts)
         value_model.save(output)
         write_card(output, value_model.lenvm)
         shutil.rmtree(steps)
+
+
+def is_finished(output: Path, run: str) -> bool:
+    """Whether `output` holds the checkpoint of a run with the same settings."""
+    try:
+        return read_config(output).training.get("run") == run
+    except CheckpointError:
+        return False
 
 
 def loss_curve(history: Sequence[dict[str, float]]) -> list[float]:
