@@ -15,7 +15,7 @@ ALLOWED = {
     "value_server/contract": set(),
     "value_server": {"value_server.contract"},
     "lenvm_vllm": {"value_server.contract"},
-    "trainer": {"value_server.contract", "value_server.model"},
+    "trainer": {"value_server.contract", "value_server.model", "value_server.text_part"},
     "benchmarks": {"value_server", "lenvm_vllm", "trainer"},  # they measure the inside
 }
 
