@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lenvm_vllm.client import CircuitOpen, ValueClient, ValueServerError
 from lenvm_vllm.settings import Settings
 from value_server.contract import wire
-from value_server.contract.values import length_from_logit, logit_from_length
+from value_server.contract.values import logit_in_gamma
 
 logger = logging.getLogger("vllm.lenvm")
 
@@ -198,8 +198,8 @@ class Replicas:
         assert self._gamma is not None
         if replica.info.gamma == self._gamma:
             return z
-        lengths = length_from_logit(torch.from_numpy(z.astype(np.float64)), replica.info.gamma)
-        return logit_from_length(lengths, self._gamma).float().numpy()
+        exact = torch.from_numpy(z.astype(np.float64))
+        return logit_in_gamma(exact, replica.info.gamma, self._gamma).float().numpy()
 
 
 def rank(url: str, session: str) -> bytes:

@@ -4,8 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import tiny
-
+from tests import tiny
 from value_server.engine import Engine
 from value_server.job import Job
 

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from value_server.cache import CacheFullError, SlotCache
+from value_server.cache import CacheFullError, Limits, SlotCache
 
 
 class Clock:
@@ -158,3 +158,34 @@ def test_integrity_check_names_both_numbers() -> None:
     cache._free.pop()
     with pytest.raises(RuntimeError, match="5 free \\+ 2 owned slots, expected 8"):
         cache.check_integrity()
+
+
+def limited(sessions: int, slots: int) -> SlotCache:
+    return SlotCache(40, 10, 10.0, Clock(), Limits(sessions, slots))
+
+
+def test_who_opens_too_many_sessions_loses_the_own_oldest() -> None:
+    cache = limited(sessions=2, slots=40)
+    cache.unpin(cache.update("other", 0, [9], [], client="x"))
+    for name in ("a", "b", "c"):
+        cache.unpin(cache.update(name, 0, [1], [2], client="y"))
+    assert set(cache.sessions) == {"other", "b", "c"}
+    cache.update("b", 1, [2], [], client="y")
+    cache.update("c", 1, [2], [], client="y")
+    with pytest.raises(CacheFullError, match="a client's 2 sessions"):
+        cache.update("d", 0, [1], [], client="y")
+    cache.update("e", 0, [1], [], client="x")
+    cache.check_integrity()
+
+
+def test_who_fills_the_pool_loses_the_own_oldest() -> None:
+    cache = limited(sessions=10, slots=12)
+    cache.unpin(cache.update("other", 0, [9] * 5, [], client="x"))
+    for name, text in (("a", [1] * 6), ("b", [2] * 5), ("c", [3] * 3)):
+        cache.unpin(cache.update(name, 0, text, [4], client="y"))
+    assert set(cache.sessions) == {"other", "b", "c"}
+    assert cache.update("c", 3, [4] * 3, [], client="y") is not None  # 6 + 6
+    with pytest.raises(CacheFullError, match="a client's 12 slots"):
+        cache.update("c", 6, [4] * 7, [], client="y")
+    assert set(cache.sessions) == {"other", "c"}
+    cache.check_integrity()

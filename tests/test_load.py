@@ -111,7 +111,7 @@ def test_client_who_leaves_the_queue_is_never_computed(served: Served) -> None:
         first.result(SECONDS)
     check_step(served, "c", [6])
     assert served.engine.forwarded == 6
-    assert set(served.engine.cache.sessions) == {"a", "c"}
+    assert set(served.engine.cache.sessions) == {"127.0.0.1 a", "127.0.0.1 c"}
     check_step(served, "b", [5] * 20)
 
 

@@ -7,9 +7,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -33,9 +33,11 @@ from value_server.errors import (
 from value_server.guard import Guard
 from value_server.job import Job, JobResult, StepRow
 from value_server.metrics import Metrics
+from value_server.served import Served
 from value_server.text import TextRequest, Texts
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 HTTP_TYPES = {404: "not_found", 405: "method_not_allowed"}
 PATIENCE_SECONDS = 0.1  # a step is faster: only after it is it worth looking whether anybody waits
@@ -45,7 +47,7 @@ def create_app(
     engine: Engine,
     texts: Texts,
     *,
-    token: str | None = None,
+    tokens: Sequence[str] = (),
     max_body_bytes: int = 16 << 20,
     max_waiting: int = 1024,
 ) -> FastAPI:
@@ -53,42 +55,43 @@ def create_app(
 
     `engine` should be warm already (Engine.warm_up).
     """
-    metrics = Metrics(engine)
-    batcher = Batcher(engine, max_waiting, metrics.on_pass)
+    metrics = Metrics(lambda: served.engine)
+    served = Served(engine, lambda engine: Batcher(engine, max_waiting, metrics.on_pass))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
+        served.start()
         yield
-        await run_in_threadpool(batcher.stop)
+        await run_in_threadpool(served.stop)
 
     def answer(error: RequestError) -> Response:
         metrics.errors.labels(error.type).inc()
         return error_response(error.status, error.type, error.message, error.field)
 
     async def run(job: Job, http: Request) -> JobResult:
-        return await while_connected(asyncio.wrap_future(batcher.submit(job)), http.receive)
+        return await served.run(job, lambda future: while_connected(future, http.receive))
 
     async def values(request: TextRequest, http: Request) -> list[float]:
         """Predicted remaining length after each token of the text."""
         ids = await run_in_threadpool(texts.ids, request)
-        name = f"text-{uuid.uuid4()}"
+        name = _own(http, f"text-{uuid.uuid4()}")
         row = StepRow(name, 0, ids)
         try:
-            engine.check([row])
+            served.engine.check([row])
         except RequestError as error:  # in the words of this request
             message = error.message.replace("tokens", request.given, 1)
             raise RequestError(message, request.given) from error
         try:
-            result = await run(Job([row], texts=True), http)
+            result = await run(Job([row], texts=True, client=http.state.client), http)
         finally:
-            batcher.forget(name)
+            served.forget(name)
         z = torch.from_numpy(result.texts[0])
-        lengths: list[float] = length_from_logit(z.double(), engine.gamma).tolist()
+        lengths: list[float] = length_from_logit(z.double(), served.gamma).tolist()
         return lengths
 
     app = FastAPI(title="LenVM value server", lifespan=lifespan)
-    app.add_middleware(Guard, token=token, max_body_bytes=max_body_bytes, answer=answer)
+    app.state.served = served
+    app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, answer=answer)
 
     @app.exception_handler(RequestError)
     async def on_request_error(_: Request, error: RequestError) -> Response:
@@ -123,7 +126,8 @@ def create_app(
         body = await request.body()
         begin = time.perf_counter()
         message = wire.decode_request(body)
-        job = Job(_rows(message), message.closed)
+        closed = [_own(request, name) for name in message.closed]
+        job = Job(_rows(message, request), closed, client=request.state.client)
         decoded = time.perf_counter()
         result = await run(job, request)
         answered = time.perf_counter()
@@ -146,7 +150,7 @@ def create_app(
     @app.delete(wire.SESSIONS_PATH + "/{name}", status_code=204)
     async def close(name: str, http: Request) -> None:
         """Forget a session."""
-        job = Job([], [name])
+        job = Job([], [_own(http, name)])
         await run(job, http)
         if not job.found:
             raise UnknownSessionError(f"no session {name!r}", "id")
@@ -154,7 +158,7 @@ def create_app(
     @app.get(wire.MODEL_PATH)
     async def model() -> dict[str, Any]:
         """Facts of the value model and limits of the server."""
-        facts: dict[str, Any] = msgspec.to_builtins(model_info(engine))
+        facts: dict[str, Any] = msgspec.to_builtins(model_info(served))
         return facts
 
     @app.get("/health")
@@ -165,8 +169,9 @@ def create_app(
     @app.get("/ready")
     async def is_ready() -> Response:
         """200 while step requests are served; before that the model loads and nobody listens."""
-        if not batcher.alive:
-            return error_response(503, "not_ready", "the engine's thread does not run", None)
+        if not served.alive:
+            why = "shutting down" if served.draining else "the engine's thread does not run"
+            return error_response(503, "not_ready", why, None)
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
@@ -178,8 +183,8 @@ def create_app(
 
 
 async def while_connected(
-    future: "asyncio.Future[JobResult]", receive: Receive, patience: float = PATIENCE_SECONDS
-) -> JobResult:
+    future: "asyncio.Future[T]", receive: Receive, patience: float = PATIENCE_SECONDS
+) -> T:
     """The future's result. Raises ClientGoneError, the future cancelled, if the client leaves.
 
     `receive` has given the whole body already, so that all it can still tell is a disconnect.
@@ -205,15 +210,16 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def model_info(engine: Engine) -> wire.ModelInfo:
+def model_info(served: Served) -> wire.ModelInfo:
     """What `GET /v1/model` tells."""
+    engine = served.engine
     lenvm = engine.model.lenvm
     return wire.ModelInfo(
-        gamma=lenvm.gamma,
+        gamma=served.gamma,
         base_model=lenvm.base_model,
         tokenizer_fingerprint=lenvm.tokenizer_fingerprint,
-        vocab_size=engine.vocab_size,
-        max_position=engine.max_position,
+        vocab_size=served.vocab_size,
+        max_position=served.max_position,
         max_sessions=engine.cache.max_sessions,
         max_candidates=engine.max_candidates,
     )
@@ -226,7 +232,12 @@ def error_response(status: int, kind: str, message: str, field: str | None) -> R
     return JSONResponse(content, status, headers)
 
 
-def _rows(message: wire.StepRequest) -> list[StepRow]:
+def _own(http: Request, session: str) -> str:
+    """The session's name among those of all clients: nobody reaches another's."""
+    return f"{http.state.client} {session}"
+
+
+def _rows(message: wire.StepRequest, http: Request) -> list[StepRow]:
     """The message's flat rows, cut up."""
     tokens = wire.unpack_ids(message.tokens).tolist()
     candidates = wire.unpack_ids(message.candidates).tolist()
@@ -238,6 +249,6 @@ def _rows(message: wire.StepRequest) -> list[StepRow]:
         message.candidate_counts,
         strict=True,
     ):
-        rows.append(StepRow(name, start, tokens[t : t + n], candidates[k : k + m]))
+        rows.append(StepRow(_own(http, name), start, tokens[t : t + n], candidates[k : k + m]))
         t, k = t + n, k + m
     return rows

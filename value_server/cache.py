@@ -36,12 +36,30 @@ class Session:
     candidates: slots of the last step's candidates, each a child of `path`'s end; an entry per
         candidate asked for, so a slot may stand here twice (and is owned twice).
     pinned: part of a running request; not evicted, not expired.
+    client: whose it is.
     """
 
     path: "array[int]" = field(default_factory=lambda: array("i"))
     candidates: list[int] = field(default_factory=list)
     pinned: bool = False
     used_at: float = 0.0
+    client: str = ""
+
+    @property
+    def size(self) -> int:
+        """Slots, those shared with others counted as its own."""
+        return len(self.path) + len(self.candidates)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client's sessions may hold together; beyond it the client's own oldest goes.
+
+    slots: shared ones are counted for each session.
+    """
+
+    sessions: int
+    slots: int
 
 
 class SlotCache:
@@ -50,7 +68,15 @@ class SlotCache:
     `now` is a clock in seconds. Not thread-safe: one thread owns it.
     """
 
-    def __init__(self, slots: int, max_sessions: int, ttl: float, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        slots: int,
+        max_sessions: int,
+        ttl: float,
+        now: Callable[[], float],
+        limits: Limits | None = None,
+    ) -> None:
+        self.limits = limits or Limits(max_sessions, slots)
         self.size = slots
         self.max_sessions = max_sessions
         self.ttl = ttl
@@ -74,7 +100,12 @@ class SlotCache:
         return self.size - len(self._free)
 
     def update(
-        self, name: str, start: int, tokens: Sequence[int], candidates: Sequence[int]
+        self,
+        name: str,
+        start: int,
+        tokens: Sequence[int],
+        candidates: Sequence[int],
+        client: str = "",
     ) -> Session | None:
         """Make the session's text its first `start` tokens plus `tokens`, and hold `candidates`.
 
@@ -84,13 +115,14 @@ class SlotCache:
         """
         session = self.sessions.get(name)
         if session is None and start == 0:
-            session = self._open(name)
+            session = self._open(name, client)
         if session is None or start > len(session.path):
             return None
         session.pinned = True
         session.used_at = self.now()
         self.sessions.move_to_end(name)
         try:
+            self._keep_limits(session, start + len(tokens) + len(candidates))
             self._move(session, start, tokens, candidates)
         except CacheFullError:
             session.pinned = False
@@ -141,11 +173,25 @@ class SlotCache:
             if count != self._owners[slot]:
                 raise RuntimeError(f"slot {slot}: {count} owners, {self._owners[slot]} counted")
 
-    def _open(self, name: str) -> Session:
+    def _open(self, name: str, client: str) -> Session:
+        if self.limits.sessions < self.max_sessions:
+            own = sum(1 for session in self.sessions.values() if session.client == client)
+            if own >= self.limits.sessions:
+                self._evict(f"a client's {self.limits.sessions} sessions are in use", client)
         if len(self.sessions) >= self.max_sessions:
             self._evict(f"all {self.max_sessions} sessions are in use")
-        session = self.sessions[name] = Session()
+        session = self.sessions[name] = Session(client=client)
         return session
+
+    def _keep_limits(self, session: Session, size: int) -> None:
+        """Make room for `size` slots of the session among those of its client."""
+        if self.limits.slots >= self.size:
+            return  # the pool itself is the limit
+        while True:
+            own = sum(s.size for s in self.sessions.values() if s.client == session.client)
+            if own - session.size + size <= self.limits.slots:
+                return
+            self._evict(f"a client's {self.limits.slots} slots are in use", session.client)
 
     def _move(
         self, session: Session, start: int, tokens: Sequence[int], candidates: Sequence[int]
@@ -204,10 +250,10 @@ class SlotCache:
                 del self._child[self._parent[slot], self.token[slot]]
                 self._free.append(slot)
 
-    def _evict(self, reason: str) -> None:
-        """Close the least recently used session that is not pinned."""
+    def _evict(self, reason: str, client: str | None = None) -> None:
+        """Close the least recently used session, of the client if one is named, not pinned."""
         for name, session in self.sessions.items():
-            if not session.pinned:
+            if not session.pinned and client in (None, session.client):
                 self.close(name)
                 self.evictions += 1
                 return

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from value_server import selfcheck
 from value_server.alone import Alone
 from value_server.attention import NAME, KVPool, Part, Pass, Row, register
-from value_server.cache import CacheFullError, SlotCache
+from value_server.cache import CacheFullError, Limits, SlotCache
 from value_server.errors import BusyError, ModelError, RequestError
 from value_server.groups import group_rows
 from value_server.job import Job, JobResult, StepRow
@@ -46,6 +46,8 @@ class Engine:
         max_sessions: int = 256,
         max_candidates: int = 64,
         session_ttl: float = 600.0,
+        client_sessions: int | None = None,
+        client_slots: int | None = None,
         pass_tokens: int = 2048,
         prefill_tokens: int = 512,
         weight_dtype: torch.dtype | None = None,
@@ -69,7 +71,8 @@ class Engine:
         self.max_candidates = max_candidates
         self.pass_tokens = pass_tokens
         self.prefill_tokens = prefill_tokens
-        self.cache = SlotCache(slots, max_sessions, session_ttl, now)
+        limits = Limits(client_sessions or max_sessions, client_slots or slots)
+        self.cache = SlotCache(slots, max_sessions, session_ttl, now, limits)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there
@@ -112,7 +115,7 @@ class Engine:
         created = self.cache.created
         try:
             for step in job.steps:
-                session = self.cache.update(step.session, step.start, step.tokens, step.candidates)
+                session = self.cache.update(*step, client=job.client)
                 job.rows.append(JobRow(session) if session else None)
         except CacheFullError as error:
             self.release(job)

@@ -1,7 +1,10 @@
-"""ASGI middleware in front of all routes: bearer token and size of the body."""
+"""ASGI middleware in front of all routes: bearer token, size of the body, and who asks.
+
+A client is the holder of a token of its own; where all share one or need none, an address.
+"""
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,7 +15,7 @@ OPEN_PATHS = ("/health", "/ready")
 
 
 class Guard:
-    """Refuses requests before the application sees them.
+    """Refuses requests before the application sees them; the others find `request.state.client`.
 
     Reads the whole body, at most `max_body_bytes` of it whatever its headers say, and replays it;
     what the application receives after it is what the client does next, a disconnect.
@@ -23,34 +26,39 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        token: str | None,
+        tokens: Sequence[str],
         max_body_bytes: int,
         answer: Callable[[RequestError], Response],
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.answer = answer
-        self._expected = f"Bearer {token}".encode() if token else None
+        self._expected = [f"Bearer {token}".encode() for token in tokens]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         try:
-            self._check_token(scope)
+            client = self._client(scope)
             body = await self._read(scope, receive)
         except RequestError as error:
             await self.answer(error)(scope, receive, send)
             return
         if body is not None:
+            scope = {**scope, "state": {**scope.get("state", {}), "client": client}}
             await self.app(scope, _replay(body, receive), send)
 
-    def _check_token(self, scope: Scope) -> None:
-        if self._expected is None or scope["path"] in OPEN_PATHS:
-            return
+    def _client(self, scope: Scope) -> str:
+        """Raises UnauthorizedError. Compares with all tokens in the time that the longest takes."""
+        address = (scope.get("client") or ("local",))[0]
+        if not self._expected or scope["path"] in OPEN_PATHS:
+            return str(address)
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, self._expected):
+        matches = [hmac.compare_digest(given, expected) for expected in self._expected]
+        if not any(matches):
             raise UnauthorizedError("missing or wrong bearer token", "authorization")
+        return str(address) if len(matches) == 1 else f"token {matches.index(True)}"
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None if the client has left."""

@@ -10,7 +10,7 @@
 Each counts once for every answered step, so their averages add up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -42,7 +42,8 @@ COUNTS = tuple(float(2**n) for n in range(13))
 class Metrics:
     """Counters of one server."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Callable[[], Engine]) -> None:
+        """engine: that of new sessions."""
         self.registry = CollectorRegistry()
         self._step = self._seconds("step", "Time of a step request in the server.")
         self._encode = self._seconds("encode", "Decoding and encoding of a step.")
@@ -85,12 +86,13 @@ class Metrics:
 class _EngineFigures(Collector):
     """Figures that the engine keeps itself, read when somebody asks."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Callable[[], Engine]) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """Gauges, and counters, whose names get `_total`."""
-        engine, cache = self._engine, self._engine.cache
+        engine = self._engine()
+        cache = engine.cache
         for name, text, value in (
             ("sessions", "Sessions held.", len(cache.sessions)),
             ("slots_used", "KV slots in use.", cache.used),

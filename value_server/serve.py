@@ -1,9 +1,13 @@
 """`lenvm serve`: load a checkpoint, listen."""
 
+import asyncio
 import logging
-import os
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import torch
@@ -16,12 +20,13 @@ from value_server.engine import Engine
 from value_server.linear import compute_dtype, weight_dtype
 from value_server.memory import keep_freed_memory
 from value_server.model import ValueModel
+from value_server.served import Served
 from value_server.settings import ServerSettings
 from value_server.text import Texts, tokenizer_source
 
 log = logging.getLogger(__name__)
 
-TOKEN_VARIABLE = "LENVM_TOKEN"
+LAST_S = 10  # for answers that are being written when the server ends
 
 
 def serve(
@@ -45,49 +50,109 @@ def serve(
     except Exception as error:  # a dozen libraries read a model, each with its own errors
         log.debug("load failed", exc_info=error)
         sys.exit(f"error: cannot serve {checkpoint}: {_one_line(error)}")
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         uds=str(settings.uds) if settings.uds else None,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         log_level="info",
         access_log=False,
         timeout_keep_alive=3600,  # the plugin keeps its connection between requests
+        timeout_graceful_shutdown=LAST_S,
     )
+    ValueServer(
+        config, app.state.served, settings.drain_s, lambda: load(checkpoint, settings)
+    ).run()
+
+
+class ValueServer(uvicorn.Server):
+    """SIGTERM: refuse what comes, finish what runs, and end. SIGHUP: load the checkpoint again.
+
+    A second SIGTERM, or SIGINT, ends at once. A checkpoint that cannot be served changes nothing.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, served: Served, drain_s: float, load: Callable[[], Engine]
+    ) -> None:
+        super().__init__(config)
+        self._served, self._drain_s, self._load = served, drain_s, load
+        self._end = float("inf")
+        self._asked = False
+        self._switch: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig != signal.SIGTERM or self._served.draining:
+            super().handle_exit(sig, frame)
+            return
+        log.info("SIGTERM: finishing %d requests", self._served.depth)
+        self._served.drain()
+        self._end = time.monotonic() + self._drain_s
+
+    def reload(self, *_: object) -> None:
+        """Load the checkpoint again, some time soon."""
+        self._asked = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end; asked ten times a second."""
+        if self._asked:
+            self._asked = False
+            self._begin_switch()
+        drained = time.monotonic() >= self._end and self._served.depth == 0
+        return await super().on_tick(counter) or drained
+
+    def _begin_switch(self) -> None:
+        if self._switch is not None and not self._switch.done():
+            log.error("SIGHUP: sessions are still on the checkpoint before this one")
+            return
+        self._switch = asyncio.create_task(self._load_and_switch())
+
+    async def _load_and_switch(self) -> None:
+        try:
+            await self._served.switch(await asyncio.to_thread(self._load))
+        except Exception as error:
+            log.error("SIGHUP: the checkpoint stays as it is: %s", _one_line(error))
 
 
 def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
     """Load everything, warm it up and put it together. Raises what loading raises."""
+    tokens = settings.tokens
+    engine = load(checkpoint, settings)
+    lenvm = engine.model.lenvm
+    source = tokenizer_source(checkpoint, settings.base_model or lenvm.base_model)
+    return create_app(
+        engine,
+        Texts.load(source, lenvm.tokenizer_fingerprint),
+        tokens=tokens,
+        max_body_bytes=settings.max_body_bytes,
+        max_waiting=settings.max_waiting,
+    )
+
+
+def load(checkpoint: Path, settings: ServerSettings) -> Engine:
+    """A checkpoint, ready to serve. Raises what loading raises."""
     keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
     dtype = weight_dtype(settings.dtype, device)
     model = ValueModel.load(checkpoint, settings.base_model, compute_dtype(dtype, device))
-    model = model.to(device)
-    lenvm = model.lenvm
-    source = tokenizer_source(checkpoint, settings.base_model or lenvm.base_model)
-    texts = Texts.load(source, lenvm.tokenizer_fingerprint)
     engine = Engine(
-        model,
+        model.to(device),
         slots=settings.slots,
         max_sessions=settings.max_sessions,
         max_candidates=settings.max_candidates,
         session_ttl=settings.session_ttl,
+        client_sessions=settings.client_sessions,
+        client_slots=settings.client_slots,
         pass_tokens=settings.pass_tokens,
         prefill_tokens=settings.prefill_tokens,
         weight_dtype=dtype,
         compiled=settings.compile,
     )
     engine.warm_up()
-    secret = settings.token.get_secret_value() if settings.token else None
-    return create_app(
-        engine,
-        texts,
-        token=secret or os.environ.get(TOKEN_VARIABLE) or None,
-        max_body_bytes=settings.max_body_bytes,
-        max_waiting=settings.max_waiting,
-    )
+    return engine
 
 
 def _device(name: str) -> torch.device:

@@ -1,10 +1,15 @@
 """Settings of the value server: flags of `lenvm serve`, or LENVM_SERVER_* in the environment."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# The plugin reads the same ones.
+TOKEN_VARIABLE = "LENVM_TOKEN"
+TOKEN_FILE_VARIABLE = "LENVM_TOKEN_FILE"
 
 
 class ServerSettings(BaseSettings):
@@ -51,12 +56,55 @@ class ServerSettings(BaseSettings):
     max_waiting: int = Field(
         default=1024, ge=1, description="Unfinished requests, beyond which the server answers 503."
     )
+    drain_s: float = Field(
+        default=1.0,
+        ge=0,
+        description="Seconds after SIGTERM in which what comes is answered 503, at least.",
+    )
     max_body_bytes: int = Field(
         default=16 << 20,
         ge=1024,
         description="Size of a request, beyond which the server answers 413.",
     )
+    client_sessions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sessions of one client (token or address), beyond which its oldest goes.",
+    )
+    client_slots: int | None = Field(
+        default=None,
+        ge=64,
+        description="Tokens and candidates of one client's sessions, shared ones counted for each.",
+    )
     token: SecretStr | None = Field(
         default=None,
         description="Bearer token that clients must send; better given through LENVM_TOKEN.",
     )
+    token_file: Path | None = Field(
+        default=None,
+        description="File of bearer tokens, a line each, one for a client; or LENVM_TOKEN_FILE.",
+    )
+    tls_cert: Path | None = Field(
+        default=None, description="PEM file of the certificate; with --tls-key, https only."
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file of its private key.")
+
+    @model_validator(mode="after")
+    def _cert_and_key(self) -> "ServerSettings":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: give both or none")
+        return self
+
+    @property
+    def tokens(self) -> list[str]:
+        """Of clients; none at all where everybody may ask.
+
+        Raises OSError for a file that cannot be read, ValueError for one without a token.
+        """
+        file = self.token_file or os.environ.get(TOKEN_FILE_VARIABLE)
+        if file is not None:
+            if tokens := Path(file).read_text().split():
+                return tokens
+            raise ValueError(f"token_file: no token in {file}")
+        given = self.token.get_secret_value() if self.token else os.environ.get(TOKEN_VARIABLE)
+        return [given] if given else []

@@ -35,6 +35,11 @@ def logit_from_length(r: Tensor, gamma: float) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
+def logit_in_gamma(z: Tensor, theirs: float, ours: float) -> Tensor:
+    """The same lengths, told in another gamma. NaN stays."""
+    return z if theirs == ours else logit_from_length(length_from_logit(z, theirs), ours)
+
+
 def value_from_length(r: Tensor, gamma: float) -> Tensor:
     """u = 1 - gamma^r."""
     return -torch.expm1(r * math.log(check_gamma(gamma)))
