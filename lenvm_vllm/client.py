@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenvm_vllm.endpoint import http_client
+from lenvm_vllm.traces import step_span
 from value_server.contract import wire
 
 T = TypeVar("T")
@@ -134,11 +135,12 @@ class ValueClient:
 
     def _step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
         rows = len(request.sessions)
-        body = self._ask(
-            *("POST", wire.STEP_PATH, self._timeout_s, wire.largest_reply(request)),
-            content=wire.encode(request),
-            headers={"Content-Type": wire.MEDIA_TYPE},
-        )
+        with step_span(request) as headers:
+            body = self._ask(
+                *("POST", wire.STEP_PATH, self._timeout_s, wire.largest_reply(request)),
+                content=wire.encode(request),
+                headers={"Content-Type": wire.MEDIA_TYPE, **headers},
+            )
         message = wire.decode_reply(body, sum(request.candidate_counts))
         if any(not 0 <= row < rows for row in message.unknown):
             raise BadReply(f"unknown: rows {message.unknown} of {rows}")

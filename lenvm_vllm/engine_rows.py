@@ -19,7 +19,7 @@ from lenvm_vllm.metrics import Counters
 from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.settings import load_settings
-from lenvm_vllm.state import RequestState
+from lenvm_vllm.state import RequestState, session_of
 from lenvm_vllm.vllm_names import (
     cached_tokenizer_from_config,
     get_tp_group,
@@ -58,6 +58,7 @@ class EngineRows:
         if _leads():
             self._counters.add("requests")
         return RequestState(
+            session=session_of(params.extra_args),
             target=target,
             prompt_ids=prompt_ids,
             output_ids=output_ids,

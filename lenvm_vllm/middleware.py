@@ -14,6 +14,7 @@ from lenvm_vllm.forecast import Forecast
 from lenvm_vllm.metrics import exposition
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
 from lenvm_vllm.settings import load_settings
+from lenvm_vllm.state import REQUEST_ID
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -45,7 +46,7 @@ class LengthTargetMiddleware:
             await self._app(scope, _replay(messages, receive), send)
             return
         try:
-            new = rewrite(body, _path(scope))
+            new = rewrite(body, _path(scope), _request_id(scope))
         except LengthTargetError as error:
             await _refuse(send, str(error))
             return
@@ -58,10 +59,10 @@ class LengthTargetMiddleware:
         await self._app(scope, _replay(messages, receive), send)
 
 
-def rewrite(body: bytes, path: str) -> bytes | None:
+def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | None:
     """The body with its length target moved to `vllm_xargs`; None when there is none to move.
 
-    Raises LengthTargetError.
+    request_id: goes along, for the logs of the value server. Raises LengthTargetError.
     """
     try:
         request = json.loads(body)
@@ -85,7 +86,8 @@ def rewrite(body: bytes, path: str) -> bytes | None:
         raise LengthTargetError(f"vllm_xargs: expected an object, got {xargs!r}")
     if twice := [key for key in xargs if key.startswith(PREFIX)]:
         raise LengthTargetError(f"{FIELD}: given beside vllm_xargs.{twice[0]}")
-    request["vllm_xargs"] = {**xargs, **target.to_xargs()}
+    known = {REQUEST_ID: request_id} if request_id else {}
+    request["vllm_xargs"] = {**xargs, **known, **target.to_xargs()}
     return json.dumps(request).encode()
 
 
@@ -145,6 +147,14 @@ def _limit(request: dict[str, Any], path: str) -> int | None:
 def _whole(request: dict[str, Any], name: str) -> int | None:
     """A number of the request; None for anything else, which is left to vLLM."""
     return value if type(value := request.get(name)) is int else None
+
+
+def _request_id(scope: Any) -> str | None:
+    """The id by which vLLM itself then calls the request."""
+    for key, value in scope["headers"]:
+        if key.lower() == b"x-request-id":
+            return str(value.decode("latin-1"))
+    return None
 
 
 def _path(scope: Any) -> str:

@@ -1,7 +1,10 @@
 """What the plugin knows of one running request. No tensors here."""
 
+import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lenvm_vllm.rails import Rails, rails_of
 from lenvm_vllm.request import LengthTarget
@@ -9,6 +12,15 @@ from lenvm_vllm.request import LengthTarget
 _CLOSED_BY_PROMPT = 4  # a chat template that switches thinking off ends with the marker, about
 
 _BEYOND_THE_END = 3  # tokens
+
+REQUEST_ID = "lenvm_request_id"  # key in `vllm_xargs`
+
+
+def session_of(extra_args: Mapping[str, Any] | None) -> str:
+    """A new session's id; it begins with the id that its request came with, if it had one."""
+    given = (extra_args or {}).get(REQUEST_ID, "")
+    known = re.sub(r"[^\w.:-]", "_", str(given), flags=re.ASCII)[:64]
+    return f"{known}.{uuid.uuid4().hex}" if known else uuid.uuid4().hex
 
 
 @dataclass

@@ -4,7 +4,6 @@ Errors are JSON: {"error": {"type", "message", "field"}}, with the status of err
 """
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -32,11 +31,11 @@ from value_server.errors import (
 )
 from value_server.guard import Guard
 from value_server.job import Job, JobResult, StepRow
+from value_server.logs import log_refusal
 from value_server.metrics import Metrics
 from value_server.served import Served
 from value_server.text import TextRequest, Texts
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HTTP_TYPES = {404: "not_found", 405: "method_not_allowed"}
@@ -64,8 +63,9 @@ def create_app(
         yield
         await run_in_threadpool(served.stop)
 
-    def answer(error: RequestError) -> Response:
+    def answer(error: RequestError, request: Request) -> Response:
         metrics.errors.labels(error.type).inc()
+        log_refusal(request, error)
         return error_response(error.status, error.type, error.message, error.field)
 
     async def run(job: Job, http: Request) -> JobResult:
@@ -94,21 +94,23 @@ def create_app(
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, answer=answer)
 
     @app.exception_handler(RequestError)
-    async def on_request_error(_: Request, error: RequestError) -> Response:
-        return answer(error)
+    async def on_request_error(request: Request, error: RequestError) -> Response:
+        return answer(error, request)
 
     @app.exception_handler(wire.WireError)
-    async def on_wire_error(_: Request, error: wire.WireError) -> Response:
+    async def on_wire_error(request: Request, error: wire.WireError) -> Response:
         name, colon, _rest = str(error).partition(":")
-        return answer(MalformedError(str(error), name if colon and " " not in name else None))
+        field = name if colon and " " not in name else None
+        return answer(MalformedError(str(error), field), request)
 
     @app.exception_handler(RequestValidationError)
-    async def on_validation_error(_: Request, error: RequestValidationError) -> Response:
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return answer(MalformedError(f"body: not JSON: {first['ctx']['error']}", "body"))
+            not_json = MalformedError(f"body: not JSON: {first['ctx']['error']}", "body")
+            return answer(not_json, request)
         where = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        return answer(RequestError(f"{where or 'body'}: {first['msg']}", where))
+        return answer(RequestError(f"{where or 'body'}: {first['msg']}", where), request)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> Response:
@@ -126,6 +128,7 @@ def create_app(
         body = await request.body()
         begin = time.perf_counter()
         message = wire.decode_request(body)
+        request.state.sessions = message.sessions
         closed = [_own(request, name) for name in message.closed]
         job = Job(_rows(message, request), closed, client=request.state.client)
         decoded = time.perf_counter()

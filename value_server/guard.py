@@ -6,6 +6,7 @@ A client is the holder of a token of its own; where all share one or need none, 
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,7 +29,7 @@ class Guard:
         *,
         tokens: Sequence[str],
         max_body_bytes: int,
-        answer: Callable[[RequestError], Response],
+        answer: Callable[[RequestError, Request], Response],
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
@@ -43,7 +44,7 @@ class Guard:
             client = self._client(scope)
             body = await self._read(scope, receive)
         except RequestError as error:
-            await self.answer(error)(scope, receive, send)
+            await self.answer(error, Request(scope))(scope, receive, send)
             return
         if body is not None:
             scope = {**scope, "state": {**scope.get("state", {}), "client": client}}

@@ -18,11 +18,13 @@ from fastapi import FastAPI
 from value_server.app import create_app
 from value_server.engine import Engine
 from value_server.linear import compute_dtype, weight_dtype
+from value_server.logs import configure
 from value_server.memory import keep_freed_memory
 from value_server.model import ValueModel
 from value_server.served import Served
 from value_server.settings import ServerSettings
 from value_server.text import Texts, tokenizer_source
+from value_server.traces import trace
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,10 @@ def serve(
         Folder of a value model, as `lenvm train` writes it.
     """
     settings = settings or ServerSettings()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    configure(settings.log_format)
     try:
         app = build_app(checkpoint, settings)
+        trace(app)
     except Exception as error:  # a dozen libraries read a model, each with its own errors
         log.debug("load failed", exc_info=error)
         sys.exit(f"error: cannot serve {checkpoint}: {_one_line(error)}")
@@ -57,7 +60,7 @@ def serve(
         uds=str(settings.uds) if settings.uds else None,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
-        log_level="info",
+        log_config=None,  # ours is for all
         access_log=False,
         timeout_keep_alive=3600,  # the plugin keeps its connection between requests
         timeout_graceful_shutdown=LAST_S,

@@ -61,6 +61,9 @@ class ServerSettings(BaseSettings):
         ge=0,
         description="Seconds after SIGTERM in which what comes is answered 503, at least.",
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Of the log; json is an object a line."
+    )
     max_body_bytes: int = Field(
         default=16 << 20,
         ge=1024,

@@ -1,0 +1,111 @@
+"""One request in the logs and traces of both processes."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from lenvm_vllm.client import ValueClient
+from lenvm_vllm.state import REQUEST_ID, session_of
+from tests.test_middleware import call, chunk
+from tests.test_security import served
+from tests.test_server import free_port, launch, step_body, wait_ready
+from tests.tiny import tiny_checkpoint
+from value_server.contract import wire
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_the_id_of_a_request_goes_along() -> None:
+    body = json.dumps({"prompt": "x", "length_target": 9}).encode()
+    headers = [(b"X-Request-Id", b"order 66\n")]
+    app, _, _ = call(chunk(body), headers=headers)
+    xargs = json.loads(app.body)["vllm_xargs"]
+    assert xargs[REQUEST_ID] == "order 66\n"
+    first, second = session_of(xargs), session_of(xargs)
+    assert first != second
+    assert first.startswith("order_66_.")
+    assert session_of({REQUEST_ID: "x" * 500}).startswith("x" * 64 + ".")
+    assert len({session_of(None), session_of({})}) == 2
+
+
+def test_json_lines_name_the_requests(checkpoint: Path) -> None:
+    port = free_port()
+    process = launch(str(checkpoint), "--port", str(port), "--log-format", "json")
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        wait_ready(client, process)
+        client.post(wire.STEP_PATH, content=step_body(("order-66.ab", 0, [999], [1])))
+        client.post(wire.PREDICT_PATH, json={}, headers={"X-Request-Id": "order-67"})
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=30)
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert {"time", "level", "logger", "message"} <= set(lines[0])
+    assert any(line["logger"] == "uvicorn.error" for line in lines)
+    step, predict = (line for line in lines if "status" in line)
+    assert (step["status"], step["field"], step["requests"]) == (422, "tokens", ["order-66.ab"])
+    assert (predict["type"], predict["requests"]) == ("invalid_request", ["order-67"])
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
+    """An OTLP endpoint, and what it was sent."""
+    sent: list[ExportTraceServiceRequest] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            sent.append(ExportTraceServiceRequest.FromString(body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces", sent
+        server.shutdown()
+        thread.join()
+
+
+def test_a_step_is_one_trace(checkpoint: Path, collector) -> None:
+    endpoint, sent = collector
+    ours = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(ours))
+    trace.set_tracer_provider(provider)
+    environment = {
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": endpoint,
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+    }
+    with served(checkpoint, **environment) as (url, _):
+        message = wire.decode_request(step_body(("order-66.ab", 0, [1], [2])))
+        assert ValueClient(url, timeout_s=60).step(message)[1] == []
+    (span,) = ours.get_finished_spans()
+    assert span.attributes is not None
+    assert span.attributes["lenvm.requests"] == ("order-66.ab",)
+    theirs = [
+        (found, resource)
+        for request in sent
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for found in scope.spans
+    ]
+    ((found, resource),) = theirs
+    assert found.name == f"POST {wire.STEP_PATH}"
+    assert int.from_bytes(found.trace_id, "big") == span.context.trace_id
+    assert int.from_bytes(found.parent_span_id, "big") == span.context.span_id
+    assert "lenvm-value-server" in str(resource.resource)

@@ -1,0 +1,45 @@
+"""What the server logs: events and whom they concern, never a text and never a token.
+
+A line names the sessions of its request, whose ids begin with the id that the request had in
+vLLM (its X-Request-Id header, if it came with one), so that both logs can be read side by side.
+"""
+
+import logging
+from typing import Literal
+
+from fastapi import Request
+
+from value_server.errors import RequestError
+
+log = logging.getLogger("value_server")
+
+MOST = 8  # sessions of one request that are named
+LONGEST = 64  # characters of each
+
+
+def configure(form: Literal["text", "json"]) -> None:
+    """For this process, uvicorn's lines included: text, or a JSON object a line."""
+    handler = logging.StreamHandler()
+    if form == "json":
+        from pythonjsonlogger.json import JsonFormatter
+
+        names = {"asctime": "time", "levelname": "level", "name": "logger"}
+        fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
+        handler.setFormatter(JsonFormatter(fields, rename_fields=names))
+    else:
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def log_refusal(request: Request, error: RequestError) -> None:
+    """A request that was not served. The error's own message may quote a text: it stays out."""
+    names = getattr(request.state, "sessions", None) or [request.headers.get("x-request-id", "")]
+    concerned = [name[:LONGEST] for name in names[:MOST]]
+    level = logging.WARNING if error.status >= 500 else logging.INFO
+    facts = {"status": error.status, "type": error.type, "field": error.field}
+    log.log(
+        level,
+        "%d %s, field %s, requests %s",
+        *(error.status, error.type, error.field, concerned),
+        extra=facts | {"requests": concerned},
+    )
