@@ -112,7 +112,7 @@ def main(
     tokens: int = 128,
     rounds: int = 3,
     threads: int = 2,
-    niceness: int = 19,
+    niceness: int = 10,
     dtype: str = "auto",
 ) -> None:
     """Measure and print one JSON line.
