@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -53,7 +54,7 @@ def in_thread(
 def other_engine(gamma: float = OTHER_GAMMA, **options: int) -> Engine:
     """Another checkpoint for the same tokenizer, trained with another gamma."""
     model = tiny_model(seed=1, **options)
-    model.lenvm = model.lenvm.model_copy(update={"gamma": gamma})
+    model.lenvm = msgspec.structs.replace(model.lenvm, gamma=gamma)
     return Engine(model, slots=400)
 
 
@@ -144,7 +145,7 @@ def test_a_checkpoint_that_cannot_follow_changes_nothing(
 
 def test_signals_of_a_real_server(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "model")
-    with served(folder, "--drain-s", "2") as (url, process):
+    with served(folder, "--dtype", "float32", "--drain-s", "600") as (url, process):
         client = httpx.Client(base_url=url, timeout=60, trust_env=False)
         step(client, ("old", 0, [1, 2], [3]))
         shutil.rmtree(folder)
@@ -162,4 +163,6 @@ def test_signals_of_a_real_server(tmp_path: Path) -> None:
         np.testing.assert_allclose(old, [naive([1, 2, 3, 4])[-1]], atol=1e-3)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/ready").status_code == 503)
-        assert process.wait(SECONDS) == 0
+        assert client.get("/health").status_code == 200
+        process.send_signal(signal.SIGTERM)  # at once
+        assert process.wait(SECONDS) == -signal.SIGTERM

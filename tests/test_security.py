@@ -105,9 +105,9 @@ def test_half_of_tls_is_refused(checkpoint: Path, flags: tuple[str, str]) -> Non
 
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ServerSettings().tokens == []
-    monkeypatch.setenv("LENVM_TOKEN", "one")
-    assert ServerSettings().tokens == ["one"]
-    assert Settings().connection["token"] == "one"
+    monkeypatch.setenv("LENVM_TOKEN", "hunter2")
+    assert ServerSettings().tokens == ["hunter2"]
+    assert Settings().connection["token"] == "hunter2"
     empty = tmp_path / "empty"
     empty.write_text("\n")
     with pytest.raises(ValueError, match="token_file: no token in"):
@@ -116,7 +116,7 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         _ = ServerSettings(token_file=tmp_path / "missing").tokens
     with pytest.raises(OSError, match="missing"):
         _ = Settings(token_file=tmp_path / "missing").connection
-    assert "one" not in repr(Settings()) + repr(ServerSettings(token="one"))
+    assert "hunter2" not in repr(Settings()) + repr(ServerSettings(token="hunter2"))
 
 
 def test_no_prompt_and_no_token_in_the_log(checkpoint: Path) -> None:

@@ -7,12 +7,21 @@ vLLM (its X-Request-Id header, if it came with one), so that both logs can be re
 import logging
 from typing import Literal
 
+import msgspec
 from fastapi import Request
 
+from value_server.contract import wire
 from value_server.errors import RequestError
+from value_server.text import TextRequest
 
 log = logging.getLogger("value_server")
 
+# A field that no request of ours has is the client's own word, perhaps a text.
+FIELDS = {
+    *(field.name for field in msgspec.structs.fields(wire.StepRequest)),
+    *TextRequest.model_fields,
+    *("body", "authorization", "id"),
+}
 MOST = 8  # sessions of one request that are named
 LONGEST = 64  # characters of each
 
@@ -36,10 +45,11 @@ def log_refusal(request: Request, error: RequestError) -> None:
     names = getattr(request.state, "sessions", None) or [request.headers.get("x-request-id", "")]
     concerned = [name[:LONGEST] for name in names[:MOST]]
     level = logging.WARNING if error.status >= 500 else logging.INFO
-    facts = {"status": error.status, "type": error.type, "field": error.field}
+    field = (error.field or "").split(".")[0]
+    facts = {"status": error.status, "type": error.type, "field": field if field in FIELDS else ""}
     log.log(
         level,
-        "%d %s, field %s, requests %s",
-        *(error.status, error.type, error.field, concerned),
+        "%d %s %s, requests %s",
+        *(*facts.values(), concerned),
         extra=facts | {"requests": concerned},
     )

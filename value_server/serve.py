@@ -1,6 +1,7 @@
 """`lenvm serve`: load a checkpoint, listen."""
 
 import asyncio
+import functools
 import logging
 import signal
 import sys
@@ -65,9 +66,10 @@ def serve(
         timeout_keep_alive=3600,  # the plugin keeps its connection between requests
         timeout_graceful_shutdown=LAST_S,
     )
-    ValueServer(
-        config, app.state.served, settings.drain_s, lambda: load(checkpoint, settings)
-    ).run()
+    again = functools.partial(load, checkpoint, settings)
+    server = ValueServer(config, app.state.served, settings.drain_s, again)
+    signal.signal(signal.SIGHUP, server.reload)
+    server.run()
 
 
 class ValueServer(uvicorn.Server):
