@@ -32,7 +32,7 @@ for name, target, line in (
     (
         "doctor",
         "lenvm_vllm.doctor:doctor",
-        "Check this installation and its value servers, and say what to do.",
+        "Check an installation and say what to do.",
     ),
     (
         "demo",

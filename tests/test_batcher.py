@@ -167,10 +167,10 @@ def test_nothing_is_left_hanging_at_a_stop(engine: BlockedEngine) -> None:
 def test_error_in_an_admission_fails_its_job_only(engine: BlockedEngine, batcher: Batcher) -> None:
     update = engine.cache.update
 
-    def failing(name: str, *rest: object) -> object:
+    def failing(name: str, *rest: object, **more: object) -> object:
         if name == "bad":
             raise RuntimeError("a bug")
-        return update(name, *rest)  # type: ignore[arg-type]
+        return update(name, *rest, **more)  # type: ignore[arg-type]
 
     engine.cache.update = failing  # type: ignore[assignment, method-assign]
     engine.allow()
