@@ -108,6 +108,16 @@ def check_step(client: httpx.Client, body: bytes) -> int:
     return reply.status_code
 
 
+def describe(url: str, examples: int, number: int) -> subprocess.CompletedProcess[str]:
+    """Everything that schemathesis makes of the server's description, by the seed `number`."""
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color"),
+        *("--checks", "not_a_server_error", "--max-examples", str(examples)),
+        *("--seed", str(number), "--generation-database", "none"),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 @contextlib.contextmanager
 def server() -> Iterator[tuple[str, psutil.Process, Path]]:
     """URL, process and log of a value server with a pool that is soon full."""
@@ -194,12 +204,7 @@ def openapi(*, minutes: float = 10.0) -> None:
         watch = Watch(process, minutes)
         turn = failed = 0
         while watch.goes_on():
-            command = [
-                *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
-                *("--checks", "not_a_server_error", "--max-examples", "100", "--seed", str(turn)),
-                *("--generation-database", "none", "--no-color"),
-            ]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            run = describe(url, examples=100, number=turn)
             turn += 1
             if run.returncode:
                 failed += 1

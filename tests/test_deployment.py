@@ -20,7 +20,7 @@ import yaml
 
 from lenvm_vllm.metrics import HELP
 from lenvm_vllm.processes import free_port, running
-from lenvm_vllm.settings import load_settings
+from lenvm_vllm.settings import Settings, load_settings
 from tests.tiny import tiny_checkpoint, tiny_model
 from value_server.engine import Engine
 from value_server.metrics import Metrics
@@ -105,7 +105,7 @@ def environments() -> list[dict[str, str]]:
 
 def test_environments_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unknown name would be ignored, and a wrong value stop the server where it runs."""
-    known = {f"LENVM_{name.upper()}" for name in load_settings().model_fields}
+    known = {f"LENVM_{name.upper()}" for name in Settings.model_fields}
     known |= {f"LENVM_SERVER_{name.upper()}" for name in ServerSettings.model_fields}
     assert len(environments()) == 6
     for environment in environments():
