@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenvm_vllm.candidates import Candidates, Cut, Writes, cut_candidates, plan_writes
+from lenvm_vllm.rails import landing_of
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.state import RequestState
 from lenvm_vllm.steering import MODES, Goals, steer
@@ -167,6 +168,7 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
         greedy=torch.tensor([target.policy == "greedy" for target in targets]),
         remaining=remaining(0),
         ceiling=remaining(1),
+        landing=column([landing_of(target) for target in targets]),
         beta=column([target.beta or 0.0 for target in targets]),
         max_kl=column([max_kl if t.max_kl is None else t.max_kl for t in targets]),
         gamma=gamma,

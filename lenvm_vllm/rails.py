@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lenvm_vllm.request import LengthTarget, LengthTargetError
+from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ def rails_of(target: LengthTarget) -> Rails:
     width = Fraction(str(target.tolerance)) * low
     first, last = math.ceil(low - width), math.floor(low + width)
     return Rails(first=max(1, first), last=last)
+
+
+def landing_of(target: LengthTarget) -> float:
+    """Tokens of half the stretch in which steering brings the end about.
+
+    Of equal_to it is what the rails allow on either side, or would by default.
+    """
+    tolerance = target.tolerance if target.mode == "equal_to" else None
+    share = DEFAULT_TOLERANCE if tolerance is None else tolerance
+    return share * target.limits[1]
 
 
 def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_eos: bool) -> None:

@@ -9,9 +9,19 @@ u* = 1 - gamma^r*, the value that meets the target; each mode keeps the mean val
 End-of-sequence is no token like the others: its probability *is* the length decision. So
 `project` works in two parts. First q is tilted towards u*, q' ~ q exp(lambda u), as far as a
 trust region of `max_kl` nats lets it: that keeps the text. Then p0 is set so that the mean
-value meets the target, (1 - p0) E_q'[u] = u*. Taking probability from an early end has no
-limit; giving some to an end before its time stays in the trust region, for an end that the
-model finds unlikely reads as a cut. Where nothing may follow (r* = 0) a possible end is taken.
+value meets the target, (1 - p0) E_q'[u] = u*, but an end is brought about in the landing only,
+the last stretch of the text:
+
+    equal_to         N - w ......... N ......... N + w
+    at_most, range   N - 2w ................... N         (N: the highest)
+    landed           0 ............. 1/2 ....... 1
+    [end not raised )[ odds of the end gain up to    ) taken if it is possible
+                       LANDING_NATS times landed
+
+Before it the text has time to find a better end, and many small chances of an early one would
+add up to it. In it the odds gain a factor: an end that the model finds unlikely stays unlikely,
+for it reads as a cut. Taking probability from an early end has no limit; equal_to has none
+before its landing.
 """
 
 from dataclasses import dataclass
@@ -29,6 +39,8 @@ _BISECTIONS = 32
 _SMALLEST_TILT, _LARGEST_TILT = 1e-6, 1e4
 _SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
+LANDING_NATS = 6.0  # half of it at the target of equal_to
+NATURAL = 0.05  # an end of this probability or more is not kept waiting past the target
 
 
 @dataclass(frozen=True)
@@ -36,14 +48,15 @@ class Goals:
     """What each of B rows wants.
 
     mode: (B,) index in MODES. greedy: (B,) bool, policy. remaining, ceiling: (B,) r* in tokens
-    of the target, of a range its lower and upper end; negative past it. beta, max_kl: (B,).
-    Entries that a mode does not use are ignored.
+    of the target, of a range its lower and upper end; negative past it. landing: (B,) w in
+    tokens. beta, max_kl: (B,). Entries that a mode does not use are ignored.
     """
 
     mode: Tensor
     greedy: Tensor
     remaining: Tensor
     ceiling: Tensor
+    landing: Tensor
     beta: Tensor
     max_kl: Tensor
     gamma: float
@@ -53,6 +66,16 @@ class Goals:
         low = value_from_length(self.remaining.clamp(min=0), self.gamma)
         high = value_from_length(self.ceiling.clamp(min=0), self.gamma)
         return low.masked_fill(self.mode == AT_MOST, 0), high.masked_fill(self.mode == AT_LEAST, 1)
+
+    @property
+    def room(self) -> Tensor:
+        """(B,) tokens from this one to the last of the landing; below 1 it is that or past it."""
+        return self.ceiling + torch.where(self.mode == EQUAL_TO, self.landing, 0.0)
+
+    @property
+    def landed(self) -> Tensor:
+        """(B,) share of the landing that is behind, below 0 before it."""
+        return 1 - self.room / (2 * self.landing).clamp(min=1e-9)
 
     @property
     def too_early(self) -> Tensor:
@@ -147,29 +170,21 @@ def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
 
 
 def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
-    """(B,) log p0 such that (1 - p0) mean is in bounds. mean: (B,) E_q'[u]."""
-    p0 = log_p0.exp()
+    """(B,) log p0 such that (1 - p0) mean is in bounds, as far as the landing allows.
+
+    mean: (B,) E_q'[u].
+    """
+    p0, landed, exact = log_p0.exp(), goals.landed, goals.mode == EQUAL_TO
     # The lowest mean value that is all right allows the largest p0, and the highest the smallest.
     most, least = ((1 - u / mean.clamp(min=1e-300)).clamp(0, 1) for u in goals.bounds())
     most, least = (torch.where(p < _NEVER, 0.0, p) for p in (most, least))
-    most = most.masked_fill(goals.too_early, 0)
-    raised = _raise_within(p0, least.masked_fill(p0 == 0, 0), goals.max_kl)
+    most = most.masked_fill(goals.too_early | (exact & (landed < 0)), 0)
+    gained = torch.sigmoid(torch.logit(p0) + LANDING_NATS * landed.clamp(0, 1))
+    raised = torch.where(landed < 0, p0, torch.maximum(p0, torch.minimum(least, gained)))
     new = torch.where(most < p0, most, raised)
-    new = torch.where((goals.ceiling <= 0) & (goals.mode != AT_LEAST), 1.0, new)
+    due = (goals.room < 1) | (exact & (goals.remaining <= 0) & (p0 >= NATURAL))
+    new = torch.where(due & (goals.mode != AT_LEAST), 1.0, new)
     return torch.where((p0 == 0) | (new == p0), log_p0, new.log())
-
-
-def _raise_within(p0: Tensor, wanted: Tensor, max_kl: Tensor) -> Tensor:
-    """(B,) the largest probability up to `wanted` whose KL from p0 is at most max_kl."""
-    low, high = p0, torch.maximum(p0, wanted)
-    if (high == low).all():
-        return high
-    for _ in range(_BISECTIONS):
-        p = (low + high) / 2
-        moved = torch.special.xlogy(p, p / p0) + torch.special.xlogy(1 - p, (1 - p) / (1 - p0))
-        inside = ~(moved > max_kl)
-        low, high = torch.where(inside, p, low), torch.where(inside, high, p)
-    return high
 
 
 def _choose(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:

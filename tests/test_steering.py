@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lenvm_vllm.steering import EQUAL_TO, MODES, Goals, steer
+from lenvm_vllm.steering import EQUAL_TO, LANDING_NATS, MODES, NATURAL, Goals, steer
 from value_server.contract.values import logit_from_length, remaining_goal
 
 GAMMA = 0.99
@@ -34,6 +34,7 @@ class Row:
     greedy: bool = False
     remaining: int = 10
     width: int = 0
+    landing: float = 0.0
     beta: float = 0.0
     max_kl: float = 0.2
 
@@ -49,6 +50,20 @@ class Row:
     def ceiling(self) -> int:
         """Of a range, whose lower end is `remaining`."""
         return self.remaining + self.width
+
+    @property
+    def room(self) -> float:
+        return self.ceiling + (self.landing if self.mode == "equal_to" else 0)
+
+    @property
+    def landed(self) -> float:
+        return 1 - self.room / (2 * max(self.landing, 1e-9))
+
+    @property
+    def gained(self) -> float:
+        """The largest probability of an end that the landing allows."""
+        odds = self.p0 / (1 - self.p0) * math.exp(LANDING_NATS * self.landed)
+        return odds / (1 + odds)
 
     @property
     def mean(self) -> float:
@@ -70,6 +85,7 @@ def goals_of(rows: list[Row]) -> Goals:
         greedy=torch.tensor([row.greedy for row in rows]),
         remaining=column("remaining"),
         ceiling=column("ceiling"),
+        landing=column("landing"),
         beta=column("beta"),
         max_kl=column("max_kl"),
         gamma=GAMMA,
@@ -144,14 +160,15 @@ def naive_project(row: Row) -> tuple[list[float], float]:
         return q, row.p0
     if row.mode == "at_least":
         return q, 0.0
-    if due:
+    exact = row.mode == "equal_to"
+    if row.room < 1 or (exact and due and row.p0 >= NATURAL):
         return q, 1.0
+    if exact and row.landed < 0:
+        return q, 0.0
     wanted = max(0.0, 1 - u_star / mean(q, u))
     if wanted <= row.p0:
         return q, row.p0 if row.mode == "at_most" else wanted
-    return q, last_inside(
-        lambda p: divergence([p, 1 - p], [row.p0, 1 - row.p0]) <= row.max_kl, row.p0, wanted
-    )
+    return q, row.p0 if row.landed < 0 else min(wanted, row.gained)
 
 
 def naive_greedy(row: Row) -> tuple[list[float] | None, float]:
@@ -191,6 +208,7 @@ def drawn_rows(draw: st.DrawFn, **fixed: Any) -> Row:
         mode=(mode := draw(st.sampled_from([*MODES[:3], "range"]))),
         remaining=draw(st.integers(-3, 400)),
         width=draw(st.integers(0, 50)) if mode == "range" else 0,
+        landing=draw(st.sampled_from([0.0, 0.7, 6.0, 100.0])),
         beta=draw(st.floats(-50, 50)),
         max_kl=draw(st.sampled_from([0.0, 0.01, 0.2, math.inf])),
     )
@@ -298,8 +316,9 @@ def test_text_stays_in_the_trust_region_and_on_its_side(row: Row) -> None:
     assert divergence(q, row.q) <= row.max_kl + 1e-9
     low, high = sorted([row.mean, mean(q, row.u)])
     assert not low + 1e-9 < row.u_star < high - 1e-9  # moved up to the target, never past it
-    if row.p0 < p0 < 1:
-        assert divergence([p0, 1 - p0], [row.p0, 1 - row.p0]) <= row.max_kl + 1e-9
+    if row.p0 * (1 + 1e-9) < p0 < 1:
+        assert 0 <= row.landed < 1
+        assert p0 <= row.gained + 1e-12
 
 
 # ---- goals that are met already
@@ -327,6 +346,55 @@ def test_the_end_is_forced_past_the_target() -> None:
             for greedy in (False, True):
                 row = Row(mode=mode, remaining=remaining, greedy=greedy, **text)
                 assert batched([row])[0][1] == 1.0
+
+
+# ---- the landing
+
+
+def landing_row(remaining: int, p0: float, mode: str = "equal_to") -> Row:
+    """A text that would go on for long, 100 tokens wanted of it, 10 to land in on either side."""
+    return Row(q=(0.5, 0.5), r=(200, 300), p0=p0, mode=mode, remaining=remaining, landing=10)
+
+
+def end_of(row: Row) -> float:
+    return batched([row])[0][1]
+
+
+def test_no_end_is_brought_about_before_the_landing() -> None:
+    assert [end_of(landing_row(r, 0.9)) for r in (90, 11)] == [0.0, 0.0]
+    assert [end_of(landing_row(r, 0.01, "at_most")) for r in (90, 21)] == [pytest.approx(0.01)] * 2
+
+
+@pytest.mark.parametrize(("mode", "start"), [("equal_to", 10), ("at_most", 20)])
+def test_the_odds_of_an_end_gain_from_its_start_to_its_end(mode: str, start: int) -> None:
+    """At the start none, and then LANDING_NATS evenly over its 20 tokens."""
+    for p0 in (0.04, 1e-6):
+        for done in (0, 5, 10, 15):
+            p = end_of(landing_row(start - done, p0, mode))
+            gain = math.log(p / (1 - p)) - math.log(p0 / (1 - p0))
+            assert gain == pytest.approx(LANDING_NATS * done / 20)
+        assert end_of(landing_row(start - 20, p0, mode)) == 1.0
+
+
+def test_a_likely_end_at_the_target_is_taken() -> None:
+    assert end_of(landing_row(0, NATURAL)) == 1.0
+    assert end_of(landing_row(1, NATURAL)) < 0.7
+    assert end_of(landing_row(0, 0.9 * NATURAL)) < 0.6
+
+
+def test_many_chances_of_an_early_end_do_not_add_up() -> None:
+    """Texts that would run for hundreds of tokens, each token ending them with 1 in 10,000: at
+    the target of 100 most still go on, and all end in the landing or right behind it."""
+    rng = random.Random(0)
+    ends = []
+    for _ in range(50):
+        t = 0
+        while rng.random() >= end_of(landing_row(remaining_goal(100, t), 1e-4)):
+            t += 1
+        ends.append(t + 1)
+    assert min(ends) >= 90
+    assert max(ends) <= 110
+    assert sum(end > 100 for end in ends) > 45
 
 
 # ---- the sign of beta
@@ -382,6 +450,7 @@ class ToyText:
             mode=self.mode,
             greedy=self.policy == "greedy",
             remaining=remaining_goal(self.target, self.generated),
+            landing=0.1 * self.target,
             max_kl=math.inf,
         )
 
