@@ -50,14 +50,16 @@ class Candidates:
         log_p = torch.cat([self.log_p0[:, None], self.log_q + self.log_rest[:, None]], dim=-1)
         return torch.special.entr(log_p.exp()).sum(-1)
 
-    def scored(self, mass: Tensor) -> Tensor:
-        """(B, K) bool: the most probable candidates that together have `mass` (B,) of q.
+    def scored(self, mass: Tensor, most: Tensor) -> Tensor:
+        """(B, K) bool: the most probable candidates that together have `mass` (B,) of q, `most`
+        (B,) of them at most.
 
         None of a row where they and the end leave no choice.
         """
         q = self.log_q.exp()
         limit = mass.masked_fill(mass >= 1, torch.inf)  # all, whatever a sum rounds to
         likely = self.kept & (q.cumsum(-1) - q < limit[:, None])
+        likely &= torch.arange(q.shape[-1]) < most[:, None]
         choice = likely.sum(-1) + ~self.log_p0.isneginf() > 1
         return likely & choice[:, None]
 

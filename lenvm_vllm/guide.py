@@ -63,7 +63,7 @@ class Guide:
             width = min(self._settings.max_candidates, info.max_candidates)
             candidates = cut_candidates(known[rows], cuts, width)
             asking = [states[row] for row in rows]
-            wanted = candidates.scored(masses_of(asking, self._settings.scored_mass))
+            wanted = candidates.scored(*shares_of(asking, self._settings))
             open_rows = _undecided(candidates, wanted, asking)
             rows, cuts = [rows[i] for i in open_rows], [cuts[i] for i in open_rows]
             candidates, wanted = _pick(candidates, open_rows), wanted[open_rows]
@@ -147,10 +147,12 @@ def cut_of(state: RequestState, settings: Settings) -> Cut:
     )
 
 
-def masses_of(states: Sequence[RequestState], mass: float) -> Tensor:
-    """(B,) share of each request's candidates, by probability, that is scored."""
-    shares = [1.0 if state.target.policy == "greedy" else mass for state in states]
-    return torch.tensor(shares, dtype=torch.float64)
+def shares_of(states: Sequence[RequestState], settings: Settings) -> tuple[Tensor, Tensor]:
+    """(B,) share of each request's candidates, by probability, and (B,) how many are scored."""
+    greedy = torch.tensor([state.target.policy == "greedy" for state in states])
+    mass = torch.full(greedy.shape, settings.scored_mass, dtype=torch.float64)
+    most = torch.full(greedy.shape, settings.max_scored)
+    return mass.masked_fill(greedy, 1), most.masked_fill(greedy, settings.max_candidates)
 
 
 def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goals:

@@ -49,8 +49,9 @@ class Settings(BaseSettings):
         and, under `--scheduling-policy priority`, for the queue.
     aging: tokens a second by which the queue prefers what came earlier.
     max_candidates: candidates per request and step at most.
-    scored_mass: the most probable candidates, up to this share of their probability together,
-        are scored; the others count with their mean. The policy greedy scores all.
+    scored_mass, max_scored: the most probable candidates, up to this share of their probability
+        together and to this number, are scored; the others count with their mean. The policy
+        greedy scores all.
     """
 
     model_config = SettingsConfigDict(env_prefix="LENVM_", frozen=True, extra="forbid")
@@ -69,6 +70,7 @@ class Settings(BaseSettings):
     aging: float = Field(10.0, ge=0)
     max_candidates: int = Field(64, ge=1)
     scored_mass: float = Field(0.9, gt=0, le=1)
+    max_scored: int = Field(8, ge=2)
 
     @property
     def connection(self) -> dict[str, Any]:

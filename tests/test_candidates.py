@@ -97,7 +97,7 @@ def row_of(candidates: Candidates, i: int) -> tuple[dict[int, float], float]:
 def with_choice(candidates: Candidates) -> list[int]:
     """The rows that are worth scoring."""
     all_of_it = torch.ones(len(candidates.ids), dtype=torch.float64)
-    return candidates.scored(all_of_it).any(-1).nonzero()[:, 0].tolist()
+    return candidates.scored(all_of_it, all_of_it * V).any(-1).nonzero()[:, 0].tolist()
 
 
 def assert_same(
@@ -232,23 +232,24 @@ def test_one_candidate_leaves_nothing_to_score(
 
 
 @pytest.mark.parametrize(
-    ("mass", "eos_ids", "scored"),
+    ("mass", "most", "eos_ids", "scored"),
     [
-        (1.0, [0], [5, 6, 7]),
-        (0.95, [0], [5, 6]),
-        (0.9, [0], [5]),  # the end is the other choice
-        (0.9, [], []),
-        (0.95, [], [5, 6]),
+        (1.0, 3, [0], [5, 6, 7]),
+        (1.0, 2, [0], [5, 6]),
+        (0.95, 3, [0], [5, 6]),
+        (0.9, 3, [0], [5]),  # the end is the other choice
+        (0.9, 3, [], []),
+        (0.95, 3, [], [5, 6]),
     ],
 )
 def test_the_likely_are_scored_where_they_leave_a_choice(
-    mass: float, eos_ids: list[int], scored: list[int]
+    mass: float, most: int, eos_ids: list[int], scored: list[int]
 ) -> None:
     logits = torch.full((1, V), -INF)
     logits[0, [5, 6, 7]] = torch.tensor([0.92, 0.05, 0.03]).log()
     logits[0, eos_ids] = 0.0
     candidates = cut_candidates(logits, [cut(eos_ids=eos_ids)], V)
-    wanted = candidates.scored(torch.tensor([mass], dtype=torch.float64))
+    wanted = candidates.scored(torch.tensor([mass], dtype=torch.float64), torch.tensor([most]))
     assert candidates.ids[wanted].tolist() == scored
 
 
