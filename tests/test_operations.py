@@ -76,6 +76,7 @@ def test_what_runs_is_finished_and_what_comes_is_refused() -> None:
         for reply in (
             client.post(wire.STEP_PATH, content=step_body(("b", 0, [1], [2]))),
             client.post(wire.PREDICT_PATH, json={"token_ids": [1]}),
+            client.get(wire.MODEL_PATH),  # else a plugin would think that it is back
         ):
             assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
         assert client.get("/ready").status_code == 503

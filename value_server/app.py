@@ -161,6 +161,7 @@ def create_app(
     @app.get(wire.MODEL_PATH)
     async def model() -> dict[str, Any]:
         """Facts of the value model and limits of the server."""
+        served.check_open()
         facts: dict[str, Any] = msgspec.to_builtins(model_info(served))
         return facts
 

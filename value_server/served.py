@@ -85,6 +85,11 @@ class Served:
         for batcher in self._batchers:
             batcher.forget(name)
 
+    def check_open(self) -> None:
+        """Raises BusyError while the server drains."""
+        if self.draining:
+            raise BusyError("the server is shutting down")
+
     def parts(self, job: Job) -> list[Part]:
         """The job by checkpoints; one part, the job itself, but while an old one is still there."""
         if self._before is None:
@@ -104,8 +109,7 @@ class Served:
         self, job: Job, wait: Callable[["asyncio.Future[list[JobResult]]"], Awaitable[Any]]
     ) -> JobResult:
         """The job's result, for which `wait` waits. Raises RequestError, see Batcher.submit."""
-        if self.draining:
-            raise BusyError("the server is shutting down")
+        self.check_open()
         parts = self.parts(job)
         futures = [asyncio.wrap_future(part.batcher.submit(part.job)) for part in parts]
         results = await wait(asyncio.gather(*futures))
