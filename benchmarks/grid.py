@@ -1,5 +1,6 @@
 """Trainings that differ in one setting each, all evaluated on the same held-out prompts."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,8 @@ def run_grid(
         path = folder / FIGURES_FILE
         if not path.exists():
             options = {**base, **run.options}
-            train(run.rollouts, folder, **options)
+            with contextlib.redirect_stdout(sys.stderr):  # of its log
+                train(run.rollouts, folder, **options)
             found = predict_held_out(
                 folder,
                 read_rollouts(rollouts),
