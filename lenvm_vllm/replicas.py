@@ -103,6 +103,11 @@ class Replicas:
             self._look(replica)
         return self._common([replica.info for replica in self._live() if replica.info])
 
+    @property
+    def live(self) -> list[str]:
+        """URLs of those that answer."""
+        return [replica.url for replica in self._replicas if replica.info is not None]
+
     def step(self, request: wire.StepRequest) -> Answer:
         """As ValueClient.step; all replicas at the same time. Rows of one that fails are unknown,
         so that they come again with their whole text, and go to another one.

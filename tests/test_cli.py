@@ -68,6 +68,7 @@ def test_options_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those of the command line go first, and what the file spells wrong is named."""
+    monkeypatch.setattr(app, "config", app.config)  # which `main` sets
     config = tmp_path / "run.yaml"
     config.write_text("model: m\nholdout: 0.5\ngamma: 2\nlora:\n  rank: 4\n")
     command = ["lenvm", "train", "x", "y", "--config", str(config)]
