@@ -6,7 +6,7 @@ A local Ray cluster, two value servers with a tiny random model, and the plugin'
 both URLs. Sessions step; in the middle one server's process is killed, and Ray starts it anew.
 """
 
-import itertools
+import contextlib
 import json
 import signal
 import tempfile
@@ -20,6 +20,7 @@ from cyclopts import App
 from ray import serve
 from tqdm import tqdm
 
+from lenvm_vllm.client import ValueServerError
 from lenvm_vllm.processes import free_port
 from lenvm_vllm.replicas import Replicas, connect
 from lenvm_vllm.settings import load_settings
@@ -84,6 +85,17 @@ def kill(name: str) -> None:
     raise RuntimeError(f"{name}: no such process")
 
 
+def wait_for_both(texts: Texts) -> None:
+    """Raises TimeoutError."""
+    deadline = time.monotonic() + BACK_S
+    while len(texts.servers.live) < 2:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"only {texts.servers.live} after {BACK_S} s")
+        with contextlib.suppress(ValueServerError):
+            texts.servers.model(lambda: None)
+        time.sleep(0.2)
+
+
 @app.default
 def main(*, steps: int = 200) -> None:
     """Step, kill, step, and end with one JSON line.
@@ -94,7 +106,7 @@ def main(*, steps: int = 200) -> None:
         Before the kill, and as many after it.
     """
     ray.init(num_cpus=2, include_dashboard=False)
-    port, unanswered = free_port(), 0
+    port, unanswered, lost = free_port(), 0, False
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tiny_checkpoint(Path(folder))
@@ -103,22 +115,18 @@ def main(*, steps: int = 200) -> None:
             server = application(checkpoint, settings, cpus=0.5)
             serve.run(server, name=f"values-{number}", route_prefix=f"/values-{number}")
         urls = tuple(f"http://127.0.0.1:{port}/values-{number}" for number in range(2))
-        texts = Texts(connect(load_settings({"lenvm": {"url": urls, "timeout_s": 10.0}})))
+        texts = Texts(connect(load_settings({"lenvm": {"url": urls}})))
+        wait_for_both(texts)
         for step in tqdm(range(2 * steps)):
             if step % 50 == 0:
                 texts.open(step)
             if step == steps:
                 kill("values-0")
             unanswered += texts.step()
-        began = time.monotonic()
-        for generation in itertools.count(10_000):
-            texts.open(generation)
-            unanswered += texts.step()
-            if len(texts.servers.live) == 2 or time.monotonic() > began + BACK_S:
-                break
-            time.sleep(0.5)
+            lost |= len(texts.servers.live) < 2
+        wait_for_both(texts)
         result = {"steps": 2 * steps, "rows": 2 * steps * SESSIONS, "unanswered_rows": unanswered}
-        print(json.dumps(result | {"both_back": len(texts.servers.live) == 2}))
+        print(json.dumps(result | {"lost": lost, "both_back": True}))
     serve.shutdown()
     ray.shutdown()
 
