@@ -2,21 +2,18 @@
 
 import json
 import signal
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from lenvm_vllm.client import ValueClient
 from lenvm_vllm.state import REQUEST_ID, session_of
+from tests.collector import collecting
 from tests.test_middleware import call, chunk
 from tests.test_security import served
 from tests.test_server import free_port, launch, step_body, wait_ready
@@ -59,53 +56,20 @@ def test_json_lines_name_the_requests(checkpoint: Path) -> None:
     assert (predict["type"], predict["requests"]) == ("invalid_request", ["order-67"])
 
 
-@pytest.fixture
-def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    """An OTLP endpoint, and what it was sent."""
-    sent: list[ExportTraceServiceRequest] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            sent.append(ExportTraceServiceRequest.FromString(body))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces", sent
-        server.shutdown()
-        thread.join()
-
-
-def test_a_step_is_one_trace(checkpoint: Path, collector) -> None:
-    endpoint, sent = collector
+def test_a_step_is_one_trace(checkpoint: Path) -> None:
     ours = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(ours))
     trace.set_tracer_provider(provider)
-    environment = {
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": endpoint,
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-    }
-    with served(checkpoint, **environment) as (url, _):
-        message = wire.decode_request(step_body(("order-66.ab", 0, [1], [2])))
-        assert ValueClient(url, timeout_s=60).step(message)[1] == []
+    with collecting() as collector:
+        with served(checkpoint, **collector.environment) as (url, _):
+            message = wire.decode_request(step_body(("order-66.ab", 0, [1], [2])))
+            assert ValueClient(url, timeout_s=60).step(message)[1] == []
+        ((found, process),) = collector.spans()  # all are sent by its end
     (span,) = ours.get_finished_spans()
     assert span.attributes is not None
     assert span.attributes["lenvm.requests"] == ("order-66.ab",)
-    theirs = [
-        (found, resource)
-        for request in sent
-        for resource in request.resource_spans
-        for scope in resource.scope_spans
-        for found in scope.spans
-    ]
-    ((found, resource),) = theirs
     assert found.name == f"POST {wire.STEP_PATH}"
     assert int.from_bytes(found.trace_id, "big") == span.context.trace_id
     assert int.from_bytes(found.parent_span_id, "big") == span.context.span_id
-    assert "lenvm-value-server" in str(resource.resource)
+    assert "lenvm-value-server" in process
