@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -153,15 +152,19 @@ def test_value_server_killed_while_sixteen_run(pair):
     wish = {"tokens": 80, "tolerance": 0.1}
     before = pair.scored()
 
-    def kill_when_all_run() -> None:
-        while pair.scored() < before + 16 * 150:
-            time.sleep(0.1)
+    def kill_when_all_run() -> bool:
+        deadline = time.monotonic() + 120
+        while pair.scored() < before + 16 * 40:  # prompts count too: before half of the answers
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
         os.kill(pair.pid, signal.SIGKILL)
+        return True
 
-    killer = threading.Thread(target=kill_when_all_run)
-    killer.start()
-    replies = pair.ask_all(MESSAGES * 4, length_target=wish)
-    killer.join()
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_when_all_run)
+        replies = pair.ask_all(MESSAGES * 4, length_target=wish)
+        assert killed.result()
     assert all(72 <= tokens(reply) <= 88 for reply in replies)
     assert {reply["choices"][0]["finish_reason"] for reply in replies} == {"stop"}
     assert pair.log.read_text().count("requests go on with guard rails only") == 1
