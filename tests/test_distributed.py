@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.test_train import run, toy_rows, write
 from tests.tiny_llm import tiny_llm
 from trainer.steps import last_step
+from trainer.train import Tune
 from value_server.contract.checkpoint import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -44,16 +45,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(command: list[str], place: Path, output: str, **env: str) -> subprocess.CompletedProcess:
+def launch(
+    command: list[str], place: Path, output: str, *options: str, **env: str
+) -> subprocess.CompletedProcess:
     """`train` on `place` in two processes."""
     files = [str(place / "toy.parquet"), str(place / output), "--config", str(place / "run.yaml")]
     return subprocess.run(
-        [*command, "train", *files],
+        [*command, "train", *files, *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env,
         capture_output=True,
         text=True,
     )
+
+
+def sharded(place: Path) -> list[str]:
+    """The start of a command that shards with the repository's config, on two CPU processes."""
+    config = place / "fsdp2.yaml"
+    config.write_text(CONFIG.read_text().replace("num_processes: 8", CPUS))
+    launcher = [str(BIN / "accelerate"), "launch", "--config_file", str(config)]
+    return [*launcher, "--main_process_port", "0", "-m", "tests.sharded"]
 
 
 def assert_same(one: Path, two: Path) -> None:
@@ -75,10 +86,7 @@ def test_two_processes_give_the_loss_of_one(place: Path) -> None:
 
 
 def test_sharded_and_killed_it_gives_the_same(place: Path) -> None:
-    config = place / "fsdp2.yaml"
-    config.write_text(CONFIG.read_text().replace("num_processes: 8", CPUS))
-    launcher = [str(BIN / "accelerate"), "launch", "--config_file", str(config)]
-    command = [*launcher, "--main_process_port", "0", "-m", "tests.sharded"]
+    command = sharded(place)
     killed = launch(command, place, "sharded", KILL_AFTER="3")
     assert killed.returncode != 0
     assert "sharded: ['', 'backbone.layers.0', 'backbone.layers.1']\n" in killed.stdout, (
@@ -91,6 +99,21 @@ def test_sharded_and_killed_it_gives_the_same(place: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert_same(place / "one", place / "sharded")
     assert not (place / "sharded" / "steps").exists()
+
+
+@pytest.mark.parametrize("tune", ["lora", "head"])
+def test_sharded_in_bfloat16_with_frozen_weights(place: Path, tune: Tune) -> None:
+    """Frozen bfloat16 weights and trained float32 ones in one unit."""
+    shape = ("--lora.rank", "4", "--lora.alpha", "8")
+    options = {"tune": tune, "max_steps": 6, "tokens_per_step": 256, "bf16": True}
+    run(place / "toy.parquet", place / f"one-{tune}", place / "base", **options)
+    result = launch(sharded(place), place, f"sharded-{tune}", "--tune", tune, "--bf16", *shape)
+    assert result.returncode == 0, result.stderr
+    curves = [
+        read_config(place / f"{name}-{tune}").training["loss_curve"] for name in ("one", "sharded")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=0.02)
+    assert curves[0][-1] < curves[0][0]
 
 
 def test_packs_that_cannot_be_shared_are_refused(
