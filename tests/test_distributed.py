@@ -105,8 +105,8 @@ def test_sharded_and_killed_it_gives_the_same(place: Path) -> None:
 def test_sharded_in_bfloat16_with_frozen_weights(place: Path, tune: Tune) -> None:
     """Frozen bfloat16 weights and trained float32 ones in one unit."""
     shape = ("--lora.rank", "4", "--lora.alpha", "8")
-    options = {"tune": tune, "max_steps": 6, "tokens_per_step": 256, "bf16": True}
-    run(place / "toy.parquet", place / f"one-{tune}", place / "base", **options)
+    options = {"max_steps": 6, "tokens_per_step": 256, "bf16": True}
+    run(place / "toy.parquet", place / f"one-{tune}", place / "base", tune=tune, **options)
     result = launch(sharded(place), place, f"sharded-{tune}", "--tune", tune, "--bf16", *shape)
     assert result.returncode == 0, result.stderr
     curves = [
