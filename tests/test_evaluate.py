@@ -146,6 +146,24 @@ def test_a_cut_completion_stays_out_of_the_figures_by_token() -> None:
     assert alone["r2"] == alone["r2_with_bounds"] != both["r2_with_bounds"]
 
 
+def test_a_bound_errs_only_where_a_prediction_falls_short_of_it() -> None:
+    """Against the best of many constants, found by trying."""
+    known, cut = [rollout("a", 3, 40), rollout("b", 3, 90)], [rollout("c", 3, 60, finished=False)]
+
+    def error(guess: float) -> float:
+        total = sum((u(r) - guess) ** 2 for n in (40, 90) for r in range(1, n + 1))
+        return total + sum(max(0, u(r) - guess) ** 2 for r in range(1, 62))
+
+    least = min(map(error, np.linspace(0.001, 0.999, 9999)))
+    result = figures(known + cut, constant(0.5))["r2_with_bounds"]
+    assert result == pytest.approx(1 - error(0.5) / least, abs=1e-4)
+
+    def oracle_or_more(text: Rollout) -> NDArray[np.float32]:
+        return oracle(text) + (0 if text.finished else 3)
+
+    assert figures(known + cut, oracle_or_more)["r2_with_bounds"] == pytest.approx(1, abs=1e-6)
+
+
 def test_calibration_compares_means_of_values_in_parts_of_equal_size() -> None:
     rollouts = [rollout(str(n), 3, n) for n in (20, 50, 90)]
     exact = figures(rollouts, oracle)["calibration"]

@@ -8,8 +8,9 @@ that the prediction explains, over every token with a known target: the last pro
 completion tokens but the last, of all finished completions together.
 
 A completion that max_tokens cut has a lower bound: at least one token more than was seen. In the
-MRE and the calibration it counts at that bound. R² and the errors by position leave it out;
-`r2_with_bounds` is R² with its tokens at their bounds.
+MRE and the calibration it counts at that bound. R² and the errors by position leave it out. In
+`r2_with_bounds` its tokens take part, with what a prediction falls short of their bounds as its
+error; the variance is then what the best constant prediction leaves.
 """
 
 from collections import defaultdict
@@ -60,8 +61,8 @@ def summarise(
         raise ValueError("rollouts: no finished completion among them")
     return {
         "mre": mean_relative_errors(boundary),
-        "r2": explained(known),
-        "r2_with_bounds": explained(known + bounds),
+        "r2": explained(known, []),
+        "r2_with_bounds": explained(known, bounds),
         "length_error_by_position": {
             str(position): float(np.median(rows)) for position, rows in errors.items() if rows
         },
@@ -97,11 +98,22 @@ def mean_relative_errors(
     return {domain: float(np.mean(rows)) for domain, rows in sorted(errors.items())}
 
 
-def explained(pairs: Sequence[tuple[Floats, Floats]]) -> float:
-    """R² of (u, prediction) arrays, all tokens together."""
-    u, predicted = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    total = float(np.square(u - u.mean()).sum())
-    return 1 - float(np.square(u - predicted).sum()) / total if total else float("nan")
+def explained(
+    known: Sequence[tuple[Floats, Floats]], bounds: Sequence[tuple[Floats, Floats]]
+) -> float:
+    """R² of (u, prediction) arrays, all tokens together; those of `bounds` err below u only."""
+    u, predicted = (np.concatenate(part) for part in zip(*known, *bounds, strict=True))
+    is_known = np.arange(len(u)) < sum(len(values) for values, _ in known)
+
+    def squared_error(prediction: Floats) -> float:
+        counts = is_known | (prediction < u)
+        return float(np.square(u - prediction)[counts].sum())
+
+    best = u[is_known].mean()
+    while (better := u[is_known | (best < u)].mean()) != best:  # rises to the least error
+        best = better
+    total = squared_error(np.full_like(u, best))
+    return 1 - squared_error(predicted) / total if total else float("nan")
 
 
 def calibration(pairs: Sequence[tuple[Floats, Floats]], gamma: float) -> list[dict[str, float]]:
