@@ -1,4 +1,4 @@
-"""What to do with completions that max_tokens cut? The three treatments, where the truth is known.
+"""What to do with completions that max_tokens cut? The treatments, where the truth is known.
 
     python -m benchmarks.censoring --rollouts rollouts/ --model MODEL
 

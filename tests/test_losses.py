@@ -64,7 +64,7 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize("censored", ["drop", "bound"])
+@pytest.mark.parametrize("censored", ["drop", "bound", "prompt"])
 @pytest.mark.parametrize(("target", "loss"), COMBINATIONS)
 @given(rows=positions)
 def test_losses_equal_a_loop(target: Target, loss: Any, censored: Any, rows: Any) -> None:
@@ -82,7 +82,7 @@ def test_losses_equal_a_loop(target: Target, loss: Any, censored: Any, rows: Any
         if r == NO_LABEL:
             continue
         y, label = naive_output(target, z), naive_label(target, r)
-        free = censored == "bound" and cut and y >= label
+        free = censored != "drop" and cut and y >= label
         assert value == pytest.approx(0 if free else naive_loss(loss, y, label), abs=2e-4, rel=1e-4)
 
 
@@ -201,6 +201,8 @@ def test_no_gradient_goes_through_a_target() -> None:
         ({"loss": "bce", "target": "length"}, "loss: 'bce', must be .* target length"),
         ({"gae_lambda": 0.5, "target": "length"}, "gae_lambda: 0.5, must be 1 with length"),
         ({"gae_lambda": 0.5, "censored": "bound"}, "gae_lambda: 0.5, must be 1 with censored"),
+        ({"gae_lambda": 0.5, "censored": "prompt"}, "gae_lambda: 0.5, must be 1 with censored"),
+        ({"prompt_weight": 0.0}, "prompt_weight: 0.0, must be above 0"),
         ({"censored": "bootstrap", "target": "log_length"}, "censored: 'bootstrap', must be"),
     ],
 )

@@ -263,12 +263,15 @@ def test_cut_completions_are_bounds_or_nothing(
     monkeypatch.setattr(trainer.train, "PackedDataset", keep)
     rows = [*toy_rows(6), *(row(i, [1], [2] * 9, "length") for i in range(4))]
     path = write(tmp_path / "a.parquet", rows)
-    for censored in ("drop", "bound"):
+    for censored in ("drop", "bound", "prompt"):
         run(path, tmp_path / censored, base, censored=censored, max_steps=1)
     assert [e.is_cut for e in seen[0]] == [False] * 6
-    assert [e.is_cut for e in seen[1]] == [False] * 6 + [True] * 4
-    facts = [read_config(tmp_path / name).training for name in ("drop", "bound")]
-    assert [(f["completions"], f["cut"]) for f in facts] == [(6, 0), (10, 4)]
+    for examples, size in ((seen[1], 10), (seen[2], 1)):  # of a prompt of one token
+        assert [e.is_cut for e in examples] == [False] * 6 + [True] * 4
+        assert {len(e.input_ids) for e in examples[6:]} == {size}
+        assert [e.labels[0] for e in examples[6:]] == [10.0] * 4
+    facts = [read_config(tmp_path / name).training for name in ("drop", "bound", "prompt")]
+    assert [(f["completions"], f["cut"]) for f in facts] == [(6, 0), (10, 4), (10, 4)]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +280,7 @@ def test_cut_completions_are_bounds_or_nothing(
         {"loss": "huber"},
         {"loss": "bce"},
         {"weighting": "trajectory"},
+        {"prompt_weight": 2.0},
         {"batches": "grouped"},
         {"gae_lambda": 0.9},
         {"target": "normalised_length"},
@@ -284,6 +288,7 @@ def test_cut_completions_are_bounds_or_nothing(
         {"target": "length", "target_scale": 40.0},
         {"target": "log_length", "max_steps": 40},
         {"censored": "bootstrap"},
+        {"censored": "prompt"},
         {"gradient_checkpointing": True},
         {"bf16": True},
     ],

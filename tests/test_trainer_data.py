@@ -118,6 +118,8 @@ def test_weights_of_a_token_mean_and_a_trajectory_mean() -> None:
     example = make_example(rollout(3, 4), 99)
     assert example.weights(False).tolist() == [0, 0, 1, 1, 1, 1, 0]
     assert example.weights(True).tolist() == [0, 0, 0.25, 0.25, 0.25, 0.25, 0]
+    assert example.weights(False, 5.0).tolist() == [0, 0, 5, 1, 1, 1, 0]
+    assert example.weights(True, 5.0).tolist() == [0, 0, 0.625, 0.125, 0.125, 0.125, 0]
     assert make_example(rollout(9, 4), 5).weights(True).tolist() == [0] * 5
 
 

@@ -7,7 +7,7 @@ A label is r, the tokens still to come after a position; NO_LABEL marks a positi
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,13 @@ class Example:
     is_cut: bool
     prompt_id: str = ""
 
-    def weights(self, trajectory_mean: bool) -> NDArray[np.float32]:
-        """(P+R,) what each label counts for: 1, or 1 for all labels of a text together."""
+    def weights(self, trajectory_mean: bool, prompt_weight: float = 1.0) -> NDArray[np.float32]:
+        """(P+R,) what each label counts for: 1, or 1 for all labels of a text together.
+
+        The first, at the prompt's end, counts for `prompt_weight` of the others.
+        """
         labelled = (self.labels != NO_LABEL).astype(np.float32)
+        labelled[labelled.argmax()] *= prompt_weight
         return labelled / max(labelled.sum(), 1) if trajectory_mean else labelled
 
     @property
@@ -121,6 +125,12 @@ def make_example(rollout: Rollout, max_length: int) -> Example:
     )
 
 
+def prompt_example(rollout: Rollout, max_length: int) -> Example:
+    """The prompt of a rollout alone, whose last token has the label."""
+    whole, prompt = make_example(rollout, max_length), len(rollout.prompt_ids)
+    return replace(whole, input_ids=whole.input_ids[:prompt], labels=whole.labels[:prompt])
+
+
 def known_values(rollout: Rollout, gamma: float, max_length: int) -> NDArray[np.float64]:
     """(K,) u = 1 - gamma^r from the last prompt token on; of a cut completion lower bounds.
 
@@ -192,9 +202,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         *,
         grouped: bool = False,
         trajectory_mean: bool = False,
+        prompt_weight: float = 1.0,
     ) -> None:
         self.examples = examples
-        self.trajectory_mean = trajectory_mean
+        self.weighting = (trajectory_mean, prompt_weight)
         groups = [e.prompt_id for e in examples] if grouped else None
         self.packs = pack([len(e.input_ids) for e in examples], capacity, seed, groups)
 
@@ -205,7 +216,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         members = [self.examples[i] for i in self.packs[index]]
         sizes = [len(e.input_ids) for e in members]
         is_cut = [np.full(n, e.is_cut) for n, e in zip(sizes, members, strict=True)]
-        weights = [e.weights(self.trajectory_mean) for e in members]
+        weights = [e.weights(*self.weighting) for e in members]
         return {
             "input_ids": torch.from_numpy(np.concatenate([e.input_ids for e in members])),
             "position_ids": torch.cat([torch.arange(n) for n in sizes]),

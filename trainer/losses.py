@@ -42,7 +42,7 @@ def token_losses(
         # Less the target's own entropy, so that the best prediction has loss 0.
         entropy = torch.special.entr(target) + torch.special.entr(1 - target)
         losses = F.binary_cross_entropy_with_logits(raw, target, reduction="none") - entropy
-    if objective.censored == "bound":
+    if objective.has_bounds:
         losses = torch.where(is_cut & (y >= target), 0, losses)
     return losses
 

@@ -10,7 +10,7 @@ from value_server.contract.targets import IN_UNIT_INTERVAL, SCALED, TARGETS, Tar
 
 Loss = Literal["squared", "huber", "bce"]
 Weighting = Literal["token", "trajectory"]
-Censored = Literal["drop", "bound", "bootstrap"]
+Censored = Literal["drop", "bound", "bootstrap", "prompt"]
 PERCENTILE = 99.0
 HUBER_DELTA = 0.1
 
@@ -36,11 +36,13 @@ class Objective:
         Error at which Huber turns linear; by default 0.1.
     weighting
         Each token counts the same, or each completion.
+    prompt_weight
+        What a prompt's last token, where a forecast is made, counts for in tokens.
     gae_lambda
         Below 1 the targets are lambda-returns, made from the model's own later values.
     censored
-        Completions cut by max_tokens: drop them, take their length as a lower bound, or go on
-        from the model's own value at the cut.
+        Completions cut by max_tokens: drop them, take their length as a lower bound, go on from
+        the model's own value at the cut, or take the bound at the end of the prompt alone.
     """
 
     gamma: float | None = None
@@ -50,6 +52,7 @@ class Objective:
     loss: Loss = "squared"
     huber_delta: float | None = None
     weighting: Weighting = "token"
+    prompt_weight: float = 1.0
     gae_lambda: float = 1.0
     censored: Censored = "drop"
 
@@ -71,18 +74,25 @@ class Objective:
             check(self.loss == "huber", "huber_delta", delta, f"left out with loss {self.loss}")
         bounded = self.loss != "bce" or self.target in IN_UNIT_INTERVAL
         check(bounded, "loss", self.loss, f"squared or huber with target {self.target}")
+        check(self.prompt_weight > 0, "prompt_weight", self.prompt_weight, "above 0")
         check(0 <= self.gae_lambda <= 1, "gae_lambda", self.gae_lambda, "0 to 1")
         if self.target != "discounted_return":
             check(self.gae_lambda == 1, "gae_lambda", self.gae_lambda, f"1 with {self.target}")
             checked = self.censored != "bootstrap"
-            check(checked, "censored", self.censored, f"drop or bound with {self.target}")
-        if self.censored == "bound":
-            check(self.gae_lambda == 1, "gae_lambda", self.gae_lambda, "1 with censored bound")
+            check(checked, "censored", self.censored, f"drop, bound or prompt with {self.target}")
+        if self.has_bounds:
+            others = f"1 with censored {self.censored}"
+            check(self.gae_lambda == 1, "gae_lambda", self.gae_lambda, others)
 
     @property
     def bootstraps(self) -> bool:
         """Whether targets are made from the model's own values."""
         return self.gae_lambda < 1 or self.censored == "bootstrap"
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether labels of cut completions are lower bounds, and err below only."""
+        return self.censored in ("bound", "prompt")
 
     def facts(self) -> dict[str, Any]:
         """What was chosen, but gamma, which the checkpoint holds in its own place."""

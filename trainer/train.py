@@ -25,6 +25,7 @@ from trainer.data import (
     collate,
     digest,
     make_example,
+    prompt_example,
     prompt_hashes,
     read_rollouts,
     split,
@@ -135,7 +136,7 @@ def train(
     train_part, _ = split(read_rollouts(rollouts), holdout)
     gamma = choose_gamma(train_part, objective, rollouts)
     kept = [r for r in train_part if r.finished or objective.censored != "drop"]
-    examples = [e for e in (make_example(r, recipe.max_length) for r in kept) if e.has_labels]
+    examples = [e for r in kept if (e := example_of(r, objective, recipe)).has_labels]
     if not examples:
         raise ValueError(
             f"rollouts: {rollouts} has nothing to train on with holdout {holdout}, "
@@ -187,6 +188,7 @@ def train(
             recipe.seed,
             grouped=recipe.batches == "grouped",
             trajectory_mean=objective.weighting == "trajectory",
+            prompt_weight=objective.prompt_weight,
         ),
         data_collator=collate,
         objective=objective,
@@ -206,6 +208,12 @@ def train(
         value_model.save(output)
         write_card(output, value_model.lenvm)
         shutil.rmtree(steps)
+
+
+def example_of(rollout: Rollout, objective: Objective, recipe: Recipe) -> Example:
+    """What one completion teaches."""
+    prompt_alone = objective.censored == "prompt" and not rollout.finished
+    return (prompt_example if prompt_alone else make_example)(rollout, recipe.max_length)
 
 
 def is_finished(output: Path, run: str) -> bool:
