@@ -28,7 +28,9 @@ from trainer.train import LoraShape, Tune, choose_gamma, train
 
 app = App(help=__doc__)
 LORA = LoraShape(rank=16)
-RECIPE = Recipe(learning_rate=1e-3, warmup_steps=5, max_steps=40)
+RECIPE = Recipe(
+    learning_rate=5e-4, warmup_steps=20, max_steps=100, tokens_per_step=3072, max_length=768
+)
 COLUMNS = ("completions", "cut", "r2", "mean mre", "median error at the prompt's end")
 
 

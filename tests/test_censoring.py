@@ -45,15 +45,15 @@ def test_each_treatment_is_trained_and_judged_on_whole_completions(
             output=tmp_path / "out",
         )
     printed = capsys.readouterr()
-    assert printed.err.count("finished before") == 3
+    assert printed.err.count("finished before") == 4
     *table, last = printed.out.splitlines()
     result = json.loads(last)
     assert result["limit"] == 20
     treatments = result["treatments"]
-    assert list(treatments) == ["drop", "bound", "bootstrap"]
+    assert list(treatments) == ["drop", "bound", "bootstrap", "prompt"]
     assert treatments["drop"]["cut"] == 0 < treatments["bound"]["cut"]
     assert treatments["bound"]["completions"] == treatments["bootstrap"]["completions"]
-    assert f"| bound | {treatments['bound']['completions']} |" in table[-2]
+    assert f"| bound | {treatments['bound']['completions']} |" in table[-3]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
