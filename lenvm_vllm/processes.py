@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,11 +23,17 @@ VLLM_SERVE = (
 )
 
 
+# Below those that systems give to outgoing connections, which would take one before its server.
+_PORTS = iter(random.SystemRandom().sample(range(20_000, 30_000), 10_000))
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens on now, another with each call."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 20000 to 29999")
 
 
 @contextlib.contextmanager
