@@ -6,17 +6,30 @@ ramp        end-of-sequence gets likelier as the target nears (benchmarks/ramp.p
 greedy      length_target by the paper's rule, rails off
 project     length_target by the smallest change, rails off
 railed      length_target as it is by default
+best_of     the same, the best of four answers
+
+The last four take other options of length_target behind a colon: `railed:tolerance=0.05`,
+`project:max_kl=0.4,every=2`.
 """
 
+import json
 from typing import Any
 
 from benchmarks.endpoint import Endpoint
+from lenvm_vllm.request import LengthTarget, LengthTargetError
 
-ARMS = ("prompt", "limits", "ramp", "greedy", "project", "railed")
+WITHOUT_RAILS = {"tolerance": None}
+TARGETED: dict[str, dict[str, Any]] = {
+    "greedy": {**WITHOUT_RAILS, "policy": "greedy"},
+    "project": {**WITHOUT_RAILS, "policy": "project"},
+    "railed": {},
+    "best_of": {"best_of": 4},
+}
+ARMS = ("prompt", "limits", "ramp", *TARGETED)
 # What an arm needs of its server, and a request that only such a server refuses.
 PROBES: dict[str, tuple[dict[str, Any], str]] = {
     "ramp": ({"vllm_xargs": {"ramp_tokens": 0}}, "benchmarks.ramp:Ramp"),
-    **dict.fromkeys(ARMS[3:], ({"length_target": {"tokens": 0}}, "lenvm_vllm")),
+    **dict.fromkeys(TARGETED, ({"length_target": {"tokens": 0}}, "lenvm_vllm")),
 }
 
 
@@ -29,18 +42,36 @@ def fields(arm: str, mode: str, tokens: int) -> dict[str, Any] | None:
         return least if mode == "at_least" else {**least, "max_tokens": tokens}
     if arm == "ramp":
         return None if mode == "at_least" else {"vllm_xargs": {"ramp_tokens": tokens}}
-    target: dict[str, Any] = {"mode": mode, "tokens": tokens}
-    if arm != "railed":
-        target |= {"tolerance": None, "policy": arm}
-    return {"length_target": target}
+    name, _, options = arm.partition(":")
+    return {
+        "length_target": {"mode": mode, "tokens": tokens, **TARGETED[name], **_options(options)}
+    }
+
+
+def _options(text: str) -> dict[str, Any]:
+    """`a=1,b=x` as an object; values are JSON where they can be."""
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def check_arms(arms: tuple[str, ...], endpoint: Endpoint) -> None:
     """Raises ValueError for an arm that is unknown or that the server cannot do."""
     for arm in arms:
-        if arm not in ARMS:
+        name, colon, _ = arm.partition(":")
+        if name not in ARMS or (colon and name not in TARGETED):
             raise ValueError(f"arms: {arm!r}, must be one of {', '.join(ARMS)}")
-        probe, processor = PROBES.get(arm, (None, ""))
+        if colon:
+            try:
+                LengthTarget.parse((fields(arm, "equal_to", 100) or {})["length_target"])
+            except LengthTargetError as error:
+                raise ValueError(f"arms: {arm!r}: {error}") from error
+        probe, processor = PROBES.get(name, (None, ""))
         if probe and not endpoint.refuses(probe):
             raise ValueError(
                 f"arms: {arm!r} needs a vLLM started with --logits-processors {processor}, which "

@@ -94,7 +94,8 @@ def main(
     checkpoint
         Value model to serve; with --url the one that is served there.
     arms
-        Ways to get the length; see benchmarks/arms.py.
+        Ways to get the length, some with options as in railed:tolerance=0.05; see
+        benchmarks/arms.py.
     modes
         equal_to, at_most, at_least.
     targets

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-NATURAL = 0.05  # an end is natural where the unguided model gives it at least this probability
+from lenvm_vllm.request import NATURAL
+
 _SENTENCE_END = re.compile(r"[.!?。！？…](?:[\"'”’»」』)\]*_`]|</?\w+>)*$|```$")  # noqa: RUF001
 
 

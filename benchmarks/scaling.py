@@ -29,7 +29,7 @@ from trainer.train import LoraShape, Tune, choose_gamma, load_shape
 app = App(help=__doc__)
 LORA, OBJECTIVE = LoraShape(rank=16), Objective(censored="bound")
 RECIPE = Recipe(
-    learning_rate=1e-3, tokens_per_step=8192, max_length=2048, warmup_steps=5, max_steps=40
+    learning_rate=5e-4, tokens_per_step=3072, max_length=768, warmup_steps=10, max_steps=60
 )
 
 

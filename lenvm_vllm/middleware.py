@@ -1,6 +1,7 @@
 """ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`, and
 `/metrics` shows what the engine counts of them. With the setting `forecast` a request is also
 given its priority, and its answer a header with the length to expect.
+Of a target with `best_of` it returns the answers that end best.
 
 Without that setting a request that holds no `length_` goes on byte for byte.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 from lenvm_vllm import vllm_hooks
 from lenvm_vllm.admission import check_admission
+from lenvm_vllm.best_of import Choosing, choosing_send
 from lenvm_vllm.forecast import Forecast
 from lenvm_vllm.metrics import exposition
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
@@ -50,6 +52,8 @@ class LengthTargetMiddleware:
         except LengthTargetError as error:
             await _refuse(send, str(error))
             return
+        if new is not None:
+            new, send = _with_best_of(new, send, _path(scope))
         if self._forecast is not None:
             new, send = await _with_forecast(self._forecast, new or body, send, _path(scope))
         if new is not None:
@@ -60,7 +64,7 @@ class LengthTargetMiddleware:
 
 
 def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | None:
-    """The body with its length target moved to `vllm_xargs`; None when there is none to move.
+    """The body with its length target moved to `vllm_xargs`; None when nothing is to change.
 
     request_id: goes along, for the logs of the value server. Raises LengthTargetError.
     """
@@ -77,9 +81,11 @@ def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | No
         )
     xargs = request.get("vllm_xargs") or {}
     if request.get(FIELD) is None:
-        if isinstance(xargs, dict) and (flat := LengthTarget.from_extra_args(xargs)):
+        flat = LengthTarget.from_extra_args(xargs) if isinstance(xargs, dict) else None
+        if flat:
             _check(flat, request, path)
-        return json.dumps(request).encode() if request.pop(FIELD, 0) is None else None
+        changed = request.pop(FIELD, 0) is None or (flat is not None and flat.best_of > 1)
+        return json.dumps(request).encode() if changed else None
     target = LengthTarget.parse(request.pop(FIELD))
     _check(target, request, path)
     if not isinstance(xargs, dict):
@@ -89,6 +95,16 @@ def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | No
     known = {REQUEST_ID: request_id} if request_id else {}
     request["vllm_xargs"] = {**xargs, **known, **target.to_xargs()}
     return json.dumps(request).encode()
+
+
+def _with_best_of(body: bytes, send: Any, path: str) -> tuple[bytes, Any]:
+    """The body that samples `best_of` answers, and a `send` that chooses among them."""
+    request = json.loads(body)
+    target = LengthTarget.from_extra_args(request.get("vllm_xargs"))
+    if target is None or target.best_of == 1:
+        return body, send
+    choosing = Choosing.of(request, target, text=path == TEXT)
+    return json.dumps(request).encode(), choosing_send(send, choosing)
 
 
 async def _with_forecast(
@@ -128,6 +144,8 @@ def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
         raise LengthTargetError(
             f"prompt_embeds: contradicts {FIELD}, whose values are those of tokens"
         )
+    if target.best_of > 1:
+        _check_best_of(target.best_of, request, path)
     check_admission(
         target,
         max_tokens=_limit(request, path),
@@ -135,6 +153,19 @@ def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
         ignore_eos=request.get("ignore_eos") is True,
         thinking_token_budget=_whole(request, "thinking_token_budget"),
     )
+
+
+def _check_best_of(best_of: int, request: dict[str, Any], path: str) -> None:
+    """Raises LengthTargetError."""
+    name = f"{FIELD}.best_of: {best_of}"
+    if path not in (CHAT, TEXT):
+        raise LengthTargetError(f"{name}: only {CHAT} and {TEXT} choose among answers")
+    for other in ("stream", "echo"):
+        if request.get(other):
+            raise LengthTargetError(f"{name} contradicts {other}: {request[other]!r}")
+    n = request.get("n")
+    if n is not None and not (type(n) is int and 1 <= n <= best_of):
+        raise LengthTargetError(f"n: {n!r}, must be from 1 to {name}")
 
 
 def _limit(request: dict[str, Any], path: str) -> int | None:

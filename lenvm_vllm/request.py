@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 FIELD = "length_target"
 PREFIX = "length_"
 DEFAULT_TOLERANCE = 0.1
+NATURAL = 0.05  # an end is natural where the unguided model gives it at least this probability
 
 _FLAT = {
     "length_target": "tokens",
@@ -20,7 +21,7 @@ _FLAT = {
         f"length_{part}": part
         for part in (
             *("mode", "min_tokens", "max_tokens", "beta", "tolerance", "policy", "max_kl"),
-            *("min_entropy", "every", "scope"),
+            *("min_entropy", "every", "scope", "best_of"),
         )
     },
 }
@@ -45,6 +46,7 @@ class LengthTarget(BaseModel):
     every: only each so-manieth token is scored.
     scope: what is counted: the whole completion, its thinking up to the marker that ends it
         (the marker included), or the answer after the marker.
+    best_of: answers that the API server samples, to return those that end best.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -60,6 +62,7 @@ class LengthTarget(BaseModel):
     min_entropy: float = Field(0.0, ge=0)
     every: int = Field(1, ge=1, le=2**31 - 1)
     scope: Literal["completion", "thinking", "answer"] = "completion"
+    best_of: int = Field(1, ge=1, le=64)
 
     @model_validator(mode="after")
     def _mode_has_its_numbers(self) -> Self:
@@ -72,6 +75,9 @@ class LengthTarget(BaseModel):
                 raise ValueError(f"{name}: mode {self.mode!r} takes none, got {value!r}")
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if self.best_of > 1 and (self.mode == "tilt" or self.scope != "completion"):
+            what = f"mode {self.mode!r} and scope {self.scope!r}"
+            raise ValueError(f"best_of: {self.best_of} needs a length to compare, not {what}")
         return self
 
     @property

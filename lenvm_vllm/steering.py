@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lenvm_vllm.request import NATURAL
 from value_server.contract.values import value_from_length, value_from_logit
 
 MODES = ("equal_to", "at_most", "at_least", "tilt", "range")
@@ -40,7 +41,6 @@ _SMALLEST_TILT, _LARGEST_TILT = 1e-6, 1e4
 _SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 LANDING_NATS = 6.0  # half of it at the target of equal_to
-NATURAL = 0.05  # an end of this probability or more is not kept waiting past the target
 
 
 @dataclass(frozen=True)

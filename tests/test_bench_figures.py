@@ -127,13 +127,21 @@ def test_what_each_arm_asks_for() -> None:
         "length_target": {"mode": "at_most", "tokens": 50, "tolerance": None, "policy": "greedy"}
     }
     assert fields("railed", "equal_to", 50) == {"length_target": {"mode": "equal_to", "tokens": 50}}
+    assert fields("project:max_kl=0.4,scope=answer", "at_most", 50) == {
+        "length_target": {"mode": "at_most", "tokens": 50, "tolerance": None, "policy": "project"}
+        | {"max_kl": 0.4, "scope": "answer"}
+    }
+    assert fields("best_of:best_of=8", "equal_to", 50) == {
+        "length_target": {"mode": "equal_to", "tokens": 50, "best_of": 8}
+    }
 
 
 def test_where_a_rail_writes_the_end() -> None:
     assert last_of("railed", "equal_to", 100) == 110
     assert last_of("railed", "at_most", 100) == 100
     assert last_of("railed", "at_least", 100) is None
-    assert {last_of(arm, mode, 100) for arm in ARMS[:-1] for mode in MODES} == {None}
+    assert last_of("best_of:tolerance=0.05", "equal_to", 100) == 105
+    assert {last_of(arm, mode, 100) for arm in ARMS[:-2] for mode in MODES} == {None}
 
 
 def test_ramp_rises_to_its_strength_at_the_target() -> None:

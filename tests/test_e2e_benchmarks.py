@@ -81,6 +81,8 @@ def test_an_arm_that_the_server_cannot_do(folder: Path) -> None:
     check_arms(ARMS, endpoint)
     with pytest.raises(ValueError, match=r"arms: 'fast', must be one of prompt"):
         check_arms(("fast",), endpoint)
+    with pytest.raises(ValueError, match=r"arms: 'railed:tolerence=0': length_target.tolerence"):
+        check_arms(("railed:tolerence=0",), endpoint)
     assert not endpoint.refuses({"unknown": 1})  # as a server without the plugin would
 
 

@@ -126,6 +126,24 @@ def test_messages_with_sampling(client):
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_best_of_several(client, path):
+    """Of five random texts the nearest: what they are without best_of, given as choices."""
+    target, fields = {"tokens": 20, "tolerance": 0.5}, {"temperature": 1.0, "seed": 7}
+    found = post(client, path, length_target=target, n=5, logprobs=1, **fields)
+    choices = found.json()["choices"]
+    reply = post(client, path, length_target=target | {"best_of": 5}, **fields)
+    assert text_of(reply) in [
+        c["text"] if path == TEXT else c["message"]["content"] for c in choices
+    ]
+    assert reply.json()["choices"][0]["logprobs"] is None
+    assert reply.headers["lenvm-sampled-tokens"] == str(length(found))
+    assert length(reply) in range(10, 31)
+    two = post(client, path, length_target=target | {"best_of": 5}, n=2, **fields)
+    assert [choice["index"] for choice in two.json()["choices"]] == [0, 1]
+    assert post(client, path, length_target={"tokens": 20, "best_of": 5}, n=6).status_code == 400
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_a_grammar_and_a_target(client, path):
     """The target decides where the grammar leaves a choice, and the grammar where it does not."""
     exact = {"tokens": 12, "tolerance": 0.0}

@@ -12,6 +12,7 @@ from lenvm_vllm.middleware import PATHS, LengthTargetMiddleware
 from lenvm_vllm.request import LengthTarget
 
 CHAT = "/v1/chat/completions"
+BEST_OF_3 = {"tokens": 5, "best_of": 3}
 FOREIGN = b'{ "model":"m",\n "temperature": 1.0 ,"x":"\\u00e4", "model":"twice"}'
 
 
@@ -172,6 +173,9 @@ def test_root_path_is_left_out() -> None:
         ({"length_target": 5, "use_beam_search": True}, ["use_beam_search: true"]),
         ({"vllm_xargs": {"length_target": 5}, "use_beam_search": True}, ["use_beam_search: true"]),
         ({"length_target": 5, "prompt_embeds": "AAAA"}, ["prompt_embeds: contradicts"]),
+        ({"length_target": BEST_OF_3, "stream": True}, ["best_of: 3", "stream: True"]),
+        ({"length_target": BEST_OF_3, "n": 4}, ["n: 4", "best_of: 3"]),
+        ({"length_target": BEST_OF_3, "n": "2"}, ["n: '2'"]),
     ],
 )
 def test_wrong_field_is_a_400_that_names_it(body: Any, named: list[str]) -> None:
@@ -189,6 +193,12 @@ def test_a_text_completion_has_sixteen_tokens_unless_it_says() -> None:
         assert (status, "max_tokens: 16" in answer["error"]["message"]) == (400, True)
     assert post({"length_target": 50, "max_tokens": 50}, path="/v1/completions")[1] == 200
     assert post({"length_target": 50})[1] == 200
+
+
+def test_best_of_is_for_answers_that_have_choices() -> None:
+    for path in PATHS[1:2] + PATHS[3:]:
+        _, status, answer = post({"length_target": BEST_OF_3}, path=path)
+        assert (status, "best_of: 3: only" in answer["error"]["message"]) == (400, True)
 
 
 def test_client_that_leaves_while_it_sends() -> None:

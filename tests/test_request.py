@@ -46,6 +46,14 @@ def test_flat_form_comes_back_equal(value: dict[str, Any]) -> None:
     assert LengthTarget.from_extra_args({"other": [1], **xargs}) == target
 
 
+def test_best_of_needs_a_length_to_compare() -> None:
+    target = LengthTarget.parse({"tokens": 9, "best_of": 4})
+    assert LengthTarget.from_extra_args(target.to_xargs()) == target
+    for other in ({"mode": "tilt", "beta": 1.0}, {"tokens": 9, "scope": "answer"}):
+        with pytest.raises(LengthTargetError, match=r"length_target\.best_of: 2 needs a length"):
+            LengthTarget.parse({**other, "best_of": 2})
+
+
 @pytest.mark.parametrize("off", ["off", -1, -0.5])
 def test_flat_tolerance_off(off: str | float) -> None:
     target = LengthTarget.from_extra_args({"length_target": 5, "length_tolerance": off})
@@ -72,6 +80,7 @@ def test_neither_number_nor_object(value: Any) -> None:
         ("tokens", [0, -1, 2**31, 1.5, 200.0, "200", True, math.nan, math.inf, [1]]),
         ("tolerance", [-0.1, "0.1", "off", True, math.nan, math.inf]),
         ("policy", ["lazy", None, 0]),
+        ("best_of", [0, -1, 65, 2.0, "2", True, None]),
         ("max_kl", [-1, "0.2", False, math.nan, math.inf]),
         ("token", [200]),
     ],
