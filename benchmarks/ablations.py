@@ -16,13 +16,13 @@ from cyclopts import App, Parameter
 
 from benchmarks.grid import Run, grid_rows, run_grid
 from benchmarks.rows import keep_settings
-from benchmarks.scaling import LORA, OBJECTIVE, RECIPE
+from benchmarks.small import SmallLora, SmallRecipe
 from benchmarks.tables import table
 from trainer.checks import check, check_choice
 from trainer.data import read_rollouts, split
 from trainer.objective import Objective
 from trainer.recipe import Recipe
-from trainer.train import LoraShape, Tune, choose_gamma
+from trainer.train import Tune, choose_gamma
 
 app = App(help=__doc__)
 AXES = ("reference", "target", "loss", "weighting", "batches", "gamma", "precision")
@@ -70,9 +70,9 @@ def main(
     axes: tuple[str, ...] = AXES,
     num_layers: int | None = 8,
     tune: Tune = "lora",
-    lora: LoraShape = LORA,
-    objective: Objective = OBJECTIVE,
-    recipe: Recipe = RECIPE,
+    lora: SmallLora = SmallLora(),
+    objective: Objective = Objective(),
+    recipe: SmallRecipe = SmallRecipe(),
     holdout: float = 0.1,
     output: Path = Path("runs/ablations"),
     only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,

@@ -19,18 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from cyclopts import App, Parameter
 
+from benchmarks.small import SmallLora, SmallRecipe
 from trainer.checks import check
 from trainer.data import read_rollouts, split
 from trainer.evaluate import evaluate
 from trainer.objective import Censored, Objective
-from trainer.recipe import Recipe
-from trainer.train import LoraShape, Tune, choose_gamma, train
+from trainer.train import Tune, choose_gamma, train
 
 app = App(help=__doc__)
-LORA = LoraShape(rank=16)
-RECIPE = Recipe(
-    learning_rate=5e-4, warmup_steps=20, max_steps=100, tokens_per_step=3072, max_length=768
-)
 COLUMNS = ("completions", "cut", "r2", "mean mre", "median error at the prompt's end")
 
 
@@ -67,9 +63,9 @@ def main(
     share: float = 1 / 3,
     num_layers: int | None = 8,
     tune: Tune = "lora",
-    lora: LoraShape = LORA,
+    lora: SmallLora = SmallLora(),
     objective: Objective = Objective(),
-    recipe: Recipe = RECIPE,
+    recipe: SmallRecipe = SmallRecipe(),
     holdout: float = 0.1,
     output: Path = Path("runs/censoring"),
     only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,

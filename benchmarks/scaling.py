@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,18 +20,14 @@ from cyclopts import App, Parameter
 
 from benchmarks.grid import Run, grid_rows, run_grid
 from benchmarks.rows import keep_settings
+from benchmarks.small import SmallLora, SmallRecipe
 from benchmarks.tables import table
 from trainer.checks import check
 from trainer.data import read_rollouts, split
 from trainer.objective import Objective
-from trainer.recipe import Recipe
-from trainer.train import LoraShape, Tune, choose_gamma, load_shape
+from trainer.train import Tune, choose_gamma, load_shape
 
 app = App(help=__doc__)
-LORA, OBJECTIVE = LoraShape(rank=16), Objective(censored="bound")
-RECIPE = Recipe(
-    learning_rate=5e-4, tokens_per_step=3072, max_length=768, warmup_steps=10, max_steps=60
-)
 
 
 def subset(rollouts: Path, share: float, samples: int | None, output: Path) -> Path:
@@ -91,9 +88,9 @@ def main(
     samples: tuple[int, ...] = (1, 2),
     models: tuple[str, ...] = (),
     tune: Tune = "lora",
-    lora: LoraShape = LORA,
-    objective: Objective = OBJECTIVE,
-    recipe: Recipe = RECIPE,
+    lora: SmallLora = SmallLora(),
+    objective: Objective = Objective(),
+    recipe: SmallRecipe = SmallRecipe(),
     holdout: float = 0.1,
     output: Path = Path("runs/scaling"),
     only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -128,7 +125,7 @@ def main(
     check(0 < holdout < 1, "holdout", holdout, "between 0 and 1")
     known, _ = split(read_rollouts(rollouts), holdout)
     gamma = choose_gamma(known, objective, rollouts)
-    objective = Objective(**vars(objective) | {"gamma": gamma, "gamma_percentile": None})
+    objective = replace(objective, gamma=gamma, gamma_percentile=None)
     base: dict[str, Any] = {"model": model, "tune": tune, "lora": lora, "objective": objective}
     base |= {"recipe": recipe, "holdout": holdout}
     keep_settings(output, {**{k: repr(v) for k, v in base.items()}, "rollouts": rollouts.name})

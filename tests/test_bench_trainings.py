@@ -9,19 +9,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import ablations, prediction, scaling
+from benchmarks import ablations, censoring, prediction, scaling
 from benchmarks.ablations import runs_of
 from benchmarks.prediction import figures_of
 from benchmarks.scaling import subset
+from benchmarks.small import SmallLora, SmallRecipe
 from tests.tiny_llm import tiny_llm
 from trainer.data import Rollout
 from trainer.figures import summarise
 from trainer.objective import Objective
-from trainer.recipe import Recipe
 from trainer.rollout import write_shard
 
 GAMMA = 0.99
-TINY = Recipe(max_steps=2, tokens_per_step=128, max_length=128, warmup_steps=1, bf16=False)
+TINY = SmallRecipe(max_steps=2, tokens_per_step=128, max_length=128, warmup_steps=1, bf16=False)
 
 
 def rollouts(prompts: int, samples: int = 2) -> list[Rollout]:
@@ -87,6 +87,14 @@ def test_smaller_data_are_part_of_larger_ones(folder: Path, tmp_path: Path) -> N
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("benchmark", [ablations, censoring, scaling])
+def test_an_option_that_is_given_leaves_the_others_small(benchmark: Any) -> None:
+    where = ["--rollouts", "r", "--model", "m"]
+    _, bound, _ = benchmark.app.parse_args([*where, "--max-steps", "3", "--lora.alpha", "8"])
+    assert bound.arguments["recipe"] == SmallRecipe(max_steps=3)
+    assert bound.arguments["lora"] == SmallLora(alpha=8)
 
 
 def test_scaling_goes_on_and_its_checkpoints_are_compared(

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.censoring import cut_rollouts, main
+from benchmarks.small import SmallLora, SmallRecipe
 from tests.test_train import row, write
 from tests.tiny_llm import tiny_llm
 from trainer.data import read_rollouts
-from trainer.recipe import Recipe
-from trainer.train import LoraShape
 
 
 def rollouts(path: Path) -> Path:
@@ -33,13 +32,13 @@ def test_each_treatment_is_trained_and_judged_on_whole_completions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, base = rollouts(tmp_path / "a.parquet"), tiny_llm(tmp_path / "base")
-    recipe = Recipe(max_steps=1, max_length=64, tokens_per_step=64, bf16=False, warmup_steps=0)
+    recipe = SmallRecipe(max_steps=1, max_length=64, tokens_per_step=64, bf16=False, warmup_steps=0)
     for _ in range(2):  # the second trains nothing
         main(
             rollouts=source,
             model=str(base),
             num_layers=1,
-            lora=LoraShape(rank=2),
+            lora=SmallLora(rank=2),
             recipe=recipe,
             holdout=0.3,
             output=tmp_path / "out",
