@@ -32,7 +32,7 @@ from lenvm_vllm.demo import CHECKPOINT, MODEL
 
 app = App(help=__doc__)
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
-DOC_TABLES = ("By mode", "By target")  # the others are in the HTML page
+DOC_TABLES = ("By mode",)  # the others are in the HTML page
 
 
 @dataclass
