@@ -9,9 +9,10 @@ import numpy as np
 from benchmarks.arms import fields
 from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.lengths import deviation, score
-from benchmarks.quality import distinct, ends_naturally, ends_sentence, repetition
+from benchmarks.quality import distinct, ends_naturally, repetition
 from lenvm_vllm.rails import rails_of
 from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.sentences import ends_sentence
 
 QUALITY = ("unforced_share", "sentence_share", "repetition", "distinct_1", "distinct_2")
 CUTS = ("target", "kind", "language")

@@ -1,16 +1,8 @@
 """What a length was bought with: how a text ends, and how much it repeats itself."""
 
-import re
 from collections.abc import Sequence
 
 from lenvm_vllm.request import NATURAL
-
-_SENTENCE_END = re.compile(r"[.!?。！？…](?:[\"'”’»」』)\]*_`]|</?\w+>)*$|```$")  # noqa: RUF001
-
-
-def ends_sentence(text: str) -> bool:
-    """Whether it stops at the end of a sentence or of a code block, behind quotes and the like."""
-    return bool(_SENTENCE_END.search(text.rstrip()))
 
 
 def ends_naturally(finish: str, length: int, last: int | None, p_end: float) -> bool:

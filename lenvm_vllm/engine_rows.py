@@ -18,6 +18,7 @@ from lenvm_vllm.guide import Client, Guide
 from lenvm_vllm.metrics import Counters
 from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
+from lenvm_vllm.sentences import closing_ids
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState, session_of
 from lenvm_vllm.vllm_names import (
@@ -38,7 +39,13 @@ class EngineRows:
         settings = load_settings(vllm_config.additional_config)
         client = client or connect(settings)
         self._marker_ids = marker_ids_of(vllm_config, settings)
-        self._guide = Guide(client, settings, lambda: fingerprint_of(vllm_config))
+        tokenizer = tokenizer_of(vllm_config)
+        self._guide = Guide(
+            client,
+            settings,
+            lambda: None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            () if tokenizer is None else closing_ids(tokenizer),
+        )
         # Where each rank samples requests of its own, each asks for its own.
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
         self._trouble: str | None = None
@@ -141,11 +148,10 @@ def _leads() -> bool:
     return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0
 
 
-def fingerprint_of(vllm_config: Any) -> str | None:
-    """Of the tokenizer that vLLM serves; None when it serves none."""
-    if vllm_config.model_config.skip_tokenizer_init:
-        return None
-    return tokenizer_fingerprint(cached_tokenizer_from_config(vllm_config.model_config))
+def tokenizer_of(vllm_config: Any) -> Any:
+    """The tokenizer that vLLM serves; None when it serves none."""
+    served = vllm_config.model_config
+    return None if served.skip_tokenizer_init else cached_tokenizer_from_config(served)
 
 
 def _apply_rails_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:

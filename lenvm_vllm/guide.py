@@ -32,12 +32,20 @@ class Guide:
     """Steers the rows of one step with one call to the value server."""
 
     def __init__(
-        self, client: Client, settings: Settings, fingerprint: Callable[[], str | None]
+        self,
+        client: Client,
+        settings: Settings,
+        fingerprint: Callable[[], str | None],
+        closing_ids: Sequence[int] = (),
     ) -> None:
-        """fingerprint: of the tokenizer that vLLM serves; asked for once per connection."""
+        """fingerprint: of the tokenizer that vLLM serves; asked for once per connection.
+
+        closing_ids: its tokens that end a sentence.
+        """
         self._client = client
         self._settings = settings
         self._fingerprint = fingerprint
+        self._closing_ids = torch.tensor(closing_ids, dtype=torch.long)
         self._closed: list[str] = []
         self.waited_s = 0.0  # for answers, so far
 
@@ -79,7 +87,8 @@ class Guide:
         candidates = _pick(candidates, keep)
         rows, cuts, z = [rows[i] for i in keep], [cuts[i] for i in keep], z[known_z]
         goals = goals_of([states[row] for row in rows], info.gamma, self._settings.max_kl)
-        log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, goals)
+        closes = torch.isin(candidates.ids, self._closing_ids)
+        log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, closes, goals)
         return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
 
     def _scores(self, wanted: Tensor, tokens: Tensor, states: Sequence[RequestState]) -> Tensor:

@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
+from lenvm_vllm.request import LengthTarget, LengthTargetError
+
+LANDING = 0.1  # share of the target that half the landing takes where no rails tell it
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ def rails_of(target: LengthTarget) -> Rails:
 def landing_of(target: LengthTarget) -> float:
     """Tokens of half the stretch in which steering brings the end about.
 
-    Of equal_to it is what the rails allow on either side, or would by default.
+    Of equal_to it is what the rails allow on either side; without them, and of a limit, a tenth.
     """
     tolerance = target.tolerance if target.mode == "equal_to" else None
-    share = DEFAULT_TOLERANCE if tolerance is None else tolerance
+    share = LANDING if tolerance is None else tolerance
     return share * target.limits[1]
 
 

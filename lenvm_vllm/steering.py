@@ -22,6 +22,11 @@ Before it the text has time to find a better end, and many small chances of an e
 add up to it. In it the odds gain a factor: an end that the model finds unlikely stays unlikely,
 for it reads as a cut. Taking probability from an early end has no limit; equal_to has none
 before its landing.
+
+A text ends well where a sentence does. So candidates that end one gain too while the text is
+longer than wanted, by half as much more and a token sooner; right before the landing of
+equal_to they lose, for the next sentence would be cut. Where no other sentence fits, the first
+end that the model finds natural is taken.
 """
 
 from dataclasses import dataclass
@@ -41,6 +46,7 @@ _SMALLEST_TILT, _LARGEST_TILT = 1e-6, 1e4
 _SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 LANDING_NATS = 6.0  # half of it at the target of equal_to
+SENTENCE = 16  # tokens of a short one
 
 
 @dataclass(frozen=True)
@@ -78,26 +84,36 @@ class Goals:
         return 1 - self.room / (2 * self.landing).clamp(min=1e-9)
 
     @property
+    def closing(self) -> Tensor:
+        """(B,) as `landed`, of the next token: where this one may end the last sentence."""
+        return 1 - (self.room - 1) / (2 * self.landing).clamp(min=1e-9)
+
+    @property
     def too_early(self) -> Tensor:
         """(B,) bool: no end yet, whatever its value."""
         return ((self.mode == AT_LEAST) | (self.mode == RANGE)) & (self.remaining > 0)
 
 
-def steer(log_q: Tensor, log_p0: Tensor, z: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
+def steer(
+    log_q: Tensor, log_p0: Tensor, z: Tensor, closes: Tensor, goals: Goals
+) -> tuple[Tensor, Tensor]:
     """The steered (log_q, log_p0).
 
     log_q: (B, K) log-probabilities, most probable first, -inf in padding; each row sums to 1.
     log_p0: (B,) log-probability of the end, -inf where it is no candidate.
     z: (B, K) value logits after each candidate; padding is ignored. NaN where a candidate was
         not scored: it counts with the mean of those that were.
+    closes: (B, K) bool, candidates that end a sentence.
     """
     u = _values(log_q, z)
     tilt = goals.mode == TILT
     greedy = goals.greedy & ~tilt
     new_q, new_p0 = log_q, log_p0
-    for chosen, policy in ((tilt, _tilt), (greedy, _choose), (~tilt & ~greedy, _project)):
+    closed_q = _close_sentence(log_q, u, closes, goals)
+    policies = (tilt, _tilt, log_q), (greedy, _choose, log_q), (~tilt & ~greedy, _project, closed_q)
+    for chosen, policy, text in policies:
         if chosen.any():
-            q, p0 = policy(log_q, log_p0, u, goals)
+            q, p0 = policy(text, log_p0, u, goals)
             new_q, new_p0 = torch.where(chosen[:, None], q, new_q), torch.where(chosen, p0, new_p0)
     return new_q, new_p0
 
@@ -127,6 +143,18 @@ def _project(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Te
     """The smallest change that meets the target, in two parts as told above."""
     projected = _tilt_to_target(log_q, u, goals)
     return projected, _decide_end(log_p0, (projected.exp() * u).sum(-1), goals)
+
+
+def _close_sentence(log_q: Tensor, u: Tensor, closes: Tensor, goals: Goals) -> Tensor:
+    """(B, K) q with other odds of the end of a sentence, where the text is near its own."""
+    too_long = (log_q.exp() * u).sum(-1) > goals.bounds()[1]
+    closing, exact = goals.closing, goals.mode == EQUAL_TO
+    before = exact & (closing < 0) & (goals.room - 2 * goals.landing <= SENTENCE)
+    gain = torch.where(too_long & (closing >= 0), LANDING_NATS * (closing.clamp(max=1) + 0.5), 0.0)
+    gain = torch.where(before, -LANDING_NATS / 2, gain)
+    changed = closes.any(-1) & (gain != 0) & (goals.max_kl > 0) & (goals.mode != AT_LEAST)
+    log_w = torch.addcmul(log_q, gain[:, None], closes.double())
+    return torch.where(changed[:, None], log_w.log_softmax(-1), log_q)
 
 
 def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
@@ -182,7 +210,10 @@ def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
     gained = torch.sigmoid(torch.logit(p0) + LANDING_NATS * landed.clamp(0, 1))
     raised = torch.where(landed < 0, p0, torch.maximum(p0, torch.minimum(least, gained)))
     new = torch.where(most < p0, most, raised)
-    due = (goals.room < 1) | (exact & (goals.remaining <= 0) & (p0 >= NATURAL))
+    beyond = mean > value_from_length(goals.room.clamp(min=0), goals.gamma)
+    last = (exact & (goals.remaining <= 0)) | ((goals.room < SENTENCE) & beyond)
+    taken = last & (landed >= 0) & (p0 >= NATURAL) & ~goals.too_early
+    due = (goals.room < 1) | taken
     new = torch.where(due & (goals.mode != AT_LEAST), 1.0, new)
     return torch.where((p0 == 0) | (new == p0), log_p0, new.log())
 

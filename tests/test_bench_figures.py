@@ -10,7 +10,7 @@ from benchmarks.arms import ARMS, fields
 from benchmarks.control import cells, judged, last_of, summary, tables
 from benchmarks.estimates import Sample, estimate
 from benchmarks.lengths import MODES, deviation, score
-from benchmarks.quality import distinct, ends_naturally, ends_sentence, repetition
+from benchmarks.quality import distinct, ends_naturally, repetition
 from benchmarks.ramp import STRENGTH, boost
 from benchmarks.tables import table
 
@@ -74,27 +74,6 @@ def test_an_empty_sample_has_no_figure() -> None:
 
 
 # ---- quality
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "It ends.",
-        'He said "no."',
-        "Really?**",
-        "完了。",
-        "x = 1\n```",
-        "(so.)  \n",
-        "</b> Yes!</p>",
-    ],
-)
-def test_sentence_ends(text: str) -> None:
-    assert ends_sentence(text)
-
-
-@pytest.mark.parametrize("text", ["", "It goes on and", "Firstly,", "a. b", "- item", "3.5"])
-def test_no_sentence_ends(text: str) -> None:
-    assert not ends_sentence(text)
 
 
 def test_natural_end() -> None:

@@ -12,7 +12,7 @@ from lenvm_vllm.middleware import CHAT, TEXT, LengthTargetMiddleware
 from lenvm_vllm.request import LengthTarget
 
 LIKELY, UNLIKELY = math.log(0.3), math.log(0.01)
-TEN = {"tokens": 10, "best_of": 3}  # rails 9 to 11
+TEN = {"tokens": 10, "best_of": 3, "tolerance": 0.1}  # rails 9 to 11
 
 
 def chat(index: int, length: int, end: float = LIKELY, finish: str = "stop") -> dict[str, Any]:
@@ -119,8 +119,11 @@ def post(app: App, request: dict[str, Any], path: str) -> tuple[int, dict[bytes,
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(m["body"] for m in sent[1:])
 
 
+FLAT = {f"length_{key}": value for key, value in TEN.items() if key != "tokens"}
+
+
 @pytest.mark.parametrize(
-    "wish", [{"length_target": TEN}, {"vllm_xargs": {"length_target": 10, "length_best_of": 3}}]
+    "wish", [{"length_target": TEN}, {"vllm_xargs": {"length_target": 10} | FLAT}]
 )
 @pytest.mark.parametrize(("path", "of", "asked"), [(CHAT, chat, True), (TEXT, text, 0)])
 def test_the_client_sees_one_answer(wish: dict[str, Any], path: str, of: Any, asked: Any) -> None:

@@ -14,7 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lenvm_vllm.steering import EQUAL_TO, LANDING_NATS, MODES, NATURAL, Goals, steer
+from lenvm_vllm.steering import (
+    EQUAL_TO,
+    LANDING_NATS,
+    MODES,
+    NATURAL,
+    SENTENCE,
+    Goals,
+    steer,
+)
 from value_server.contract.values import logit_from_length, remaining_goal
 
 GAMMA = 0.99
@@ -25,7 +33,8 @@ MODE = {mode: index for index, mode in enumerate(MODES)}
 
 @dataclass(frozen=True)
 class Row:
-    """One step of one request. q: K probabilities; r: K tokens to come after each candidate."""
+    """One step of one request. q: K probabilities; r: K tokens to come after each candidate;
+    closes: places of those that end a sentence."""
 
     q: tuple[float, ...]
     r: tuple[int, ...]
@@ -37,6 +46,7 @@ class Row:
     landing: float = 0.0
     beta: float = 0.0
     max_kl: float = 0.2
+    closes: frozenset[int] = frozenset()
 
     @property
     def u(self) -> list[float]:
@@ -105,7 +115,8 @@ def batched(rows: list[Row]) -> list[tuple[list[float], float]]:
     log_q = padded([row.q for row in rows], 0.0).log()
     z[log_q.isneginf()] = NAN  # padding must not matter
     log_p0 = torch.tensor([row.p0 for row in rows], dtype=torch.float64).log()
-    new_q, new_p0 = steer(log_q, log_p0, z, goals_of(rows))
+    closes = torch.tensor([[place in row.closes for place in range(width)] for row in rows])
+    new_q, new_p0 = steer(log_q, log_p0, z, closes, goals_of(rows))
     return [
         (q[: len(row.q)], p0)
         for row, q, p0 in zip(rows, new_q.exp().tolist(), new_p0.exp().tolist(), strict=True)
@@ -139,10 +150,29 @@ def last_inside(inside: Any, low: float, high: float) -> float:
     return low
 
 
+def naive_close(row: Row) -> Row:
+    """With other odds of the candidates that end a sentence."""
+    closing = 1 - (row.room - 1) / (2 * max(row.landing, 1e-9))
+    limit = 1 - GAMMA ** max(row.ceiling, 0)
+    gain = 0.0
+    if row.mode != "at_least" and closing >= 0 and row.mean > limit:
+        gain = LANDING_NATS * (min(closing, 1) + 0.5)
+    elif row.mode == "equal_to" and closing < 0 and row.room - 2 * row.landing <= SENTENCE:
+        gain = -LANDING_NATS / 2
+    if gain == 0 or row.max_kl == 0:
+        return row
+    weights = [p * math.exp(gain * (i in row.closes)) for i, p in enumerate(row.q)]
+    return replace(row, q=tuple(w / sum(weights) for w in weights))
+
+
 def naive_project(row: Row) -> tuple[list[float], float]:
+    return naive_tilt_and_end(naive_close(row))
+
+
+def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
     if row.mode == "range":
-        q, p0 = naive_project(row.one_sided())
-        return q, 0.0 if row.remaining > 0 else p0
+        q, p0 = naive_tilt_and_end(row.one_sided())
+        return q, 0.0 if row.remaining > 0 and row.room >= 1 else p0
     u, u_star, due = row.u, row.u_star, row.remaining <= 0
     rises = row.mean < u_star and row.mode != "at_most"
     falls = row.mean > u_star and row.mode != "at_least"
@@ -161,11 +191,15 @@ def naive_project(row: Row) -> tuple[list[float], float]:
     if row.mode == "at_least":
         return q, 0.0
     exact = row.mode == "equal_to"
-    if row.room < 1 or (exact and due and row.p0 >= NATURAL):
+    if row.room < 1:
         return q, 1.0
     if exact and row.landed < 0:
         return q, 0.0
     wanted = max(0.0, 1 - u_star / mean(q, u))
+    beyond = mean(q, u) > 1 - GAMMA**row.room
+    last = (exact and due) or (row.room < SENTENCE and beyond)
+    if last and row.landed >= 0 and row.p0 >= NATURAL:
+        return q, 1.0
     if wanted <= row.p0:
         return q, row.p0 if row.mode == "at_most" else wanted
     return q, row.p0 if row.landed < 0 else min(wanted, row.gained)
@@ -209,6 +243,7 @@ def drawn_rows(draw: st.DrawFn, **fixed: Any) -> Row:
         remaining=draw(st.integers(-3, 400)),
         width=draw(st.integers(0, 50)) if mode == "range" else 0,
         landing=draw(st.sampled_from([0.0, 0.7, 6.0, 100.0])),
+        closes=frozenset(draw(st.sets(st.integers(0, len(r) - 1)))),
         beta=draw(st.floats(-50, 50)),
         max_kl=draw(st.sampled_from([0.0, 0.01, 0.2, math.inf])),
     )
@@ -262,8 +297,10 @@ def test_neither_company_nor_order_matters(row: Row, company: list[Row], rng: An
     alone = batched([row])[0]
     close(batched([*company, row])[-1], alone, 1e-9)
     order = rng.sample(range(len(row.q)), len(row.q))
+    shuffled: dict[str, Any]
     shuffled = {name: tuple(getattr(row, name)[i] for i in order) for name in ("q", "r")}
-    q, p0 = batched([Row(**(vars(row) | shuffled))])[0]
+    shuffled["closes"] = frozenset(new for new, old in enumerate(order) if old in row.closes)
+    q, p0 = batched([replace(row, **shuffled)])[0]
     close((q, p0), ([alone[0][i] for i in order], alone[1]), 1e-9)
 
 
@@ -284,8 +321,9 @@ def test_a_candidate_without_a_score_counts_with_the_mean(row: Row, data: Any) -
     share = q.masked_fill(blind, 0)
     log_p0 = torch.tensor([row.p0], dtype=torch.float64).log()
     mean_z = torch.logit((share * z.sigmoid()).sum() / share.sum())
-    got = steer(q.log()[None], log_p0, z.masked_fill(blind, NAN)[None], goals_of([row]))
-    told = steer(q.log()[None], log_p0, torch.where(blind, mean_z, z)[None], goals_of([row]))
+    rest = log_p0, z.masked_fill(blind, NAN)[None], torch.zeros(1, len(q)).bool(), goals_of([row])
+    got = steer(q.log()[None], *rest)
+    told = steer(q.log()[None], log_p0, torch.where(blind, mean_z, z)[None], *rest[2:])
     for a, b in zip(got, told, strict=True):
         torch.testing.assert_close(a.exp(), b.exp(), atol=1e-6, rtol=0)
 
@@ -296,7 +334,7 @@ def test_values_that_only_rounding_tells_apart_do_not_tilt() -> None:
     row = Row(q=(0.1, 0.9), r=(0, 0), p0=0.0, mode="equal_to", remaining=5, beta=0.0, max_kl=0.1)
     nobody_ends = torch.full((1,), -torch.inf, dtype=torch.float64)
     z[0, 0] += 1e-14
-    steered, _ = steer(q.log(), nobody_ends, z, goals_of([row]))
+    steered, _ = steer(q.log(), nobody_ends, z, torch.zeros(1, 2).bool(), goals_of([row]))
     assert torch.equal(steered, q.log())
 
 
@@ -313,6 +351,7 @@ def test_result_is_a_distribution_over_the_candidates(row: Row) -> None:
 @given(drawn_rows())
 def test_text_stays_in_the_trust_region_and_on_its_side(row: Row) -> None:
     q, p0 = batched([row])[0]
+    row = naive_close(row)
     assert divergence(q, row.q) <= row.max_kl + 1e-9
     low, high = sorted([row.mean, mean(q, row.u)])
     assert not low + 1e-9 < row.u_star < high - 1e-9  # moved up to the target, never past it
@@ -376,10 +415,43 @@ def test_the_odds_of_an_end_gain_from_its_start_to_its_end(mode: str, start: int
         assert end_of(landing_row(start - 20, p0, mode)) == 1.0
 
 
-def test_a_likely_end_at_the_target_is_taken() -> None:
+def test_a_likely_end_is_taken_at_the_target_and_where_no_other_sentence_fits() -> None:
+    """At the target, or with less than 16 tokens to the last of the landing."""
     assert end_of(landing_row(0, NATURAL)) == 1.0
-    assert end_of(landing_row(1, NATURAL)) < 0.7
     assert end_of(landing_row(0, 0.9 * NATURAL)) < 0.6
+    for mode, more in ("equal_to", 10), ("at_most", 0):
+        assert end_of(landing_row(SENTENCE - 1 - more, NATURAL, mode)) == 1.0
+        assert end_of(landing_row(SENTENCE - 1 - more, 0.9 * NATURAL, mode)) < 0.6
+        assert end_of(landing_row(SENTENCE - more, NATURAL, mode)) < 0.6
+    soon = replace(landing_row(5, 0.3, "at_most"), r=(3, 4))
+    assert end_of(soon) == pytest.approx(0.3)  # it ends in time by itself
+
+
+def closing_odds(remaining: int, mode: str = "equal_to", **more: Any) -> float:
+    """Nats that a candidate that ends a sentence gains, of two that are worth the same."""
+    fields = {"r": (300, 300), "closes": frozenset({1})} | more
+    row = replace(landing_row(remaining, 0.0, mode), **fields)
+    q, _ = batched([row])[0]
+    return math.log(q[1] / q[0])
+
+
+def test_a_sentence_ends_in_the_landing_and_not_right_before() -> None:
+    """Landing: 10 tokens on either side of the target. The end stands a token behind."""
+    assert closing_odds(11 + SENTENCE - 1) == pytest.approx(-LANDING_NATS / 2)
+    assert closing_odds(12) == pytest.approx(-LANDING_NATS / 2)
+    assert closing_odds(11 + SENTENCE) == 0
+    assert closing_odds(11) == pytest.approx(LANDING_NATS / 2)
+    assert closing_odds(1) == pytest.approx(LANDING_NATS)
+    assert closing_odds(1, landing=0) == pytest.approx(1.5 * LANDING_NATS)  # right before N
+    assert closing_odds(2, landing=0) == pytest.approx(-LANDING_NATS / 2)
+
+
+def test_sentences_are_left_alone_where_nothing_presses() -> None:
+    assert closing_odds(21, "at_most") == pytest.approx(LANDING_NATS / 2)
+    assert closing_odds(22, "at_most") == 0  # no need to hold a sentence back
+    assert closing_odds(5, "at_least") == 0
+    assert closing_odds(11, max_kl=0.0) == 0
+    assert closing_odds(20, "at_most", r=(3, 3)) == 0  # ends in time by itself
 
 
 def test_many_chances_of_an_early_end_do_not_add_up() -> None:

@@ -1,0 +1,18 @@
+"""Where a sentence ends: the place to end a text at."""
+
+import re
+from typing import Any
+
+_SENTENCE_END = re.compile(r"[.!?。！？…](?:[\"'”’»」』)\]*_`]|</?\w+>)*$|```$")  # noqa: RUF001
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether it stops at the end of a sentence or of a code block, behind quotes and the like."""
+    return bool(_SENTENCE_END.search(text.rstrip()))
+
+
+def closing_ids(tokenizer: Any) -> list[int]:
+    """Tokens that end a sentence, of any tokenizer with `get_vocab` and `decode`."""
+    return [
+        i for i in sorted(tokenizer.get_vocab().values()) if ends_sentence(tokenizer.decode([i]))
+    ]
