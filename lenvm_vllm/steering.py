@@ -8,7 +8,8 @@ u* = 1 - gamma^r*, the value that meets the target; each mode keeps the mean val
 
 End-of-sequence is no token like the others: its probability *is* the length decision. So
 `project` works in two parts. First q is tilted towards u*, q' ~ q exp(lambda u), as far as a
-trust region of `max_kl` nats lets it: that keeps the text. Then p0 is set so that the mean
+trust region of `max_kl` nats lets it: that keeps the text. In the landing of equal_to the region
+is LANDING_REACH times as large: there the text is led to an end. Then p0 is set so that the mean
 value meets the target, (1 - p0) E_q'[u] = u*, but an end is brought about in the landing only,
 the last stretch of the text:
 
@@ -46,6 +47,7 @@ _SMALLEST_TILT, _LARGEST_TILT = 1e-6, 1e4
 _SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 LANDING_NATS = 6.0  # half of it at the target of equal_to
+LANDING_REACH = 6.0
 SENTENCE = 16  # tokens of a short one
 
 
@@ -87,6 +89,12 @@ class Goals:
     def closing(self) -> Tensor:
         """(B,) as `landed`, of the next token: where this one may end the last sentence."""
         return 1 - (self.room - 1) / (2 * self.landing).clamp(min=1e-9)
+
+    @property
+    def reach(self) -> Tensor:
+        """(B,) nats that the values may move the text in this step."""
+        landing = (self.mode == EQUAL_TO) & (self.landed >= 0)
+        return torch.where(landing, LANDING_REACH * self.max_kl, self.max_kl)
 
     @property
     def too_early(self) -> Tensor:
@@ -167,7 +175,7 @@ def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     kept = ~log_q.isneginf()
     mean = (log_q.exp() * u).sum(-1)
     bounds = goals.bounds()
-    direction = _direction(mean, *bounds)
+    direction, reach = _direction(mean, *bounds), goals.reach
     low = torch.where(kept, u, torch.inf).amin(-1)
     spread = torch.where(kept, u, -torch.inf).amax(-1) - low
     # Near no tilt at all the divergence is its rounding: a region of 0 is not left to bisection.
@@ -190,7 +198,7 @@ def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
         reached = (log_t.exp() * scaled).sum(-1)
         # KL of t from q, by the normaliser, which the first candidate, never a padded one, tells
         moved = torch.addcmul(log_t[:, 0] - log_w[:, 0], size, reached)
-        inside = (reached <= most) & (moved <= goals.max_kl)
+        inside = (reached <= most) & (moved <= reach)
         low_size = torch.where(inside, size, low_size)
         high_size = torch.where(inside, high_size, size)
     tilted = torch.addcmul(log_q, low_size[:, None], scaled).log_softmax(-1)

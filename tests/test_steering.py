@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lenvm_vllm.steering import (
     EQUAL_TO,
     LANDING_NATS,
+    LANDING_REACH,
     MODES,
     NATURAL,
     SENTENCE,
@@ -68,6 +69,12 @@ class Row:
     @property
     def landed(self) -> float:
         return 1 - self.room / (2 * max(self.landing, 1e-9))
+
+    @property
+    def reach(self) -> float:
+        """Nats that the values may move the text in this step."""
+        landing = self.mode == "equal_to" and self.landed >= 0
+        return self.max_kl * (LANDING_REACH if landing else 1)
 
     @property
     def gained(self) -> float:
@@ -182,7 +189,7 @@ def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
 
         def inside(size: float) -> bool:
             t = tilted(row.q, u, sign * size)
-            return sign * (u_star - mean(t, u)) >= 0 and divergence(t, row.q) <= row.max_kl
+            return sign * (u_star - mean(t, u)) >= 0 and divergence(t, row.q) <= row.reach
 
         spread = max(max(u) - min(u), 1e-12)
         q = tilted(row.q, u, sign * last_inside(inside, 0.0, 1e4 / spread))
@@ -352,7 +359,7 @@ def test_result_is_a_distribution_over_the_candidates(row: Row) -> None:
 def test_text_stays_in_the_trust_region_and_on_its_side(row: Row) -> None:
     q, p0 = batched([row])[0]
     row = naive_close(row)
-    assert divergence(q, row.q) <= row.max_kl + 1e-9
+    assert divergence(q, row.q) <= row.reach + 1e-9
     low, high = sorted([row.mean, mean(q, row.u)])
     assert not low + 1e-9 < row.u_star < high - 1e-9  # moved up to the target, never past it
     if row.p0 * (1 + 1e-9) < p0 < 1:
@@ -425,6 +432,18 @@ def test_a_likely_end_is_taken_at_the_target_and_where_no_other_sentence_fits() 
         assert end_of(landing_row(SENTENCE - more, NATURAL, mode)) < 0.6
     soon = replace(landing_row(5, 0.3, "at_most"), r=(3, 4))
     assert end_of(soon) == pytest.approx(0.3)  # it ends in time by itself
+
+
+def test_the_text_is_led_to_an_end_in_the_landing_of_equal_to() -> None:
+    """There the trust region is larger; before a limit it is not."""
+    for mode, remaining, times in [
+        ("equal_to", 11, 1),
+        ("equal_to", 10, LANDING_REACH),
+        ("equal_to", -9, LANDING_REACH),
+        ("at_most", 10, 1),
+    ]:
+        row = replace(landing_row(remaining, 0.0, mode), r=(100, 10**4), max_kl=0.01)
+        assert divergence(batched([row])[0][0], row.q) == pytest.approx(0.01 * times)
 
 
 def closing_odds(remaining: int, mode: str = "equal_to", **more: Any) -> float:
