@@ -68,7 +68,7 @@ def main(
     modes: tuple[str, ...] = MODES,
     targets: tuple[int, ...] = TARGETS,
     languages: tuple[str, ...] = ("en", "cn"),
-    limit: int = 16,
+    limit: int = 8,
     max_prompt: int = 2048,
     max_tokens: int = 1536,
     concurrency: int = 32,
