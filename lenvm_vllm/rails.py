@@ -51,9 +51,9 @@ def rails_of(target: LengthTarget) -> Rails:
 
 
 def landing_of(target: LengthTarget) -> float:
-    """Tokens of half the stretch in which steering brings the end about.
+    """Tokens to the target of equal_to's upper end, and half of the landing of a limit.
 
-    Of equal_to it is what the rails allow on either side; without them, and of a limit, a tenth.
+    Of equal_to it is what the rails allow; without them, and of a limit, a tenth.
     """
     tolerance = target.tolerance if target.mode == "equal_to" else None
     share = LANDING if tolerance is None else tolerance

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 FIELD = "length_target"
 PREFIX = "length_"
-DEFAULT_TOLERANCE = 0.05
+DEFAULT_TOLERANCE = 0.1
 NATURAL = 0.05  # an end is natural where the unguided model gives it at least this probability
 
 _FLAT = {

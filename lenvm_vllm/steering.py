@@ -13,9 +13,9 @@ is LANDING_REACH times as large: there the text is led to an end. Then p0 is set
 value meets the target, (1 - p0) E_q'[u] = u*, but an end is brought about in the landing only,
 the last stretch of the text:
 
-    equal_to         N - w ......... N ......... N + w
+    equal_to         N - w/2 ... N ............ N + w
     at_most, range   N - 2w ................... N         (N: the highest)
-    landed           0 ............. 1/2 ....... 1
+    landed           0 ........................ 1
     [end not raised )[ odds of the end gain up to    ) taken if it is possible
                        LANDING_NATS times landed
 
@@ -46,7 +46,8 @@ _BISECTIONS = 32
 _SMALLEST_TILT, _LARGEST_TILT = 1e-6, 1e4
 _SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
-LANDING_NATS = 6.0  # half of it at the target of equal_to
+LANDING_NATS = 6.0  # a third of it at the target of equal_to
+EARLY = 0.5  # of w, that the landing of equal_to begins before its target
 LANDING_REACH = 6.0
 SENTENCE = 16  # tokens of a short one
 
@@ -81,14 +82,19 @@ class Goals:
         return self.ceiling + torch.where(self.mode == EQUAL_TO, self.landing, 0.0)
 
     @property
+    def span(self) -> Tensor:
+        """(B,) tokens of the landing."""
+        return torch.where(self.mode == EQUAL_TO, 1 + EARLY, 2.0) * self.landing
+
+    @property
     def landed(self) -> Tensor:
         """(B,) share of the landing that is behind, below 0 before it."""
-        return 1 - self.room / (2 * self.landing).clamp(min=1e-9)
+        return 1 - self.room / self.span.clamp(min=1e-9)
 
     @property
     def closing(self) -> Tensor:
         """(B,) as `landed`, of the next token: where this one may end the last sentence."""
-        return 1 - (self.room - 1) / (2 * self.landing).clamp(min=1e-9)
+        return 1 - (self.room - 1) / self.span.clamp(min=1e-9)
 
     @property
     def reach(self) -> Tensor:
@@ -157,7 +163,7 @@ def _close_sentence(log_q: Tensor, u: Tensor, closes: Tensor, goals: Goals) -> T
     """(B, K) q with other odds of the end of a sentence, where the text is near its own."""
     too_long = (log_q.exp() * u).sum(-1) > goals.bounds()[1]
     closing, exact = goals.closing, goals.mode == EQUAL_TO
-    before = exact & (closing < 0) & (goals.room - 2 * goals.landing <= SENTENCE)
+    before = exact & (closing < 0) & (goals.room - goals.span <= SENTENCE)
     gain = torch.where(too_long & (closing >= 0), LANDING_NATS * (closing.clamp(max=1) + 0.5), 0.0)
     gain = torch.where(before, -LANDING_NATS / 2, gain)
     changed = closes.any(-1) & (gain != 0) & (goals.max_kl > 0) & (goals.mode != AT_LEAST)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lenvm_vllm.steering import (
+    EARLY,
     EQUAL_TO,
     LANDING_NATS,
     LANDING_REACH,
@@ -67,8 +68,12 @@ class Row:
         return self.ceiling + (self.landing if self.mode == "equal_to" else 0)
 
     @property
+    def span(self) -> float:
+        return max(self.landing * (1 + EARLY if self.mode == "equal_to" else 2), 1e-9)
+
+    @property
     def landed(self) -> float:
-        return 1 - self.room / (2 * max(self.landing, 1e-9))
+        return 1 - self.room / self.span
 
     @property
     def reach(self) -> float:
@@ -159,12 +164,12 @@ def last_inside(inside: Any, low: float, high: float) -> float:
 
 def naive_close(row: Row) -> Row:
     """With other odds of the candidates that end a sentence."""
-    closing = 1 - (row.room - 1) / (2 * max(row.landing, 1e-9))
+    closing = 1 - (row.room - 1) / row.span
     limit = 1 - GAMMA ** max(row.ceiling, 0)
     gain = 0.0
     if row.mode != "at_least" and closing >= 0 and row.mean > limit:
         gain = LANDING_NATS * (min(closing, 1) + 0.5)
-    elif row.mode == "equal_to" and closing < 0 and row.room - 2 * row.landing <= SENTENCE:
+    elif row.mode == "equal_to" and closing < 0 and row.room - row.span <= SENTENCE:
         gain = -LANDING_NATS / 2
     if gain == 0 or row.max_kl == 0:
         return row
@@ -398,8 +403,10 @@ def test_the_end_is_forced_past_the_target() -> None:
 
 
 def landing_row(remaining: int, p0: float, mode: str = "equal_to") -> Row:
-    """A text that would go on for long, 100 tokens wanted of it, 10 to land in on either side."""
-    return Row(q=(0.5, 0.5), r=(200, 300), p0=p0, mode=mode, remaining=remaining, landing=10)
+    """A text that would go on for long. It lands within 20 tokens: of equal_to from 5 or 6 before
+    the target, of a limit up to it."""
+    landing = 40 / 3 if mode == "equal_to" else 10
+    return Row(q=(0.5, 0.5), r=(200, 300), p0=p0, mode=mode, remaining=remaining, landing=landing)
 
 
 def end_of(row: Row) -> float:
@@ -407,26 +414,26 @@ def end_of(row: Row) -> float:
 
 
 def test_no_end_is_brought_about_before_the_landing() -> None:
-    assert [end_of(landing_row(r, 0.9)) for r in (90, 11)] == [0.0, 0.0]
+    assert [end_of(landing_row(r, 0.9)) for r in (90, 7)] == [0.0, 0.0]
     assert [end_of(landing_row(r, 0.01, "at_most")) for r in (90, 21)] == [pytest.approx(0.01)] * 2
 
 
-@pytest.mark.parametrize(("mode", "start"), [("equal_to", 10), ("at_most", 20)])
-def test_the_odds_of_an_end_gain_from_its_start_to_its_end(mode: str, start: int) -> None:
+@pytest.mark.parametrize(("mode", "start"), [("equal_to", 20 / 3), ("at_most", 20)])
+def test_the_odds_of_an_end_gain_from_its_start_to_its_end(mode: str, start: float) -> None:
     """At the start none, and then LANDING_NATS evenly over its 20 tokens."""
     for p0 in (0.04, 1e-6):
-        for done in (0, 5, 10, 15):
-            p = end_of(landing_row(start - done, p0, mode))
+        for remaining in (6, 1, -4, -9) if mode == "equal_to" else (20, 15, 10, 5):
+            p = end_of(landing_row(remaining, p0, mode))
             gain = math.log(p / (1 - p)) - math.log(p0 / (1 - p0))
-            assert gain == pytest.approx(LANDING_NATS * done / 20)
-        assert end_of(landing_row(start - 20, p0, mode)) == 1.0
+            assert gain == pytest.approx(LANDING_NATS * (start - remaining) / 20)
+        assert end_of(landing_row(-13 if mode == "equal_to" else 0, p0, mode)) == 1.0
 
 
 def test_a_likely_end_is_taken_at_the_target_and_where_no_other_sentence_fits() -> None:
     """At the target, or with less than 16 tokens to the last of the landing."""
     assert end_of(landing_row(0, NATURAL)) == 1.0
     assert end_of(landing_row(0, 0.9 * NATURAL)) < 0.6
-    for mode, more in ("equal_to", 10), ("at_most", 0):
+    for mode, more in ("equal_to", 13), ("at_most", 0):
         assert end_of(landing_row(SENTENCE - 1 - more, NATURAL, mode)) == 1.0
         assert end_of(landing_row(SENTENCE - 1 - more, 0.9 * NATURAL, mode)) < 0.6
         assert end_of(landing_row(SENTENCE - more, NATURAL, mode)) < 0.6
@@ -437,8 +444,8 @@ def test_a_likely_end_is_taken_at_the_target_and_where_no_other_sentence_fits() 
 def test_the_text_is_led_to_an_end_in_the_landing_of_equal_to() -> None:
     """There the trust region is larger; before a limit it is not."""
     for mode, remaining, times in [
-        ("equal_to", 11, 1),
-        ("equal_to", 10, LANDING_REACH),
+        ("equal_to", 7, 1),
+        ("equal_to", 6, LANDING_REACH),
         ("equal_to", -9, LANDING_REACH),
         ("at_most", 10, 1),
     ]:
@@ -455,12 +462,16 @@ def closing_odds(remaining: int, mode: str = "equal_to", **more: Any) -> float:
 
 
 def test_a_sentence_ends_in_the_landing_and_not_right_before() -> None:
-    """Landing: 10 tokens on either side of the target. The end stands a token behind."""
-    assert closing_odds(11 + SENTENCE - 1) == pytest.approx(-LANDING_NATS / 2)
-    assert closing_odds(12) == pytest.approx(-LANDING_NATS / 2)
-    assert closing_odds(11 + SENTENCE) == 0
-    assert closing_odds(11) == pytest.approx(LANDING_NATS / 2)
-    assert closing_odds(1) == pytest.approx(LANDING_NATS)
+    """The landing opens 5 tokens before the target, the end stands a token behind."""
+
+    def odds(remaining: int) -> float:
+        return closing_odds(remaining, landing=10)
+
+    assert odds(6 + SENTENCE) == 0
+    assert [odds(5 + SENTENCE), odds(7)] == [pytest.approx(-LANDING_NATS / 2)] * 2
+    assert odds(6) == pytest.approx(LANDING_NATS / 2)
+    assert odds(1) == pytest.approx(LANDING_NATS * (1 / 2 + 1 / 3))
+    assert odds(-9) == pytest.approx(LANDING_NATS * 3 / 2)
     assert closing_odds(1, landing=0) == pytest.approx(1.5 * LANDING_NATS)  # right before N
     assert closing_odds(2, landing=0) == pytest.approx(-LANDING_NATS / 2)
 
@@ -469,7 +480,7 @@ def test_sentences_are_left_alone_where_nothing_presses() -> None:
     assert closing_odds(21, "at_most") == pytest.approx(LANDING_NATS / 2)
     assert closing_odds(22, "at_most") == 0  # no need to hold a sentence back
     assert closing_odds(5, "at_least") == 0
-    assert closing_odds(11, max_kl=0.0) == 0
+    assert closing_odds(7, max_kl=0.0) == 0
     assert closing_odds(20, "at_most", r=(3, 3)) == 0  # ends in time by itself
 
 
@@ -483,8 +494,8 @@ def test_many_chances_of_an_early_end_do_not_add_up() -> None:
         while rng.random() >= end_of(landing_row(remaining_goal(100, t), 1e-4)):
             t += 1
         ends.append(t + 1)
-    assert min(ends) >= 90
-    assert max(ends) <= 110
+    assert min(ends) >= 94
+    assert max(ends) <= 114
     assert sum(end > 100 for end in ends) > 45
 
 
