@@ -99,7 +99,7 @@ class Goals:
     @property
     def reach(self) -> Tensor:
         """(B,) nats that the values may move the text in this step."""
-        landing = (self.mode == EQUAL_TO) & (self.landed >= 0)
+        landing = (self.mode == EQUAL_TO) & (self.landed >= 0) & (self.landed <= 1)
         return torch.where(landing, LANDING_REACH * self.max_kl, self.max_kl)
 
     @property
@@ -164,7 +164,9 @@ def _close_sentence(log_q: Tensor, u: Tensor, closes: Tensor, goals: Goals) -> T
     too_long = (log_q.exp() * u).sum(-1) > goals.bounds()[1]
     closing, exact = goals.closing, goals.mode == EQUAL_TO
     before = exact & (closing < 0) & (goals.room - goals.span <= SENTENCE)
-    gain = torch.where(too_long & (closing >= 0), LANDING_NATS * (closing.clamp(max=1) + 0.5), 0.0)
+    # Behind the landing, where no rail forces an end, short sentences would follow each other.
+    now = too_long & (closing >= 0) & (closing <= 1)
+    gain = torch.where(now, LANDING_NATS * (closing + 0.5), 0.0)
     gain = torch.where(before, -LANDING_NATS / 2, gain)
     changed = closes.any(-1) & (gain != 0) & (goals.max_kl > 0) & (goals.mode != AT_LEAST)
     log_w = torch.addcmul(log_q, gain[:, None], closes.double())

@@ -78,7 +78,7 @@ class Row:
     @property
     def reach(self) -> float:
         """Nats that the values may move the text in this step."""
-        landing = self.mode == "equal_to" and self.landed >= 0
+        landing = self.mode == "equal_to" and 0 <= self.landed <= 1
         return self.max_kl * (LANDING_REACH if landing else 1)
 
     @property
@@ -167,8 +167,8 @@ def naive_close(row: Row) -> Row:
     closing = 1 - (row.room - 1) / row.span
     limit = 1 - GAMMA ** max(row.ceiling, 0)
     gain = 0.0
-    if row.mode != "at_least" and closing >= 0 and row.mean > limit:
-        gain = LANDING_NATS * (min(closing, 1) + 0.5)
+    if row.mode != "at_least" and 0 <= closing <= 1 and row.mean > limit:
+        gain = LANDING_NATS * (closing + 0.5)
     elif row.mode == "equal_to" and closing < 0 and row.room - row.span <= SENTENCE:
         gain = -LANDING_NATS / 2
     if gain == 0 or row.max_kl == 0:
@@ -442,11 +442,12 @@ def test_a_likely_end_is_taken_at_the_target_and_where_no_other_sentence_fits() 
 
 
 def test_the_text_is_led_to_an_end_in_the_landing_of_equal_to() -> None:
-    """There the trust region is larger; before a limit it is not."""
+    """There the trust region is larger; behind it, and before a limit, it is not."""
     for mode, remaining, times in [
         ("equal_to", 7, 1),
         ("equal_to", 6, LANDING_REACH),
         ("equal_to", -9, LANDING_REACH),
+        ("equal_to", -14, 1),
         ("at_most", 10, 1),
     ]:
         row = replace(landing_row(remaining, 0.0, mode), r=(100, 10**4), max_kl=0.01)
@@ -472,6 +473,7 @@ def test_a_sentence_ends_in_the_landing_and_not_right_before() -> None:
     assert odds(6) == pytest.approx(LANDING_NATS / 2)
     assert odds(1) == pytest.approx(LANDING_NATS * (1 / 2 + 1 / 3))
     assert odds(-9) == pytest.approx(LANDING_NATS * 3 / 2)
+    assert odds(-10) == 0
     assert closing_odds(1, landing=0) == pytest.approx(1.5 * LANDING_NATS)  # right before N
     assert closing_odds(2, landing=0) == pytest.approx(-LANDING_NATS / 2)
 
