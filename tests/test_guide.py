@@ -575,3 +575,16 @@ def test_the_cut_is_the_requests_or_the_settings(target: Any, own: Any, expected
     cut = cut_of(request(target, eos_ids=[EOS, 5], **own), Settings())
     assert (cut.temperature, cut.top_k, cut.top_p, cut.min_p) == expected
     assert cut.eos_ids == [EOS, 5]
+
+
+def test_tokens_that_end_a_sentence_are_led_to_in_the_landing() -> None:
+    """Of equals in length, 20 and 21 tokens, the one that ends a sentence: 28 of 30 are out."""
+    logits = flat_logits(1, (EOS, 20, 21))
+    logits[:, EOS] = -6.0
+    guide = Guide(Server(), Settings(), lambda: "ours", closing_ids=[20])
+    early, late = (
+        steered(guide, logits, {0: request(30, output=[50] * out)})[0].softmax(-1)
+        for out in (5, 28)
+    )
+    assert early[20] / early[21] < 1.5
+    assert late[20] / late[21] > 20
