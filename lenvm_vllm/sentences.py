@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-_SENTENCE_END = re.compile(r"[.!?。！？…](?:[\"'”’»」』)\]*_`]|</?\w+>)*$|```$")  # noqa: RUF001
+_SENTENCE_END = re.compile(r"[.!?。！？…؟۔।](?:[\"'”’»」』)\]*_`]|</?\w+>)*$|```$")  # noqa: RUF001
 
 
 def ends_sentence(text: str) -> bool:

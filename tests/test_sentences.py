@@ -13,6 +13,8 @@ from tests.tiny import tiny_tokenizer
         'He said "no."',
         "Really?**",
         "完了。",
+        "كيف حالك؟",
+        "यह अंत है।",
         "x = 1\n```",
         "(so.)  \n",
         "</b> Yes!</p>",
