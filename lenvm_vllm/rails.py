@@ -11,9 +11,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lenvm_vllm.request import LengthTarget, LengthTargetError
-
-LANDING = 0.1  # share of the target that half the landing takes where no rails tell it
+from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,12 @@ def rails_of(target: LengthTarget) -> Rails:
 
 
 def landing_of(target: LengthTarget) -> float:
-    """Tokens to the target of equal_to's upper end, and half of the landing of a limit.
+    """Tokens w of the landing: of equal_to those behind the target, of a limit half of all.
 
-    Of equal_to it is what the rails allow; without them, and of a limit, a tenth.
+    Of equal_to it is what the rails allow, or would by default.
     """
     tolerance = target.tolerance if target.mode == "equal_to" else None
-    share = LANDING if tolerance is None else tolerance
+    share = DEFAULT_TOLERANCE if tolerance is None else tolerance
     return share * target.limits[1]
 
 

@@ -184,7 +184,7 @@ def naive_project(row: Row) -> tuple[list[float], float]:
 def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
     if row.mode == "range":
         q, p0 = naive_tilt_and_end(row.one_sided())
-        return q, 0.0 if row.remaining > 0 and row.room >= 1 else p0
+        return q, 0.0 if row.remaining > 0 else p0
     u, u_star, due = row.u, row.u_star, row.remaining <= 0
     rises = row.mean < u_star and row.mode != "at_most"
     falls = row.mean > u_star and row.mode != "at_least"
