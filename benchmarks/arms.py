@@ -5,8 +5,8 @@ limits      max_tokens and min_tokens
 ramp        end-of-sequence gets likelier as the target nears (benchmarks/ramp.py), no model
 greedy      length_target by the paper's rule, rails off
 project     length_target by the smallest change, rails off
-railed      length_target as it is by default
-best_of     the same, the best of four answers
+single      the same with guard rails, one ending
+railed      length_target as it is by default: with up to three other endings
 
 The last four take other options of length_target behind a colon: `railed:tolerance=0.05`,
 `project:max_kl=0.4,every=2`.
@@ -22,8 +22,8 @@ WITHOUT_RAILS = {"tolerance": None}
 TARGETED: dict[str, dict[str, Any]] = {
     "greedy": {**WITHOUT_RAILS, "policy": "greedy"},
     "project": {**WITHOUT_RAILS, "policy": "project"},
+    "single": {"best_of": 1},
     "railed": {},
-    "best_of": {"best_of": 4},
 }
 ARMS = ("prompt", "limits", "ramp", *TARGETED)
 # What an arm needs of its server, and a request that only such a server refuses.

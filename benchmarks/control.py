@@ -10,11 +10,13 @@ from benchmarks.arms import fields
 from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.lengths import deviation, score
 from benchmarks.quality import distinct, ends_naturally, repetition
+from lenvm_vllm.endings import narrowed
 from lenvm_vllm.rails import rails_of
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.sentences import ends_sentence
 
 QUALITY = ("unforced_share", "sentence_share", "repetition", "distinct_1", "distinct_2")
+SIZES = ("length", "cost")  # cost: tokens sampled for one that is returned
 CUTS = ("target", "kind", "language")
 
 
@@ -23,6 +25,7 @@ def judged(answer: dict[str, Any], likelihood: dict[str, Any] | None) -> dict[st
     length, target, mode = (answer[name] for name in ("length", "target", "mode"))
     text = answer["ids"][: length - (answer["finish"] == "stop")]
     own = {
+        "cost": answer["sampled"] / max(length, 1),
         "ls": score(length, target, mode),
         "ld": deviation(length, target),
         "sentence_share": 100.0 * ends_sentence(answer["text"]),
@@ -31,16 +34,21 @@ def judged(answer: dict[str, Any], likelihood: dict[str, Any] | None) -> dict[st
         "distinct_2": 100 * distinct(text, 2),
     }
     if likelihood:
-        last = last_of(answer["arm"], mode, target)
-        natural = ends_naturally(answer["finish"], length, last, likelihood["p_end"])
+        lasts = lasts_of(answer["arm"], mode, target)
+        natural = ends_naturally(answer["finish"], length, lasts, likelihood["p_end"])
         own |= {"unforced_share": 100.0 * natural, "nll": likelihood["nll"]}
     return answer | own
 
 
-def last_of(arm: str, mode: str, target: int) -> int | None:
-    """Number of the token that a guard rail of this arm makes the end."""
+def lasts_of(arm: str, mode: str, target: int) -> set[int]:
+    """Numbers of the tokens that a guard rail of this arm makes the end: its own, and that of
+    other endings where it may have some."""
     wish = (fields(arm, mode, target) or {}).get("length_target")
-    return rails_of(LengthTarget.parse(wish)).last if wish else None
+    if wish is None:
+        return set()
+    own = LengthTarget.parse(wish)
+    targets = [own] if own.best_of == 1 else [own, narrowed(own)]
+    return {last for target in targets if (last := rails_of(target).last) is not None}
 
 
 def measure(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
@@ -50,7 +58,7 @@ def measure(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> d
         known = [row for row in rows if row.get(name) is not None]
         return Sample([row[name] for row in known], [row["id"] for row in known])
 
-    figures = {name: estimate(sample(rows, name)) for name in ("ls", "ld", "length", *QUALITY)}
+    figures = {name: estimate(sample(rows, name)) for name in ("ls", "ld", *SIZES, *QUALITY)}
     pair = sample(rows, "nll"), sample(base, "nll")
     figures["ppl_ratio"] = estimate(*pair, of=lambda mine, free: np.exp(mine - free))
     return {name: figure for name, figure in figures.items() if figure.n}
@@ -86,7 +94,8 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for cell in found:
         figures = {name: rounded(figure) for name, figure in cell["figures"].items()}
         if cell.keys() == {"arm", "figures"}:
-            whole = {name: f for name, f in figures.items() if name not in ("ls", "ld", "length")}
+            known = ("cost", *QUALITY, "ppl_ratio")
+            whole = {name: figures[name] for name in known if name in figures}
             arms[cell["arm"]] = {name: figure["value"] for name, figure in whole.items()} | {
                 "ci": {name: figure["ci"] for name, figure in whole.items()}
             }

@@ -12,6 +12,7 @@ from openai import APIError, AsyncOpenAI
 from tqdm import tqdm
 
 from benchmarks.rows import Rows
+from lenvm_vllm.best_of import SAMPLED
 
 TIMEOUT_S = 3600
 RETRIES = 4
@@ -71,8 +72,10 @@ class Endpoint:
     def answer(self, jobs: Sequence[Job], rows: Rows) -> list[dict[str, Any]]:
         """The rows of all jobs, those that are missing asked for.
 
-        A row: key, facts, request, text, length in tokens, finish (stop or length) and, with
-        ids, prompt_ids and ids. Raises ValueError where the endpoint refuses a request.
+        A row: key, facts, request, text, length in tokens, sampled (tokens with those that were
+        dropped for it), finish (stop or length) and, with ids, prompt_ids and ids.
+
+        Raises ValueError where the endpoint refuses a request.
         """
         missing = [job for job in jobs if job.key not in rows]
         asyncio.run(self._fill(missing, rows, len(jobs)))
@@ -101,19 +104,22 @@ class Endpoint:
     async def _one(self, client: AsyncOpenAI, job: Job) -> dict[str, Any]:
         own: dict[str, Any] = {name: job.body[name] for name in OWN if name in job.body}
         more = {name: value for name, value in job.body.items() if name not in OWN}
-        reply = await client.chat.completions.create(
+        raw = await client.chat.completions.with_raw_response.create(
             model=self.model,
             messages=job.messages,  # type: ignore[arg-type]
             extra_body={"return_token_ids": True, **more} if self.with_ids else more,
             **own,
         )
+        reply = raw.parse()
         (choice,) = reply.choices
+        length = reply.usage.completion_tokens if reply.usage else 0
         row = {
             "key": job.key,
             **job.facts,
             "request": job.request,
             "text": choice.message.content or "",
-            "length": reply.usage.completion_tokens if reply.usage else 0,
+            "length": length,
+            "sampled": int(raw.headers.get(SAMPLED, length)),
             "finish": choice.finish_reason,
         }
         if self.with_ids:

@@ -1,18 +1,17 @@
 """What a length was bought with: how a text ends, and how much it repeats itself."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from lenvm_vllm.request import NATURAL
 
 
-def ends_naturally(finish: str, length: int, last: int | None, p_end: float) -> bool:
+def ends_naturally(finish: str, length: int, lasts: Container[int], p_end: float) -> bool:
     """Whether the model finished by itself.
 
-    last: number of the token that a guard rail makes the end; None without one. p_end: the
-    unguided model's probability of an end at that place.
+    lasts: numbers of the tokens that a guard rail makes the end. p_end: the unguided model's
+    probability of an end at that place.
     """
-    forced = last is not None and length >= last
-    return finish == "stop" and not forced and p_end >= NATURAL
+    return finish == "stop" and length not in lasts and p_end >= NATURAL
 
 
 def distinct(ids: Sequence[int], n: int) -> float:

@@ -3,12 +3,15 @@
     python -m benchmarks.report
 
 It reads what lies in --runs: a folder is the harness's whose name it begins with, so that
-`lifebench-qwen` stands beside `lifebench`. Nothing is measured again.
+`lifebench-qwen` stands beside `lifebench`. Nothing is measured again. A section whose run is not
+there, as one of another machine, stays as it is; one that is to go is deleted by hand.
 """
 
 import base64
 import contextlib
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +35,8 @@ from lenvm_vllm.demo import CHECKPOINT, MODEL
 
 app = App(help=__doc__)
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
+SECTION = re.compile(r"<!-- section: (\S+) -->\n(.*?)\n<!-- /section -->", re.DOTALL)
+PAGE = Path(__file__).with_name("report.html")  # an empty one
 DOC_TABLES = ("By mode",)  # the others are in the HTML page
 
 
@@ -102,21 +107,32 @@ def markdown(section: Section) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def insert(document: Path, text: str) -> None:
-    """Put `text` between the marks. Raises ValueError where the document has none."""
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs: {document} has no lines {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
-def page(sections: list[Section]) -> str:
-    """The HTML page, with its pictures inside."""
+def html(section: Section) -> str:
+    """With its pictures inside."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
     environment.filters["encoded"] = lambda path: base64.b64encode(path.read_bytes()).decode()
-    return environment.get_template("report.html.j2").render(sections=sections)
+    return environment.get_template("section.html.j2").render(section=section).strip()
+
+
+def insert(document: Path, texts: dict[str, str]) -> list[str]:
+    """Put the sections between the marks, in the order of READERS; returns the titles of all.
+
+    Raises ValueError where the document has no marks.
+    """
+    before, begin, rest = document.read_text().partition(BEGIN)
+    known, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"docs: {document} has no lines {BEGIN} and {END}")
+    sections = dict(SECTION.findall(known)) | texts
+    titles = sorted(sections, key=lambda title: (_kind(title), title))
+    marked = [f"<!-- section: {t} -->\n{sections[t]}\n<!-- /section -->" for t in titles]
+    document.write_text("\n\n".join([f"{before}{BEGIN}", *marked, f"{END}{after}"]))
+    return titles
+
+
+def _kind(title: str) -> int:
+    return next(i for i, kind in enumerate(READERS) if title.startswith(kind))
 
 
 @app.default
@@ -159,10 +175,13 @@ def main(
                 values_url = stack.enter_context(value_served(model, checkpoint, shown))
             tokenizer = AutoTokenizer.from_pretrained(model)
             found[shown].texts = read_texts(answers, values, values_url or "", tokenizer)
-    insert(docs / "benchmarks.md", "\n\n".join(map(markdown, found.values())))
-    html = docs / "report.html"
-    html.write_text(page([*found.values()]))
-    result = {"sections": [s.title for s in found.values()], "bytes": html.stat().st_size}
+    sections = [*found.values()]
+    insert(docs / "benchmarks.md", {s.title: markdown(s) for s in sections})
+    page = docs / "report.html"
+    if not page.exists():
+        shutil.copyfile(PAGE, page)
+    titles = insert(page, {s.title: html(s) for s in sections})
+    result = {"sections": titles, "bytes": page.stat().st_size}
     print(json.dumps(result))
 
 

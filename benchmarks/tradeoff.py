@@ -6,7 +6,9 @@ free        the model by itself
 tilt        length_target of the mode tilt, over beta
 at_most     length_target of at most so many tokens
 brief       asked in words for a short answer
+few+at_most asked for few words, and length_target of at most so many tokens
 budget      the free answers cut after so many tokens
+few+budget  those to a request for few words, cut
 
 The paper's sampling (T = 1, top_p 1, min_p 0.01). pass@1 is the mean over all samples.
 """
@@ -38,12 +40,14 @@ app = App(help=__doc__)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.01}
 BETAS = (-2.0, -5.0, -10.0, -20.0, -40.0)
 BUDGETS = (16, 32, 48, 64, 96, 128, 192, 256, 384)
+FEW = "few words"
 BRIEF = {
     "brief": f"{SHAPE} Be brief.",
-    "few words": f"{SHAPE} Write at most five words for each step.",
+    FEW: f"{SHAPE} Write at most five words for each step.",
     "answer only": "Put the final answer in \\boxed{} and write nothing else.",
 }
-OURS = ("tilt", "at_most")
+OURS = ("tilt", "at_most", "few+at_most")
+CUTS = {("free", ""): "budget", ("brief", FEW): "few+budget"}  # arm and dial, and what is cut
 NAMES, ENDS = ("accuracy", "tokens"), ("low", "high")
 
 
@@ -62,6 +66,7 @@ def jobs_of(
     for budget in budgets:
         target = {"mode": "at_most", "tokens": budget}
         arms.append(("at_most", budget, SHAPE, {"length_target": target}))
+        arms.append(("few+at_most", budget, BRIEF[FEW], {"length_target": target}))
     jobs = []
     for question in questions:
         for arm, dial, instruction, more in arms:
@@ -76,14 +81,15 @@ def jobs_of(
 def cut(
     answers: Sequence[dict[str, Any]], budgets: Sequence[int], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """The arm `budget`: the free answers after at most so many tokens."""
+    """The arms of CUTS: answers after at most so many tokens."""
     rows = []
     for answer in answers:
-        for budget in budgets if answer["arm"] == "free" else ():
+        arm = CUTS.get((answer["arm"], answer["dial"]))
+        for budget in budgets if arm else ():
             ids = answer["ids"][:budget]
             rows.append(
                 answer
-                | {"key": f"{answer['key']}@{budget}", "arm": "budget", "dial": budget}
+                | {"key": f"{answer['key']}@{budget}", "arm": arm, "dial": budget}
                 | {"length": len(ids), "text": tokenizer.decode(ids, skip_special_tokens=True)}
             )
     return rows

@@ -33,7 +33,13 @@ def check_admission(
                 f"length_target.scope: {target.scope!r} needs to know the token that ends the "
                 "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
             )
-    rails = rails_of(target)
+    whole = rails_of(target)
+    if whole.last is not None and target.prefix_tokens >= whole.last:
+        raise LengthTargetError(
+            f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
+            f"that has at most {whole.last}"
+        )
+    rails = whole.behind(target.prefix_tokens)
     if config is not None and rails.first >= config.model_config.max_model_len:
         raise LengthTargetError(
             f"length_target: {rails.first} tokens at least, prompt and completion together have "

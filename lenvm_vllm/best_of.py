@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lenvm_vllm.asgi import ask, compact, respond
 from lenvm_vllm.rails import rails_of
 from lenvm_vllm.request import NATURAL, LengthTarget
 
@@ -20,19 +21,18 @@ class Choosing:
     """returned: answers to each prompt that the client wants. logprobs: whether it wants those."""
 
     target: LengthTarget
+    best_of: int
     returned: int
     logprobs: bool
 
     @classmethod
-    def of(cls, request: dict[str, Any], target: LengthTarget, text: bool) -> "Choosing":
-        """Changes `request` so that it samples `best_of` answers and tells their logprobs.
-
-        text: a text completion, whose field `logprobs` is a number.
-        """
+    def of(cls, request: dict[str, Any], target: LengthTarget, best_of: int) -> "Choosing":
+        """Changes `request` so that it samples `best_of` answers and tells their logprobs."""
+        text = "messages" not in request  # a text completion, whose `logprobs` is a number
         known = request.get("logprobs")
         wanted = type(known) is int if text else known is True
-        choosing = cls(target, request.get("n") or 1, wanted)
-        request["n"] = target.best_of
+        choosing = cls(target, best_of, request.get("n") or 1, wanted)
+        request["n"] = best_of
         if not wanted:
             request["logprobs"] = 0 if text else True
         return choosing
@@ -44,7 +44,7 @@ class Choosing:
         """
         prompts: dict[int, list[dict[str, Any]]] = {}
         for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
-            prompts.setdefault(choice["index"] // self.target.best_of, []).append(choice)
+            prompts.setdefault(choice["index"] // self.best_of, []).append(choice)
         chosen = [
             choice
             for choices in prompts.values()
@@ -59,27 +59,41 @@ class Choosing:
         return answer | {"choices": choices, "usage": usage}, sampled
 
     def _faults(self, choice: dict[str, Any]) -> tuple[bool, int]:
+        return Ending.of(choice).faults(self.target)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """length: of the whole answer, the end included. p_end: the unguided model's probability of
+    its end. ended: not cut by a limit."""
+
+    length: int
+    p_end: float
+    ended: bool
+
+    @classmethod
+    def of(cls, choice: dict[str, Any], before: int = 0) -> "Ending":
+        """Of a choice with its logprobs. before: tokens of the answer that it continues."""
+        logprobs = _logprobs(choice)
+        p_end = math.exp(logprobs[-1]) if logprobs else 0.0
+        if isinstance(choice.get("stop_reason"), str):  # a stop string
+            p_end = 1.0
+        return cls(before + len(logprobs), p_end, choice["finish_reason"] != "length")
+
+    def faults(self, target: LengthTarget) -> tuple[bool, int]:
         """Less is better: no natural end, then the tokens by which it misses the target."""
-        length, last = _length(choice), rails_of(self.target).last
-        ended = choice["finish_reason"] != "length" and (last is None or length < last)
-        low, high = self.target.limits
-        missed = {"at_most": length - high, "at_least": low - length}.get(
-            self.target.mode, max(low - length, length - high)
+        last = rails_of(target).last
+        natural = self.ended and (last is None or self.length < last) and self.p_end >= NATURAL
+        low, high = target.limits
+        missed = {"at_most": self.length - high, "at_least": low - self.length}.get(
+            target.mode, max(low - self.length, self.length - high)
         )
-        return not (ended and _p_end(choice) >= NATURAL), max(missed, 0)
+        return not natural, max(missed, 0)
 
 
 def _length(choice: dict[str, Any]) -> int:
     """Tokens of a choice, the end included."""
     return len(_logprobs(choice))
-
-
-def _p_end(choice: dict[str, Any]) -> float:
-    """The unguided model's probability of its end; 1 where a stop string ended it."""
-    if isinstance(choice.get("stop_reason"), str):
-        return 1.0
-    logprobs = _logprobs(choice)
-    return math.exp(logprobs[-1]) if logprobs else 0.0
 
 
 def _logprobs(choice: dict[str, Any]) -> list[float]:
@@ -89,26 +103,20 @@ def _logprobs(choice: dict[str, Any]) -> list[float]:
     return list(logprobs["token_logprobs"])
 
 
-def choosing_send(send: Any, choosing: Choosing) -> Any:
-    """An ASGI `send` that waits for the whole answer and sends what is chosen of it."""
-    start: dict[str, Any] = {}
-    parts: list[bytes] = []
+@dataclass(frozen=True)
+class WholeAnswers:
+    """ASGI application: the best of so many answers of `app`, side by side."""
 
-    async def send_chosen(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            start.update(message)
-            return
-        parts.append(message.get("body", b""))
-        if message.get("more_body", False):
-            return
-        body = b"".join(parts)
-        if start["status"] == 200:
-            answer, sampled = choosing.choose(json.loads(body))
-            body = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
-            kept = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-            more = [(b"content-length", b"%d" % len(body)), (SAMPLED.encode(), b"%d" % sampled)]
-            start["headers"] = [*kept, *more]
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
+    app: Any
+    target: LengthTarget
+    best_of: int
 
-    return send_chosen
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = json.loads((await receive())["body"])
+        choosing = Choosing.of(request, self.target, self.best_of)
+        start, body, answer = await ask(self.app, scope, request, receive)
+        if answer is None:
+            await respond(send, start, body)
+            return
+        answer, sampled = choosing.choose(answer)
+        await respond(send, start, compact(answer), (SAMPLED, sampled))

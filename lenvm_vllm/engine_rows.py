@@ -18,11 +18,10 @@ from lenvm_vllm.guide import Client, Guide
 from lenvm_vllm.metrics import Counters
 from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
-from lenvm_vllm.sentences import closing_ids
+from lenvm_vllm.sentences import closing_ids, tokenizer_of
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState, session_of
 from lenvm_vllm.vllm_names import (
-    cached_tokenizer_from_config,
     get_tp_group,
     model_parallel_is_initialized,
 )
@@ -146,12 +145,6 @@ class EngineRows:
 def _leads() -> bool:
     """Whether this rank speaks for all that run the same requests."""
     return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0
-
-
-def tokenizer_of(vllm_config: Any) -> Any:
-    """The tokenizer that vLLM serves; None when it serves none."""
-    served = vllm_config.model_config
-    return None if served.skip_tokenizer_init else cached_tokenizer_from_config(served)
 
 
 def _apply_rails_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:

@@ -1,7 +1,7 @@
 """ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`, and
 `/metrics` shows what the engine counts of them. With the setting `forecast` a request is also
 given its priority, and its answer a header with the length to expect.
-Of a target with `best_of` it returns the answers that end best.
+Of several answers, or several endings of one, it returns those that end best.
 
 Without that setting a request that holds no `length_` goes on byte for byte.
 """
@@ -11,15 +11,16 @@ from typing import Any
 
 from lenvm_vllm import vllm_hooks
 from lenvm_vllm.admission import check_admission
-from lenvm_vllm.best_of import Choosing, choosing_send
+from lenvm_vllm.asgi import read, replay, request_of, resized
+from lenvm_vllm.best_of import WholeAnswers
+from lenvm_vllm.endings import CHAT, TEXT, Endings, can_continue
 from lenvm_vllm.forecast import Forecast
 from lenvm_vllm.metrics import exposition
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
+from lenvm_vllm.sentences import tokenizer_of
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import REQUEST_ID
 
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
 MESSAGES = "/v1/messages"  # Anthropic's form
 PATHS = (CHAT, f"{CHAT}/batch", TEXT, "/v1/responses", MESSAGES)
 PREDICTED = "lenvm-predicted-tokens"  # response header
@@ -34,6 +35,7 @@ class LengthTargetMiddleware:
         self._app = app
         settings = load_settings(_served("additional_config"))
         self._forecast = Forecast(settings) if settings.forecast else None
+        self._best_of = settings.best_of
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "GET" and _path(scope) == "/metrics":
@@ -42,25 +44,40 @@ class LengthTargetMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in PATHS:
             await self._app(scope, receive, send)
             return
-        messages = await _read(receive)
+        messages = await read(receive)
         body = b"".join(message.get("body", b"") for message in messages)
         if self._forecast is None and PREFIX.encode() not in body:
-            await self._app(scope, _replay(messages, receive), send)
+            await self._app(scope, replay(messages, receive), send)
             return
         try:
             new = rewrite(body, _path(scope), _request_id(scope))
         except LengthTargetError as error:
             await _refuse(send, str(error))
             return
-        if new is not None:
-            new, send = _with_best_of(new, send, _path(scope))
+        app = self._choosing(new or body, _path(scope))
+        if app is not self._app:
+            new = new or body
         if self._forecast is not None:
             new, send = await _with_forecast(self._forecast, new or body, send, _path(scope))
         if new is not None:
-            headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
-            scope = {**scope, "headers": [*headers, (b"content-length", b"%d" % len(new))]}
-            messages = [{"type": "http.request", "body": new, "more_body": False}]
-        await self._app(scope, _replay(messages, receive), send)
+            scope = {**scope, "headers": resized(scope["headers"], len(new))}
+            messages = [request_of(new)]
+        await app(scope, replay(messages, receive), send)
+
+    def _choosing(self, body: bytes, path: str) -> Any:
+        """The application that answers: vLLM's own, or one that chooses among its answers."""
+        request, target = _target_of(body)
+        if target is None:
+            return self._app
+        config = vllm_hooks.served_config
+        if config is not None and can_continue(request, target, path):
+            best_of = target.best_of or (1 if target.tolerance is None else self._best_of)
+            longest = config.model_config.max_model_len
+            if best_of > 1 and (tokenizer := tokenizer_of(config)) is not None:
+                return Endings(self._app, target, best_of, longest, tokenizer)
+        if target.best_of is None or target.best_of == 1:
+            return self._app
+        return WholeAnswers(self._app, target, target.best_of)
 
 
 def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | None:
@@ -84,8 +101,7 @@ def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | No
         flat = LengthTarget.from_extra_args(xargs) if isinstance(xargs, dict) else None
         if flat:
             _check(flat, request, path)
-        changed = request.pop(FIELD, 0) is None or (flat is not None and flat.best_of > 1)
-        return json.dumps(request).encode() if changed else None
+        return json.dumps(request).encode() if request.pop(FIELD, 0) is None else None
     target = LengthTarget.parse(request.pop(FIELD))
     _check(target, request, path)
     if not isinstance(xargs, dict):
@@ -97,16 +113,6 @@ def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | No
     return json.dumps(request).encode()
 
 
-def _with_best_of(body: bytes, send: Any, path: str) -> tuple[bytes, Any]:
-    """The body that samples `best_of` answers, and a `send` that chooses among them."""
-    request = json.loads(body)
-    target = LengthTarget.from_extra_args(request.get("vllm_xargs"))
-    if target is None or target.best_of == 1:
-        return body, send
-    choosing = Choosing.of(request, target, text=path == TEXT)
-    return json.dumps(request).encode(), choosing_send(send, choosing)
-
-
 async def _with_forecast(
     forecast: Forecast, body: bytes, send: Any, path: str
 ) -> tuple[bytes, Any]:
@@ -114,11 +120,9 @@ async def _with_forecast(
 
     body: without a length target of its own. A priority that the client gave stays.
     """
-    try:
-        request = json.loads(body)
-        target = LengthTarget.from_extra_args(request.get("vllm_xargs"))
-    except (ValueError, RecursionError, AttributeError, TypeError):
-        return body, send  # vLLM says what is wrong with it
+    request, target = _target_of(body)
+    if request is None:
+        return body, send
     tokens = await forecast.tokens(request, target)
     if tokens is not None and (limit := _limit(request, path)) is not None:
         tokens = min(tokens, limit)
@@ -127,6 +131,15 @@ async def _with_forecast(
     if ranked and "priority" not in request and path != MESSAGES:  # it has none
         body = json.dumps(request | {"priority": forecast.priority(tokens)}).encode()
     return body, send if tokens is None else _with_header(send, PREDICTED, tokens)
+
+
+def _target_of(body: bytes) -> tuple[Any, LengthTarget | None]:
+    """A request and its target; None, None for one of which vLLM says what is wrong with it."""
+    try:
+        request = json.loads(body)
+        return request, LengthTarget.from_extra_args(request.get("vllm_xargs"))
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return None, None
 
 
 def _served(name: str) -> Any:
@@ -144,7 +157,7 @@ def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
         raise LengthTargetError(
             f"prompt_embeds: contradicts {FIELD}, whose values are those of tokens"
         )
-    if target.best_of > 1:
+    if target.best_of is not None and target.best_of > 1:
         _check_best_of(target.best_of, request, path)
     check_admission(
         target,
@@ -222,26 +235,6 @@ def _with_header(send: Any, name: str, value: int) -> Any:
         await send(message)
 
     return send_more
-
-
-async def _read(receive: Any) -> list[Any]:
-    """The messages of one request, up to its last or to a disconnect."""
-    messages = [await receive()]
-    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
-        messages.append(await receive())
-    return messages
-
-
-def _replay(messages: list[Any], receive: Any) -> Any:
-    """An ASGI `receive` that gives `messages` first."""
-    waiting = iter(messages)
-
-    async def replayed() -> Any:
-        for message in waiting:
-            return message
-        return await receive()
-
-    return replayed
 
 
 async def _refuse(send: Any, message: str) -> None:

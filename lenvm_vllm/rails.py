@@ -30,6 +30,10 @@ class Rails:
         """Whether the token after `generated` ones must be the end."""
         return self.last is not None and generated + 1 >= self.last
 
+    def behind(self, tokens: int) -> "Rails":
+        """The same rails for what is left of a completion behind its first `tokens`."""
+        return Rails(max(1, self.first - tokens), self.last and self.last - tokens)
+
 
 def rails_of(target: LengthTarget) -> Rails:
     """The rails of a target; a tilt and `tolerance` None have none."""

@@ -3,6 +3,9 @@
 import re
 from typing import Any
 
+from lenvm_vllm import vllm_names
+
+SENTENCE = 16  # tokens of a short one
 _SENTENCE_END = re.compile(r"[.!?。！？…؟۔।](?:[\"'”’»」』)\]*_`]|</?\w+>)*$|```$")  # noqa: RUF001
 
 
@@ -16,3 +19,9 @@ def closing_ids(tokenizer: Any) -> list[int]:
     return [
         i for i in sorted(tokenizer.get_vocab().values()) if ends_sentence(tokenizer.decode([i]))
     ]
+
+
+def tokenizer_of(vllm_config: Any) -> Any:
+    """The tokenizer that vLLM serves; None when it serves none."""
+    served = vllm_config.model_config
+    return None if served.skip_tokenizer_init else vllm_names.cached_tokenizer_from_config(served)

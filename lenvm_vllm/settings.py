@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     tls_ca: PEM file of the authority that signs the certificates of https:// servers.
     timeout_s: longest that a step waits for values; after it the step goes on unguided.
     max_kl: nats that one step of `project` may move the text, unless the request says.
+    best_of: endings that an answer with a length in tokens and guard rails may have at most,
+        unless the request says.
     top_k, top_p: candidate cut of a request with a token target that sets none itself.
     tilt_min_p: candidate cut of a tilt that sets none itself.
     thinking_end_ids: tokens that end a thinking, for the scopes thinking and answer; without,
@@ -62,6 +64,7 @@ class Settings(BaseSettings):
     tls_ca: Path | None = None
     timeout_s: float = Field(2.0, gt=0)
     max_kl: float = Field(0.2, ge=0)
+    best_of: int = Field(8, ge=1, le=64)
     top_k: int = Field(15, ge=1)
     top_p: float = Field(0.999, gt=0, le=1)
     tilt_min_p: float = Field(0.01, ge=0, le=1)

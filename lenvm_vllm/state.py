@@ -63,7 +63,9 @@ class RequestState:
     def generated(self) -> int:
         """Tokens so far of those that the target is about."""
         start = self._answer_start() if self.target.scope == "answer" else 0
-        return 0 if start is None else len(self.output_ids) - start
+        if start is None:
+            return 0
+        return self.target.prefix_tokens + len(self.output_ids) - start
 
     def outcome(self) -> tuple[int, int] | None:
         """(tokens, tokens that were wanted, the nearest of them); None where it did not end.
@@ -77,7 +79,7 @@ class RequestState:
         stop = start if self._thinks else (ended[0] + 1 if ended else None)
         if start is None or stop is None or self.target.mode == "tilt":
             return None
-        tokens = stop if self._thinks else stop - start
+        tokens = stop if self._thinks else self.target.prefix_tokens + stop - start
         low, high = self.target.limits
         low = 0 if self.target.mode == "at_most" else low
         high = tokens if self.target.mode == "at_least" else high

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from lenvm_vllm.request import NATURAL
+from lenvm_vllm.sentences import SENTENCE
 from value_server.contract.values import value_from_length, value_from_logit
 
 MODES = ("equal_to", "at_most", "at_least", "tilt", "range")
@@ -49,7 +50,6 @@ _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 LANDING_NATS = 6.0  # a third of it at the target of equal_to
 EARLY = 0.5  # of w, that the landing of equal_to begins before its target
 LANDING_REACH = 6.0  # times max_kl, in the landing of equal_to
-SENTENCE = 16  # tokens of a short one
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.arms import ARMS, fields
-from benchmarks.control import cells, judged, last_of, summary, tables
+from benchmarks.control import cells, judged, lasts_of, summary, tables
 from benchmarks.estimates import Sample, estimate
 from benchmarks.lengths import MODES, deviation, score
 from benchmarks.quality import distinct, ends_naturally, repetition
@@ -77,11 +77,11 @@ def test_an_empty_sample_has_no_figure() -> None:
 
 
 def test_natural_end() -> None:
-    assert ends_naturally("stop", 99, 100, 0.05)
-    assert not ends_naturally("stop", 100, 100, 0.9)  # the rail wrote it
-    assert not ends_naturally("stop", 99, 100, 0.049)
-    assert not ends_naturally("length", 99, None, 0.9)
-    assert ends_naturally("stop", 1000, None, 0.5)
+    assert ends_naturally("stop", 99, {100}, 0.05)
+    assert not ends_naturally("stop", 100, {105, 100}, 0.9)  # the rail wrote it
+    assert not ends_naturally("stop", 99, {100}, 0.049)
+    assert not ends_naturally("length", 99, (), 0.9)
+    assert ends_naturally("stop", 1000, (), 0.5)
 
 
 def test_repetition_and_distinct() -> None:
@@ -110,17 +110,19 @@ def test_what_each_arm_asks_for() -> None:
         "length_target": {"mode": "at_most", "tokens": 50, "tolerance": None, "policy": "project"}
         | {"max_kl": 0.4, "scope": "answer"}
     }
-    assert fields("best_of:best_of=8", "equal_to", 50) == {
-        "length_target": {"mode": "equal_to", "tokens": 50, "best_of": 8}
+    assert fields("single:best_of=4", "equal_to", 50) == {
+        "length_target": {"mode": "equal_to", "tokens": 50, "best_of": 4}
     }
 
 
 def test_where_a_rail_writes_the_end() -> None:
-    assert last_of("railed", "equal_to", 100) == 110
-    assert last_of("railed", "at_most", 100) == 100
-    assert last_of("railed", "at_least", 100) is None
-    assert last_of("best_of:tolerance=0.05", "equal_to", 100) == 105
-    assert {last_of(arm, mode, 100) for arm in ARMS[:-2] for mode in MODES} == {None}
+    assert lasts_of("railed", "equal_to", 100) == {110, 105}  # its own and its other endings'
+    assert lasts_of("railed", "equal_to", 32) == {35}  # no room for nearer ones
+    assert lasts_of("single", "equal_to", 100) == {110}
+    assert lasts_of("railed", "at_most", 100) == {100}
+    assert lasts_of("railed", "at_least", 100) == set()
+    assert lasts_of("railed:tolerance=0.2,best_of=1", "equal_to", 100) == {120}
+    assert not any(lasts_of(arm, mode, 100) for arm in ARMS[:-2] for mode in MODES)
 
 
 def test_ramp_rises_to_its_strength_at_the_target() -> None:
@@ -136,6 +138,7 @@ def answer(arm: str, id: str, length: int, *, finish: str = "stop") -> dict[str,
     return {
         **{"arm": arm, "mode": "equal_to", "target": 10, "language": "en", "kind": "qa", "id": id},
         **{"ids": list(range(length)), "length": length, "finish": finish, "text": "An end."},
+        "sampled": 2 * length,
     }
 
 
@@ -157,6 +160,7 @@ def test_figures_by_hand() -> None:
     assert arms["railed"]["equal_to"]["n"] == 2
     assert arms["railed"]["unforced_share"] == 50.0
     assert arms["railed"]["sentence_share"] == 100.0
+    assert arms["railed"]["cost"] == 2.0
     assert arms["railed"]["ppl_ratio"] == pytest.approx(math.exp(0.5), abs=1e-3)
     by_target = [cell for cell in found if cell.get("target") == 10]
     assert [cell["arm"] for cell in by_target] == ["prompt", "railed"]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.pictures import plot_tradeoff
 from benchmarks.questions import Question, read_questions
-from benchmarks.tradeoff import cut, jobs_of, points_of, summary
+from benchmarks.tradeoff import FEW, cut, jobs_of, points_of, summary
 from tests.tiny import tiny_tokenizer
 
 # ---- questions
@@ -75,7 +75,7 @@ def test_questions_that_are_none(tmp_path: Path, row: dict[str, Any], complaint:
 
 def test_jobs_are_all_different() -> None:
     jobs = jobs_of([Question("1", "?", "1")], (-1.0, -2.0), (8, 16), 3, 99)
-    assert len({job.key for job in jobs}) == len(jobs) == (1 + 3 + 2 + 2) * 3
+    assert len({job.key for job in jobs}) == len(jobs) == (1 + 3 + 2 + 2 + 2) * 3
 
 
 def answer(arm: str, dial: Any, length: int, right: bool, id: str = "1") -> dict[str, Any]:
@@ -85,14 +85,16 @@ def answer(arm: str, dial: Any, length: int, right: bool, id: str = "1") -> dict
 
 
 def test_a_hard_cut_keeps_the_first_tokens() -> None:
-    rows = [answer("free", "", 5, True), answer("tilt", -1, 5, True)]
+    rows = [answer("free", "", 5, True), answer("tilt", -1, 5, True), answer("brief", FEW, 4, True)]
     tokenizer = tiny_tokenizer()
     found = cut(rows, (3, 9), tokenizer)
-    assert [(r["dial"], r["length"], r["text"]) for r in found] == [
-        (3, 3, tokenizer.decode([65, 66, 67])),
-        (9, 5, tokenizer.decode([65, 66, 67, 68, 69])),
+    assert [(r["arm"], r["dial"], r["length"], r["text"]) for r in found] == [
+        ("budget", 3, 3, tokenizer.decode([65, 66, 67])),
+        ("budget", 9, 5, tokenizer.decode([65, 66, 67, 68, 69])),
+        ("few+budget", 3, 3, tokenizer.decode([65, 66, 67])),
+        ("few+budget", 9, 4, tokenizer.decode([65, 66, 67, 68])),
     ]
-    assert len({r["key"] for r in [*rows, *found]}) == 4
+    assert len({r["key"] for r in [*rows, *found]}) == 7
 
 
 def test_shares_kept_where_the_hard_cut_keeps_a_third(tmp_path: Path) -> None:

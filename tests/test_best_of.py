@@ -36,14 +36,15 @@ def answer_of(*choices: dict[str, Any], total: int) -> dict[str, Any]:
 
 def chosen(target: dict[str, Any], *choices: dict[str, Any]) -> list[int]:
     """The choices, best first."""
-    choosing = Choosing(LengthTarget.parse(target), len(choices), logprobs=False)
+    wish = LengthTarget.parse(target)
+    choosing = Choosing(wish, wish.best_of or 1, len(choices), logprobs=False)
     answer, _ = choosing.choose(answer_of(*choices, total=99))
     return [int(choice["message"]["content"].split()[1]) for choice in answer["choices"]]
 
 
 @pytest.mark.parametrize("of", [chat, text])
 def test_a_natural_end_goes_before_a_near_one(of: Any) -> None:
-    choosing = Choosing(LengthTarget.parse(TEN), 1, logprobs=False)
+    choosing = Choosing(LengthTarget.parse(TEN), 3, 1, logprobs=False)
     choices = of(0, 10, end=UNLIKELY), of(1, 9), of(2, 11)
     answer, sampled = choosing.choose(answer_of(*choices, total=30))
     assert answer["choices"] == [choices[1] | {"index": 0, "logprobs": None}]
@@ -83,7 +84,7 @@ def test_other_modes_count_what_is_outside(
 
 
 def test_each_prompt_has_its_own_best() -> None:
-    choosing = Choosing(LengthTarget.parse(TEN | {"best_of": 2}), 1, logprobs=True)
+    choosing = Choosing(LengthTarget.parse(TEN | {"best_of": 2}), 2, 1, logprobs=True)
     choices = [text(0, 9), text(1, 10), text(2, 10), text(3, 9)]
     answer, _ = choosing.choose(answer_of(*reversed(choices), total=38))
     assert answer["choices"] == [choices[1] | {"index": 0}, choices[2] | {"index": 1}]
@@ -119,6 +120,10 @@ def post(app: App, request: dict[str, Any], path: str) -> tuple[int, dict[bytes,
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(m["body"] for m in sent[1:])
 
 
+PROMPT: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "?"}]},
+    TEXT: {"prompt": "?"},
+}
 FLAT = {f"length_{key}": value for key, value in TEN.items() if key != "tokens"}
 
 
@@ -129,7 +134,7 @@ FLAT = {f"length_{key}": value for key, value in TEN.items() if key != "tokens"}
 def test_the_client_sees_one_answer(wish: dict[str, Any], path: str, of: Any, asked: Any) -> None:
     choices = of(0, 9), of(1, 10), of(2, 11)
     app = App(json.dumps(answer_of(*choices, total=30)).encode())
-    status, headers, body = post(app, wish | {"max_tokens": 50}, path)
+    status, headers, body = post(app, wish | {"max_tokens": 50} | PROMPT[path], path)
     assert (app.asked["n"], app.asked["logprobs"]) == (3, asked)
     assert (status, headers[b"lenvm-sampled-tokens"], headers[b"x-request-id"]) == (
         200,
@@ -144,7 +149,7 @@ def test_logprobs_that_the_client_asked_for_stay() -> None:
     for path, of, wish in ((CHAT, chat, True), (TEXT, text, 2)):
         app = App(json.dumps(answer_of(of(0, 9), of(1, 10), of(2, 9), total=28)).encode())
         asked = {"length_target": TEN, "logprobs": wish, "n": 2, "max_tokens": 50}
-        _, _, body = post(app, asked, path)
+        _, _, body = post(app, asked | PROMPT[path], path)
         assert app.asked["logprobs"] == wish
         lengths = [choice["logprobs"] for choice in json.loads(body)["choices"]]
         assert lengths == [of(1, 10)["logprobs"], of(0, 9)["logprobs"]]
@@ -153,4 +158,4 @@ def test_logprobs_that_the_client_asked_for_stay() -> None:
 def test_an_error_goes_on_as_it_is() -> None:
     app = App(b'{"error": {"message": "no such model"}}', status=404)
     status, headers, body = post(app, {"length_target": TEN}, CHAT)
-    assert (status, body, headers[b"Content-Length"]) == (404, app.body, b"39")
+    assert (status, body, headers[b"content-length"]) == (404, app.body, b"39")

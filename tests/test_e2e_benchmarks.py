@@ -156,3 +156,9 @@ def test_report_of_both(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "railed: asked for equal to 24, wrote" in page
     run(checkpoint=Path("nowhere"))  # the values are kept
     assert (tmp_path / "report.html").read_text() == page
+    other = {"scaling-elsewhere": "of a run that is not here"}
+    titles = report.insert(document, other)
+    assert titles == ["lifebench", "tradeoff", "scaling-elsewhere"]
+    assert json.loads(run())["sections"] == ["lifebench", "tradeoff"]
+    assert report.insert(document, {}) == titles
+    assert other["scaling-elsewhere"] in document.read_text()

@@ -126,21 +126,47 @@ def test_messages_with_sampling(client):
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_best_of_several(client, path):
+def test_best_of_several_answers(client, path):
     """Of five random texts the nearest: what they are without best_of, given as choices."""
     target, fields = {"tokens": 20, "tolerance": 0.5}, {"temperature": 1.0, "seed": 7}
-    found = post(client, path, length_target=target, n=5, logprobs=1, **fields)
-    choices = found.json()["choices"]
+    fields |= {"logprobs": 1}  # so that they are whole answers
+    one = target | {"best_of": 1}
+    found = post(client, path, length_target=one, n=5, **fields)
     reply = post(client, path, length_target=target | {"best_of": 5}, **fields)
     assert text_of(reply) in [
-        c["text"] if path == TEXT else c["message"]["content"] for c in choices
+        c["text"] if path == TEXT else c["message"]["content"] for c in found.json()["choices"]
     ]
-    assert reply.json()["choices"][0]["logprobs"] is None
     assert reply.headers["lenvm-sampled-tokens"] == str(length(found))
     assert length(reply) in range(10, 31)
     two = post(client, path, length_target=target | {"best_of": 5}, n=2, **fields)
     assert [choice["index"] for choice in two.json()["choices"]] == [0, 1]
     assert post(client, path, length_target={"tokens": 20, "best_of": 5}, n=6).status_code == 400
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_other_endings(client, path):
+    """A random model ends nowhere naturally, so all eight endings are sampled."""
+    target = {"tokens": 50, "tolerance": 0.2}
+    reply = post(client, path, length_target=target, temperature=1.0, return_token_ids=True)
+    assert length(reply) in range(40, 61)
+    assert int(reply.headers["lenvm-sampled-tokens"]) > length(reply) + 7 * 10
+    (choice,) = reply.json()["choices"]
+    assert len(choice["token_ids"]) == length(reply)
+    assert choice["logprobs"] is None
+    usage = reply.json()["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + length(reply)
+    one = post(client, path, length_target=target | {"best_of": 1}, temperature=1.0)
+    assert "lenvm-sampled-tokens" not in one.headers
+    greedy = post(client, path, length_target=target, temperature=0)
+    assert "lenvm-sampled-tokens" not in greedy.headers
+
+
+def test_a_prefix_counts(client):
+    """Of 30 tokens 10 are the prompt's."""
+    ids = client.post("/tokenize", json={"model": "tiny", "prompt": "a" * 40}).json()["tokens"][:10]
+    target = {"tokens": 30, "tolerance": 0, "prefix_tokens": len(ids)}
+    reply = post(client, TEXT, prompt=ids, length_target=target)
+    assert length(reply) == 30 - len(ids)
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

@@ -150,7 +150,7 @@ def through(
     """(body that reaches vLLM, response headers) of one request with the setting on."""
     config = SimpleNamespace(
         additional_config={"lenvm": {"forecast": True, "aging": 0.0}},
-        model_config=SimpleNamespace(max_model_len=1000),
+        model_config=SimpleNamespace(max_model_len=1000, skip_tokenizer_init=True),
         scheduler_config=SimpleNamespace(policy=policy or "fcfs"),
         speculative_config=None,
     )

@@ -146,6 +146,13 @@ def test_where_the_answer_starts(prompt: Any, output: Any, generated: int) -> No
     assert state.counts == (MARK in output or MARK in prompt[-4:])
 
 
+def test_a_prefix_counts() -> None:
+    state = wanted({"tokens": 9, "prefix_tokens": 4}, prompt=[7, 5, 5, 5, 5], output=[5, 5])
+    assert (state.generated, state.length) == (6, 7)
+    state.output_ids.append(EOS)
+    assert state.outcome() == (7, 9)
+
+
 def test_a_marker_that_is_not_known_yet() -> None:
     state = wanted({"tokens": 9, "scope": "answer"}, output=[1, -1])
     assert not state.counts

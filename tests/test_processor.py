@@ -36,6 +36,7 @@ from lenvm_vllm import engine_rows, middleware, vllm_hooks
 from lenvm_vllm.client import CircuitOpen, TimedOut
 from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.processor import LenvmLogitsProcessor
+from lenvm_vllm.sentences import tokenizer_of
 from lenvm_vllm.v1 import V1Processor
 from lenvm_vllm.vllm_hooks import MIDDLEWARE, PROCESSOR, complete_names, register
 from tests.fakes import EOS, Server, V, config, exactly, free, params, same_bits
@@ -655,6 +656,16 @@ def test_an_unknown_setting_is_an_error() -> None:
             {"min_tokens": 50, "max_tokens": 99},
             "min_tokens: 50 .* at most 50",
         ),
+        (
+            {"length_target": 50, "length_prefix_tokens": 55},
+            {},
+            "prefix_tokens: 55 leave no token .* at most 55",
+        ),
+        (
+            {"length_target": 50, "length_prefix_tokens": 20},
+            {"max_tokens": 24},
+            "max_tokens: 24 .* at least 25",
+        ),
     ],
 )
 def test_requests_that_are_refused(length: Any, fields: Any, message: str) -> None:
@@ -670,6 +681,7 @@ def test_requests_that_are_refused(length: Any, fields: Any, message: str) -> No
         (200, {"max_tokens": 220}),
         (200, {"max_tokens": None}),
         (free(200), {"max_tokens": 16}),
+        ({"length_target": 50, "length_prefix_tokens": 20}, {"max_tokens": 25}),
         ({"length_mode": "tilt", "length_beta": -3}, {}),
     ],
 )
@@ -799,7 +811,7 @@ def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None
         skip_tokenizer_init=False,
     )
     vllm_config = SimpleNamespace(model_config=served)
-    fingerprint = tokenizer_fingerprint(engine_rows.tokenizer_of(vllm_config))
+    fingerprint = tokenizer_fingerprint(tokenizer_of(vllm_config))
     assert fingerprint == tokenizer_fingerprint(tiny_tokenizer())
     served.skip_tokenizer_init = True
-    assert engine_rows.tokenizer_of(vllm_config) is None
+    assert tokenizer_of(vllm_config) is None

@@ -55,6 +55,12 @@ def test_the_end_counts_as_a_token() -> None:
     assert [three.forces(generated) for generated in range(4)] == [False, False, True, True]
 
 
+def test_rails_of_what_is_left_behind_a_prefix() -> None:
+    assert Rails(90, 110).behind(50) == Rails(40, 60)
+    assert Rails(90, 110).behind(95) == Rails(1, 15)
+    assert Rails(90).behind(100) == Rails()
+
+
 def length(rails: Rails, limit: int, end: Any) -> int:
     """Completion tokens of a text whose model ends it when `end(generated)` says so."""
     for generated in range(limit):

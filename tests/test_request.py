@@ -54,6 +54,13 @@ def test_best_of_needs_a_length_to_compare() -> None:
             LengthTarget.parse({**other, "best_of": 2})
 
 
+def test_a_prefix_is_one_of_the_whole_completion() -> None:
+    target = LengthTarget.parse({"tokens": 9, "prefix_tokens": 4})
+    assert LengthTarget.from_extra_args(target.to_xargs()) == target
+    with pytest.raises(LengthTargetError, match=r"length_target\.prefix_tokens: 4 are not"):
+        LengthTarget.parse({"tokens": 9, "scope": "answer", "prefix_tokens": 4})
+
+
 @pytest.mark.parametrize("off", ["off", -1, -0.5])
 def test_flat_tolerance_off(off: str | float) -> None:
     target = LengthTarget.from_extra_args({"length_target": 5, "length_tolerance": off})
@@ -80,7 +87,8 @@ def test_neither_number_nor_object(value: Any) -> None:
         ("tokens", [0, -1, 2**31, 1.5, 200.0, "200", True, math.nan, math.inf, [1]]),
         ("tolerance", [-0.1, "0.1", "off", True, math.nan, math.inf]),
         ("policy", ["lazy", None, 0]),
-        ("best_of", [0, -1, 65, 2.0, "2", True, None]),
+        ("best_of", [0, -1, 65, 2.0, "2", True]),
+        ("prefix_tokens", [-1, 2**31, 2.0, "2", True, None]),
         ("max_kl", [-1, "0.2", False, math.nan, math.inf]),
         ("token", [200]),
     ],

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lenvm_vllm.sentences import SENTENCE
 from lenvm_vllm.steering import (
     EARLY,
     EQUAL_TO,
@@ -21,7 +22,6 @@ from lenvm_vllm.steering import (
     LANDING_REACH,
     MODES,
     NATURAL,
-    SENTENCE,
     Goals,
     steer,
 )
