@@ -81,9 +81,13 @@ class Ending:
         return cls(before + len(logprobs), p_end, choice["finish_reason"] != "length")
 
     def faults(self, target: LengthTarget) -> tuple[bool, int]:
-        """Less is better: no natural end, then the tokens by which it misses the target."""
-        last = rails_of(target).last
-        natural = self.ended and (last is None or self.length < last) and self.p_end >= NATURAL
+        """Less is better: no natural end, then the tokens by which it misses the target.
+
+        Rails that leave the end one place are not held against it.
+        """
+        rails = rails_of(target)
+        forced = rails.last is not None and self.length >= rails.last > rails.first
+        natural = self.ended and not forced and self.p_end >= NATURAL
         low, high = target.limits
         missed = {"at_most": self.length - high, "at_least": low - self.length}.get(
             target.mode, max(low - self.length, self.length - high)

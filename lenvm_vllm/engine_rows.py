@@ -43,7 +43,7 @@ class EngineRows:
             client,
             settings,
             lambda: None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            () if tokenizer is None else closing_ids(tokenizer),
+            () if tokenizer is None else _closing_ids(tokenizer),
         )
         # Where each rank samples requests of its own, each asks for its own.
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
@@ -140,6 +140,15 @@ class EngineRows:
         if trouble is None and self._trouble is not None:
             logger.info("length targets: the value server is back, requests are steered again")
         self._trouble = trouble
+
+
+def _closing_ids(tokenizer: Any) -> list[int]:
+    """None of a tokenizer that cannot tell them: texts are then led by values alone."""
+    try:
+        return closing_ids(tokenizer)
+    except Exception as error:
+        logger.warning("length targets: no ends of sentences (%s: %s)", type(error).__name__, error)
+        return []
 
 
 def _leads() -> bool:

@@ -63,6 +63,12 @@ def test_an_end_on_the_rail_or_at_max_tokens_is_forced() -> None:
     assert chosen(TEN, chat(0, 11, end=0.0), chat(1, 9), chat(2, 10, 0.0, "length")) == [1, 2, 0]
 
 
+def test_where_the_rails_leave_one_place_the_likelier_end() -> None:
+    exact = TEN | {"tolerance": 0}
+    choices = chat(0, 10, end=UNLIKELY), chat(1, 10), chat(2, 10, 0.0, "length")
+    assert chosen(exact, *choices) == [1, 0, 2]
+
+
 def test_a_stop_string_is_an_end() -> None:
     stopped = chat(1, 10, end=-20.0) | {"stop_reason": "\n\n"}
     assert chosen(TEN, chat(0, 10, end=UNLIKELY), stopped, chat(2, 9, end=UNLIKELY))[0] == 1

@@ -689,6 +689,16 @@ def test_requests_that_are_taken(length: Any, fields: Any) -> None:
     LenvmLogitsProcessor.validate_params(params(length, **fields))
 
 
+def test_a_tokenizer_that_cannot_decode_its_tokens(
+    log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaves the texts without leads to their ends, and vLLM with a plugin that starts."""
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 1}, decode=lambda ids: 1 / 0)
+    monkeypatch.setattr(engine_rows, "tokenizer_of", lambda vllm_config: tokenizer)
+    EngineRows(config(), Server())
+    assert ["no ends of sentences (ZeroDivisionError" in r.getMessage() for r in log] == [True]
+
+
 # ---- the way into vLLM
 
 
