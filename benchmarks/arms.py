@@ -6,7 +6,7 @@ ramp        end-of-sequence gets likelier as the target nears (benchmarks/ramp.p
 greedy      length_target by the paper's rule, rails off
 project     length_target by the smallest change, rails off
 single      the same with guard rails, one ending
-railed      length_target as it is by default: with up to three other endings
+railed      length_target as it is by default: with other endings where the first is not good
 
 The last four take other options of length_target behind a colon: `railed:tolerance=0.05`,
 `project:max_kl=0.4,every=2`.

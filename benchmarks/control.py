@@ -16,7 +16,6 @@ from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.sentences import ends_sentence
 
 QUALITY = ("unforced_share", "sentence_share", "repetition", "distinct_1", "distinct_2")
-SIZES = ("length", "cost")  # cost: tokens sampled for one that is returned
 CUTS = ("target", "kind", "language")
 
 
@@ -25,7 +24,6 @@ def judged(answer: dict[str, Any], likelihood: dict[str, Any] | None) -> dict[st
     length, target, mode = (answer[name] for name in ("length", "target", "mode"))
     text = answer["ids"][: length - (answer["finish"] == "stop")]
     own = {
-        "cost": answer["sampled"] / max(length, 1),
         "ls": score(length, target, mode),
         "ld": deviation(length, target),
         "sentence_share": 100.0 * ends_sentence(answer["text"]),
@@ -58,7 +56,9 @@ def measure(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> d
         known = [row for row in rows if row.get(name) is not None]
         return Sample([row[name] for row in known], [row["id"] for row in known])
 
-    figures = {name: estimate(sample(rows, name)) for name in ("ls", "ld", *SIZES, *QUALITY)}
+    figures = {name: estimate(sample(rows, name)) for name in ("ls", "ld", "length", *QUALITY)}
+    sizes = sample(rows, "sampled"), sample(rows, "length")
+    figures["cost"] = estimate(*sizes, of=lambda sampled, kept: sampled / kept)
     pair = sample(rows, "nll"), sample(base, "nll")
     figures["ppl_ratio"] = estimate(*pair, of=lambda mine, free: np.exp(mine - free))
     return {name: figure for name, figure in figures.items() if figure.n}

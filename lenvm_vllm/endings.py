@@ -7,13 +7,14 @@ many of them count.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from lenvm_vllm.asgi import ask, compact, respond
 from lenvm_vllm.best_of import SAMPLED, Ending
 from lenvm_vllm.rails import rails_of
-from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.request import PREFIX, LengthTarget
 from lenvm_vllm.sentences import SENTENCE
 
 CHAT = "/v1/chat/completions"
@@ -23,7 +24,7 @@ ROUND = 4  # endings that are sampled side by side
 TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
 NARROW = 0.5  # of the tolerance is theirs: with several at hand the target may be met closer
 ROOM = 4  # tokens of it that they keep
-NEAR = 0.25  # of the tolerance that an ending may miss its target by and be good enough
+NEAR = 0.25  # of the tolerance, or a token, that a good ending may miss its target by
 _CONTEXT = 8  # tokens before a text that may tell how it is decoded
 
 # What a continuation takes over from its request, as it is.
@@ -49,7 +50,7 @@ def can_continue(request: dict[str, Any], target: LengthTarget, path: str) -> bo
     others = {name: request[name] for name in request.keys() - _CARRIED - _SEEN_TO}
     return (
         path in (CHAT, TEXT)
-        and target.mode in ("equal_to", "at_most", "range")
+        and target.mode != "tilt"
         and target.scope == "completion"
         and not target.prefix_tokens
         and all(value in _HARMLESS for value in others.values())
@@ -74,11 +75,16 @@ def _are_words(request: dict[str, Any]) -> bool:
 
 
 def narrowed(target: LengthTarget) -> LengthTarget:
-    """The target of the other endings, whose rails are nearer."""
-    tolerance, tokens = target.tolerance, target.tokens
-    if tolerance is not None and tokens is not None:
+    """The target of other endings: rails that are nearer, and an upper one where there is none."""
+    tolerance, tokens = target.tolerance or 0.0, target.tokens or 1
+    if target.mode == "at_least":  # the answer found no end by itself
+        most = math.floor(tokens + max(ROOM, tolerance * tokens))
+        limits = {"tokens": None, "min_tokens": tokens, "max_tokens": most}
+        return target.model_copy(update=limits | {"mode": "range"})
+    if target.mode == "equal_to":
         tolerance = min(tolerance, max(tolerance * NARROW, ROOM / tokens))
-    return target.model_copy(update={"tolerance": tolerance})
+        return target.model_copy(update={"tolerance": tolerance})
+    return target
 
 
 @dataclass(frozen=True)
@@ -127,19 +133,20 @@ class Endings:
         await respond(send, start, compact(answer), (SAMPLED, sampled))
 
     def _is_good(self, unnatural: bool, missed: int) -> bool:
-        allowed = (self.target.tolerance or 0.0) * NEAR * self.target.limits[1]
-        return not unnatural and missed <= allowed
+        width = (self.target.tolerance or 0.0) * self.target.limits[1]
+        return not unnatural and missed <= max(NEAR * width, min(1, width))
 
     def _continuation(
         self, request: dict[str, Any], draft: "Draft", cut: int, count: int
     ) -> dict[str, Any]:
         """The request for `count` other endings behind the draft's first `cut` tokens."""
-        prompt, target = draft.prompt_ids + draft.ids[:cut], narrowed(self.target)
+        prompt = draft.prompt_ids + draft.ids[:cut]
+        target = narrowed(self.target).model_copy(update={"prefix_tokens": cut})
         limits = [request.get(name) for name in ("max_completion_tokens", "max_tokens")]
         given = [limit - cut for limit in limits if limit is not None][:1]
         last = rails_of(target).last
         railed = [] if last is None else [last - cut]
-        known = request["vllm_xargs"] | target.to_xargs()
+        other = {k: v for k, v in request["vllm_xargs"].items() if not k.startswith(PREFIX)}
         return {name: request[name] for name in _CARRIED & request.keys()} | {
             "prompt": prompt,
             "n": count,
@@ -147,7 +154,7 @@ class Endings:
             "min_tokens": max(0, (request.get("min_tokens") or 0) - cut),
             "logprobs": 0,
             "return_token_ids": True,
-            "vllm_xargs": known | {"length_prefix_tokens": cut},
+            "vllm_xargs": other | target.to_xargs(),
         }
 
 

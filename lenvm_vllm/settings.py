@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     tls_ca: Path | None = None
     timeout_s: float = Field(2.0, gt=0)
     max_kl: float = Field(0.2, ge=0)
-    best_of: int = Field(8, ge=1, le=64)
+    best_of: int = Field(16, ge=1, le=64)
     top_k: int = Field(15, ge=1)
     top_p: float = Field(0.999, gt=0, le=1)
     tilt_min_p: float = Field(0.01, ge=0, le=1)

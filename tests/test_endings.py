@@ -126,6 +126,13 @@ def test_a_good_answer_stays(path: str) -> None:
     assert (answer if path == CHAT else choice)["prompt_token_ids"] is None
 
 
+def test_a_token_is_near() -> None:
+    for first, more in ((21, 0), (22, 1)):
+        app = App((first, GOOD), [(20, GOOD)] * 4)
+        post(app, CHAT, length_target=20)
+        assert len(app.asked) == 1 + more
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 @pytest.mark.parametrize("first", [(101, BAD), (93, GOOD), (110, GOOD)])  # 110: the upper rail
 def test_a_bad_one_gets_the_best_of_its_endings(path: str, first: tuple[int, float]) -> None:
@@ -152,14 +159,14 @@ def test_a_bad_one_gets_the_best_of_its_endings(path: str, first: tuple[int, flo
 def test_rounds_begin_earlier_until_an_ending_is_good_or_none_is_left() -> None:
     bad = [(TAIL, BAD)] * 4
     app = App((100, BAD), bad, bad[:3])
-    answer, _ = post(app, CHAT, length_target=100)
+    answer, _ = post(app, CHAT, length_target={"tokens": 100, "best_of": 8})
     cuts = [len(wish["prompt"]) - 2 for _, wish in app.asked[1:]]
     assert cuts == [100 - TAIL, 100 - TAIL - SENTENCE]
     assert [wish["n"] for _, wish in app.asked[1:]] == [4, 3]  # with the first one eight
     assert content_of(answer) == "a" * 99
-    app = App((100, BAD), bad)
-    post(app, CHAT, length_target={"tokens": 100, "best_of": 4})
-    assert [wish["n"] for _, wish in app.asked[1:]] == [3]
+    app = App((100, BAD), *[bad] * 3, bad[:3])
+    post(app, CHAT, length_target=100)
+    assert [wish["n"] for _, wish in app.asked[1:]] == [4, 4, 4, 3]  # the setting: sixteen
 
 
 def test_a_short_text_is_written_again_from_its_beginning() -> None:
@@ -183,6 +190,16 @@ def test_limits(target: dict[str, Any], first: tuple[int, float]) -> None:
     answer, _ = post(app, CHAT, length_target=target)
     assert content_of(answer) == "a" * cut + "c" * 29
     assert app.asked[1][1]["max_tokens"] == 100 - cut
+
+
+def test_a_text_that_never_ends_gets_an_end_behind_its_lower_rail() -> None:
+    app = App((400, BAD), [(40, GOOD)] * 4)
+    answer, _ = post(app, CHAT, length_target={"mode": "at_least", "tokens": 100})
+    target = LengthTarget.from_extra_args(app.asked[1][1]["vllm_xargs"])
+    cut = 100 - TAIL
+    expected = {"mode": "range", "min_tokens": 100, "max_tokens": 110, "prefix_tokens": cut}
+    assert target == LengthTarget.parse(expected)
+    assert content_of(answer) == "a" * cut + "b" * 39
 
 
 def test_the_request_s_own_limits_hold() -> None:
@@ -240,7 +257,6 @@ def test_one_prompt_can_be_continued(prompt: Any, whether: bool) -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        {"mode": "at_least", "tokens": 9},
         {"mode": "tilt", "beta": 1.0},
         {"tokens": 9, "scope": "answer"},
         {"tokens": 9, "prefix_tokens": 3},
