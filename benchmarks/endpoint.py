@@ -1,7 +1,9 @@
 """Many chat completions of an OpenAI API, as rows that a later run does not ask for again."""
 
 import asyncio
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,8 +80,21 @@ class Endpoint:
         Raises ValueError where the endpoint refuses a request.
         """
         missing = [job for job in jobs if job.key not in rows]
+        steps, blind = self._steps()
         asyncio.run(self._fill(missing, rows, len(jobs)))
+        more, lost = (now - then for now, then in zip(self._steps(), (steps, blind), strict=True))
+        if lost:
+            tell = f"warning: {lost:.0f} of {more:.0f} guided steps at {self.url} had no values"
+            print(tell, file=sys.stderr)
         return [rows[job.key] for job in jobs]
+
+    def _steps(self) -> tuple[float, float]:
+        """Guided steps so far, and those of them without values; 0 where no plugin tells."""
+        with contextlib.suppress(httpx.HTTPError):
+            text = httpx.get(f"{self.url.removesuffix('/v1')}/metrics", timeout=TIMEOUT_S).text
+            counts = dict(re.findall(r"^lenvm_(\w*steps_total) (\S+)$", text, re.MULTILINE))
+            return float(counts.get("steps_total", 0)), float(counts.get("fallback_steps_total", 0))
+        return 0.0, 0.0
 
     async def _fill(self, jobs: Sequence[Job], rows: Rows, total: int) -> None:
         gate = asyncio.Semaphore(self.concurrency)

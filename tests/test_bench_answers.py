@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.endpoint import Endpoint
 from benchmarks.judge import Judge
 from benchmarks.lifebench import jobs_of
 from benchmarks.likelihood import batches, score_rows
@@ -39,6 +41,27 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     keep_settings(tmp_path, {"model": "a", "seed": 0})
     with pytest.raises(ValueError, match=r"seed: .* made with 0, this run has 1"):
         keep_settings(tmp_path, {"model": "a", "seed": 1})
+
+
+def test_steps_without_values_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = iter([(10, 2), (40, 8), (40, 8), (60, 8)])
+
+    def get(url: str, **_: Any) -> httpx.Response:
+        assert url == "http://host/metrics"
+        steps, blind = next(counts)
+        text = (
+            f"# TYPE x counter\nlenvm_steps_total {steps}.0\nlenvm_fallback_steps_total {blind}.0\n"
+        )
+        return httpx.Response(200, text=text)
+
+    monkeypatch.setattr(httpx, "get", get)
+    endpoint = Endpoint("http://host/v1", "m")
+    endpoint.answer([], Rows(tmp_path / "rows.jsonl"))
+    assert "warning: 6 of 30 guided steps at http://host/v1 had no" in capsys.readouterr().err
+    endpoint.answer([], Rows(tmp_path / "rows.jsonl"))
+    assert "warning" not in capsys.readouterr().err
 
 
 # ---- tasks
