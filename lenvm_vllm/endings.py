@@ -76,7 +76,9 @@ def _are_words(request: dict[str, Any]) -> bool:
 
 def narrowed(target: LengthTarget) -> LengthTarget:
     """The target of other endings: rails that are nearer, and an upper one where there is none."""
-    tolerance, tokens = target.tolerance or 0.0, target.tokens or 1
+    tolerance, tokens = target.tolerance, target.tokens
+    if tolerance is None or tokens is None:  # no rails, or a range
+        return target
     if target.mode == "at_least":  # the answer found no end by itself
         most = math.floor(tokens + max(ROOM, tolerance * tokens))
         limits = {"tokens": None, "min_tokens": tokens, "max_tokens": most}

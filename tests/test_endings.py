@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lenvm_vllm import vllm_hooks
-from lenvm_vllm.endings import CHAT, TAIL, TEXT, can_continue
+from lenvm_vllm.endings import CHAT, TAIL, TEXT, can_continue, narrowed
 from lenvm_vllm.middleware import LengthTargetMiddleware
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.sentences import SENTENCE
@@ -200,6 +200,12 @@ def test_a_text_that_never_ends_gets_an_end_behind_its_lower_rail() -> None:
     expected = {"mode": "range", "min_tokens": 100, "max_tokens": 110, "prefix_tokens": cut}
     assert target == LengthTarget.parse(expected)
     assert content_of(answer) == "a" * cut + "b" * 39
+
+
+@pytest.mark.parametrize("mode", ["equal_to", "at_most", "at_least"])
+def test_rails_that_are_off_stay_off(mode: str) -> None:
+    target = LengthTarget.parse({"mode": mode, "tokens": 100, "tolerance": None, "best_of": 4})
+    assert narrowed(target) == target
 
 
 def test_the_request_s_own_limits_hold() -> None:
