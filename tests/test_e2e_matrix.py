@@ -17,7 +17,7 @@ import pytest
 
 from lenvm_vllm.processes import free_port
 from tests.servers import BARE_FLAG, value_serve, vllm_serve
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.e2e
@@ -145,13 +145,20 @@ def test_best_of_several_answers(client, path):
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_other_endings(client, path):
-    """A random model ends nowhere naturally, so all eight endings are sampled."""
+    """A random model ends nowhere naturally, so all eight endings are sampled.
+
+    Of letters, since random bytes are no text that could be continued.
+    """
     target = {"tokens": 50, "tolerance": 0.2, "best_of": 8}
-    reply = post(client, path, length_target=target, temperature=1.0, return_token_ids=True)
+    tokenizer = tiny_tokenizer()
+    letters = {"allowed_token_ids": [*tokenizer.encode("abcdefghijklmnop"), tokenizer.eos_token_id]}
+    asked = {"temperature": 1.0, "return_token_ids": True, **letters}
+    reply = post(client, path, length_target=target, **asked)
     assert length(reply) in range(40, 61)
     assert int(reply.headers["lenvm-sampled-tokens"]) > length(reply) + 7 * 10
     (choice,) = reply.json()["choices"]
     assert len(choice["token_ids"]) == length(reply)
+    assert tokenizer.decode(choice["token_ids"][:-1]) == text_of(reply)
     assert choice["logprobs"] is None
     usage = reply.json()["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + length(reply)
