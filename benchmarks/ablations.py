@@ -104,7 +104,8 @@ def main(
     finished = [len(r.completion_ids) for r in known if r.finished]
     base: dict[str, Any] = {"model": model, "num_layers": num_layers, "tune": tune, "lora": lora}
     base |= {"objective": objective, "recipe": recipe, "holdout": holdout}
-    keep_settings(output, {**{k: repr(v) for k, v in base.items()}, "rollouts": rollouts.name})
+    names = {"model": Path(model).name, "rollouts": rollouts.name}
+    keep_settings(output, {name: repr(value) for name, value in base.items()} | names)
     runs = runs_of(rollouts, axes, objective, recipe, sum(finished) / max(len(finished), 1))
     rows = run_grid(runs, rollouts, output, gamma, base)
     line = json.dumps({"gamma": gamma, "runs": rows})

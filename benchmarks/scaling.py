@@ -128,7 +128,8 @@ def main(
     objective = replace(objective, gamma=gamma, gamma_percentile=None)
     base: dict[str, Any] = {"model": model, "tune": tune, "lora": lora, "objective": objective}
     base |= {"recipe": recipe, "holdout": holdout}
-    keep_settings(output, {**{k: repr(v) for k, v in base.items()}, "rollouts": rollouts.name})
+    names = {"model": Path(model).name, "rollouts": rollouts.name}
+    keep_settings(output, {name: repr(value) for name, value in base.items()} | names)
     runs = runs_of(rollouts, output, depths, shares, samples, models)
     rows = run_grid(runs, rollouts, output, gamma, base)
     line = json.dumps({"gamma": gamma, "runs": rows})
