@@ -178,9 +178,9 @@ def main(
     sections = [*found.values()]
     insert(docs / "benchmarks.md", {s.title: markdown(s) for s in sections})
     page = docs / "report.html"
-    if not page.exists():
-        shutil.copyfile(PAGE, page)
-    titles = insert(page, {s.title: html(s) for s in sections})
+    kept = dict(SECTION.findall(page.read_text())) if page.exists() else {}
+    shutil.copyfile(PAGE, page)  # so that the page's own frame is told in one place
+    titles = insert(page, kept | {s.title: html(s) for s in sections})
     result = {"sections": titles, "bytes": page.stat().st_size}
     print(json.dumps(result))
 
