@@ -5,6 +5,7 @@ with the model's own distribution inside the guard rails, and the log says so on
 """
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from lenvm_vllm.candidates import Writes, eos_index
 from lenvm_vllm.client import CircuitOpen, ValueServerError
 from lenvm_vllm.guide import Client, Guide
 from lenvm_vllm.metrics import Counters
+from lenvm_vllm.progress import FORCED, KEY, LANDING, VALUED, Progress
 from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.sentences import closing_ids, tokenizer_of
@@ -49,6 +51,7 @@ class EngineRows:
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
         self._trouble: str | None = None
         self._counters = Counters()
+        self._progress = Progress()
 
     def open(
         self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]
@@ -74,6 +77,7 @@ class EngineRows:
             top_k=max(params.top_k, 0),
             top_p=params.top_p,
             min_p=params.min_p,
+            row=self._progress.open(params.extra_args.get(KEY)) if _leads() else None,
         )
 
     def close(self, state: RequestState | None) -> None:
@@ -81,6 +85,7 @@ class EngineRows:
         if state is None:
             return
         self._guide.close(state)
+        self._progress.close(state.row)
         if (outcome := state.outcome()) is not None and _leads():
             tokens, wanted = outcome
             self._counters.add("finished")
@@ -92,10 +97,32 @@ class EngineRows:
         states = {row: state for row, state in states.items() if state.counts}
         if not states:
             return
+        told = {row: state for row, state in states.items() if state.row is not None}
+        p_end = _end_probabilities(logits, told)
         _apply_rails_inplace(logits, states)
         free = {row: s for row, s in states.items() if not s.rails.forces(s.generated)}
         if (writes := self._shared_plan(logits, free)) is not None:
             writes.apply_inplace(logits)
+        self._tell(list(told.values()), p_end)
+
+    def _tell(self, states: list[RequestState], p_end: list[float]) -> None:
+        """What happened in this step, for the API server."""
+        for state in states:
+            state.steps += 1
+        forced = [s.rails.forces(s.generated) for s in states]
+        self._progress.tell(
+            rows=[s.row for s in states if s.row is not None],
+            index=[len(s.output_ids) for s in states],
+            token=[s.output_ids[-1] if s.output_ids else -1 for s in states],
+            p_end=p_end,
+            expected=[0.0 if f else s.expected for s, f in zip(states, forced, strict=True)],
+            flags=[
+                FORCED * f | LANDING * s.landing | VALUED * s.valued
+                for s, f in zip(states, forced, strict=True)
+            ],
+            steps=[s.steps for s in states],
+            steered=[s.steered for s in states],
+        )
 
     def _shared_plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
         """One rank asks and all do the same, so that all sample the same token."""
@@ -121,6 +148,8 @@ class EngineRows:
             writes = self._guide.plan(logits, states)
         except Exception as error:
             self._counters.add("fallback_steps")
+            for state in states.values():
+                state.valued = False
             if not isinstance(error, CircuitOpen):
                 ours = isinstance(error, ValueServerError)
                 self._report(f"{type(error).__name__}: {error}", traceback=not ours)
@@ -154,6 +183,23 @@ def _closing_ids(tokenizer: Any) -> list[int]:
 def _leads() -> bool:
     """Whether this rank speaks for all that run the same requests."""
     return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0
+
+
+def _end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> list[float]:
+    """The unguided model's probability of the end in each row, NaN where no end is allowed.
+
+    logits: (batch, V), not changed.
+    """
+    rows = [row for row, s in states.items() if not s.rails.suppresses(s.generated)]
+    if not rows:
+        return [math.nan] * len(states)
+    index, ids = eos_index([states[row].ends for row in rows], logits.shape[-1])
+    own = logits[rows]  # (B, V)
+    log_p = own[index.to(own.device), ids.to(own.device)].double()
+    log_p -= own.logsumexp(-1).double()[index.to(own.device)]
+    known = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, index, log_p.exp().cpu())
+    found = dict(zip(rows, known.tolist(), strict=True))
+    return [found.get(row, math.nan) for row in states]
 
 
 def _apply_rails_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:

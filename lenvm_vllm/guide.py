@@ -17,7 +17,7 @@ from lenvm_vllm.candidates import Candidates, Cut, Writes, cut_candidates, plan_
 from lenvm_vllm.rails import landing_of
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.state import RequestState
-from lenvm_vllm.steering import MODES, Goals, steer
+from lenvm_vllm.steering import MODES, Goals, expected_rest, steer
 from value_server.contract import wire
 from value_server.contract.values import remaining_goal
 
@@ -79,16 +79,21 @@ class Guide:
             if self._closed:
                 self._ask([], [])
             return None
-        z = self._scores(wanted, candidates.ids, [states[row] for row in rows])
+        asking = [states[row] for row in rows]
+        for state in asking:
+            state.valued = False  # until they are there
+        z = self._scores(wanted, candidates.ids, asking)
         known_z = ~(z.isnan() & wanted).any(-1)
         keep = known_z.nonzero()[:, 0].tolist()
         if not keep:
             return None
         candidates = _pick(candidates, keep)
         rows, cuts, z = [rows[i] for i in keep], [cuts[i] for i in keep], z[known_z]
-        goals = goals_of([states[row] for row in rows], info.gamma, self._settings.max_kl)
+        steered = [states[row] for row in rows]
+        goals = goals_of(steered, info.gamma, self._settings.max_kl)
         closes = torch.isin(candidates.ids, self._closing_ids)
         log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, closes, goals)
+        _note(steered, goals.raises_ends, expected_rest(log_q, log_p0, z, info.gamma))
         return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
 
     def _scores(self, wanted: Tensor, tokens: Tensor, states: Sequence[RequestState]) -> Tensor:
@@ -184,6 +189,13 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
         max_kl=column([max_kl if t.max_kl is None else t.max_kl for t in targets]),
         gamma=gamma,
     )
+
+
+def _note(states: Sequence[RequestState], landing: Tensor, expected: Tensor) -> None:
+    """Keep what the API server may be told of this step."""
+    for state, lands, rest in zip(states, landing.tolist(), expected.tolist(), strict=True):
+        state.valued, state.landing, state.expected = True, lands, rest
+        state.steered += 1
 
 
 def _can_ask(state: RequestState, info: wire.ModelInfo) -> bool:

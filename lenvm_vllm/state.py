@@ -1,5 +1,6 @@
 """What the plugin knows of one running request. No tensors here."""
 
+import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -33,6 +34,11 @@ class RequestState:
     marker_ids: tokens that end the thinking; needed by a scope other than the completion.
     top_k, top_p, min_p: the request's own candidate cut; 0, 1.0 and 0.0 mean unset.
     sent: tokens of prompt and output that the value server has been told.
+    row: of the table that the API server reads, None where it reads none.
+    valued: whether the values were there when they were last asked for.
+    landing, expected: of the last step that had values: whether ends were raised in it, and the
+        tokens that were to come behind its token.
+    steps, steered: so far, and those that values steered.
     """
 
     target: LengthTarget
@@ -45,6 +51,12 @@ class RequestState:
     top_p: float = 1.0
     min_p: float = 0.0
     sent: int = 0
+    row: int | None = None
+    valued: bool = False
+    landing: bool = False
+    expected: float = math.nan
+    steps: int = 0
+    steered: int = 0
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     rails: Rails = field(init=False)
     _searched: int = 0

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lenvm_vllm.request import NATURAL
 from lenvm_vllm.sentences import SENTENCE
-from value_server.contract.values import value_from_length, value_from_logit
+from value_server.contract.values import length_from_logit, value_from_length, value_from_logit
 
 MODES = ("equal_to", "at_most", "at_least", "tilt", "range")
 EQUAL_TO, AT_MOST, AT_LEAST, TILT, RANGE = range(5)
@@ -92,6 +92,11 @@ class Goals:
         return 1 - self.room / self.span.clamp(min=1e-9)
 
     @property
+    def raises_ends(self) -> Tensor:
+        """(B,) bool: in the landing, or past it."""
+        return (self.landed >= 0) & (self.mode != AT_LEAST) & (self.mode != TILT)
+
+    @property
     def closing(self) -> Tensor:
         """(B,) as `landed`, of the next token: where this one may end the last sentence."""
         return 1 - (self.room - 1) / self.span.clamp(min=1e-9)
@@ -140,6 +145,18 @@ def _values(log_q: Tensor, z: Tensor) -> Tensor:
     q = torch.where(scored, log_q.exp(), 0.0)
     mean = (q * u).sum(-1, keepdim=True) / q.sum(-1, keepdim=True).clamp(min=1e-300)
     return torch.where(kept & ~scored, mean, u)
+
+
+def expected_rest(log_q: Tensor, log_p0: Tensor, z: Tensor, gamma: float) -> Tensor:
+    """(B,) tokens to come behind the next one, in the mean of a steered distribution.
+
+    Arguments as of `steer`; a candidate that was not scored counts with the mean of the others.
+    """
+    scored = ~log_q.isneginf() & ~z.isnan()
+    q = torch.where(scored, log_q.exp(), 0.0)
+    rest = torch.where(scored, length_from_logit(z, gamma), 0.0)
+    mean = (q * rest).sum(-1) / q.sum(-1).clamp(min=1e-300)
+    return -torch.expm1(log_p0) * mean
 
 
 def log1mexp(x: Tensor) -> Tensor:
