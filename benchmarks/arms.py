@@ -22,7 +22,7 @@ WITHOUT_RAILS = {"tolerance": None}
 TARGETED: dict[str, dict[str, Any]] = {
     "greedy": {**WITHOUT_RAILS, "policy": "greedy"},
     "project": {**WITHOUT_RAILS, "policy": "project"},
-    "single": {"best_of": 1},
+    "single": {"endings": 1},
     "railed": {},
 }
 ARMS = ("prompt", "limits", "ramp", *TARGETED)

@@ -45,7 +45,7 @@ def lasts_of(arm: str, mode: str, target: int) -> set[int]:
     if wish is None:
         return set()
     own = LengthTarget.parse(wish)
-    targets = [own] if own.best_of == 1 else [own, narrowed(own)]
+    targets = [own] if own.endings == 1 else [own, narrowed(own)]
     return {last for target in targets if (last := rails_of(target).last) is not None}
 
 

@@ -4,18 +4,30 @@ Only the way that a text ends tells whether its length was meant, so only that i
 vLLM has the text before it in its prefix cache, and the value server in its own. A continuation
 is a text completion whose prompt is the answer's tokens; `prefix_tokens` tells the plugin how
 many of them count.
+
+They cost work, so none begins where it cannot help: a text that steering had no part in, values
+that are missing, a vLLM whose requests wait. And they are bounded, so that nobody waits for them
+longer than for the answer itself.
 """
 
-import json
-import math
-from dataclasses import dataclass
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lenvm_vllm.asgi import ask, compact, respond
-from lenvm_vllm.best_of import SAMPLED, Ending
+from lenvm_vllm.answers import Answers, Sampled, keyed
+from lenvm_vllm.asgi import ask
+from lenvm_vllm.metrics import Counters
+from lenvm_vllm.outcome import ENDS, Outcome
 from lenvm_vllm.rails import rails_of
 from lenvm_vllm.request import PREFIX, LengthTarget
 from lenvm_vllm.sentences import SENTENCE
+from lenvm_vllm.texts import texts_of
+
+logger = logging.getLogger("vllm.lenvm")
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -25,6 +37,7 @@ TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
 NARROW = 0.5  # of the tolerance is theirs: with several at hand the target may be met closer
 ROOM = 4  # tokens of it that they keep
 NEAR = 0.25  # of the tolerance, or a token, that a good ending may miss its target by
+_CUT = ENDS.index("cut")
 _CONTEXT = 8  # tokens before a text that may tell how it is decoded
 
 # What a continuation takes over from its request, as it is.
@@ -50,7 +63,7 @@ def can_continue(request: dict[str, Any], target: LengthTarget, path: str) -> bo
     others = {name: request[name] for name in request.keys() - _CARRIED - _SEEN_TO}
     return (
         path in (CHAT, TEXT)
-        and target.mode != "tilt"
+        and target.mode in ("equal_to", "at_most", "range")
         and target.scope == "completion"
         and not target.prefix_tokens
         and all(value in _HARMLESS for value in others.values())
@@ -75,73 +88,129 @@ def _are_words(request: dict[str, Any]) -> bool:
 
 
 def narrowed(target: LengthTarget) -> LengthTarget:
-    """The target of other endings: rails that are nearer, and an upper one where there is none."""
+    """The target of other endings, whose rails are nearer."""
     tolerance, tokens = target.tolerance, target.tokens
-    if tolerance is None or tokens is None:  # no rails, or a range
+    if target.mode != "equal_to" or tolerance is None or tokens is None:
         return target
-    if target.mode == "at_least":  # the answer found no end by itself
-        most = math.floor(tokens + max(ROOM, tolerance * tokens))
-        limits = {"tokens": None, "min_tokens": tokens, "max_tokens": most}
-        return target.model_copy(update=limits | {"mode": "range"})
-    if target.mode == "equal_to":
-        tolerance = min(tolerance, max(tolerance * NARROW, ROOM / tokens))
-        return target.model_copy(update={"tolerance": tolerance})
-    return target
+    nearer = min(tolerance, max(tolerance * NARROW, ROOM / tokens))
+    return target.model_copy(update={"tolerance": nearer})
 
 
 @dataclass(frozen=True)
-class Endings:
-    """ASGI application: the answer of `app` with the best of up to `best_of` endings.
+class Bounds:
+    """What the endings of all requests of an API server process share.
 
-    More are sampled, ROUND at a time, only while none is natural and near the target; those of
-    a later round begin a sentence earlier. Where that fails, the answer is what it was.
+    rounds: how many rounds may run at a time. patience: how long a request may look for endings,
+    in times of what its first answer took. waiting: requests that wait in vLLM's queue.
+    """
+
+    rounds: asyncio.Semaphore
+    patience: float
+    waiting: Callable[[], float]
+    counters: Counters = field(default_factory=Counters)
+
+
+@dataclass(frozen=True)
+class Endings(Answers):
+    """The answer with the best of up to `endings` endings.
+
+    More are sampled, ROUND at a time, only while none is good; those of a later round begin a
+    sentence earlier. Whatever goes wrong with them, the answer is what it was.
 
     max_model_len, tokenizer: of the served model.
     """
 
-    app: Any
-    target: LengthTarget
-    best_of: int
-    max_model_len: int
-    tokenizer: Any
+    endings: int = 1
+    max_model_len: int = 0
+    tokenizer: Any = None
+    bounds: Bounds | None = None
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        request = json.loads((await receive())["body"])
-        logprobs = True if "messages" in request else 0
-        asked = request | {"logprobs": logprobs, "return_token_ids": True}
-        start, body, first = await ask(self.app, scope, asked, receive)
-        if first is None:
-            await respond(send, start, body)
-            return
-        draft = Draft.of(first, self.tokenizer)
-        best, nearer = Ending.of(draft.choice).faults(self.target), narrowed(self.target)
-        left = self.best_of - 1 if draft.is_all_text() else 0
-        sampled = len(draft.ids)
-        cut = min(sampled, self.target.limits[1]) - TAIL
-        while left > 0 and not self._is_good(*best):
-            cut = max(0, cut)
-            wish = self._continuation(request, draft, cut, min(left, ROUND))
-            _, _, found = await ask(self.app, _as_text(scope), wish, receive)
-            if found is None:
-                break
-            sampled += found["usage"]["completion_tokens"]
-            for choice in found["choices"]:
-                ending = Ending.of(choice, cut)
-                if ending.faults(nearer) < best:
-                    best = ending.faults(nearer)
-                    draft.end_with(choice, cut)
-            left, cut = left - ROUND, cut - SENTENCE
-        answer = draft.answer(with_ids=request.get("return_token_ids") is True)
-        await respond(send, start, compact(answer), (SAMPLED, sampled))
+    async def sample(self, scope: Any, receive: Any, request: dict[str, Any], key: str) -> Sampled:
+        started = time.monotonic()
+        start, body, answer = await ask(self.app, scope, request, receive)
+        if answer is None:
+            return Sampled(start, body, None)
+        (text,) = texts_of(answer)
+        draft = Draft.of(answer, text.outcome(self.known, key), self.tokenizer)
+        if self._needs_another(draft) and self.bounds is not None:
+            limit = self.bounds.patience * (time.monotonic() - started)
+            await self._rewrite(scope, receive, request, draft, limit)
+        outcome = {0: draft.outcome}
+        return Sampled(start, body, draft.answer(), draft.sampled, draft.endings, outcome)
 
-    def _is_good(self, unnatural: bool, missed: int) -> bool:
+    def _needs_another(self, draft: "Draft") -> bool:
+        """Whether its end is bad, steering had a part in that, and values are there for more."""
+        outcome = draft.outcome
+        kind, missed = outcome.faults(self.target)
+        if outcome.step is None or not outcome.step.valued or self._is_good(kind, missed):
+            return False
+        acted = outcome.step.forced or outcome.step.landing or missed > 0
+        return acted and draft.is_all_text()
+
+    def _is_good(self, kind: int, missed: int) -> bool:
         width = (self.target.tolerance or 0.0) * self.target.limits[1]
-        return not unnatural and missed <= max(NEAR * width, min(1, width))
+        return kind < _CUT and missed <= max(NEAR * width, min(1, width))
 
-    def _continuation(
-        self, request: dict[str, Any], draft: "Draft", cut: int, count: int
-    ) -> dict[str, Any]:
-        """The request for `count` other endings behind the draft's first `cut` tokens."""
+    async def _rewrite(
+        self, scope: Any, receive: Any, request: dict[str, Any], draft: "Draft", limit: float
+    ) -> None:
+        """Rounds of endings, for `limit` seconds at most; the best one becomes the draft's."""
+        assert self.bounds is not None
+        started, counters = time.monotonic(), self.bounds.counters
+        try:
+            async with asyncio.timeout(limit):
+                await self._rounds(scope, receive, request, draft)
+        except TimeoutError:
+            pass
+        except Exception:
+            logger.exception("length targets: other endings failed, the first one is returned")
+        counters.add("ending_seconds", time.monotonic() - started)
+
+    async def _rounds(
+        self, scope: Any, receive: Any, request: dict[str, Any], draft: "Draft"
+    ) -> None:
+        assert self.bounds is not None
+        best, nearer = draft.outcome.faults(self.target), narrowed(self.target)
+        cut = min(draft.sampled, self.target.limits[1]) - TAIL
+        while draft.endings < self.endings and not self._is_good(*best):
+            async with self.bounds.rounds:
+                if self.bounds.waiting() > 0:
+                    return
+                found = await self._round(scope, receive, request, draft, max(0, cut))
+            if not any(outcome.step and outcome.step.valued for _, outcome in found):
+                return  # without values the next ones will be no better
+            for ids, outcome in found:
+                if (faults := outcome.faults(nearer)) < best:
+                    best = faults
+                    draft.end_with(max(0, cut), ids, outcome)
+            cut -= SENTENCE
+
+    async def _round(
+        self, scope: Any, receive: Any, request: dict[str, Any], draft: "Draft", cut: int
+    ) -> list[tuple[list[int], Outcome]]:
+        """Tokens and outcomes of other endings behind the draft's first `cut` tokens.
+
+        A length is that of the whole text. None where vLLM refused them.
+        """
+        assert self.bounds is not None
+        key, counters = uuid.uuid4().hex, self.bounds.counters
+        wish = keyed(self._continuation(request, draft, cut), key)
+        _, _, answer = await ask(self.app, _as_text(scope), wish, receive)
+        if answer is None:
+            return []
+        counters.add("ending_rounds")
+        counters.add("endings", len(answer["choices"]))
+        counters.add("ending_tokens", answer["usage"]["completion_tokens"])
+        draft.sampled += answer["usage"]["completion_tokens"]
+        draft.endings += len(answer["choices"])
+        return [
+            (text.ids or [], replace(outcome, length=cut + outcome.length))
+            for text in texts_of(answer)
+            for outcome in [text.outcome(self.known, key)]
+        ]
+
+    def _continuation(self, request: dict[str, Any], draft: "Draft", cut: int) -> dict[str, Any]:
+        """The request for other endings behind the draft's first `cut` tokens."""
         prompt = draft.prompt_ids + draft.ids[:cut]
         target = narrowed(self.target).model_copy(update={"prefix_tokens": cut})
         limits = [request.get(name) for name in ("max_completion_tokens", "max_tokens")]
@@ -149,32 +218,42 @@ class Endings:
         last = rails_of(target).last
         railed = [] if last is None else [last - cut]
         other = {k: v for k, v in request["vllm_xargs"].items() if not k.startswith(PREFIX)}
-        return {name: request[name] for name in _CARRIED & request.keys()} | {
+        wish = {name: request[name] for name in _CARRIED & request.keys()} | {
             "prompt": prompt,
-            "n": count,
+            "n": min(ROUND, self.endings - draft.endings),
             "max_tokens": max(1, min([self.max_model_len - len(prompt), *given, *railed])),
             "min_tokens": max(0, (request.get("min_tokens") or 0) - cut),
-            "logprobs": 0,
             "return_token_ids": True,
             "vllm_xargs": other | target.to_xargs(),
         }
+        if request.get("seed") is not None:  # with the same one, the same ending again
+            wish["seed"] = request["seed"] + draft.endings
+        return wish
 
 
 @dataclass
 class Draft:
-    """An answer of one choice, whose end may yet change."""
+    """An answer of one choice, whose end may yet change.
+
+    endings, sampled: how many endings it had, and the tokens of all of them.
+    """
 
     prompt_ids: list[int]
     ids: list[int]
+    outcome: Outcome
+    sampled: int
     _answer: dict[str, Any]
     _tokenizer: Any
+    endings: int = 1
+    _changed: bool = False
 
     @classmethod
-    def of(cls, answer: dict[str, Any], tokenizer: Any) -> "Draft":
-        """Of an answer with logprobs and token ids."""
+    def of(cls, answer: dict[str, Any], outcome: Outcome, tokenizer: Any) -> "Draft":
+        """Of an answer with token ids; without them its tokens are not known and it stays."""
         (choice,) = answer["choices"]
-        prompt_ids = (answer if "message" in choice else choice)["prompt_token_ids"]
-        return cls(prompt_ids, choice["token_ids"], answer, tokenizer)
+        prompt_ids = (answer if "message" in choice else choice).get("prompt_token_ids") or []
+        ids = choice.get("token_ids") or []
+        return cls(prompt_ids, ids, outcome, outcome.length, answer, tokenizer)
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -184,26 +263,30 @@ class Draft:
     def is_all_text(self) -> bool:
         """Whether its tokens are its text: no part of them went elsewhere, as a thinking does."""
         known = self.choice.get("message", self.choice)
-        return self._text() == known.get("content", known.get("text"))
+        text = known.get("content", known.get("text"))
+        return bool(self.prompt_ids and self.ids) and self._text() == text
 
-    def end_with(self, choice: dict[str, Any], cut: int) -> None:
+    def end_with(self, cut: int, ids: list[int], outcome: Outcome) -> None:
         """Take another ending, behind the first `cut` tokens."""
-        self.ids = self.ids[:cut] + choice["token_ids"]
-        for name in ("finish_reason", "stop_reason"):
-            self.choice[name] = choice[name]
-        if "message" in self.choice:
-            self.choice["message"]["content"] = self._text()
-        else:
-            self.choice["text"] = self._text()
+        before, step = self.outcome.step, outcome.step
+        if before is not None and step is not None:
+            steered = min(cut, before.steered) + step.steered
+            step = replace(step, steps=cut + step.steps, steered=steered)
+        self.ids, self._changed = self.ids[:cut] + ids, True
+        self.outcome = replace(outcome, text=self._text(), step=step)
 
-    def answer(self, with_ids: bool) -> dict[str, Any]:
-        """As the client gets it, without logprobs, `usage` counting what is returned."""
-        self.choice.update(logprobs=None, token_ids=self.ids if with_ids else None)
-        if not with_ids:
-            (self._answer if "message" in self.choice else self.choice)["prompt_token_ids"] = None
-        usage = self._answer["usage"]
-        usage["completion_tokens"] = len(self.ids)
-        usage["total_tokens"] = usage["prompt_tokens"] + len(self.ids)
+    def answer(self) -> dict[str, Any]:
+        """As the client gets it, `usage` counting what is returned."""
+        if self._changed:
+            reason = "length" if self.outcome.limited else "stop"
+            self.choice.update(finish_reason=reason, token_ids=self.ids)
+            if "message" in self.choice:
+                self.choice["message"]["content"] = self.outcome.text
+            else:
+                self.choice["text"] = self.outcome.text
+            usage = self._answer["usage"]
+            usage["completion_tokens"] = len(self.ids)
+            usage["total_tokens"] = usage["prompt_tokens"] + len(self.ids)
         return self._answer
 
     def _text(self) -> str:

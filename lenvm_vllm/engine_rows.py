@@ -109,10 +109,11 @@ class EngineRows:
         """What happened in this step, for the API server."""
         for state in states:
             state.steps += 1
-        forced = [s.rails.forces(s.generated) for s in states]
+        forced = [s.forced or s.rails.forces(s.generated) for s in states]
         self._progress.tell(
             rows=[s.row for s in states if s.row is not None],
             index=[len(s.output_ids) for s in states],
+            counted=[s.generated + 1 for s in states],
             token=[s.output_ids[-1] if s.output_ids else -1 for s in states],
             p_end=p_end,
             expected=[0.0 if f else s.expected for s, f in zip(states, forced, strict=True)],

@@ -93,7 +93,8 @@ class Guide:
         goals = goals_of(steered, info.gamma, self._settings.max_kl)
         closes = torch.isin(candidates.ids, self._closing_ids)
         log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, closes, goals)
-        _note(steered, goals.raises_ends, expected_rest(log_q, log_p0, z, info.gamma))
+        rest = expected_rest(log_q, log_p0, z, info.gamma)
+        _note(steered, goals.raises_ends, log_p0 == 0, rest)
         return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
 
     def _scores(self, wanted: Tensor, tokens: Tensor, states: Sequence[RequestState]) -> Tensor:
@@ -191,10 +192,14 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
     )
 
 
-def _note(states: Sequence[RequestState], landing: Tensor, expected: Tensor) -> None:
+def _note(
+    states: Sequence[RequestState], landing: Tensor, forced: Tensor, expected: Tensor
+) -> None:
     """Keep what the API server may be told of this step."""
-    for state, lands, rest in zip(states, landing.tolist(), expected.tolist(), strict=True):
-        state.valued, state.landing, state.expected = True, lands, rest
+    told = zip(states, landing.tolist(), forced.tolist(), expected.tolist(), strict=True)
+    for state, lands, ends, rest in told:
+        state.landing, state.forced, state.expected = lands, ends, rest
+        state.valued = True
         state.steered += 1
 
 

@@ -28,6 +28,10 @@ HELP = {
     "finished": "Requests with a number of tokens that ended by themselves or by a rail.",
     "deviation_tokens": "Tokens by which those missed what they asked for.",
     "deviation_ratio": "The same as shares of what they asked for.",
+    "endings": "Other endings that were sampled.",
+    "ending_tokens": "Tokens of those.",
+    "ending_rounds": "Rounds of such endings, sampled side by side.",
+    "ending_seconds": "Time in which answers waited for other endings.",
 }
 _NAMES = list(HELP)
 
@@ -78,3 +82,11 @@ def exposition() -> bytes:
         for name, value in zip(_NAMES, sums.tolist(), strict=True)
     ]
     return "".join(lines).encode()
+
+
+def waiting_requests() -> float:
+    """Requests in vLLM's queue, as its own gauge says; 0 where it keeps none in this process."""
+    from prometheus_client import REGISTRY
+
+    found = REGISTRY.restricted_registry(["vllm:num_requests_waiting"]).collect()
+    return sum(sample.value for metric in found for sample in metric.samples)

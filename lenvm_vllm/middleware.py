@@ -1,21 +1,25 @@
 """ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`, and
 `/metrics` shows what the engine counts of them. With the setting `forecast` a request is also
 given its priority, and its answer a header with the length to expect.
-Of several answers, or several endings of one, it returns those that end best.
+The answer to a guided request tells how it ended; of several answers, or several endings of one,
+those that end best are returned.
 
 Without that setting a request that holds no `length_` goes on byte for byte.
 """
 
+import asyncio
 import json
 from typing import Any
 
 from lenvm_vllm import vllm_hooks
 from lenvm_vllm.admission import check_admission
+from lenvm_vllm.answers import Answers
 from lenvm_vllm.asgi import read, replay, request_of, resized
 from lenvm_vllm.best_of import WholeAnswers
-from lenvm_vllm.endings import CHAT, TEXT, Endings, can_continue
+from lenvm_vllm.endings import CHAT, TEXT, Bounds, Endings, can_continue
 from lenvm_vllm.forecast import Forecast
-from lenvm_vllm.metrics import exposition
+from lenvm_vllm.metrics import exposition, waiting_requests
+from lenvm_vllm.progress import Known
 from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
 from lenvm_vllm.sentences import tokenizer_of
 from lenvm_vllm.settings import load_settings
@@ -35,7 +39,10 @@ class LengthTargetMiddleware:
         self._app = app
         settings = load_settings(_served("additional_config"))
         self._forecast = Forecast(settings) if settings.forecast else None
-        self._best_of = settings.best_of
+        self._settings = settings
+        self._known = Known()
+        rounds = asyncio.Semaphore(settings.endings_at_once)
+        self._bounds = Bounds(rounds, settings.endings_patience, waiting_requests)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "GET" and _path(scope) == "/metrics":
@@ -54,30 +61,41 @@ class LengthTargetMiddleware:
         except LengthTargetError as error:
             await _refuse(send, str(error))
             return
-        app = self._choosing(new or body, _path(scope))
+        predicted = None
+        if self._forecast is not None:
+            new, predicted = await _with_forecast(self._forecast, new or body, _path(scope))
+            if predicted is not None:
+                send = _with_header(send, PREDICTED, predicted)
+        app = self._answering(new or body, _path(scope), predicted)
         if app is not self._app:
             new = new or body
-        if self._forecast is not None:
-            new, send = await _with_forecast(self._forecast, new or body, send, _path(scope))
         if new is not None:
             scope = {**scope, "headers": resized(scope["headers"], len(new))}
             messages = [request_of(new)]
         await app(scope, replay(messages, receive), send)
 
-    def _choosing(self, body: bytes, path: str) -> Any:
-        """The application that answers: vLLM's own, or one that chooses among its answers."""
+    def _answering(self, body: bytes, path: str, predicted: int | None) -> Any:
+        """The application that answers: vLLM's own, or for a guided request one around it."""
         request, target = _target_of(body)
         if target is None:
             return self._app
+        common = (self._app, target, self._known, predicted)
+        if target.best_of > 1:
+            return WholeAnswers(*common, target.best_of)
         config = vllm_hooks.served_config
         if config is not None and can_continue(request, target, path):
-            best_of = target.best_of or (1 if target.tolerance is None else self._best_of)
+            endings = target.endings or self._default_endings(target, config)
             longest = config.model_config.max_model_len
-            if best_of > 1 and (tokenizer := tokenizer_of(config)) is not None:
-                return Endings(self._app, target, best_of, longest, tokenizer)
-        if target.best_of is None or target.best_of == 1:
-            return self._app
-        return WholeAnswers(self._app, target, target.best_of)
+            if endings > 1 and (tokenizer := tokenizer_of(config)) is not None:
+                return Endings(*common, endings, longest, tokenizer, self._bounds)
+        return Answers(*common)
+
+    def _default_endings(self, target: LengthTarget, config: Any) -> int:
+        """One where others cost more than their own tokens: the text is computed anew where vLLM
+        keeps no prefixes, and on another engine than the one that has it."""
+        cheap = config.cache_config.enable_prefix_caching
+        cheap &= config.parallel_config.data_parallel_size == 1
+        return self._settings.endings if cheap and target.tolerance is not None else 1
 
 
 def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | None:
@@ -113,16 +131,14 @@ def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | No
     return json.dumps(request).encode()
 
 
-async def _with_forecast(
-    forecast: Forecast, body: bytes, send: Any, path: str
-) -> tuple[bytes, Any]:
-    """The body with its priority, and a `send` that tells the client what is expected.
+async def _with_forecast(forecast: Forecast, body: bytes, path: str) -> tuple[bytes, int | None]:
+    """The body with its priority, and the tokens to expect.
 
     body: without a length target of its own. A priority that the client gave stays.
     """
     request, target = _target_of(body)
     if request is None:
-        return body, send
+        return body, None
     tokens = await forecast.tokens(request, target)
     if tokens is not None and (limit := _limit(request, path)) is not None:
         tokens = min(tokens, limit)
@@ -130,7 +146,7 @@ async def _with_forecast(
     ranked = scheduler is not None and scheduler.policy == "priority"
     if ranked and "priority" not in request and path != MESSAGES:  # it has none
         body = json.dumps(request | {"priority": forecast.priority(tokens)}).encode()
-    return body, send if tokens is None else _with_header(send, PREDICTED, tokens)
+    return body, tokens
 
 
 def _target_of(body: bytes) -> tuple[Any, LengthTarget | None]:
@@ -157,7 +173,7 @@ def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
         raise LengthTargetError(
             f"prompt_embeds: contradicts {FIELD}, whose values are those of tokens"
         )
-    if target.best_of is not None and target.best_of > 1:
+    if target.best_of > 1:
         _check_best_of(target.best_of, request, path)
     check_admission(
         target,

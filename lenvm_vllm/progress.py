@@ -33,7 +33,10 @@ FORCED, LANDING, VALUED = 1, 2, 4  # flags of a step
 
 _PREFIX = "progress-"
 _STEP = np.dtype(
-    [("index", "i4"), ("token", "i4"), ("p_end", "f4"), ("expected", "f4"), ("flags", "u1")]
+    [
+        *(("index", "i4"), ("counted", "i4"), ("token", "i4")),
+        *(("p_end", "f4"), ("expected", "f4"), ("flags", "u1")),
+    ]
 )
 _ROW = np.dtype(
     [("key", "u8", 2), ("steps", "i4"), ("steered", "i4"), ("ring", _STEP, RING)], align=True
@@ -44,6 +47,7 @@ _ROW = np.dtype(
 class Step:
     """What was known when one token of a text was sampled.
 
+    counted: number of that token among those that the target is about.
     p_end: the unguided model's probability of an end there, NaN where no end was allowed.
     expected: tokens still to come behind that token, NaN where there were no values.
     forced: whether a rail made it the end. landing: whether the target raised ends there.
@@ -51,6 +55,7 @@ class Step:
     steps, steered: steps of the text up to the last one known, and those that values steered.
     """
 
+    counted: int
     p_end: float
     expected: float
     forced: bool
@@ -94,6 +99,7 @@ class Progress:
         self,
         rows: Sequence[int],
         index: Sequence[int],
+        counted: Sequence[int],
         token: Sequence[int],
         p_end: Sequence[float],
         expected: Sequence[float],
@@ -103,7 +109,7 @@ class Progress:
     ) -> None:
         """A step of the texts in `rows`.
 
-        index: tokens of the completion so far, the number of the one that is sampled now, from 0.
+        index: of the token that is sampled now, from 0: tokens of the completion so far.
         token: the last one so far, -1 where it is not known yet.
         The others are as in `Step`.
         """
@@ -112,6 +118,7 @@ class Progress:
         at, place = np.array(rows), np.array(index) % RING
         ring = self._table["ring"]
         ring["index"][at, place] = -1
+        ring["counted"][at, place] = counted
         ring["token"][at, place] = token
         ring["p_end"][at, place] = p_end
         ring["expected"][at, place] = expected
@@ -127,13 +134,14 @@ class Known:
     def __init__(self) -> None:
         self._tables: dict[Path, NDArray[Any]] = {}
 
-    def step(self, key: str, ids: Sequence[int] | None, count: int) -> Step | None:
+    def step(self, key: str, ids: Sequence[int] | None, count: int | None) -> Step | None:
         """What was known when the last of `count` tokens was sampled; None where nobody tells.
 
         ids: those tokens, by which samples with one key are told apart; None: not known.
+        count: None: not known, the last step counts.
         """
         halves = _halves(key)
-        if halves is None or count < 1:
+        if halves is None:
             return None
         for table in self._all():
             keys = table["key"]
@@ -151,7 +159,11 @@ class Known:
         return list(self._tables.values())
 
 
-def _step_of(row: Any, ids: Sequence[int] | None, count: int) -> Step | None:
+def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | None:
+    if count is None:
+        count = int(row["ring"]["index"].max()) + 1
+    if count < 1:
+        return None
     step = row["ring"][(count - 1) % RING]
     if step["index"] != count - 1:
         return None
@@ -159,6 +171,7 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int) -> Step | None:
         return None
     flags = int(step["flags"])
     return Step(
+        counted=int(step["counted"]),
         p_end=float(step["p_end"]),
         expected=float(step["expected"]),
         forced=bool(flags & FORCED),

@@ -21,7 +21,7 @@ _FLAT = {
         f"length_{part}": part
         for part in (
             *("mode", "min_tokens", "max_tokens", "beta", "tolerance", "policy", "max_kl"),
-            *("min_entropy", "every", "scope", "best_of", "prefix_tokens"),
+            *("min_entropy", "every", "scope", "endings", "best_of", "prefix_tokens"),
         )
     },
 }
@@ -46,8 +46,9 @@ class LengthTarget(BaseModel):
     every: only each so-manieth token is scored.
     scope: what is counted: the whole completion, its thinking up to the marker that ends it
         (the marker included), or the answer after the marker.
-    best_of: answers, or endings of one, that the API server samples, to return those that end
-        best; None: the plugin's setting, where the request lets it.
+    endings: that an answer may have at most; None: the plugin's setting, where the request lets
+        it have any.
+    best_of: whole answers that are sampled side by side, to return those that end best.
     prefix_tokens: tokens at the end of the prompt that count as the completion's, of which the
         rest is generated.
     """
@@ -65,7 +66,8 @@ class LengthTarget(BaseModel):
     min_entropy: float = Field(0.0, ge=0)
     every: int = Field(1, ge=1, le=2**31 - 1)
     scope: Literal["completion", "thinking", "answer"] = "completion"
-    best_of: int | None = Field(None, ge=1, le=64)
+    endings: int | None = Field(None, ge=1, le=64)
+    best_of: int = Field(1, ge=1, le=64)
     prefix_tokens: int = Field(0, ge=0, le=2**31 - 1)
 
     @model_validator(mode="after")
@@ -80,8 +82,14 @@ class LengthTarget(BaseModel):
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}")
         what = f"mode {self.mode!r} and scope {self.scope!r}"
-        if (self.best_of or 1) > 1 and (self.mode == "tilt" or self.scope != "completion"):
-            raise ValueError(f"best_of: {self.best_of} needs a length to compare, not {what}")
+        for name in ("endings", "best_of"):
+            several = getattr(self, name)
+            if (several or 1) > 1 and (self.mode == "tilt" or self.scope != "completion"):
+                raise ValueError(f"{name}: {several} needs a length to compare, not {what}")
+        if (self.endings or 1) > 1 and self.best_of > 1:
+            raise ValueError(
+                f"best_of: {self.best_of} whole answers have no {self.endings} endings"
+            )
         if self.prefix_tokens and self.scope != "completion":
             raise ValueError(f"prefix_tokens: {self.prefix_tokens} are not those of {what}")
         return self

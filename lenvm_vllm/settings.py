@@ -41,8 +41,11 @@ class Settings(BaseSettings):
     tls_ca: PEM file of the authority that signs the certificates of https:// servers.
     timeout_s: longest that a step waits for values; after it the step goes on unguided.
     max_kl: nats that one step of `project` may move the text, unless the request says.
-    best_of: endings that an answer with a length in tokens and guard rails may have at most,
-        unless the request says.
+    endings: that an answer with a length in tokens and guard rails may have at most, unless the
+        request says.
+    endings_at_once: rounds of them that may run at a time in an API server process.
+    endings_patience: how long a request may look for other endings, in times of what its first
+        answer took.
     top_k, top_p: candidate cut of a request with a token target that sets none itself.
     tilt_min_p: candidate cut of a tilt that sets none itself.
     thinking_end_ids: tokens that end a thinking, for the scopes thinking and answer; without,
@@ -64,7 +67,9 @@ class Settings(BaseSettings):
     tls_ca: Path | None = None
     timeout_s: float = Field(2.0, gt=0)
     max_kl: float = Field(0.2, ge=0)
-    best_of: int = Field(16, ge=1, le=64)
+    endings: int = Field(16, ge=1, le=64)
+    endings_at_once: int = Field(4, ge=1)
+    endings_patience: float = Field(1.0, ge=0)
     top_k: int = Field(15, ge=1)
     top_p: float = Field(0.999, gt=0, le=1)
     tilt_min_p: float = Field(0.01, ge=0, le=1)

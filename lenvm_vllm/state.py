@@ -36,8 +36,8 @@ class RequestState:
     sent: tokens of prompt and output that the value server has been told.
     row: of the table that the API server reads, None where it reads none.
     valued: whether the values were there when they were last asked for.
-    landing, expected: of the last step that had values: whether ends were raised in it, and the
-        tokens that were to come behind its token.
+    landing, forced, expected: of the last step that had values: whether ends were raised in it,
+        whether it was made the end, and the tokens that were to come behind its token.
     steps, steered: so far, and those that values steered.
     """
 
@@ -54,6 +54,7 @@ class RequestState:
     row: int | None = None
     valued: bool = False
     landing: bool = False
+    forced: bool = False
     expected: float = math.nan
     steps: int = 0
     steered: int = 0

@@ -21,6 +21,7 @@ WHERE = {
     "ModelConfig": ("vllm.config", "ModelConfig"),
     "ReasoningConfig": ("vllm.config.reasoning", "ReasoningConfig"),
     "ParallelConfig": ("vllm.config", "ParallelConfig"),
+    "CacheConfig": ("vllm.config", "CacheConfig"),
     "SchedulerConfig": ("vllm.config", "SchedulerConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
@@ -64,12 +65,13 @@ FIELDS = {
     "RequestSlots": ("all_token_ids", "prompt_len", "prefill_len"),
     "VllmConfig": (
         *("additional_config", "model_config", "parallel_config", "speculative_config"),
-        *("reasoning_config", "scheduler_config", "use_v2_model_runner"),
+        *("reasoning_config", "scheduler_config", "use_v2_model_runner", "cache_config"),
     ),
     "ModelConfig": ("skip_tokenizer_init", "max_model_len"),
     "ReasoningConfig": ("natural_reasoning_end_token_ids",),
     "SchedulerConfig": ("policy",),
-    "ParallelConfig": ("enable_batch_sharded_sampling",),
+    "ParallelConfig": ("enable_batch_sharded_sampling", "data_parallel_size"),
+    "CacheConfig": ("enable_prefix_caching",),
 }
 
 

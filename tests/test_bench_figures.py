@@ -110,7 +110,7 @@ def test_what_each_arm_asks_for() -> None:
         "length_target": {"mode": "at_most", "tokens": 50, "tolerance": None, "policy": "project"}
         | {"max_kl": 0.4, "scope": "answer"}
     }
-    assert fields("single:best_of=4", "equal_to", 50) == {
+    assert fields("railed:best_of=4", "equal_to", 50) == {
         "length_target": {"mode": "equal_to", "tokens": 50, "best_of": 4}
     }
 
@@ -120,8 +120,8 @@ def test_where_a_rail_writes_the_end() -> None:
     assert lasts_of("railed", "equal_to", 32) == {35}  # no room for nearer ones
     assert lasts_of("single", "equal_to", 100) == {110}
     assert lasts_of("railed", "at_most", 100) == {100}
-    assert lasts_of("railed", "at_least", 100) == {110}  # of its other endings
-    assert lasts_of("railed:tolerance=0.2,best_of=1", "equal_to", 100) == {120}
+    assert lasts_of("railed", "at_least", 100) == set()
+    assert lasts_of("railed:tolerance=0.2,endings=1", "equal_to", 100) == {120}
     assert not any(lasts_of(arm, mode, 100) for arm in ARMS[:-2] for mode in MODES)
 
 

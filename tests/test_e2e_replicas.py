@@ -19,7 +19,7 @@ from tests.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.e2e
 
-EXACT = {"tokens": 120, "tolerance": 0.0, "best_of": 1}
+EXACT = {"tokens": 120, "tolerance": 0.0, "endings": 1}
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,15 @@ class Pair:
         with ThreadPoolExecutor(len(messages)) as pool:
             return list(pool.map(lambda m: self.ask(m, **fields), messages))
 
+    def finished(self) -> float:
+        """Requests that vLLM has answered, other endings of theirs included."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return sum(
+            float(line.split()[1])
+            for line in lines
+            if line.startswith("vllm:request_success_total")
+        )
+
     def scored(self) -> float:
         """Tokens and candidates that went through the value model."""
         lines = self.values.get("/metrics").text.splitlines()
@@ -138,7 +147,7 @@ def test_sign_of_beta(pair):
 
 def test_one_call_scores_all_rows_of_a_step(pair):
     before = pair.values.get("/metrics").text
-    pair.ask_all(MESSAGES * 2, length_target={"tokens": 40, "tolerance": 0.0, "best_of": 1})
+    pair.ask_all(MESSAGES * 2, length_target={"tokens": 40, "tolerance": 0.0, "endings": 1})
     calls = [
         float(line.split()[1])
         for text in (before, pair.values.get("/metrics").text)
@@ -150,7 +159,7 @@ def test_one_call_scores_all_rows_of_a_step(pair):
 
 def test_value_server_killed_while_sixteen_run(pair):
     wish = {"tokens": 80, "tolerance": 0.1}
-    before = pair.scored()
+    before, finished = pair.scored(), pair.finished()
 
     def kill_when_all_run() -> bool:
         deadline = time.monotonic() + 120
@@ -166,7 +175,12 @@ def test_value_server_killed_while_sixteen_run(pair):
         replies = pair.ask_all(MESSAGES * 4, length_target=wish)
         assert killed.result()
     assert all(72 <= tokens(reply) <= 88 for reply in replies)
-    assert {reply["choices"][0]["finish_reason"] for reply in replies} == {"stop"}
+    for (choice,) in (reply["choices"] for reply in replies):
+        told = choice["length_result"]
+        cut = told["forced"] and told["end"] == "cut"
+        assert choice["finish_reason"] == ("length" if cut else "stop")
+        assert 0 < told["steered_steps"] < told["steps"]
+    assert pair.finished() == finished + 16  # nothing is asked again while there are no values
     assert pair.log.read_text().count("requests go on with guard rails only") == 1
 
     pair.pid = pair.start_values()

@@ -153,6 +153,8 @@ def through(
         model_config=SimpleNamespace(max_model_len=1000, skip_tokenizer_init=True),
         scheduler_config=SimpleNamespace(policy=policy or "fcfs"),
         speculative_config=None,
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
     )
     monkeypatch.setattr(vllm_hooks, "served_config", config)
     seen: list[Any] = []

@@ -30,6 +30,7 @@ def write(engine: Progress, row: int, ids: list[int], flags: int = 0, p_end: flo
         engine.tell(
             rows=[row],
             index=[index],
+            counted=[index + 1],
             token=[ids[index - 1] if index else -1],
             p_end=[p_end],
             expected=[float(len(ids) - index - 1)],
@@ -87,6 +88,7 @@ def test_what_is_not_told_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.step(KEY, None, 0) is None
     assert known.step("no key", None, 3) is None
     assert known.step(KEY, None, 3) is not None
+    assert known.step(KEY, None, None) == known.step(KEY, None, 3)
     for key in (None, 7, "zz" * 16, KEY[1:]):
         assert engine.open(key) is None
     monkeypatch.delenv(FOLDER)
@@ -113,7 +115,7 @@ def test_a_folder_that_takes_no_file(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(FOLDER, str(folder / "nowhere"))
     engine = Progress()
     assert engine.open(KEY) is None
-    engine.tell([], [], [], [], [], [], [], [])
+    engine.tell([], [], [], [], [], [], [], [], [])
 
 
 def state_of(tokens: int, output: list[int], **rest: Any) -> RequestState:

@@ -1,0 +1,89 @@
+"""The answer to a guided request: sampled by vLLM, made better where that goes, and explained."""
+
+import json
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from lenvm_vllm.asgi import ask, compact, replay, request_of, respond
+from lenvm_vllm.outcome import RESULT, Outcome
+from lenvm_vllm.progress import KEY, Known
+from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.streams import Told, hide_ids
+from lenvm_vllm.texts import Text, texts_of
+
+SAMPLED = "lenvm-sampled-tokens"  # response header: tokens of all answers, the dropped ones too
+
+_WITHOUT_IDS = ("/responses", "/messages")  # routes that tell no token ids
+
+
+@dataclass
+class Sampled:
+    """An answer, None for an error, and what was sampled for it.
+
+    tokens: of everything that was sampled, 0 where that is the answer alone. endings: how many
+    there are of each text. outcomes: of choices whose last tokens are of another request.
+    """
+
+    start: Any
+    body: bytes
+    answer: dict[str, Any] | None
+    tokens: int = 0
+    endings: int = 1
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """ASGI application: an answer of `app` to a guided request, with its RESULT.
+
+    predicted: tokens that were forecast for it.
+    """
+
+    app: Any
+    target: LengthTarget
+    known: Known
+    predicted: int | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = json.loads((await receive())["body"])
+        key = uuid.uuid4().hex
+        asked = keyed(request, key)
+        if not scope["path"].rstrip("/").endswith(_WITHOUT_IDS) and not request.get("echo"):
+            asked["return_token_ids"] = True
+        if request.get("stream") is True:
+            wants_ids = request.get("return_token_ids") is True
+            told = Told(send, lambda text: self._tell(text, self._outcome(text, key)), wants_ids)
+            await self.app(scope, replay([request_of(json.dumps(asked).encode())], receive), told)
+            return
+        sampled = await self.sample(scope, receive, asked, key)
+        if sampled.answer is None:
+            await respond(send, sampled.start, sampled.body)
+            return
+        for index, text in enumerate(texts_of(sampled.answer)):
+            outcome = sampled.outcomes.get(index) or self._outcome(text, key)
+            self._tell(text, outcome, sampled.tokens, sampled.endings)
+        if request.get("return_token_ids") is not True:
+            hide_ids(sampled.answer)
+        headers = [(SAMPLED, sampled.tokens)] if sampled.tokens else []
+        await respond(send, sampled.start, compact(sampled.answer), *headers)
+
+    async def sample(self, scope: Any, receive: Any, request: dict[str, Any], key: str) -> Sampled:
+        """vLLM's own answer to `request`, which has `key`."""
+        start, body, answer = await ask(self.app, scope, request, receive)
+        return Sampled(start, body, answer)
+
+    def _outcome(self, text: Text, key: str) -> Outcome:
+        return text.outcome(self.known, key)
+
+    def _tell(self, text: Text, outcome: Outcome, sampled: int = 0, endings: int = 1) -> None:
+        """Put its RESULT into a text's own object."""
+        if outcome.forced and outcome.end == "cut":
+            text.call_cut()
+        tokens = sampled or outcome.length
+        text.body[RESULT] = outcome.result(self.target, tokens, endings, self.predicted)
+
+
+def keyed(request: dict[str, Any], key: str) -> dict[str, Any]:
+    """The request whose texts the engine tells about under this key."""
+    return request | {"vllm_xargs": request["vllm_xargs"] | {KEY: key}}

@@ -1,0 +1,105 @@
+"""Streams of guided requests: the last event of each text also tells how it ended.
+
+vLLM writes server-sent events, a JSON object each; what a route calls its parts is told here.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from lenvm_vllm.asgi import compact
+from lenvm_vllm.outcome import RESULT
+from lenvm_vllm.texts import Text, texts_of
+
+_END = b"\n\n"
+_DATA = b"data: "
+
+
+class Told:
+    """An ASGI `send` of a stream.
+
+    tell: puts the result into a text's own object. wants_ids: the client asked for token ids.
+    """
+
+    def __init__(self, send: Any, tell: Callable[[Text], None], wants_ids: bool) -> None:
+        self._send = send
+        self._tell = tell
+        self._wants_ids = wants_ids
+        self._is_stream = False
+        self._rest = b""
+        self._ids: dict[int, list[int]] = {}  # of each choice
+        self._texts: dict[int, str] = {}
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            kinds = [v for k, v in message["headers"] if k.lower() == b"content-type"]
+            self._is_stream = bool(kinds) and kinds[0].startswith(b"text/event-stream")
+        elif self._is_stream:
+            message = {**message, "body": self._told(message)}
+        await self._send(message)
+
+    def _told(self, message: Any) -> bytes:
+        """The events that are whole now."""
+        *events, self._rest = (self._rest + message.get("body", b"")).split(_END)
+        told = b"".join(map(self._event, events))
+        return told if message.get("more_body", False) else told + self._rest
+
+    def _event(self, raw: bytes) -> bytes:
+        """An event and what ends it; nothing for one that vLLM sent for its token ids alone."""
+        before, found, data = raw.rpartition(_DATA)
+        if not found or not data.startswith(b"{"):
+            return raw + _END
+        chunk = json.loads(data)
+        if "choices" in chunk:
+            if not self._is_wanted(chunk):
+                return b""
+        elif chunk.get("type") == "content_block_delta":
+            self._texts[0] = self._texts.get(0, "") + (chunk["delta"].get("text") or "")
+            return raw + _END
+        elif chunk.get("type") == "message_delta":
+            self._end_message(chunk)
+        elif chunk.get("type") == "response.completed":
+            for text in texts_of(chunk["response"]):
+                self._tell(text)
+            if chunk["response"].get("status") == "incomplete":
+                chunk["type"] = "response.incomplete"
+                before = before.replace(b"response.completed", b"response.incomplete")
+        else:
+            return raw + _END
+        return before + found + compact(chunk) + _END
+
+    def _is_wanted(self, chunk: Any) -> bool:
+        """Follow the choices of a chunk; False where it says nothing that the client asked for."""
+        hollow = bool(chunk["choices"]) and not chunk.get("usage")
+        for choice in chunk["choices"]:
+            index = choice["index"]
+            delta = choice.get("delta", choice)
+            self._ids.setdefault(index, []).extend(choice.get("token_ids") or ())
+            text = self._texts.get(index, "") + (delta.get("content", delta.get("text")) or "")
+            self._texts[index] = text
+            if choice.get("finish_reason") is not None:
+                ids = self._ids[index] or None
+                limited = choice["finish_reason"] == "length"
+                stopped = isinstance(choice.get("stop_reason"), str)
+                self._tell(Text(choice, ids, len(ids) if ids else None, text, limited, stopped))
+            hollow &= delta == {} and RESULT not in choice
+        if not self._wants_ids:
+            hide_ids(chunk)
+        return self._wants_ids or not hollow
+
+    def _end_message(self, chunk: Any) -> None:
+        delta = chunk["delta"]
+        count = chunk["usage"]["output_tokens"]
+        limited = delta.get("stop_reason") == "max_tokens"
+        stopped = delta.get("stop_reason") == "stop_sequence"
+        self._tell(Text(delta, None, count, self._texts.get(0, ""), limited, stopped))
+        if RESULT in delta:
+            chunk[RESULT] = delta.pop(RESULT)
+
+
+def hide_ids(answer: dict[str, Any]) -> None:
+    """Take back the token ids of an answer, or of a part of a stream, that nobody asked for."""
+    for body in (answer, *answer.get("choices", ())):
+        for name in ("token_ids", "prompt_token_ids"):
+            if name in body:
+                body[name] = None
