@@ -52,8 +52,13 @@ class Answers:
         if not scope["path"].rstrip("/").endswith(_WITHOUT_IDS) and not request.get("echo"):
             asked["return_token_ids"] = True
         if request.get("stream") is True:
-            wants_ids = request.get("return_token_ids") is True
-            told = Told(send, lambda text: self._tell(text, self._outcome(text, key)), wants_ids)
+            told = Told(
+                send,
+                tell=lambda text: self._tell(text, self._outcome(text, key)),
+                step=lambda ids: self.known.step(key, ids, len(ids)),
+                every=self.target.progress,
+                wants_ids=request.get("return_token_ids") is True,
+            )
             await self.app(scope, replay([request_of(json.dumps(asked).encode())], receive), told)
             return
         sampled = await self.sample(scope, receive, asked, key)

@@ -21,7 +21,7 @@ _FLAT = {
         f"length_{part}": part
         for part in (
             *("mode", "min_tokens", "max_tokens", "beta", "tolerance", "policy", "max_kl"),
-            *("min_entropy", "every", "scope", "endings", "best_of", "prefix_tokens"),
+            *("min_entropy", "every", "scope", "endings", "best_of", "prefix_tokens", "progress"),
         )
     },
 }
@@ -51,6 +51,8 @@ class LengthTarget(BaseModel):
     best_of: whole answers that are sampled side by side, to return those that end best.
     prefix_tokens: tokens at the end of the prompt that count as the completion's, of which the
         rest is generated.
+    progress: tokens of a stream between two chunks that tell how many are expected still; 0: none
+        does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -69,6 +71,7 @@ class LengthTarget(BaseModel):
     endings: int | None = Field(None, ge=1, le=64)
     best_of: int = Field(1, ge=1, le=64)
     prefix_tokens: int = Field(0, ge=0, le=2**31 - 1)
+    progress: int = Field(16, ge=0, le=2**31 - 1)
 
     @model_validator(mode="after")
     def _mode_has_its_numbers(self) -> Self:

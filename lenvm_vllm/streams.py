@@ -1,4 +1,5 @@
-"""Streams of guided requests: the last event of each text also tells how it ended.
+"""Streams of guided requests: now and then an event tells how far its text is, and the last one
+how it ended.
 
 vLLM writes server-sent events, a JSON object each; what a route calls its parts is told here.
 """
@@ -9,7 +10,10 @@ from typing import Any
 
 from lenvm_vllm.asgi import compact
 from lenvm_vllm.outcome import RESULT
+from lenvm_vllm.progress import Step
 from lenvm_vllm.texts import Text, texts_of
+
+PROGRESS = "length_progress"
 
 _END = b"\n\n"
 _DATA = b"data: "
@@ -18,12 +22,23 @@ _DATA = b"data: "
 class Told:
     """An ASGI `send` of a stream.
 
-    tell: puts the result into a text's own object. wants_ids: the client asked for token ids.
+    tell: puts the result into a text's own object. step: what the engine knows of the last of a
+    text's tokens. every: tokens between two events that tell of it; 0: none does. wants_ids: the
+    client asked for token ids.
     """
 
-    def __init__(self, send: Any, tell: Callable[[Text], None], wants_ids: bool) -> None:
+    def __init__(
+        self,
+        send: Any,
+        tell: Callable[[Text], None],
+        step: Callable[[list[int]], Step | None],
+        every: int,
+        wants_ids: bool,
+    ) -> None:
         self._send = send
         self._tell = tell
+        self._step = step
+        self._every = every
         self._wants_ids = wants_ids
         self._is_stream = False
         self._rest = b""
@@ -74,18 +89,25 @@ class Told:
         for choice in chunk["choices"]:
             index = choice["index"]
             delta = choice.get("delta", choice)
-            self._ids.setdefault(index, []).extend(choice.get("token_ids") or ())
+            ids = self._ids.setdefault(index, [])
+            before = len(ids)
+            ids.extend(choice.get("token_ids") or ())
             text = self._texts.get(index, "") + (delta.get("content", delta.get("text")) or "")
             self._texts[index] = text
             if choice.get("finish_reason") is not None:
-                ids = self._ids[index] or None
                 limited = choice["finish_reason"] == "length"
                 stopped = isinstance(choice.get("stop_reason"), str)
-                self._tell(Text(choice, ids, len(ids) if ids else None, text, limited, stopped))
-            hollow &= delta == {} and RESULT not in choice
+                self._tell(Text(choice, ids or None, len(ids) or None, text, limited, stopped))
+            elif self._is_due(before, len(ids)) and (step := self._step(ids)) is not None:
+                choice[PROGRESS] = step.progress()
+            hollow &= delta == {} and not choice.keys() & {RESULT, PROGRESS}
         if not self._wants_ids:
             hide_ids(chunk)
         return self._wants_ids or not hollow
+
+    def _is_due(self, before: int, now: int) -> bool:
+        """Whether a progress is, with so many tokens of a text before this chunk and now."""
+        return self._every > 0 and before // self._every < now // self._every
 
     def _end_message(self, chunk: Any) -> None:
         delta = chunk["delta"]

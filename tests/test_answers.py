@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import uuid
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from lenvm_vllm.answers import Answers
+from lenvm_vllm.asgi import replay, request_of
 from lenvm_vllm.metrics import FOLDER
-from lenvm_vllm.progress import KEY, Known, Progress
+from lenvm_vllm.progress import KEY, VALUED, Known, Progress
 from lenvm_vllm.request import LengthTarget
 from tests.engine_side import CHAT, App, Told, tell
 
@@ -32,7 +34,7 @@ class Saying:
         self.asked: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.asked = json.loads((await receive())["body"])
+        self.asked = json.loads((await receive())["body"]) or self.asked
         for told in self.told:
             tell(self.engine, self.asked["vllm_xargs"][KEY], told)
         headers = [(b"content-type", self.kind)]
@@ -42,8 +44,11 @@ class Saying:
         await send({"type": "http.response.body", "body": b""})
 
 
-def ask(app: Any, path: str, predicted: int | None = None, **request: Any) -> bytes:
+def ask(
+    app: Any, path: str, predicted: int | None = None, every: int = 16, **request: Any
+) -> bytes:
     sent: list[Any] = []
+    target = TARGET.model_copy(update={"progress": every})
 
     async def receive() -> Any:
         body = json.dumps({"vllm_xargs": TARGET.to_xargs()} | request).encode()
@@ -53,7 +58,7 @@ def ask(app: Any, path: str, predicted: int | None = None, **request: Any) -> by
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-    asyncio.run(Answers(app, TARGET, Known(), predicted)(scope, receive, send))
+    asyncio.run(Answers(app, target, Known(), predicted)(scope, receive, send))
     return b"".join(message["body"] for message in sent[1:])
 
 
@@ -167,6 +172,34 @@ def test_the_last_chunk_of_a_stream_tells_it(size: int) -> None:
     assert all("length_result" not in choice for choice in others)
     assert (last["finish_reason"], last["length_result"]["end"]) == ("length", "cut")
     assert json.loads(body.split(b"\n\n")[0].removeprefix(b"data: "))["prompt_token_ids"] is None
+
+
+@pytest.mark.parametrize(("every", "where"), [(16, []), (11, []), (4, [4, 8]), (0, [])])
+def test_a_stream_tells_how_far_it_is(every: int, where: list[int]) -> None:
+    """Of eleven tokens the last one has the result instead."""
+
+    class Running(Saying):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            self.asked = json.loads((await receive())["body"])
+            row = self.engine.open(self.asked["vllm_xargs"][KEY])
+            for index in range(11):
+                self.engine.tell(
+                    rows=[row or 0],
+                    index=[index],
+                    counted=[index + 1],
+                    token=[97 if index else -1],
+                    p_end=[math.nan],
+                    expected=[100.0 - index],
+                    flags=[VALUED],
+                    steps=[index + 1],
+                    steered=[index + 1],
+                )
+            await super().__call__(scope, replay([request_of(b"{}")], receive), send)
+
+    app = Running(b"text/event-stream", stream(CUT))
+    choices = choices_of(ask(app, CHAT, stream=True, every=every))
+    told = [choice["length_progress"] for choice in choices if "length_progress" in choice]
+    assert told == [{"tokens": n, "expected": 101.0 - n, "p_end": None} for n in where]
 
 
 def test_token_ids_that_the_client_asked_for_stay() -> None:
