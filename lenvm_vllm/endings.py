@@ -20,6 +20,7 @@ from typing import Any
 
 from lenvm_vllm.answers import Answers, Sampled, keyed
 from lenvm_vllm.asgi import ask
+from lenvm_vllm.fields import CARRIED, allow_endings
 from lenvm_vllm.metrics import Counters
 from lenvm_vllm.outcome import ENDS, Outcome
 from lenvm_vllm.rails import rails_of
@@ -40,50 +41,21 @@ NEAR = 0.25  # of the tolerance, or a token, that a good ending may miss its tar
 _CUT = ENDS.index("cut")
 _CONTEXT = 8  # tokens before a text that may tell how it is decoded
 
-# What a continuation takes over from its request, as it is.
-_CARRIED = {
-    *("model", "user", "priority", "seed", "temperature", "top_p", "top_k", "min_p"),
-    *("repetition_penalty", "logit_bias", "allowed_token_ids", "vllm_xargs", "cache_salt"),
-}
-# What makes the prompt, or is seen to here.
-_SEEN_TO = {
-    *("messages", "prompt", "add_special_tokens", "add_generation_prompt", "documents"),
-    *("continue_final_message", "chat_template", "chat_template_kwargs", "request_id"),
-    *("max_tokens", "max_completion_tokens", "min_tokens", "n", "return_token_ids"),
-}
-_HARMLESS: tuple[Any, ...] = (None, False, 0, "", [], {}, {"type": "text"})  # in another field
-
 
 def can_continue(request: dict[str, Any], target: LengthTarget, path: str) -> bool:
     """Whether the answer to this request can be continued as a text completion of its tokens.
 
-    Not one of several answers, a stream, a greedy one, and none with pictures, tools, a grammar,
-    stop strings or what else has to know of the text before the continuation.
+    Not one of several answers, a greedy one, and none with a field that has to know of the text
+    before the continuation (`fields.py`).
     """
-    others = {name: request[name] for name in request.keys() - _CARRIED - _SEEN_TO}
     return (
         path in (CHAT, TEXT)
         and target.mode in ("equal_to", "at_most", "range")
         and target.scope == "completion"
         and not target.prefix_tokens
-        and all(value in _HARMLESS for value in others.values())
+        and allow_endings(request)
         and request.get("n") in (None, 1)
         and request.get("temperature") != 0
-        and (_is_prompt(request.get("prompt")) if path == TEXT else _are_words(request))
-    )
-
-
-def _is_prompt(prompt: Any) -> bool:
-    """Whether it is one, of words or of token ids."""
-    one = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    return isinstance(prompt, str) or one
-
-
-def _are_words(request: dict[str, Any]) -> bool:
-    messages = request.get("messages")
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str)
-        for message in messages
     )
 
 
@@ -218,7 +190,7 @@ class Endings(Answers):
         last = rails_of(target).last
         railed = [] if last is None else [last - cut]
         other = {k: v for k, v in request["vllm_xargs"].items() if not k.startswith(PREFIX)}
-        wish = {name: request[name] for name in _CARRIED & request.keys()} | {
+        wish = {name: request[name] for name in CARRIED & request.keys()} | {
             "prompt": prompt,
             "n": min(ROUND, self.endings - draft.endings),
             "max_tokens": max(1, min([self.max_model_len - len(prompt), *given, *railed])),
