@@ -5,10 +5,20 @@ own, `length_<part>` but for `length_target`, the tokens. `length_tolerance` tak
 negative number for null.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from lenvm_vllm.names import looks_like_target
 
 FIELD = "length_target"
 PREFIX = "length_"
@@ -26,6 +36,8 @@ _FLAT = {
     },
 }
 _NUMBERS = {"tilt": ("beta",), "range": ("min_tokens", "max_tokens")}  # others: tokens
+# Units in which no length can be asked for yet.
+_UNITS = {"words", "characters", "chars", "sentences", "paragraphs", "lines", "pages"}
 
 
 class LengthTargetError(ValueError):
@@ -73,6 +85,11 @@ class LengthTarget(BaseModel):
     prefix_tokens: int = Field(0, ge=0, le=2**31 - 1)
     progress: int = Field(16, ge=0, le=2**31 - 1)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _in_other_clothes(cls, value: Any) -> Any:
+        return number(value)
+
     @model_validator(mode="after")
     def _mode_has_its_numbers(self) -> Self:
         needed = _NUMBERS.get(self.mode, ("tokens",))
@@ -84,6 +101,10 @@ class LengthTarget(BaseModel):
                 raise ValueError(f"{name}: mode {self.mode!r} takes none, got {value!r}")
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if (self.tolerance or 0) > 1:
+            raise ValueError(
+                f"tolerance: {self.tolerance} is above 1; it is a share of the tokens, 0.1 is 10%"
+            )
         what = f"mode {self.mode!r} and scope {self.scope!r}"
         for name in ("endings", "best_of"):
             several = getattr(self, name)
@@ -104,13 +125,21 @@ class LengthTarget(BaseModel):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """From the JSON value of the field, an object or a number. Raises LengthTargetError."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = {"tokens": value}
-        if not isinstance(value, dict):
-            raise LengthTargetError(f"{FIELD}: expected a number or an object, got {value!r}")
+        """From the JSON value of the field, an object or a number, or a string that holds one.
+
+        Raises LengthTargetError.
+        """
+        said = json_of(value) if isinstance(value, str) else value
+        if type(tokens := number(said)) is int:
+            said = {"tokens": tokens}
+        if not isinstance(said, dict):
+            raise LengthTargetError(
+                f"{FIELD}: expected a number of tokens or an object, got {value!r}"
+            )
+        if units := [key for key in said if key in _UNITS]:
+            raise _no_unit(f"{FIELD}.{units[0]}", said[units[0]])
         try:
-            return cls.model_validate(value)
+            return cls.model_validate(said)
         except ValidationError as error:
             raise LengthTargetError("; ".join(map(_describe, error.errors()))) from error
 
@@ -118,17 +147,24 @@ class LengthTarget(BaseModel):
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> Self | None:
         """From `SamplingParams.extra_args`; None when it asks for no length.
 
-        Raises LengthTargetError, also for an unknown key that starts with `length_`.
+        So does a prefill for another engine: its one token is thrown away.
+        Raises LengthTargetError, also for an unknown key that starts with `length_` or is a near
+        miss of the field's name.
         """
-        flat = {key: v for key, v in (extra_args or {}).items() if key.startswith(PREFIX)}
+        args = extra_args or {}
+        flat = {key: v for key, v in args.items() if is_ours(key)}
         if not flat:
             return None
         if unknown := sorted(flat.keys() - _FLAT.keys()):
+            if unknown[0].removeprefix(PREFIX) in _UNITS:
+                raise _no_unit(unknown[0], flat[unknown[0]])
             raise LengthTargetError(f"{unknown[0]}: unknown field, got {flat[unknown[0]]!r}")
-        tolerance = flat.get("length_tolerance")
-        if tolerance == "off" or (isinstance(tolerance, int | float) and tolerance < 0):
+        tolerance = number(flat.get("length_tolerance"))
+        negative = isinstance(tolerance, int | float) and tolerance < 0
+        if tolerance == "off" or negative:
             flat["length_tolerance"] = None
-        return cls.parse({_FLAT[key]: value for key, value in flat.items()})
+        target = cls.parse({_FLAT[key]: value for key, value in flat.items()})
+        return None if is_prefill(args) else target
 
     def to_xargs(self) -> dict[str, str | int | float]:
         """The flat form; `from_extra_args` gives back an equal target."""
@@ -136,6 +172,43 @@ class LengthTarget(BaseModel):
         if self.tolerance is None:
             xargs["length_tolerance"] = "off"
         return {key: value for key, value in xargs.items() if value is not None}
+
+
+def is_ours(key: str) -> bool:
+    """Whether a key is one of the flat form, or looks as if it was meant to be."""
+    return key.startswith(PREFIX) or looks_like_target(key)
+
+
+def is_prefill(request: Mapping[str, Any]) -> bool:
+    """Whether another engine writes the answer (disaggregated prefill): this one writes a token
+    that nobody reads, so its limit of one is no contradiction."""
+    transfer = request.get("kv_transfer_params")
+    return isinstance(transfer, Mapping) and bool(transfer.get("do_remote_decode"))
+
+
+def number(value: Any) -> Any:
+    """A string that holds a number or null as that, and a whole float as an int.
+
+    Clients send parameters of their own as strings. All else stays as it is.
+    """
+    said = json_of(value) if isinstance(value, str) else value
+    if isinstance(said, float) and said.is_integer():
+        return int(said)
+    return said if said is None or type(said) in (int, float) else value
+
+
+def json_of(text: str) -> Any:
+    """What the text says as JSON; itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_unit(name: str, value: Any) -> LengthTargetError:
+    return LengthTargetError(
+        f"{name}: a length can be asked for in tokens only, not yet in other units, got {value!r}"
+    )
 
 
 def _describe(error: Any) -> str:

@@ -1,5 +1,6 @@
 """The `length_target` field: what it takes, what it refuses, and its flat form."""
 
+import json
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetErro
 tokens = st.integers(1, 2**31 - 1)
 positive = st.floats(0, 1e6)
 common = {
-    "tolerance": st.none() | positive | st.integers(0, 9),
+    "tolerance": st.none() | st.floats(0, 1) | st.integers(0, 1),
     "policy": st.sampled_from(["project", "greedy"]),
     "max_kl": st.none() | positive,
     "min_entropy": positive,
@@ -72,7 +73,68 @@ def test_no_target(extra_args: dict[str, Any] | None) -> None:
     assert LengthTarget.from_extra_args(extra_args) is None
 
 
-@pytest.mark.parametrize("value", [None, True, False, "200", 200.0, [200], math.nan])
+@pytest.mark.parametrize("value", [80, 80.0, "80", "80.0", " 80 ", "8e1"])
+def test_eighty_in_other_clothes(value: Any) -> None:
+    """Clients send parameters of their own as strings, and some know floats only."""
+    eighty = LengthTarget.parse(80)
+    assert LengthTarget.parse(value) == LengthTarget.parse({"tokens": value}) == eighty
+    assert LengthTarget.from_extra_args({"length_target": value}) == eighty
+    assert LengthTarget.parse(json.dumps({"tokens": value})) == eighty
+
+
+def test_every_number_may_be_a_string() -> None:
+    numbers = {
+        **{"min_tokens": 7, "max_tokens": 9, "tolerance": 0.25, "max_kl": 0.5},
+        **{"min_entropy": 1.5, "every": 2, "best_of": 3, "prefix_tokens": 4},
+    }
+    given = LengthTarget.parse({"mode": "range", **{k: str(v) for k, v in numbers.items()}})
+    assert given == LengthTarget.parse({"mode": "range", **numbers})
+    flat = {f"length_{name}": str(value) for name, value in numbers.items()}
+    assert LengthTarget.from_extra_args({"length_mode": "range", **flat}) == given
+    tilt = LengthTarget.parse({"mode": "tilt", "beta": "-2.5"})
+    assert tilt == LengthTarget.parse({"mode": "tilt", "beta": -2.5})
+    off = LengthTarget.parse({"tokens": 80, "tolerance": None})
+    assert LengthTarget.parse({"tokens": 80, "tolerance": "null"}) == off
+    for way in ("off", "-1", -1, "-0.5"):
+        args = {"length_target": 80, "length_tolerance": way}
+        assert LengthTarget.from_extra_args(args) == off
+
+
+@pytest.mark.parametrize("tolerance", [1.01, 10, "10"])
+def test_a_tolerance_is_a_share(tolerance: Any) -> None:
+    named = rf"length_target\.tolerance: {tolerance}.* above 1; it is a share .* 0\.1 is 10%"
+    with pytest.raises(LengthTargetError, match=named):
+        LengthTarget.parse({"tokens": 100, "tolerance": tolerance})
+    with pytest.raises(LengthTargetError, match=named):
+        LengthTarget.from_extra_args({"length_target": 100, "length_tolerance": tolerance})
+    assert LengthTarget.parse({"tokens": 100, "tolerance": 1}).tolerance == 1
+
+
+@pytest.mark.parametrize("unit", ["words", "characters"])
+def test_other_units_are_not_there_yet(unit: str) -> None:
+    with pytest.raises(LengthTargetError, match=rf"length_target\.{unit}: .* tokens only.* got 80"):
+        LengthTarget.parse({unit: 80})
+    with pytest.raises(LengthTargetError, match=rf"length_{unit}: .* tokens only.* got 80"):
+        LengthTarget.from_extra_args({f"length_{unit}": 80})
+
+
+def test_a_prefill_for_another_engine_has_no_length() -> None:
+    """Its one token is thrown away; what is wrong is told nevertheless."""
+    transfer = {"kv_transfer_params": {"do_remote_decode": True}}
+    assert LengthTarget.from_extra_args({"length_target": 80} | transfer) is None
+    with pytest.raises(LengthTargetError, match="got 0"):
+        LengthTarget.from_extra_args({"length_target": 0} | transfer)
+    decode = {"kv_transfer_params": {"do_remote_prefill": True, "do_remote_decode": False}}
+    assert LengthTarget.from_extra_args({"length_target": 80} | decode) is not None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, True, False, "eighty", "80 words", "true", "80.5", 80.5, [80], math.nan),
+        *("", "NaN", "Infinity", "[80]", "null", "9" * 5000, "[" * 5000),
+    ],
+)
 def test_neither_number_nor_object(value: Any) -> None:
     with pytest.raises(LengthTargetError) as error:
         LengthTarget.parse(value)
@@ -84,12 +146,12 @@ def test_neither_number_nor_object(value: Any) -> None:
     ("field", "values"),
     [
         ("mode", ["exactly", 1, None, True]),
-        ("tokens", [0, -1, 2**31, 1.5, 200.0, "200", True, math.nan, math.inf, [1]]),
-        ("tolerance", [-0.1, "0.1", "off", True, math.nan, math.inf]),
+        ("tokens", [0, -1, 2**31, 1.5, "200 words", "true", True, math.nan, math.inf, [1]]),
+        ("tolerance", [-0.1, "0.1 of it", "off", True, math.nan, math.inf]),
         ("policy", ["lazy", None, 0]),
-        ("best_of", [0, -1, 65, 2.0, "2", True]),
-        ("prefix_tokens", [-1, 2**31, 2.0, "2", True, None]),
-        ("max_kl", [-1, "0.2", False, math.nan, math.inf]),
+        ("best_of", [0, -1, 65, 2.5, "two", True]),
+        ("prefix_tokens", [-1, 2**31, 2.5, "two", True, None]),
+        ("max_kl", [-1, "much", False, math.nan, math.inf]),
         ("token", [200]),
     ],
 )
@@ -101,7 +163,7 @@ def test_bad_part_is_named_with_its_value(field: str, values: list[Any]) -> None
         assert f"got {value!r}" in str(error.value)
 
 
-@pytest.mark.parametrize("beta", ["-20", True, math.nan, -math.inf])
+@pytest.mark.parametrize("beta", ["strong", True, math.nan, -math.inf])
 def test_bad_beta(beta: Any) -> None:
     with pytest.raises(LengthTargetError) as error:
         LengthTarget.parse({"mode": "tilt", "beta": beta})
@@ -135,7 +197,8 @@ def test_all_bad_parts_are_named() -> None:
     [
         ({"length_tokens": 3}, "length_tokens: unknown field, got 3"),
         ({"length_target": 3, "length_bet": 1}, "length_bet: unknown field, got 1"),
-        ({"length_target": "3"}, "length_target.tokens: .* got '3'"),
+        ({"length_target": "3 words"}, "length_target.tokens: .* got '3 words'"),
+        ({"lengthTarget": 3}, "lengthTarget: unknown field, got 3"),
         ({"length_target": True}, "length_target.tokens: .* got True"),
         ({"length_target": 3, "length_tolerance": True}, "tolerance: .* got True"),
         ({"length_target": 3, "length_tolerance": "on"}, "tolerance: .* got 'on'"),

@@ -1,0 +1,41 @@
+"""Names and places that were meant for `length_target`, so that none is silently ignored.
+
+vLLM accepts unknown fields and drops them; a length target in a wrong place would be lost.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
+from typing import Any
+
+_MEANT = ("lengthtarget", "targetlength", "targettokens")
+_LIKE = 0.75  # above it a name is one of these with slips; target_language has 0.69
+
+# What clients wrap parameters of their own in, and vLLM does not unwrap.
+_WRAPPERS = {
+    *("extra_body", "extra_args", "extra_params", "vllm_xargs", "sampling_params"),
+    *("parameters", "options", "model_kwargs", "generation_config"),
+}
+
+# A key of a body that is worth a look; cheap, as every body is searched for it.
+HINT = re.compile(rb'(?i)"[a-z_ -]{0,24}(?:len|target)[a-z_ -]{0,24}"\s*:')
+
+
+def looks_like_target(name: str) -> bool:
+    """Whether this is `length_target`, or was meant to be: lengthTarget, target_length, …"""
+    plain = re.sub("[^a-z]", "", name.lower())
+    return any(SequenceMatcher(None, plain, meant).ratio() > _LIKE for meant in _MEANT)
+
+
+def misplaced(request: Mapping[str, Any], own: str, outer: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and value of each name like the field's that stands inside of a wrapper.
+
+    own: path of the one wrapper that the engine does read.
+    """
+    for wrapper in _WRAPPERS & request.keys():
+        inner, path = request[wrapper], f"{outer}{wrapper}"
+        if path == own or not isinstance(inner, Mapping):
+            continue
+        yield from ((f"{path}.{name}", inner[name]) for name in inner if looks_like_target(name))
+        if not outer:
+            yield from misplaced(inner, own, f"{path}.")
