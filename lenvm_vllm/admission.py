@@ -21,6 +21,8 @@ def check_admission(
 ) -> None:
     """The limits are those of the request itself. Raises LengthTargetError."""
     config = vllm_hooks.served_config
+    if vllm_hooks.only_prefills():
+        max_tokens, min_tokens = None, 0
     if config is not None and config.speculative_config is not None:
         # A row of a draft token belongs to a text that may never be; nothing guides it.
         raise LengthTargetError("length_target: not available with speculative decoding")

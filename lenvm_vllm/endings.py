@@ -20,6 +20,7 @@ from typing import Any
 
 from lenvm_vllm.answers import Answers, Sampled, keyed
 from lenvm_vllm.asgi import ask
+from lenvm_vllm.doors import CHAT, TEXT
 from lenvm_vllm.fields import CARRIED, allow_endings
 from lenvm_vllm.metrics import Counters
 from lenvm_vllm.outcome import ENDS, Outcome
@@ -30,9 +31,6 @@ from lenvm_vllm.texts import texts_of
 
 logger = logging.getLogger("vllm.lenvm")
 
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-
 ROUND = 4  # endings that are sampled side by side
 TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
 NARROW = 0.5  # of the tolerance is theirs: with several at hand the target may be met closer
@@ -42,15 +40,14 @@ _CUT = ENDS.index("cut")
 _CONTEXT = 8  # tokens before a text that may tell how it is decoded
 
 
-def can_continue(request: dict[str, Any], target: LengthTarget, path: str) -> bool:
+def can_continue(request: dict[str, Any], target: LengthTarget) -> bool:
     """Whether the answer to this request can be continued as a text completion of its tokens.
 
     Not one of several answers, a greedy one, and none with a field that has to know of the text
     before the continuation (`fields.py`).
     """
     return (
-        path in (CHAT, TEXT)
-        and target.mode in ("equal_to", "at_most", "range")
+        target.mode in ("equal_to", "at_most", "range")
         and target.scope == "completion"
         and not target.prefix_tokens
         and allow_endings(request)
@@ -272,6 +269,8 @@ class Draft:
 
 
 def _as_text(scope: Any) -> Any:
-    """The same request to the route of text completions."""
-    path = scope["path"].rstrip("/").removesuffix(CHAT).removesuffix(TEXT) + TEXT
+    """The same request to the route of text completions; /invocations is that, too."""
+    path = scope["path"].rstrip("/")
+    if path.endswith(CHAT):
+        path = path.removesuffix(CHAT) + TEXT
     return {**scope, "path": path, "raw_path": path.encode()}

@@ -21,12 +21,15 @@ class Rule(Enum):
     ANY = "any"
 
 
-_UNSET = (None, 0)  # of numbers
-_OFF = (None, False)
-_ON = (None, True)
-_NONE = (None, [], "")
+# A field's rule, or the values with which it changes nothing.
+Meaning = Rule | tuple[Any, ...]
 
-FIELDS: dict[str, Rule | tuple[Any, ...]] = {
+_UNSET: Meaning = (None, 0)  # of numbers
+_OFF: Meaning = (None, False)
+_ON: Meaning = (None, True)
+_NONE: Meaning = (None, [], "")
+
+FIELDS: dict[str, Meaning] = {
     **dict.fromkeys(
         (
             *("model", "user", "priority", "session_id", "cache_salt", "vllm_xargs"),
@@ -88,7 +91,7 @@ FIELDS: dict[str, Rule | tuple[Any, ...]] = {
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
 }
-CHAT_FIELDS = {"logprobs": _OFF}
+CHAT_FIELDS: dict[str, Meaning] = {"logprobs": _OFF}
 CARRIED = frozenset(name for name, rule in FIELDS.items() if rule is Rule.CARRIED)
 
 # The parts of a content that are text, and where in them it stands.
@@ -100,13 +103,12 @@ _BESIDE = {"type", "annotations", "cache_control", "citations", "closed", "logpr
 def allow_endings(request: Mapping[str, Any]) -> bool:
     """Whether no field of a chat or text completion rules other endings out."""
     chat = "messages" in request
-    no_tools = chat and request.get("tool_choice") == "none"  # those of the prompt are only read
+    known = FIELDS | CHAT_FIELDS if chat else FIELDS
+    if request.get("tool_choice") == "none":  # then they are a part of the prompt, no more
+        known = known | {"tools": Rule.ANY}
     for name, value in request.items():
-        rule = CHAT_FIELDS.get(name) if chat else None
-        rule = rule or FIELDS.get(name, ())
-        if name == "tools" and no_tools:
-            rule = Rule.ANY
-        if isinstance(rule, tuple) and not any(_same(value, neutral) for neutral in rule):
+        meaning = known.get(name, ())
+        if isinstance(meaning, tuple) and not any(_same(value, neutral) for neutral in meaning):
             return False
     return _all_words(request["messages"]) if chat else _is_prompt(request.get("prompt"))
 
@@ -119,7 +121,7 @@ def text_of(content: Any) -> str | None:
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
     texts = [_text_of_part(part) for part in content]
-    return None if None in texts else "\n".join(filter(None, texts))
+    return None if None in texts else "\n".join(text for text in texts if text is not None)
 
 
 def _text_of_part(part: Any) -> str | None:

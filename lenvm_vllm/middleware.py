@@ -1,10 +1,11 @@
-"""ASGI middleware: the request field `length_target` becomes flat keys in `vllm_xargs`, and
+"""ASGI middleware: the request field `length_target` becomes flat keys for the engine, and
 `/metrics` shows what the engine counts of them. With the setting `forecast` a request is also
 given its priority, and its answer a header with the length to expect.
 The answer to a guided request tells how it ended; of several answers, or several endings of one,
 those that end best are returned.
 
-Without that setting a request that holds no `length_` goes on byte for byte.
+It stands inside of whatever else vLLM puts around its routes (`vllm_hooks.AtTheRoutes`).
+Without that setting a request that asks for no length goes on byte for byte.
 """
 
 import asyncio
@@ -16,22 +17,19 @@ from lenvm_vllm.admission import check_admission
 from lenvm_vllm.answers import Answers
 from lenvm_vllm.asgi import read, replay, request_of, resized
 from lenvm_vllm.best_of import WholeAnswers
-from lenvm_vllm.endings import CHAT, TEXT, Bounds, Endings, can_continue
+from lenvm_vllm.doors import CHAT, FORMS, MESSAGES, PATHS, TEXT, Door, door_at, whole
+from lenvm_vllm.endings import Bounds, Endings, can_continue
 from lenvm_vllm.forecast import Forecast
+from lenvm_vllm.forms import watched
 from lenvm_vllm.metrics import exposition, waiting_requests
+from lenvm_vllm.names import HINT, is_meant, misplaced
 from lenvm_vllm.progress import Known
-from lenvm_vllm.request import FIELD, PREFIX, LengthTarget, LengthTargetError
+from lenvm_vllm.request import FIELD, LengthTarget, LengthTargetError, is_prefill, number
 from lenvm_vllm.sentences import tokenizer_of
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import REQUEST_ID
 
-MESSAGES = "/v1/messages"  # Anthropic's form
-PATHS = (CHAT, f"{CHAT}/batch", TEXT, "/v1/responses", MESSAGES)
 PREDICTED = "lenvm-predicted-tokens"  # response header
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first one counts
-_TEXT_LIMIT = 16  # of a text completion that sets none, since OpenAI's first
-# Fields of vLLM's own requests that happen to start with the same letters.
-_OTHERS = {"length_penalty"}
 
 
 class LengthTargetMiddleware:
@@ -45,45 +43,59 @@ class LengthTargetMiddleware:
         self._bounds = Bounds(rounds, settings.endings_patience, waiting_requests)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["method"] == "GET" and _path(scope) == "/metrics":
+        method = scope["method"] if scope["type"] == "http" else None
+        path = None if method is None else _path(scope)
+        if method == "GET" and path == "/metrics":
             await self._app(_plain(scope), receive, _with_ours(send))
-            return
-        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in PATHS:
+        elif method == "POST" and path in PATHS:
+            await self._answer(scope, receive, send)
+        elif method == "POST" and path in FORMS:
+            await self._app(scope, watched(receive), send)
+        else:
             await self._app(scope, receive, send)
-            return
-        messages = await read(receive)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request that may ask for a length."""
+        messages, path = await read(receive), _path(scope)
         body = b"".join(message.get("body", b"") for message in messages)
-        if self._forecast is None and PREFIX.encode() not in body:
+        request = _parsed(body) if self._forecast is not None or HINT.search(body) else None
+        if request is None:
             await self._app(scope, replay(messages, receive), send)
             return
+        door, changed = door_at(path, request), FIELD in request
         try:
-            new = rewrite(body, _path(scope), _request_id(scope))
+            target = take(request, door, path, _request_id(scope))
         except LengthTargetError as error:
-            await _refuse(send, str(error))
+            await _refuse(send, str(error), path)
             return
         predicted = None
         if self._forecast is not None:
-            new, predicted = await _with_forecast(self._forecast, new or body, _path(scope))
-            if predicted is not None:
+            predicted = await _expected(self._forecast, request, target, door)
+            changed |= _rank(self._forecast, request, predicted, door)
+            if predicted is not None and door.writes:
                 send = _with_header(send, PREDICTED, predicted)
-        app = self._answering(new or body, _path(scope), predicted)
-        if app is not self._app:
-            new = new or body
-        if new is not None:
+        app = self._answering(request, target, door, predicted)
+        if changed or app is not self._app:
+            new = json.dumps(request).encode()
             scope = {**scope, "headers": resized(scope["headers"], len(new))}
             messages = [request_of(new)]
         await app(scope, replay(messages, receive), send)
 
-    def _answering(self, body: bytes, path: str, predicted: int | None) -> Any:
+    def _answering(
+        self,
+        request: dict[str, Any],
+        target: LengthTarget | None,
+        door: Door,
+        predicted: int | None,
+    ) -> Any:
         """The application that answers: vLLM's own, or for a guided request one around it."""
-        request, target = _target_of(body)
-        if target is None:
+        if target is None or not door.tells:
             return self._app
         common = (self._app, target, self._known, predicted)
         if target.best_of > 1:
             return WholeAnswers(*common, target.best_of)
         config = vllm_hooks.served_config
-        if config is not None and can_continue(request, target, path):
+        if config is not None and door.choices and can_continue(request, target):
             endings = target.endings or self._default_endings(target, config)
             longest = config.model_config.max_model_len
             if endings > 1 and (tokenizer := tokenizer_of(config)) is not None:
@@ -98,64 +110,79 @@ class LengthTargetMiddleware:
         return self._settings.endings if cheap and target.tolerance is not None else 1
 
 
-def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | None:
-    """The body with its length target moved to `vllm_xargs`; None when nothing is to change.
+def take(
+    request: dict[str, Any], door: Door, path: str, request_id: str | None = None
+) -> LengthTarget | None:
+    """The length target of a request, moved in it to where the plugins of vLLM find it.
 
-    request_id: goes along, for the logs of the value server. Raises LengthTargetError.
+    None also where this engine only prefills for another. request_id: goes along, for the logs
+    of the value server. Raises LengthTargetError.
     """
+    _check_names(request, door)
+    params = door.params_of(request)
+    xargs = params.get(door.xargs) or {}
+    given = request.pop(FIELD, None)
+    if given is None:
+        target = LengthTarget.from_extra_args(xargs) if isinstance(xargs, dict) else None
+    else:
+        target = LengthTarget.parse(given)
+        if not isinstance(xargs, dict):
+            raise LengthTargetError(f"{door.holder}: expected an object, got {xargs!r}")
+        if twice := [key for key in xargs if is_meant(key)]:
+            raise LengthTargetError(f"{FIELD}: given beside {door.holder}.{twice[0]}")
+        known = {REQUEST_ID: request_id} if request_id else {}
+        params[door.xargs] = {**xargs, **known, **target.to_xargs()}
+    if target is None:
+        return None
+    if door.refusal:
+        raise LengthTargetError(f"{FIELD}: not on {path}: {door.refusal}")
+    _check(target, request, door)
+    return None if _prefills(request) else target
+
+
+def _check_names(request: dict[str, Any], door: Door) -> None:
+    """Raises LengthTargetError for a name or a place that vLLM would silently ignore."""
+    slips = [(name, value) for name, value in request.items() if name != FIELD and is_meant(name)]
+    for name, value in (*slips, *misplaced(request, door.holder)):
+        raise LengthTargetError(
+            f"{name}: unknown field, got {value!r}; a length, with its parts, is given as {FIELD} "
+            "at the top level of the body"
+        )
+
+
+async def _expected(
+    forecast: Forecast, request: dict[str, Any], target: LengthTarget | None, door: Door
+) -> int | None:
+    """Tokens that will be written here, as far as anybody knows."""
+    if not door.writes or _prefills(request):
+        return 1
+    tokens = await forecast.tokens(request, target)
+    limit = door.limit_of(request)
+    return tokens if tokens is None or limit is None else min(tokens, limit)
+
+
+def _rank(forecast: Forecast, request: dict[str, Any], tokens: int | None, door: Door) -> bool:
+    """Give the request its place in vLLM's queue; whether it has got one."""
+    scheduler, own = _served("scheduler_config"), number(request.get("priority", 0))
+    ranked = door.ranked and scheduler is not None and scheduler.policy == "priority"
+    if not ranked or type(own) is not int:  # vLLM says what is wrong with it
+        return False
+    request["priority"] = forecast.priority(tokens, own)
+    return True
+
+
+def _prefills(request: dict[str, Any]) -> bool:
+    """Whether another engine writes the answer, and the one token of this one is thrown away."""
+    return is_prefill(request) or vllm_hooks.only_prefills()
+
+
+def _parsed(body: bytes) -> dict[str, Any] | None:
+    """A request; None for one of which vLLM says what is wrong with it."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
-        return None  # vLLM says what is wrong with it
-    if not isinstance(request, dict):
         return None
-    names = [k for k in request if k.startswith(PREFIX) and k not in _OTHERS and k != FIELD]
-    if names:
-        raise LengthTargetError(
-            f"{names[0]}: unknown field, got {request[names[0]]!r}; its parts go into {FIELD}"
-        )
-    xargs = request.get("vllm_xargs") or {}
-    if request.get(FIELD) is None:
-        flat = LengthTarget.from_extra_args(xargs) if isinstance(xargs, dict) else None
-        if flat:
-            _check(flat, request, path)
-        return json.dumps(request).encode() if request.pop(FIELD, 0) is None else None
-    target = LengthTarget.parse(request.pop(FIELD))
-    _check(target, request, path)
-    if not isinstance(xargs, dict):
-        raise LengthTargetError(f"vllm_xargs: expected an object, got {xargs!r}")
-    if twice := [key for key in xargs if key.startswith(PREFIX)]:
-        raise LengthTargetError(f"{FIELD}: given beside vllm_xargs.{twice[0]}")
-    known = {REQUEST_ID: request_id} if request_id else {}
-    request["vllm_xargs"] = {**xargs, **known, **target.to_xargs()}
-    return json.dumps(request).encode()
-
-
-async def _with_forecast(forecast: Forecast, body: bytes, path: str) -> tuple[bytes, int | None]:
-    """The body with its priority, and the tokens to expect.
-
-    body: without a length target of its own. A priority that the client gave stays.
-    """
-    request, target = _target_of(body)
-    if request is None:
-        return body, None
-    tokens = await forecast.tokens(request, target)
-    if tokens is not None and (limit := _limit(request, path)) is not None:
-        tokens = min(tokens, limit)
-    scheduler = _served("scheduler_config")
-    ranked = scheduler is not None and scheduler.policy == "priority"
-    if ranked and "priority" not in request and path != MESSAGES:  # it has none
-        body = json.dumps(request | {"priority": forecast.priority(tokens)}).encode()
-    return body, tokens
-
-
-def _target_of(body: bytes) -> tuple[Any, LengthTarget | None]:
-    """A request and its target; None, None for one of which vLLM says what is wrong with it."""
-    try:
-        request = json.loads(body)
-        return request, LengthTarget.from_extra_args(request.get("vllm_xargs"))
-    except (ValueError, RecursionError, AttributeError, TypeError):
-        return None, None
+    return request if isinstance(request, dict) else None
 
 
 def _served(name: str) -> Any:
@@ -164,8 +191,9 @@ def _served(name: str) -> Any:
     return None if config is None else getattr(config, name)
 
 
-def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
+def _check(target: LengthTarget, request: dict[str, Any], door: Door) -> None:
     """Raises LengthTargetError."""
+    params = door.params_of(request)
     if request.get("use_beam_search"):
         # vLLM searches beams without any logits processor: the target would be lost silently.
         raise LengthTargetError(f"use_beam_search: true contradicts {FIELD}")
@@ -174,20 +202,21 @@ def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
             f"prompt_embeds: contradicts {FIELD}, whose values are those of tokens"
         )
     if target.best_of > 1:
-        _check_best_of(target.best_of, request, path)
+        _check_best_of(target.best_of, request, door)
+    prefill = _prefills(request)
     check_admission(
         target,
-        max_tokens=_limit(request, path),
-        min_tokens=_whole(request, "min_tokens") or 0,
-        ignore_eos=request.get("ignore_eos") is True,
-        thinking_token_budget=_whole(request, "thinking_token_budget"),
+        max_tokens=None if prefill else door.limit_of(request),
+        min_tokens=0 if prefill else whole(params, "min_tokens") or 0,
+        ignore_eos=params.get("ignore_eos") is True,
+        thinking_token_budget=whole(params, "thinking_token_budget"),
     )
 
 
-def _check_best_of(best_of: int, request: dict[str, Any], path: str) -> None:
+def _check_best_of(best_of: int, request: dict[str, Any], door: Door) -> None:
     """Raises LengthTargetError."""
     name = f"{FIELD}.best_of: {best_of}"
-    if path not in (CHAT, TEXT):
+    if not door.choices:
         raise LengthTargetError(f"{name}: only {CHAT} and {TEXT} choose among answers")
     for other in ("stream", "echo"):
         if request.get(other):
@@ -195,18 +224,6 @@ def _check_best_of(best_of: int, request: dict[str, Any], path: str) -> None:
     n = request.get("n")
     if n is not None and not (type(n) is int and 1 <= n <= best_of):
         raise LengthTargetError(f"n: {n!r}, must be from 1 to {name}")
-
-
-def _limit(request: dict[str, Any], path: str) -> int | None:
-    """The most tokens that the answer may have; None where only the model's context ends it."""
-    if all(request.get(name) is None for name in _LIMITS):
-        return _TEXT_LIMIT if path == TEXT else None
-    return next((n for name in _LIMITS if (n := _whole(request, name)) is not None), None)
-
-
-def _whole(request: dict[str, Any], name: str) -> int | None:
-    """A number of the request; None for anything else, which is left to vLLM."""
-    return value if type(value := request.get(name)) is int else None
 
 
 def _request_id(scope: Any) -> str | None:
@@ -253,10 +270,11 @@ def _with_header(send: Any, name: str, value: int) -> Any:
     return send_more
 
 
-async def _refuse(send: Any, message: str) -> None:
-    """HTTP 400 in the OpenAI form."""
+async def _refuse(send: Any, message: str, path: str) -> None:
+    """HTTP 400 in the form of OpenAI, or of Anthropic, which has a type around it."""
     error = {"message": message, "type": "BadRequestError", "param": FIELD, "code": 400}
-    body = json.dumps({"error": error}).encode()
+    around = {"type": "error"} if path == MESSAGES else {}
+    body = json.dumps(around | {"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 400, "headers": headers})
     await send({"type": "http.response.body", "body": body})

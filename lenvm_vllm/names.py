@@ -8,6 +8,10 @@ from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
+FIELD = "length_target"
+PREFIX = "length_"
+
+_OTHERS = {"length_penalty"}  # fields of vLLM's own that start with the same letters
 _MEANT = ("lengthtarget", "targetlength", "targettokens")
 _LIKE = 0.75  # above it a name is one of these with slips; target_language has 0.69
 
@@ -27,8 +31,13 @@ def looks_like_target(name: str) -> bool:
     return any(SequenceMatcher(None, plain, meant).ratio() > _LIKE for meant in _MEANT)
 
 
+def is_meant(name: str) -> bool:
+    """Whether a length is asked for by this name, or by a slip of it."""
+    return (name.startswith(PREFIX) and name not in _OTHERS) or looks_like_target(name)
+
+
 def misplaced(request: Mapping[str, Any], own: str, outer: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and value of each name like the field's that stands inside of a wrapper.
+    """Path and value of each name of ours that stands inside of a wrapper.
 
     own: path of the one wrapper that the engine does read.
     """
@@ -36,6 +45,6 @@ def misplaced(request: Mapping[str, Any], own: str, outer: str = "") -> Iterator
         inner, path = request[wrapper], f"{outer}{wrapper}"
         if path == own or not isinstance(inner, Mapping):
             continue
-        yield from ((f"{path}.{name}", inner[name]) for name in inner if looks_like_target(name))
+        yield from ((f"{path}.{name}", inner[name]) for name in inner if is_meant(name))
         if not outer:
             yield from misplaced(inner, own, f"{path}.")

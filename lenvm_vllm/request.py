@@ -18,10 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from lenvm_vllm.names import looks_like_target
+from lenvm_vllm.names import FIELD, PREFIX, is_meant
 
-FIELD = "length_target"
-PREFIX = "length_"
 DEFAULT_TOLERANCE = 0.1
 NATURAL = 0.05  # an end is natural where the unguided model gives it at least this probability
 
@@ -152,7 +150,7 @@ class LengthTarget(BaseModel):
         miss of the field's name.
         """
         args = extra_args or {}
-        flat = {key: v for key, v in args.items() if is_ours(key)}
+        flat = {key: v for key, v in args.items() if is_meant(key)}
         if not flat:
             return None
         if unknown := sorted(flat.keys() - _FLAT.keys()):
@@ -172,11 +170,6 @@ class LengthTarget(BaseModel):
         if self.tolerance is None:
             xargs["length_tolerance"] = "off"
         return {key: value for key, value in xargs.items() if value is not None}
-
-
-def is_ours(key: str) -> bool:
-    """Whether a key is one of the flat form, or looks as if it was meant to be."""
-    return key.startswith(PREFIX) or looks_like_target(key)
 
 
 def is_prefill(request: Mapping[str, Any]) -> bool:

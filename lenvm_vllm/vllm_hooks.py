@@ -10,7 +10,7 @@ from typing import Any
 
 BARE = "lenvm_vllm"
 PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
-MIDDLEWARE = "lenvm_vllm.middleware.LengthTargetMiddleware"
+MIDDLEWARE = "lenvm_vllm.vllm_hooks.AtTheRoutes"
 
 # The VllmConfig that this process made last: what a request may ask for depends on it.
 served_config: Any = None
@@ -47,6 +47,41 @@ def register() -> None:
 
     EngineArgs.from_cli_args = classmethod(with_middleware)
     EngineArgs.create_engine_config = with_full_names
+
+
+def only_prefills() -> bool:
+    """Whether the served vLLM prepares answers for others to write: the prefill pod of a
+    disaggregated pair, or the encoder of one. Of the one token that it writes nobody reads."""
+    kv = getattr(served_config, "kv_transfer_config", None)
+    ec = getattr(served_config, "ec_transfer_config", None)
+    roles = getattr(kv, "kv_role", None), getattr(ec, "ec_role", None)
+    return "kv_producer" in roles or "ec_producer" in roles
+
+
+class AtTheRoutes:
+    """What `--middleware` names: it puts the middleware right before the routes of the app.
+
+    vLLM would put it outside of its own authentication and CORS, and of the operator's other
+    middleware. There it would answer clients that have no key, and read what others have
+    compressed.
+    """
+
+    def __init__(self, app: Any) -> None:
+        from lenvm_vllm.settings import load_settings
+
+        load_settings(
+            served_config and served_config.additional_config
+        )  # what is wrong is told now
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """The first call is the lifespan's, before any request."""
+        from lenvm_vllm.middleware import LengthTargetMiddleware
+
+        router = scope["app"].router
+        if not isinstance(router.middleware_stack, LengthTargetMiddleware):
+            router.middleware_stack = LengthTargetMiddleware(router.middleware_stack)
+        await self._app(scope, receive, send)
 
 
 def complete_names(names: list[Any] | None) -> list[Any] | None:

@@ -22,6 +22,8 @@ WHERE = {
     "ReasoningConfig": ("vllm.config.reasoning", "ReasoningConfig"),
     "ParallelConfig": ("vllm.config", "ParallelConfig"),
     "CacheConfig": ("vllm.config", "CacheConfig"),
+    "KVTransferConfig": ("vllm.config", "KVTransferConfig"),
+    "ECTransferConfig": ("vllm.config", "ECTransferConfig"),
     "SchedulerConfig": ("vllm.config", "SchedulerConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
@@ -66,10 +68,13 @@ FIELDS = {
     "VllmConfig": (
         *("additional_config", "model_config", "parallel_config", "speculative_config"),
         *("reasoning_config", "scheduler_config", "use_v2_model_runner", "cache_config"),
+        *("kv_transfer_config", "ec_transfer_config"),
     ),
     "ModelConfig": ("skip_tokenizer_init", "max_model_len"),
     "ReasoningConfig": ("natural_reasoning_end_token_ids",),
     "SchedulerConfig": ("policy",),
+    "KVTransferConfig": ("kv_role",),
+    "ECTransferConfig": ("ec_role",),
     "ParallelConfig": ("enable_batch_sharded_sampling", "data_parallel_size"),
     "CacheConfig": ("enable_prefix_caching",),
 }

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from lenvm_vllm.doors import CHAT, TEXT
 from lenvm_vllm.metrics import FOLDER
-from lenvm_vllm.middleware import CHAT, TEXT, LengthTargetMiddleware
+from lenvm_vllm.middleware import LengthTargetMiddleware
 from lenvm_vllm.outcome import Outcome
 from lenvm_vllm.progress import Step
 from lenvm_vllm.request import LengthTarget

@@ -10,7 +10,8 @@ import pytest
 
 from lenvm_vllm import vllm_hooks
 from lenvm_vllm.asgi import replay, request_of
-from lenvm_vllm.endings import CHAT, TAIL, TEXT, can_continue, narrowed
+from lenvm_vllm.doors import CHAT, TEXT
+from lenvm_vllm.endings import TAIL, can_continue, narrowed
 from lenvm_vllm.metrics import FOLDER, exposition
 from lenvm_vllm.middleware import LengthTargetMiddleware
 from lenvm_vllm.request import LengthTarget
@@ -346,15 +347,15 @@ def test_an_answer_that_is_not_all_text_stays() -> None:
 def test_what_cannot_be_continued(fields: dict[str, Any]) -> None:
     target = LengthTarget.parse(100)
     plain = {"stream": False, "stop": [], "n": None, "response_format": {"type": "text"}}
-    assert can_continue(HELLO | plain, target, CHAT)
-    assert not can_continue(HELLO | fields, target, CHAT)
+    assert can_continue(HELLO | plain, target)
+    assert not can_continue(HELLO | fields, target)
 
 
 @pytest.mark.parametrize(
     ("prompt", "whether"), [("a", True), ([1, 2], True), (["a"], False), ([[1]], False)]
 )
 def test_one_prompt_can_be_continued(prompt: Any, whether: bool) -> None:
-    assert can_continue({"prompt": prompt}, LengthTarget.parse(9), TEXT) is whether
+    assert can_continue({"prompt": prompt}, LengthTarget.parse(9)) is whether
 
 
 @pytest.mark.parametrize(
@@ -367,4 +368,4 @@ def test_one_prompt_can_be_continued(prompt: Any, whether: bool) -> None:
     ],
 )
 def test_targets_that_have_no_end_to_move(target: dict[str, Any]) -> None:
-    assert not can_continue(HELLO, LengthTarget.parse(target), CHAT)
+    assert not can_continue(HELLO, LengthTarget.parse(target))

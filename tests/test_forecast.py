@@ -15,6 +15,8 @@ from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.settings import Settings
 
 CHAT = [{"role": "user", "content": "hi"}]
+TEXT_PART = {"type": "text", "text": "hi"}
+INPUT_PART = {"type": "input_text", "text": "hi"}
 
 
 class Server:
@@ -33,7 +35,12 @@ class Server:
         return httpx.Response(200, json={"predicted_tokens": self.answer})
 
 
+DATE = 1_700_000_000  # seconds since 1970
+
+
 class Clock:
+    """now: seconds."""
+
     now = 1000.0
 
     def __call__(self) -> float:
@@ -41,7 +48,9 @@ class Clock:
 
 
 def forecast(server: Server, clock: Clock | None = None, **settings: Any) -> Forecast:
-    return Forecast(Settings(**settings), httpx.MockTransport(server), clock or Clock())
+    clock = clock or Clock()
+    transport = httpx.MockTransport(server)
+    return Forecast(Settings(**settings), transport, clock, date=lambda: DATE + clock())
 
 
 def tokens(made: Forecast, request: dict[str, Any], **target: Any) -> int | None:
@@ -60,6 +69,13 @@ def tokens(made: Forecast, request: dict[str, Any], **target: Any) -> int | None
             {"input": CHAT, "instructions": "Be kind."},
             {"messages": [{"role": "system", "content": "Be kind."}, *CHAT]},
         ),
+        ({"messages": [{"role": "user", "content": [TEXT_PART]}]}, {"messages": CHAT}),
+        ({"input": [{"role": "user", "content": [INPUT_PART]}]}, {"messages": CHAT}),
+        (
+            {"messages": CHAT, "system": [{"type": "text", "text": "Be kind."}]},
+            {"messages": [{"role": "system", "content": "Be kind."}, *CHAT]},
+        ),
+        ({"token_ids": [1, 2], "sampling_params": {}}, {"token_ids": [1, 2]}),
     ],
 )
 def test_every_endpoint_is_asked_in_its_own_words(request_body, asked) -> None:
@@ -136,6 +152,27 @@ def test_short_goes_first_and_long_does_not_wait_for_ever() -> None:
     assert made.priority(20) > long
 
 
+def test_a_clients_own_priority_is_of_the_same_scale() -> None:
+    """It moves a request by so many tokens, now as in an hour."""
+    clock = Clock()
+    made = forecast(Server(), clock, aging=10.0)
+    for _ in range(2):
+        plain = made.priority(50)
+        assert made.priority(50, 0) == plain  # some clients always send it
+        assert made.priority(50, 100) == made.priority(150) == plain + 100
+        assert made.priority(50, -600) < plain
+        clock.now += 60
+        assert made.priority(50, -600) == plain  # came a minute later
+        clock.now += 3600
+    assert made.priority(50, 2**70) == 2**63 - 1
+    assert made.priority(50, -(2**70)) >= -(2**63)
+
+
+def test_all_api_servers_have_one_scale() -> None:
+    early, late = forecast(Server()), Forecast(Settings(), date=lambda: DATE + Clock.now)
+    assert early.priority(50) == late.priority(50) == 10 * (DATE + 1000) + 50
+
+
 def test_what_is_not_known_counts_as_the_mean() -> None:
     made = forecast(Server(), aging=0.0)
     assert made.priority(None) == 0
@@ -191,7 +228,17 @@ def test_header_and_priority(monkeypatch) -> None:
     body, headers = through(
         monkeypatch, {"messages": CHAT, "max_tokens": 30, "priority": 7}, policy="priority"
     )
-    assert (body["priority"], headers[name]) == (7, b"30")
+    assert (body["priority"], headers[name]) == (37, b"30")
+    for wrong in ("high", None, 1.5):  # vLLM says so
+        body, _ = through(monkeypatch, {"messages": CHAT, "priority": wrong}, policy="priority")
+        assert body["priority"] == wrong
+    prefill = {"kv_transfer_params": {"do_remote_decode": True}, "max_tokens": 1}
+    body, _ = through(monkeypatch, {"messages": CHAT} | prefill, policy="priority")
+    assert body["priority"] == 1
+    body, headers = through(monkeypatch, {"items": ["x"]}, "/generative_scoring", "priority")
+    assert (body["priority"], name in headers) == (1, False)
+    body, headers = through(monkeypatch, {"messages": CHAT}, "/v1/messages/render", "priority")
+    assert ("priority" in body, name in headers) == (False, False)
     asked = {"messages": CHAT, "length_target": 50}
     body, headers = through(monkeypatch, asked, policy="priority")
     assert (body["priority"], headers[name]) == (50, b"50")

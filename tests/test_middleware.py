@@ -2,17 +2,24 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm_vllm.middleware import PATHS, LengthTargetMiddleware
+from lenvm_vllm import vllm_hooks
+from lenvm_vllm.doors import DOORS, GENERATE, INVOCATIONS, MESSAGES, PATHS
+from lenvm_vllm.middleware import LengthTargetMiddleware
 from lenvm_vllm.progress import KEY
 from lenvm_vllm.request import LengthTarget
 
 CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+PREFILL = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
+TAKING = [path for path in PATHS if path == INVOCATIONS or not DOORS[path].refusal]
+REFUSING = [path for path in PATHS if path not in TAKING]
 BEST_OF_3 = {"tokens": 5, "best_of": 3}
 FOREIGN = b'{ "model":"m",\n "temperature": 1.0 ,"x":"\\u00e4", "model":"twice"}'
 
@@ -40,7 +47,7 @@ class App:
     def asked(self) -> Any:
         """Without what the answer's own account of its length needs."""
         request = json.loads(self.body)
-        assert len(request["vllm_xargs"].pop(KEY)) == 32
+        request["vllm_xargs"].pop(KEY, None)
         request.pop("return_token_ids", None)
         return request
 
@@ -76,12 +83,13 @@ def post(body: Any, **scope: Any) -> Any:
     return call(chunk(json.dumps(body).encode()), **scope)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", sorted({*TAKING} - {GENERATE}))
 @pytest.mark.parametrize("value", [200, {"mode": "tilt", "beta": -2.5, "tolerance": None}])
 def test_field_moves_into_xargs(path: str, value: Any) -> None:
     body = {"model": "m", "seed": 3, "max_tokens": 300}
     app, status, _ = post(body | {"length_target": value}, path=path)
     assert status == 200
+    assert (KEY in json.loads(app.body)["vllm_xargs"]) is not path.endswith("/render")
     flat = LengthTarget.parse(value).to_xargs()
     assert app.asked == body | {"vllm_xargs": flat}
     assert LengthTarget.from_extra_args(flat) == LengthTarget.parse(value)
@@ -94,9 +102,78 @@ def test_other_xargs_stay() -> None:
     assert app.asked["vllm_xargs"] == {"other": [1, 2]} | LengthTarget.parse(9).to_xargs()
 
 
+def test_tokens_in_tokens_out_has_sampling_parameters_of_its_own() -> None:
+    """They come from the client, or flat from a door that prepares requests."""
+    params = {"max_tokens": 60, "extra_args": {"other": 1}}
+    body = {"token_ids": [1], "sampling_params": params, "length_target": 50}
+    app, status, _ = post(body, path=GENERATE)
+    assert status == 200
+    flat = LengthTarget.parse(50).to_xargs()
+    moved = params | {"extra_args": {"other": 1} | flat}
+    assert json.loads(app.body) == {"token_ids": [1], "sampling_params": moved}
+    ready = {"token_ids": [1], "sampling_params": {"max_tokens": 40, "extra_args": flat}}
+    _, status, answer = post(ready, path=GENERATE)
+    assert (status, "max_tokens: 40" in answer["error"]["message"]) == (400, True)
+    for wrong in ({"vllm_xargs": {"length_target": 5}}, {"sampling_params": {"length_target": 5}}):
+        assert post(wrong, path=GENERATE)[1] == 400
+
+
+@pytest.mark.parametrize("path", REFUSING)
+def test_doors_that_cannot_take_a_length(path: str) -> None:
+    for asked in ({"length_target": 5}, {"vllm_xargs": {"length_target": 5}}):
+        app, status, answer = post(asked, path=path)
+        assert (status, app.scope) == (400, None)
+        assert f"length_target: not on {path}: it " in answer["error"]["message"]
+    assert post({"items": []}, path=path)[1] == 200
+
+
+def test_sagemakers_door_is_one_of_chats_or_of_texts() -> None:
+    chat, text = {"messages": [], "length_target": 50}, {"prompt": "x", "length_target": 50}
+    assert post(chat, path=INVOCATIONS)[1] == 200
+    _, status, answer = post(text, path=INVOCATIONS)
+    assert (status, "max_tokens: 16" in answer["error"]["message"]) == (400, True)
+
+
+def test_a_400_has_the_form_of_its_door() -> None:
+    assert post({"length_target": 0}, path=MESSAGES)[2]["type"] == "error"
+    assert set(post({"length_target": 0})[2]) == {"error"}
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, MESSAGES])
+@pytest.mark.parametrize("asked", [{"length_target": 50}, {"vllm_xargs": {"length_target": 50}}])
+def test_a_prefill_has_one_token(path: str, asked: Any) -> None:
+    """Its proxy sets the limit; the engine then finds the transfer beside the target."""
+    body = asked | PREFILL | {"max_tokens": 1, "min_tokens": 1, "stream": False}
+    app, status, _ = post(body, path=path)
+    assert status == 200
+    sent = json.loads(app.body)
+    assert sent["max_tokens"] == 1
+    assert LengthTarget.from_extra_args(sent["vllm_xargs"] | PREFILL) is None
+    assert post({"length_target": 0, "max_tokens": 1} | PREFILL, path=path)[1] == 400
+    assert post(asked | {"max_tokens": 1}, path=path)[1] == 400
+    decode = {"kv_transfer_params": {"do_remote_prefill": True}}
+    assert post(asked | decode | {"max_tokens": 1}, path=path)[1] == 400
+
+
+@pytest.mark.parametrize("kind", ["kv", "ec"])
+def test_a_pod_may_be_for_prefills_only(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some proxies say nothing in the request but its limit."""
+    for role, status in ((f"{kind}_producer", 200), (f"{kind}_consumer", 400)):
+        config = SimpleNamespace(
+            additional_config={},
+            model_config=SimpleNamespace(max_model_len=1000),
+            speculative_config=None,
+            **{f"{kind}_transfer_config": SimpleNamespace(**{f"{kind}_role": role})},
+        )
+        monkeypatch.setattr(vllm_hooks, "served_config", config)
+        assert post({"length_target": 50, "max_tokens": 1})[1] == status
+
+
 def test_limits_of_a_wrong_type_are_left_to_vllm() -> None:
-    app, status, _ = post({"length_target": 9, "max_tokens": "5", "min_tokens": None})
-    assert (status, json.loads(app.body)["max_tokens"]) == (200, "5")
+    app, status, _ = post({"length_target": 9, "max_tokens": "few", "min_tokens": None})
+    assert (status, json.loads(app.body)["max_tokens"]) == (200, "few")
+    _, status, answer = post({"length_target": 9, "max_tokens": "5"})  # vLLM reads it as 5
+    assert (status, "max_tokens: 5" in answer["error"]["message"]) == (400, True)
 
 
 def test_null_is_no_target() -> None:
@@ -144,6 +221,7 @@ def test_field_across_chunks(split: int) -> None:
     [
         {"path": "/v1/embeddings"},
         {"path": "/v1/chat/completions/x"},
+        {"path": "/tokenize"},
         {"method": "GET"},
         {"type": "websocket"},
     ],
@@ -166,6 +244,15 @@ def test_root_path_is_left_out() -> None:
         ({"length_target": {"tokens": 5, "tolerence": 0}}, ["length_target.tolerence", "got 0"]),
         ({"length_target": {"mode": "near", "tokens": 5}}, ["length_target.mode", "'near'"]),
         ({"length_taget": 5}, ["length_taget", "got 5"]),
+        ({"lengthTarget": 5}, ["lengthTarget", "got 5", "length_target at the top level"]),
+        ({"target_length": 5}, ["target_length", "got 5"]),
+        ({"extra_body": {"length_target": 5}}, ["extra_body.length_target", "got 5", "top level"]),
+        ({"extra_body": {"length_mode": "tilt"}}, ["extra_body.length_mode"]),
+        ({"length_target": 5, "extra_body": {"length_target": 5}}, ["extra_body.length_target"]),
+        ({"vllm_xargs": {"lengthTarget": 5}}, ["lengthTarget: unknown field"]),
+        ({"length_target": {"words": 80}}, ["length_target.words", "tokens only", "got 80"]),
+        ({"length_target": "80 words"}, ["length_target", "'80 words'"]),
+        ({"length_target": {"tokens": 9, "tolerance": 10}}, ["tolerance: 10", "0.1 is 10%"]),
         ({"length_target": 5, "length_mode": "tilt"}, ["length_mode", "'tilt'"]),
         ({"length_target": 5, "vllm_xargs": {"length_mode": "tilt"}}, ["vllm_xargs.length_mode"]),
         ({"length_target": 5, "vllm_xargs": [1]}, ["vllm_xargs", "[1]"]),
@@ -193,6 +280,18 @@ def test_wrong_field_is_a_400_that_names_it(body: Any, named: list[str]) -> None
     assert answer["error"]["code"] == 400
 
 
+@pytest.mark.parametrize("body", [{"metadata": {"length_target": "5"}}, {"max_length": 5}])
+def test_names_that_mean_something_else(body: Any) -> None:
+    app, status, _ = post(body)
+    assert (status, json.loads(app.body)) == (200, body)
+
+
+def test_eighty_in_other_clothes() -> None:
+    for value in ("80", 80.0, {"tokens": "80"}):
+        app, _, _ = post({"length_target": value})
+        assert app.asked["vllm_xargs"] == LengthTarget.parse(80).to_xargs()
+
+
 def test_a_text_completion_has_sixteen_tokens_unless_it_says() -> None:
     """vLLM would say so too late for a stream."""
     for body in ({"length_target": 50}, {"vllm_xargs": {"length_target": 50}, "max_tokens": None}):
@@ -203,7 +302,7 @@ def test_a_text_completion_has_sixteen_tokens_unless_it_says() -> None:
 
 
 def test_best_of_is_for_answers_that_have_choices() -> None:
-    for path in PATHS[1:2] + PATHS[3:]:
+    for path in sorted({*TAKING} - {CHAT, TEXT, INVOCATIONS}):
         _, status, answer = post({"length_target": BEST_OF_3}, path=path)
         assert (status, "best_of: 3: only" in answer["error"]["message"]) == (400, True)
 

@@ -32,7 +32,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 import lenvm_vllm
-from lenvm_vllm import engine_rows, middleware, vllm_hooks
+from lenvm_vllm import engine_rows, vllm_hooks
 from lenvm_vllm.client import CircuitOpen, TimedOut
 from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.processor import LenvmLogitsProcessor
@@ -779,8 +779,8 @@ def test_without_an_http_server_there_is_no_middleware() -> None:
 
 def test_the_middlewares_name() -> None:
     module, name = MIDDLEWARE.rsplit(".", 1)
-    assert module == middleware.__name__
-    assert hasattr(middleware, name)
+    assert module == vllm_hooks.__name__
+    assert hasattr(vllm_hooks, name)
 
 
 @pytest.mark.usefixtures("registered")

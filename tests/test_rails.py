@@ -31,7 +31,6 @@ def rails(mode: str, tokens: int | None = None, tolerance: float | None = 0.1) -
         ("equal_to", 1, 0.9, Rails(1, 1)),
         ("equal_to", 3, 0.5, Rails(2, 4)),
         ("equal_to", 10, 1.0, Rails(1, 20)),
-        ("equal_to", 10, 2.5, Rails(1, 35)),
         # In binary 100 * (1 - 0.07) is 92.99999999999999 and 100 * (1 + 0.07) is 107.00000000000001
         ("equal_to", 100, 0.07, Rails(93, 107)),
         ("equal_to", 1000, 0.001, Rails(999, 1001)),
@@ -73,7 +72,7 @@ def length(rails: Rails, limit: int, end: Any) -> int:
 @given(
     st.sampled_from(["equal_to", "at_most", "at_least"]),
     st.integers(1, 120),
-    st.integers(0, 150),
+    st.integers(0, 100),
     st.sampled_from([0.0, 0.02, 0.5, 1.0]),
     st.randoms(use_true_random=False),
 )
