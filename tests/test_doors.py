@@ -8,7 +8,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.testclient import TestClient
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -46,16 +45,6 @@ NO_TEXT = {
 }
 
 
-class Compressing:
-    """A middleware of the operator's, which compresses every answer."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = GZipMiddleware(app, minimum_size=0)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._app(scope, receive, send)
-
-
 def app_of(*flags: str, tasks: tuple[Any, ...] = ("generate", "transcription")) -> Any:
     """vLLM's application as `vllm serve` builds it."""
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(
@@ -67,7 +56,7 @@ def app_of(*flags: str, tasks: tuple[Any, ...] = ("generate", "transcription")) 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
     """Of an application that has had its first call."""
-    operators = f"{__name__}.Compressing"
+    operators = "tests.compressing.Compressing"
     app = app_of(
         "--api-key", "k", "--allowed-origins", '["http://page"]', "--middleware", operators
     )

@@ -328,6 +328,20 @@ def test_the_request_s_own_limits_hold() -> None:
     assert (wish["max_tokens"], wish["min_tokens"]) == (102 - cut, 95 - cut)
 
 
+def test_what_samples_is_the_same_for_every_ending() -> None:
+    same = {
+        **{"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
+        **{"logit_bias": {"9": 1.0}, "allowed_token_ids": [97, 98, 0], "watermarking": False},
+        **{"model": "m", "user": "me", "priority": 7, "session_id": "s", "cache_salt": "x"},
+    }
+    app = App([Told(100, BAD)], round_of(*[(TAIL, 0.5)] * 4))
+    post(app, CHAT, length_target=100, metadata={"run": "7"}, tool_choice="none", **same)
+    wish = app.asked[1][1]
+    assert wish == wish | same
+    assert "metadata" not in wish
+    assert "tool_choice" not in wish
+
+
 def test_an_answer_that_is_not_all_text_stays() -> None:
     app = App([Told(100, BAD, content="what followed the thinking")])
     answer = post(app, CHAT, length_target=100)
