@@ -86,6 +86,7 @@ DOORS = {
     f"{MESSAGES}/render": _PREPARED,
     "/generative_scoring": _SCORES,
     "/v1/systemone": _SCORES,
+    "/v1/decisions": Door(writes=False, ranked=False, refusal="it writes no text"),  # of 0.33
     "/cohere/v2/chat": _COHERE,
     "/cohere/v2/chat/render": _COHERE,
 }

@@ -86,6 +86,7 @@ FIELDS: dict[str, Meaning] = {
     "structured_outputs": (None,),
     "repetition_detection": (None,),
     "routed_experts_prompt_start": _UNSET,
+    "return_weight_versions": _OFF,  # of 0.33
     "use_beam_search": _OFF,
     "prompt_embeds": (None,),
     "kv_transfer_params": (None,),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from vllm.entrypoints.cli.serve import make_arg_parser  # where it is from has moved
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from lenvm_vllm.doors import CHAT, DOORS, FORMS, PATHS, TEXT
@@ -73,8 +73,9 @@ def test_every_route_that_writes_is_known(flags: Any, monkeypatch: pytest.Monkey
     posts = {r.path for r in app.routes if "POST" in (getattr(r, "methods", None) or ())}
     assert {CHAT, TEXT, *FORMS} <= posts
     assert posts - {*PATHS, *FORMS} - NO_TEXT == set()
-    cohere = {path for path in PATHS if path.startswith("/cohere")}  # needs a package of theirs
-    assert {*PATHS} - posts - cohere == set()
+    elsewhere = {"/v1/decisions"}  # of vLLM 0.33
+    elsewhere |= {path for path in PATHS if path.startswith("/cohere")}  # needs their package
+    assert {*PATHS} - posts <= elsewhere
 
 
 def test_the_middleware_is_innermost(client: TestClient) -> None:

@@ -279,7 +279,7 @@ def test_metrics_beside_vllms_own(client):
 WRONG = [
     (0, "length_target.tokens"),
     (-3, "length_target.tokens"),
-    ("20", "length_target"),
+    ("20 words", "length_target"),
     (True, "length_target"),
     ([20], "length_target"),
     ({}, "length_target.tokens"),
