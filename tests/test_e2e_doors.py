@@ -37,7 +37,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     port = free_port()
     env = {
         **{"LENVM_URL": f"http://127.0.0.1:{port}", "LENVM_TIMEOUT_S": "30"},
-        **{"LENVM_FORECAST": "true", "PYTHONPATH": str(Path(__file__).parents[1])},
+        # The first answer of a tiny model takes no time.
+        **{
+            "LENVM_FORECAST": "true",
+            "LENVM_ENDINGS_PATIENCE": "100",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
     }
     with contextlib.ExitStack() as servers:
         servers.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
@@ -184,11 +189,12 @@ def test_fields_that_leave_other_endings(
     client: httpx.Client, path: str, fields: dict[str, Any]
 ) -> None:
     """A random model ends nowhere naturally, so that others are sampled."""
-    target = {"tokens": 50, "tolerance": 0.2, "best_of": 8}
+    target = {"tokens": 50, "tolerance": 0.2, "endings": 8}
     asked = {"messages": HELLO, "temperature": 1.0, "allowed_token_ids": LETTERS}
     reply = post(client, path, length_target=target, **asked | fields)
     assert length(reply) in range(40, 61)
     assert int(reply.headers["lenvm-sampled-tokens"]) > length(reply) + 10
+    assert reply.json()["choices"][0]["length_result"]["endings"] in (5, 8)
 
 
 def test_a_forecast_of_parts(client: httpx.Client) -> None:
