@@ -36,6 +36,8 @@ def register() -> None:
             share_folder()
             if MIDDLEWARE not in middleware:
                 args.middleware = [*middleware, MIDDLEWARE]
+        if named and hasattr(args, "input_file"):
+            _read_lengths_of_batch_files()
         return from_cli_args(cls, args)
 
     @functools.wraps(create_engine_config)
@@ -47,6 +49,26 @@ def register() -> None:
 
     EngineArgs.from_cli_args = classmethod(with_middleware)
     EngineArgs.create_engine_config = with_full_names
+
+
+def _read_lengths_of_batch_files() -> None:
+    """`vllm run-batch` has no routes to stand at; there the field is read with the request."""
+    from lenvm_vllm.doors import BATCH, DOORS
+    from lenvm_vllm.middleware import take
+    from lenvm_vllm.vllm_names import ChatCompletionRequest
+
+    to_sampling_params = ChatCompletionRequest.to_sampling_params
+    if hasattr(to_sampling_params, "__wrapped__"):
+        return
+
+    @functools.wraps(to_sampling_params)
+    def with_length(self: Any, *more: Any, **kwargs: Any) -> Any:
+        request = (self.model_extra or {}) | {"vllm_xargs": self.vllm_xargs}
+        take(request, DOORS[BATCH], BATCH)
+        self.vllm_xargs = request["vllm_xargs"]
+        return to_sampling_params(self, *more, **kwargs)
+
+    ChatCompletionRequest.to_sampling_params = with_length
 
 
 def only_prefills() -> bool:

@@ -31,6 +31,10 @@ WHERE = {
         "vllm.distributed.parallel_state",
         "model_parallel_is_initialized",
     ),
+    "ChatCompletionRequest": (
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest",
+    ),
     "cached_tokenizer_from_config": ("vllm.tokenizers", "cached_tokenizer_from_config"),
 }
 
@@ -52,6 +56,9 @@ METHODS = {
         "add_request": ("self", "req_idx", "sampling_params"),
         "apply": ("self", "logits", "ctx"),
         "validate_params": ("sampling_params",),
+    },
+    "ChatCompletionRequest": {
+        "to_sampling_params": ("self", "max_tokens", "default_sampling_params"),
     },
     "GroupCoordinator": {"broadcast_object": ("self", "obj", "src")},
 }

@@ -4,18 +4,22 @@ Every route that writes text is known; the middleware stands inside of vLLM's au
 CORS and of what an operator puts around, and reads nothing that these turn away.
 """
 
+import argparse
 import asyncio
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import make_arg_parser  # where it is from has moved
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from lenvm_vllm.doors import CHAT, DOORS, FORMS, PATHS, TEXT
 from lenvm_vllm.middleware import LengthTargetMiddleware
-from lenvm_vllm.vllm_hooks import MIDDLEWARE
+from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.vllm_hooks import MIDDLEWARE, register
 
 KEY = {"Authorization": "Bearer k"}
 WRONG = {"model": "m", "prompt": "x", "length_target": 0}
@@ -141,3 +145,26 @@ def test_a_form_with_the_field(client: TestClient, path: str) -> None:
         assert f"{name}: length_target is not available for recordings" in reply.text
     plain = client.post(path, data={"model": "m", "length_penalty": "1.0"}, files=recording)
     assert "not available" not in plain.text
+
+
+def test_the_lengths_of_batch_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vllm run-batch` reads requests from a file, without a route."""
+    monkeypatch.setattr(
+        ChatCompletionRequest, "to_sampling_params", ChatCompletionRequest.to_sampling_params
+    )
+    register()
+    args = argparse.Namespace(model="m", logits_processors=["lenvm_vllm"], input_file="x")
+    for _ in range(2):
+        AsyncEngineArgs.from_cli_args(args)
+
+    def params(**fields: Any) -> Any:
+        request = {"messages": [{"role": "user", "content": "hi"}], **fields}
+        return ChatCompletionRequest.model_validate(request).to_sampling_params(50, {})
+
+    asked = {"tokens": "30", "tolerance": 0}
+    found = params(length_target=asked, vllm_xargs={"other": 1}).extra_args
+    assert found == {"other": 1} | LengthTarget.parse(asked).to_xargs()
+    assert params().extra_args is None
+    for wrong in ({"length_target": 0}, {"lengthTarget": 5}, {"vllm_xargs": {"length_bet": 5}}):
+        with pytest.raises(ValueError, match="length"):
+            params(**wrong)
