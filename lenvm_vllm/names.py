@@ -41,7 +41,7 @@ def misplaced(request: Mapping[str, Any], own: str, outer: str = "") -> Iterator
 
     own: path of the one wrapper that the engine does read.
     """
-    for wrapper in _WRAPPERS & request.keys():
+    for wrapper in (name for name in request if name in _WRAPPERS):
         inner, path = request[wrapper], f"{outer}{wrapper}"
         if path == own or not isinstance(inner, Mapping):
             continue

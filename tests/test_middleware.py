@@ -202,6 +202,25 @@ def test_everything_else_goes_on_byte_for_byte(body: bytes) -> None:
     assert app.headers[b"Content-Length"] == str(len(body)).encode()
 
 
+NAMES = [
+    *("length_target", "lengthTarget", "length_mode", "length_tolerance", "tokens", "tolerance"),
+    *("vllm_xargs", "extra_body", "sampling_params", "extra_args", "kv_transfer_params"),
+    *("max_tokens", "min_tokens", "n", "priority", "messages", "content", "prompt", "tools"),
+]
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(NAMES), values, max_size=5))
+def test_no_body_is_an_error_of_ours(path: str, body: Any) -> None:
+    assert post(body, path=path)[1] in (200, 400)
+
+
 @given(st.lists(st.binary(max_size=9)))
 def test_chunks_go_on_as_they_came(parts: list[bytes]) -> None:
     app, _, _ = call(*(chunk(part, more=True) for part in parts), chunk(b""))
