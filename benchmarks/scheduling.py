@@ -2,9 +2,9 @@
 
     python -m benchmarks.scheduling --data prompts.jsonl
 
-One vLLM under `--scheduling-policy priority`, so that both arms run on the same server: with the
-priority 0 it serves in the order of arrival, without one the plugin asks `/v1/predict` and sets
-it. Arrivals are a Poisson process, the same in both arms.
+A vLLM for each arm, under `--scheduling-policy` fcfs and priority; in both the plugin asks
+`/v1/predict`, in the second it sets the priority by the answer. Arrivals are a Poisson process,
+the same in both arms.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from lenvm_vllm.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
 
 app = App(help=__doc__)
-ARMS: dict[str, dict[str, Any]] = {"fcfs": {"priority": 0}, "forecast": {}}
+ARMS = {"fcfs": "fcfs", "forecast": "priority"}  # scheduling policies
 
 
 def read_prompts(data: Path, count: int, seed: int) -> list[str]:
@@ -74,8 +74,8 @@ def main(
     vllm = [
         *(*VLLM_SERVE, str(MODEL), "--served-model-name", NAME, "--port", str(port)),
         *("--host", "127.0.0.1", "--max-model-len", "2048", "--dtype", dtype, "--enforce-eager"),
-        *("--max-num-seqs", str(max_num_seqs), "--scheduling-policy", "priority"),
-        *("--max-num-batched-tokens", "16384", "--logits-processors", "lenvm_vllm"),
+        *("--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "16384"),
+        *("--logits-processors", "lenvm_vllm", "--scheduling-policy"),
     ]
     env = {"LENVM_URL": value_url, "LENVM_FORECAST": "true", "VLLM_CPU_KVCACHE_SPACE": "1"}
     flags = [
@@ -86,12 +86,10 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
-        with (
-            running(value_server, f"{value_url}/ready", folder / "values.log", env),
-            running(vllm, f"{url}/health", folder / "vllm.log", env),
-        ):
-            for arm, fields in tqdm(ARMS.items(), file=sys.stderr):
-                report = bench(url, (NAME, MODEL), prompts, {"seed": seed, **fields}, *flags)
+        with running(value_server, f"{value_url}/ready", folder / "values.log", env):
+            for arm, policy in tqdm(ARMS.items(), file=sys.stderr):
+                with running([*vllm, policy], f"{url}/health", folder / f"{arm}.log", env):
+                    report = bench(url, (NAME, MODEL), prompts, {"seed": seed}, *flags)
                 result[arm] = {
                     kind: round(report[f"{kind}_e2el_ms"] / 1000, 2)
                     for kind in ("mean", "median", "p99")
