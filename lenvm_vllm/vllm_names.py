@@ -17,11 +17,13 @@ WHERE = {
     "V2LogitsProcessor": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
     "LogitsContext": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsContext"),
     "RequestSlots": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcRequestState"),
+    "vllm_command": ("vllm.entrypoints.cli.main", "main"),
     "VllmConfig": ("vllm.config", "VllmConfig"),
     "ModelConfig": ("vllm.config", "ModelConfig"),
     "ReasoningConfig": ("vllm.config.reasoning", "ReasoningConfig"),
     "ParallelConfig": ("vllm.config", "ParallelConfig"),
     "CacheConfig": ("vllm.config", "CacheConfig"),
+    "DeviceConfig": ("vllm.config", "DeviceConfig"),
     "SchedulerConfig": ("vllm.config", "SchedulerConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
@@ -66,12 +68,14 @@ FIELDS = {
     "VllmConfig": (
         *("additional_config", "model_config", "parallel_config", "speculative_config"),
         *("reasoning_config", "scheduler_config", "use_v2_model_runner", "cache_config"),
+        "device_config",
     ),
     "ModelConfig": ("skip_tokenizer_init", "max_model_len"),
     "ReasoningConfig": ("natural_reasoning_end_token_ids",),
     "SchedulerConfig": ("policy",),
     "ParallelConfig": ("enable_batch_sharded_sampling", "data_parallel_size"),
     "CacheConfig": ("enable_prefix_caching",),
+    "DeviceConfig": ("device_type",),
 }
 
 
