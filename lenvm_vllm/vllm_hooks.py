@@ -6,7 +6,10 @@ the request field through vLLM's own `--middleware`.
 """
 
 import functools
+import logging
 from typing import Any
+
+logger = logging.getLogger("vllm.lenvm")
 
 BARE = "lenvm_vllm"
 PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
@@ -43,10 +46,23 @@ def register() -> None:
         global served_config
         self.logits_processors = complete_names(self.logits_processors)
         served_config = create_engine_config(self, *more, **kwargs)
+        if PROCESSOR in (self.logits_processors or ()):
+            warn_of_logprobs(served_config.device_config.device_type)
         return served_config
 
     EngineArgs.from_cli_args = classmethod(with_middleware)
     EngineArgs.create_engine_config = with_full_names
+
+
+def warn_of_logprobs(device: str) -> None:
+    """vLLM compiles a function for them, and its engine does not survive where that fails."""
+    from lenvm_vllm.machine import compiles, has_compiler
+
+    if device == "cpu" and compiles() and not has_compiler():
+        logger.warning(
+            "no C++ compiler here: a request with logprobs would end vLLM's engine; "
+            "set TORCHDYNAMO_DISABLE=1, or install g++"
+        )
 
 
 def complete_names(names: list[Any] | None) -> list[Any] | None:
