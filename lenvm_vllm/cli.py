@@ -57,18 +57,19 @@ def main() -> None:
     app.config = [Yaml(file, must_exist=True, use_commands_as_keys=False) for file in files]
     try:
         app(arguments, result_action="return_none")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         sys.exit(_missing(error, arguments[0]))
     except (OSError, ValueError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 
 
-def _missing(error: ModuleNotFoundError, command: str) -> str:
+def _missing(error: ImportError, command: str) -> str:
     """What to install. Raises the error again where that is not known."""
-    extra = "vllm" if error.name == "vllm" else EXTRAS.get(command)
-    if extra is None:
+    cause = error.__cause__ or error  # cyclopts has an error of its own around it
+    extra = "vllm" if getattr(cause, "name", None) == "vllm" else EXTRAS.get(command)
+    if extra is None or not isinstance(cause, ModuleNotFoundError):
         raise error
-    return f"error: {command}: {error}; pip install 'lenvm-vllm[{extra}]'"
+    return f"error: {command}: {cause}; pip install 'lenvm-vllm[{extra}]'"
 
 
 if __name__ == "__main__":
