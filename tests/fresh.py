@@ -4,6 +4,7 @@ The packages are those of the environment that runs the tests, linked: what is n
 there, and nothing is downloaded.
 """
 
+import csv
 import os
 import subprocess
 import sys
@@ -44,26 +45,35 @@ def needed(wheel: Path, extra: str) -> set[str]:
     return {name for name, _ in found}
 
 
+def files(package: metadata.Distribution) -> list[str]:
+    """What pip wrote for it into site-packages; parsed by importlib this takes minutes."""
+    rows = csv.reader((package.read_text("RECORD") or "").splitlines())
+    return [file for file, *_ in rows if not file.startswith(("..", "__pycache__"))]
+
+
+def top(file: str) -> str:
+    return file.split("/")[0]
+
+
 @cache
 def owners() -> dict[str, set[str]]:
     """Of each name at the top of site-packages the packages that have files there."""
     found = defaultdict(set)
     for package in metadata.distributions():
-        for file in package.files or ():
-            found[file.parts[0]].add(canonicalize_name(package.name))
+        name = canonicalize_name(package.name)
+        for file in files(package):
+            found[top(file)].add(name)
     return found
 
 
 def link(name: str, names: set[str], site: Path) -> None:
     """Put a package into `site`; a folder that others have files in, too, file by file."""
-    for file in metadata.distribution(name).files or ():
-        top = file.parts[0]
-        if top in ("..", "__pycache__"):
-            continue
-        part = Path(top) if owners()[top] <= names else Path(file)
-        if not (site / part).is_symlink():
+    package = metadata.distribution(name)
+    parts = {top(file) if owners()[top(file)] <= names else file for file in files(package)}
+    for part in parts:
+        if not (site / part).is_symlink():  # another package that is wanted has the same folder
             (site / part).parent.mkdir(parents=True, exist_ok=True)
-            (site / part).symlink_to(Path(str(file.locate())).parents[len(file.parts) - 1] / part)
+            (site / part).symlink_to(str(package.locate_file(part)))
 
 
 class Fresh:
