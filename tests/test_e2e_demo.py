@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -36,7 +37,10 @@ def below(process: psutil.Process, name: str) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     ("number", "starting"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, True)]
 )
-def test_nothing_is_left(number: signal.Signals, starting: bool) -> None:
+def test_nothing_is_left(
+    number: signal.Signals, starting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENVM_SERVER_UDS", str(tmp_path / "elsewhere"))
     port, value_port = free_port(), free_port()
     with in_background(*demo(port, value_port)) as (process, shell):
         assert line(shell).startswith("starting")
