@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lenvm_vllm.machine import has_compiler
+from lenvm_vllm.machine import COMPILE_OFF, has_compiler
 from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, left_by_signals, running
 from value_server.contract.listen import check_port
 
@@ -71,7 +71,7 @@ def both_servers(port: int, value_port: int) -> Iterator[str]:
     ]
     env = {"LENVM_URL": value_url, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     if not has_compiler():
-        env["TORCHDYNAMO_DISABLE"] = "1"  # else a request with logprobs would end the engine
+        env[COMPILE_OFF] = "1"  # else a request with logprobs would end the engine
     with (
         running(value_server, f"{value_url}/ready", LOGS / "value-server.log", env),
         running(vllm, f"{url}/health", LOGS / "vllm.log", env),

@@ -129,10 +129,10 @@ def _machine() -> Iterator[Finding]:
         return
     if machine.compiles():
         text = "no C++ compiler: vLLM needs --enforce-eager, and a request with logprobs ends it"
-        yield Finding(text, "set TORCHDYNAMO_DISABLE=1 for vLLM, or install g++")
+        yield Finding(text, f"set {machine.COMPILE_OFF}=1 for vLLM, or install g++")
     else:
-        text = "no C++ compiler, TORCHDYNAMO_DISABLE=1: vLLM compiles nothing"
-        yield Finding(text, "give vLLM --enforce-eager; with g++ it would be faster", off=True)
+        text = "no C++ compiler, and nothing is compiled"
+        yield Finding(text, "with g++ and torch.compile vLLM would be faster", off=True)
 
 
 def _entry_point() -> Finding:

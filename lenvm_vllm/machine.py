@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+COMPILE_OFF = "TORCH_COMPILE_DISABLE"  # "1" is understood by torch and by vLLM
 SHARED_MIB = 160  # of /dev/shm, which vLLM's processes talk through; a container has 64
 
 
@@ -25,7 +26,7 @@ def compiles() -> bool:
 
     vLLM has some that no flag of its own spares: that of logprobs, and that of `-tp`.
     """
-    return os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+    return not any(os.environ.get(name) == "1" for name in (COMPILE_OFF, "TORCHDYNAMO_DISABLE"))
 
 
 def shared_mib() -> int | None:

@@ -56,12 +56,13 @@ def register() -> None:
 
 def warn_of_logprobs(device: str) -> None:
     """vLLM compiles a function for them, and its engine does not survive where that fails."""
-    from lenvm_vllm.machine import compiles, has_compiler
+    from lenvm_vllm.machine import COMPILE_OFF, compiles, has_compiler
 
     if device == "cpu" and compiles() and not has_compiler():
         logger.warning(
             "no C++ compiler here: a request with logprobs would end vLLM's engine; "
-            "set TORCHDYNAMO_DISABLE=1, or install g++"
+            "set %s=1, or install g++",
+            COMPILE_OFF,
         )
 
 

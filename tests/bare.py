@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lenvm_vllm.machine import COMPILE_OFF
+
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?")
 
 
@@ -17,7 +19,7 @@ def hide_compilers(patch: pytest.MonkeyPatch, folder: Path) -> None:
             if not COMPILER.fullmatch(program.name) and not link.is_symlink():
                 link.symlink_to(program)
     patch.setenv("PATH", str(folder))
-    for name in ("CC", "CXX", "TORCHDYNAMO_DISABLE"):
+    for name in ("CC", "CXX", COMPILE_OFF, "TORCHDYNAMO_DISABLE"):
         patch.delenv(name, raising=False)
     # What was compiled before would do without a compiler.
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))

@@ -61,9 +61,9 @@ def test_doctor_on_a_bare_machine(no_compiler: None, tmp_path: Path) -> None:
     assert code == 1
     assert "wrong  no C++ compiler: vLLM needs --enforce-eager" in text
     assert text.count(f"wrong  {folder}: not writable") == 2
-    for variable in ("TORCHDYNAMO_DISABLE=1", "set HF_HOME", "set VLLM_CACHE_ROOT"):
+    for variable in ("TORCH_COMPILE_DISABLE=1", "set HF_HOME", "set VLLM_CACHE_ROOT"):
         assert variable in text
-    _, text = look(TORCHDYNAMO_DISABLE="1")
+    _, text = look(TORCH_COMPILE_DISABLE="1")
     assert "off    no C++ compiler" in text
 
 
