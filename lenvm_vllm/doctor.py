@@ -114,7 +114,8 @@ def _lacking(extra: str) -> list[str]:
 
 def _caches() -> Iterator[Finding]:
     for variable, folder in machine.caches():
-        if not machine.is_writable(folder):
+        used = _has_vllm() or not variable.startswith("VLLM")
+        if used and not machine.is_writable(folder):
             advice = f"make it so, or set {variable} to a folder that is"
             yield Finding(f"{folder}: not writable, but models are kept there", advice)
 
