@@ -24,7 +24,7 @@ def has_compiler() -> bool:
 def compiles() -> bool:
     """Whether functions under torch.compile are compiled; else they run as they are written.
 
-    vLLM has some that no flag of its own spares: that of logprobs, and that of `-tp`.
+    vLLM has one for logprobs that no flag of its own spares.
     """
     return not any(os.environ.get(name) == "1" for name in (COMPILE_OFF, "TORCHDYNAMO_DISABLE"))
 
