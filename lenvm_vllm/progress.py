@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lenvm_vllm.metrics import FOLDER
+from lenvm_vllm.metrics import FOLDER, mapped
 
 logger = logging.getLogger("vllm.lenvm")
 
@@ -83,7 +83,7 @@ class Progress:
             return
         try:
             path = Path(folder) / f"{_PREFIX}{os.getpid()}"
-            self._table = np.memmap(path, _ROW, "w+", shape=ROWS)
+            self._table = mapped(path, _ROW, ROWS)
         except OSError as error:
             logger.warning("%s: answers tell nothing of their lengths (%s)", FOLDER, error)
 

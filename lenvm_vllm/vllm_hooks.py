@@ -6,7 +6,10 @@ the request field through vLLM's own `--middleware`.
 """
 
 import functools
+import logging
 from typing import Any
+
+logger = logging.getLogger("vllm.lenvm")
 
 BARE = "lenvm_vllm"
 PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
@@ -45,6 +48,8 @@ def register() -> None:
         global served_config
         self.logits_processors = complete_names(self.logits_processors)
         served_config = create_engine_config(self, *more, **kwargs)
+        if PROCESSOR in (self.logits_processors or ()):
+            warn_of_logprobs(served_config.device_config.device_type)
         return served_config
 
     EngineArgs.from_cli_args = classmethod(with_middleware)
@@ -104,6 +109,18 @@ class AtTheRoutes:
         if not isinstance(router.middleware_stack, LengthTargetMiddleware):
             router.middleware_stack = LengthTargetMiddleware(router.middleware_stack)
         await self._app(scope, receive, send)
+
+
+def warn_of_logprobs(device: str) -> None:
+    """vLLM compiles a function for them, and its engine does not survive where that fails."""
+    from lenvm_vllm.machine import COMPILE_OFF, compiles, has_compiler
+
+    if device == "cpu" and compiles() and not has_compiler():
+        logger.warning(
+            "no C++ compiler here: a request with logprobs would end vLLM's engine; "
+            "set %s=1, or install g++",
+            COMPILE_OFF,
+        )
 
 
 def complete_names(names: list[Any] | None) -> list[Any] | None:

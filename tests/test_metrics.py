@@ -1,7 +1,10 @@
 """What the engine counts, and its way to vLLM's `/metrics`."""
 
 import asyncio
+import logging
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,24 @@ def test_a_folder_that_is_none_breaks_nothing(
     monkeypatch.setenv(FOLDER, str(tmp_path / name))
     Counters().add("requests")
     assert set(shown().values()) == {0.0}
+
+
+def test_a_full_disk_is_met_at_the_start(folder: Path) -> None:
+    """Not in a step of the engine, which would be ended by SIGBUS: no page is made later."""
+    Counters()
+    (path,) = folder.iterdir()
+    assert path.stat().st_blocks * 512 >= path.stat().st_size > 0
+
+
+def test_vllm_starts_where_no_folder_can_be_made(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    share_folder()
+    assert FOLDER not in os.environ
+    assert "nothing told of lengths" in caplog.text
 
 
 def test_one_folder_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,39 @@ def test_backbone_that_lacks_a_weight_is_not_filled_at_random(tmp_path: Path) ->
         load_backbone(str(tmp_path))
 
 
+def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
+    path = write_base(tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    weights["layers.1.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is \(3, 5\), its"):
+        load_backbone(str(tmp_path))
+
+
+def test_layers_that_are_left_out_are_no_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers has a page of its own about them; what else is not used is one line."""
+    path = write_base(tmp_path) / "model.safetensors"
+    caplog.clear()
+    load_backbone(str(tmp_path), num_layers=1)
+    assert caplog.messages == []
+    assert "UNEXPECTED" not in capfd.readouterr().err
+    save_file(load_file(path) | {"other.bias": torch.zeros(2)}, path, metadata={"format": "pt"})
+    load_backbone(str(tmp_path), num_layers=1)
+    assert caplog.messages == [f"{tmp_path}: 1 weights are not used, such as other.bias"]
+    assert "UNEXPECTED" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_whoever_may_read_the_config_may_read_the_weights(tune: Tune, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(write_base(tmp_path / "base"), tune).save(out)
+    modes = {file.name: file.stat().st_mode for file in out.iterdir()}
+    assert len(modes) > 1
+    assert set(modes.values()) == {modes["config.json"]}
+
+
 def test_pickled_backbone_is_not_read(tmp_path: Path) -> None:
     path = write_base(tmp_path) / "model.safetensors"
     torch.save(load_file(path), tmp_path / "pytorch_model.bin")

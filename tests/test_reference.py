@@ -139,6 +139,8 @@ def test_there_and_back_is_the_same_to_the_bit(
     run(tmp_path / "source", tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "back")
     assert capsys.readouterr().out.splitlines()[-1] == "gamma 0.997"
+    for folder in (tmp_path / "ours", tmp_path / "back"):
+        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # all may read all
     assert "lenvm" not in json.loads((tmp_path / "back" / "config.json").read_text())
     for name in ("model.safetensors", "value_head.safetensors"):
         before, after = (load_file(tmp_path / f / name) for f in ("source", "back"))

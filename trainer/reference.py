@@ -36,6 +36,7 @@ from value_server.contract.checkpoint import (
     CONFIG_KEY,
     HEAD_FILE,
     LenvmConfig,
+    make_readable,
     read_config,
     tokenizer_fingerprint,
 )
@@ -249,6 +250,7 @@ def _tokenizer(folder: Path, base_model: str) -> PreTrainedTokenizerBase:
 def _write_config(facts: dict[str, Any], folder: Path) -> None:
     facts.pop("_name_or_path", None)  # a path of this machine
     (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
+    make_readable(folder)
 
 
 def _check_empty(output: Path) -> None:

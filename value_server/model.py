@@ -4,8 +4,12 @@ Legend: B rows, T tokens, H hidden size. The output at a token is the value of t
 that token, as logit z (see contract.values).
 """
 
+import contextlib
 import json
+import logging
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import get_logger
 
 from value_server.contract.checkpoint import (
     CONFIG_FILE,
@@ -22,10 +27,15 @@ from value_server.contract.checkpoint import (
     HEAD_FILE,
     CheckpointError,
     LenvmConfig,
+    make_readable,
     read_config,
 )
 from value_server.contract.targets import Readout
 from value_server.text_part import text_part
+
+log = logging.getLogger(__name__)
+
+VOCABULARY_HEAD = "lm_head."
 
 
 class ValueHead(nn.Module):
@@ -101,6 +111,7 @@ class ValueModel(nn.Module):
         # A path of the training machine is of no use to the reader.
         facts.pop("_name_or_path", None)
         (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
+        make_readable(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
     @classmethod
@@ -161,19 +172,53 @@ def load_backbone(
         config = AutoConfig.from_pretrained(source)
         if num_layers is not None:
             _truncate(config.get_text_config(), num_layers)
-        backbone, report = AutoModel.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if report["missing_keys"]:  # transformers would go on with random weights
-            raise ValueError(f"weights are missing: {sorted(report['missing_keys'])[0]}")
+        with _without_report():
+            backbone, report = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # _check tells them by name
+                output_loading_info=True,
+            )
+        _check(report, source, num_layers)
         return text_part(backbone)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: backbone does not load: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers would print a page of the weights that a truncated backbone leaves out."""
+    logger = get_logger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)  # not its level, from which other messages hang
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check(report: dict[str, Any], source: str, num_layers: int | None) -> None:
+    """Raises ValueError where transformers would go on with random weights."""
+    if report["missing_keys"]:
+        raise ValueError(f"weights are missing: {min(report['missing_keys'])}")
+    for name, there, here in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{name} is {tuple(there)}, its config.json says {tuple(here)}")
+    unused = [name for name in report["unexpected_keys"] if not _is_left_out(name, num_layers)]
+    if unused:
+        log.warning("%s: %d weights are not used, such as %s", source, len(unused), min(unused))
+
+
+def _is_left_out(name: str, num_layers: int | None) -> bool:
+    """Whether a weight is of a layer above the last, or of the vocabulary head."""
+    layer = re.search(r"\.(\d+)\.", name)
+    above = layer is not None and num_layers is not None and int(layer[1]) >= num_layers
+    return above or name.startswith(VOCABULARY_HEAD)
 
 
 def _truncate(config: PreTrainedConfig, num_layers: int) -> None:

@@ -17,6 +17,7 @@ from cyclopts import Parameter
 from fastapi import FastAPI
 
 from value_server.app import create_app
+from value_server.contract.listen import check_port, check_socket
 from value_server.engine import Engine
 from value_server.linear import compute_dtype, weight_dtype
 from value_server.logs import configure
@@ -48,6 +49,11 @@ def serve(
     """
     settings = settings or ServerSettings()
     configure(settings.log_format)
+    signal.signal(signal.SIGTERM, _stop)  # until the server has its own; process 1 has no default
+    if settings.uds:
+        check_socket(settings.uds)
+    else:
+        check_port(settings.host, settings.port)
     try:
         app = build_app(checkpoint, settings)
         trace(app)
@@ -70,6 +76,10 @@ def serve(
     server = ValueServer(config, app.state.served, settings.drain_s, again)
     signal.signal(signal.SIGHUP, server.reload)
     server.run()
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 class ValueServer(uvicorn.Server):

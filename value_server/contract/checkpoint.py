@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import stat
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -69,6 +70,16 @@ def read_config(checkpoint: Path) -> LenvmConfig:
         raise CheckpointError(f"{path}: no {CONFIG_KEY!r} block: not a LenVM checkpoint") from error
     except ValueError as error:  # JSON and msgspec errors, gamma out of range
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def make_readable(folder: Path) -> None:
+    """Whoever may read `folder`/config.json may read the weights beside it.
+
+    safetensors writes files that nobody but their owner can read, and servers run as other users.
+    """
+    mode = stat.S_IMODE((folder / CONFIG_FILE).stat().st_mode)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 class Tokenizer(Protocol):

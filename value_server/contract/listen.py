@@ -1,0 +1,37 @@
+"""Whether a server can listen where it is told to: asked before it loads anything."""
+
+import contextlib
+import socket
+from pathlib import Path
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises OSError where nobody could listen on a TCP port, naming it; 0 is any free one."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(f"host {host!r}: {error.strerror}") from error
+    for family, kind, protocol, _, address in found:
+        with contextlib.ExitStack() as stack:
+            try:
+                probe = stack.enter_context(socket.socket(family, kind, protocol))
+            except OSError:  # a family that this machine does not have
+                continue
+            # As servers do: connections that have ended do not count, whoever listens does.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise OSError(f"port {port} of {host}: {error.strerror}") from error
+
+
+def check_socket(path: Path) -> None:
+    """Raises OSError where a server listens on a Unix socket; a file that is left over is none."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return
+    raise OSError(f"socket {path}: a server listens there")
