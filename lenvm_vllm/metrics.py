@@ -28,6 +28,7 @@ HELP = {
     "finished": "Requests with a number of tokens that ended by themselves or by a rail.",
     "deviation_tokens": "Tokens by which those missed what they asked for.",
     "deviation_ratio": "The same as shares of what they asked for.",
+    "gave_way": "Requests whose upper rail gave way to a grammar or an allow-list.",
     "endings": "Other endings that were sampled.",
     "ending_tokens": "Tokens of those.",
     "ending_rounds": "Rounds of such endings, sampled side by side.",

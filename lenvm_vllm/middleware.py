@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from lenvm_vllm import vllm_hooks
-from lenvm_vllm.admission import check_admission
+from lenvm_vllm.admission import check_admission, resolved
 from lenvm_vllm.answers import Answers
 from lenvm_vllm.asgi import read, replay, request_of, resized
 from lenvm_vllm.best_of import WholeAnswers
@@ -120,7 +120,7 @@ def rewrite(body: bytes, path: str, request_id: str | None = None) -> bytes | No
         if flat:
             _check(flat, request, path)
         return json.dumps(request).encode() if request.pop(FIELD, 0) is None else None
-    target = LengthTarget.parse(request.pop(FIELD))
+    target = resolved(LengthTarget.parse(request.pop(FIELD)), vllm_hooks.served_config)
     _check(target, request, path)
     if not isinstance(xargs, dict):
         raise LengthTargetError(f"vllm_xargs: expected an object, got {xargs!r}")
@@ -153,7 +153,8 @@ def _target_of(body: bytes) -> tuple[Any, LengthTarget | None]:
     """A request and its target; None, None for one of which vLLM says what is wrong with it."""
     try:
         request = json.loads(body)
-        return request, LengthTarget.from_extra_args(request.get("vllm_xargs"))
+        target = LengthTarget.from_extra_args(request.get("vllm_xargs"))
+        return request, target and resolved(target, vllm_hooks.served_config)
     except (ValueError, RecursionError, AttributeError, TypeError):
         return None, None
 
@@ -181,6 +182,7 @@ def _check(target: LengthTarget, request: dict[str, Any], path: str) -> None:
         min_tokens=_whole(request, "min_tokens") or 0,
         ignore_eos=request.get("ignore_eos") is True,
         thinking_token_budget=_whole(request, "thinking_token_budget"),
+        config=vllm_hooks.served_config,
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lenvm_vllm.admission import check_admission
+from lenvm_vllm.admission import check_admission, is_prefill_only
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.v1 import V1Processor
 from lenvm_vllm.v2 import V2Processor
@@ -22,9 +22,12 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raises ValueError, which vLLM answers with HTTP 400."""
+        """Raises ValueError, which vLLM answers with HTTP 400.
+
+        vLLM does not say here which model is asked; `intake` knows, and checks again.
+        """
         target = LengthTarget.from_extra_args(sampling_params.extra_args)
-        if target is not None:
+        if target is not None and not is_prefill_only(sampling_params.extra_args):
             check_admission(
                 target,
                 sampling_params.max_tokens,

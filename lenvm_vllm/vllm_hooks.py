@@ -12,7 +12,8 @@ BARE = "lenvm_vllm"
 PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
 MIDDLEWARE = "lenvm_vllm.middleware.LengthTargetMiddleware"
 
-# The VllmConfig that this process made last: what a request may ask for depends on it.
+# The VllmConfig of this process's API server, for its middleware. Several models in one process
+# (the offline `LLM` class) have no API server: each request brings the configuration of its own.
 served_config: Any = None
 
 
@@ -43,10 +44,32 @@ def register() -> None:
         global served_config
         self.logits_processors = complete_names(self.logits_processors)
         served_config = create_engine_config(self, *more, **kwargs)
+        if _is_loaded(self.logits_processors):
+            watch_intake()
         return served_config
 
     EngineArgs.from_cli_args = classmethod(with_middleware)
     EngineArgs.create_engine_config = with_full_names
+
+
+def watch_intake() -> None:
+    """Each request of an engine with the plugin passes `intake.take_in`. Idempotent."""
+    from lenvm_vllm.intake import take_in
+    from lenvm_vllm.vllm_names import InputProcessor
+
+    process_inputs = InputProcessor.process_inputs
+    if hasattr(process_inputs, "_lenvm"):
+        return
+
+    @functools.wraps(process_inputs)
+    def with_targets(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        if _is_loaded(self.vllm_config.model_config.logits_processors):
+            take_in(self.vllm_config, request)
+        return request
+
+    with_targets._lenvm = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = with_targets
 
 
 def complete_names(names: list[Any] | None) -> list[Any] | None:
@@ -55,3 +78,9 @@ def complete_names(names: list[Any] | None) -> list[Any] | None:
         return None
     full = [PROCESSOR if name == BARE else name for name in names]
     return [name for i, name in enumerate(full) if name != PROCESSOR or i == full.index(PROCESSOR)]
+
+
+def _is_loaded(names: list[Any] | None) -> bool:
+    """Whether they name our processor, or hold its class."""
+    own = PROCESSOR.rpartition(":")[2]
+    return any(name == PROCESSOR or getattr(name, "__name__", "") == own for name in names or ())

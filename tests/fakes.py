@@ -66,7 +66,7 @@ def config(v2: bool = False, **lenvm: Any) -> Any:
 def params(length: Any = None, eos: int = EOS, **fields: Any) -> SamplingParams:
     """length: `length_target`, or the flat fields; None for a request without."""
     flat = {"length_target": length} if isinstance(length, int) else length
-    made = SamplingParams(extra_args=flat, **fields)
+    made = SamplingParams(extra_args=flat, **{"max_tokens": 1000, **fields})
     made.update_from_generation_config({}, eos)
     return made
 

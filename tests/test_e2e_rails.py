@@ -31,7 +31,7 @@ def tokens(reply: httpx.Response) -> int:
     return int(reply.json()["usage"]["completion_tokens"])
 
 
-@pytest.mark.parametrize("length", [1, 2, 32, 100])
+@pytest.mark.parametrize("length", [2, 3, 32, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_exact(served, length, temperature):
     target = {"tokens": length, "tolerance": 0.0}
@@ -46,6 +46,35 @@ def test_default_rails_and_one_sided_modes(served):
     assert tokens(complete(served[0], length_target=at_most, temperature=1.0)) <= 20
     at_least = {"mode": "at_least", "tokens": 40}
     assert tokens(complete(served[0], length_target=at_least, temperature=2.0)) >= 40
+
+
+def test_the_end_comes_before_the_wall(served):
+    """Of max_tokens, and of the context: 512 tokens, 12 of the prompt."""
+    for wall in (100, 95, 90):
+        for target in (100, {"mode": "at_most", "tokens": 120}):
+            reply = complete(served[0], length_target=target, max_tokens=wall, temperature=1.0)
+            assert tokens(reply) <= wall
+            assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "h" * 400}],
+        "length_target": {"mode": "at_least", "tokens": 30},
+    }
+    reply = served[0].post("/v1/chat/completions", json=body)
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert 30 <= tokens(reply) < 112
+    body["length_target"] = 150  # that the prompt leaves no room for
+    assert served[0].post("/v1/chat/completions", json=body).status_code == 400
+
+
+def test_a_stop_string_waits_for_the_lower_rail(served):
+    """A space comes every few bytes; the first one from the 40th token on ends the text."""
+    stop = [chr(code) for code in range(32, 127)][:4]
+    free = complete(served[0], stop=stop, temperature=2.0, max_tokens=150)
+    assert tokens(free) < 40
+    for target in (50, {"mode": "at_least", "tokens": 45}):
+        held = complete(served[0], stop=stop, length_target=target, temperature=2.0, max_tokens=150)
+        assert tokens(held) >= 45
 
 
 def test_flat_form(served):
@@ -77,6 +106,10 @@ def test_responses(served):
     ("fields", "named"),
     [
         ({"length_target": 0}, "length_target.tokens"),
+        ({"length_target": {"tokens": 1, "tolerance": 0}}, "length_target.tokens: 1"),
+        ({"length_target": {"mode": "at_most", "tokens": 1}}, "length_target.tokens: 1"),
+        ({"length_target": 100, "max_tokens": 89}, "max_tokens: 89"),
+        ({"length_target": 300, "max_tokens": None}, "max_tokens: 16"),
         ({"length_target": {"tokens": 5, "tolerence": 0}}, "length_target.tolerence"),
         ({"length_target": {"mode": "near", "tokens": 5}}, "length_target.mode"),
         ({"length_taget": 5}, "length_taget"),

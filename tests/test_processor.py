@@ -35,6 +35,7 @@ import lenvm_vllm
 from lenvm_vllm import engine_rows, middleware, vllm_hooks
 from lenvm_vllm.client import CircuitOpen, TimedOut
 from lenvm_vllm.engine_rows import EngineRows
+from lenvm_vllm.intake import take_in
 from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.sentences import tokenizer_of
 from lenvm_vllm.v1 import V1Processor
@@ -796,17 +797,17 @@ def test_the_config_has_the_full_name_and_is_known(
 
 
 @pytest.mark.parametrize("target", [9, {"length_mode": "tilt", "length_beta": 1.0}])
-def test_no_guidance_of_drafts(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
+def test_no_guidance_of_drafts(target: Any) -> None:
     for drafts in (None, object()):
         made = config()
         made.speculative_config = drafts
-        monkeypatch.setattr(vllm_hooks, "served_config", made)
-        LenvmLogitsProcessor.validate_params(params())
-        if drafts is None:
-            LenvmLogitsProcessor.validate_params(params(target))
-            continue
-        with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
-            LenvmLogitsProcessor.validate_params(params(target))
+        wishes = [params(), params(target)]
+        for wanted in wishes if drafts is None else wishes[:1]:
+            take_in(made, SimpleNamespace(sampling_params=wanted, prompt_token_ids=[7]))
+        refused = SimpleNamespace(sampling_params=params(target), prompt_token_ids=[7])
+        if drafts is not None:
+            with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
+                take_in(made, refused)
 
 
 def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None:
