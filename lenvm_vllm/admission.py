@@ -67,7 +67,7 @@ def check_admission(
             )
     whole = rails_of(target)
     _check_room(target, whole)
-    if whole.last is not None and target.prefix_tokens >= whole.last:
+    if whole.last is not None and target.prefix_tokens >= max(1, whole.last):
         raise LengthTargetError(
             f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
             f"that has at most {whole.last}"

@@ -98,7 +98,7 @@ class EngineRows:
             tokens, wanted = outcome
             self._counters.add("finished")
             self._counters.add("deviation_tokens", abs(tokens - wanted))
-            self._counters.add("deviation_ratio", abs(tokens - wanted) / wanted)
+            self._counters.add("deviation_ratio", abs(tokens - wanted) / max(1, wanted))
 
     def steer_inplace(self, logits: Tensor, states: dict[int, RequestState]) -> None:
         """logits: (batch, V) float32; states: row → request. Other rows stay as they are."""

@@ -118,7 +118,7 @@ def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_e
             f"least {rails.first} tokens"
         )
     # vLLM counts the tokens before the end.
-    if rails.last is not None and min_tokens >= rails.last:
+    if rails.last is not None and min_tokens >= max(1, rails.last):
         raise LengthTargetError(
             f"min_tokens: {min_tokens} tokens before the end contradict length_target, whose "
             f"completion has at most {rails.last} tokens, the end included"

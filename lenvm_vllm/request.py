@@ -58,7 +58,7 @@ class LengthTarget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     mode: Literal["equal_to", "at_most", "at_least", "tilt", "range"] = "equal_to"
-    tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     min_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     beta: float | None = None
@@ -84,6 +84,8 @@ class LengthTarget(BaseModel):
                 raise ValueError(f"{name}: mode {self.mode!r} takes none, got {value!r}")
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if self.tokens == 0 and (self.scope != "thinking" or self.mode == "at_least"):
+            raise ValueError("tokens: must be at least 1, or 0 of a thinking, got 0")
         what = f"mode {self.mode!r} and scope {self.scope!r}"
         for name in ("endings", "best_of"):
             several = getattr(self, name)

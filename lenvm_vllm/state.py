@@ -236,20 +236,21 @@ class RequestState:
 
     def _closes_thinking(self) -> bool:
         """Whether a thinking that does not count has to close now, to leave the answer its room:
-        its lower rail, but a quarter of what the whole may have at least."""
+        its lower rail, or where it has none a quarter of what it may have at most."""
         known = self._is_open or (self.target.scope == "answer" and self.parts.thinking)
         if not known or not self.is_railed:
             return False
         rails = rails_of(self.target)
         if self.target.scope == "completion":
-            last, first, so_far = self.rails.last, LEAST, self.generated
+            last, first, so_far = self.rails.last, 1, self.generated
         else:
             last, first, so_far = self.max_tokens, rails.first, len(self.output_ids)
         if last is None:
             return False
         marker = len(self.markers.think_end) - self.parts.closed
         part = last if rails.last is None else min(last, rails.last)
-        return so_far + marker + max(first, part // 4, LEAST) >= last
+        room = first if first > 1 else part // 4
+        return so_far + marker + max(room, LEAST) >= last
 
     def _turn(self) -> list[int]:
         """What the prompt holds of the turn that the completion belongs to."""

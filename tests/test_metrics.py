@@ -142,7 +142,6 @@ def test_v1_counts() -> None:
         "finished": 1,
         "deviation_tokens": 2,
         "deviation_ratio": 0.5,
-        "gave_way": 0,
     }
 
 
