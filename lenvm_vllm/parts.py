@@ -47,7 +47,8 @@ def call_markers(tokenizer: Any) -> dict[int, int | None]:
 class Parts:
     """Follows a completion token by token.
 
-    thinking: whether the next token belongs to a thinking. calls: tool calls that are whole.
+    thinking: whether the next token belongs to a thinking. unmarked: whether nothing has told yet
+    whether there will be one: its start marker may come first. calls: tool calls that are whole.
     thought, called: tokens of thinkings and of tool calls so far, markers included.
     """
 
@@ -61,6 +62,7 @@ class Parts:
         self.thinking = bool(markers.think_end) and (
             start > end if markers.think_start else end < 0
         )
+        self.unmarked = bool(markers.think_start) and start == end
 
     @property
     def in_call(self) -> bool:
@@ -76,6 +78,7 @@ class Parts:
 
     def follow(self, token: int) -> None:
         self.followed += 1
+        self.unmarked = False
         longest = max(len(self._markers.think_start), len(self._markers.think_end), 1)
         self._tail = [*self._tail, token][-longest:]
         if self._call is not None:

@@ -117,8 +117,8 @@ class RequestState:
     @property
     def is_steered(self) -> bool:
         """Whether values may move the next token: not in a tool call, nor once one is whole,
-        for then the model may well be done."""
-        return self.counts and not self.parts.calls
+        for then the model may well be done, and not where they would decide on a thinking."""
+        return self.counts and not self.parts.calls and not self.parts.unmarked
 
     @property
     def end_is_due(self) -> bool:

@@ -63,6 +63,18 @@ def test_whether_a_prompt_leaves_a_thinking_open(prompt: Any, thinking: bool) ->
     assert request(9, prompt=prompt).parts.thinking is thinking
 
 
+def test_values_do_not_decide_whether_the_model_thinks() -> None:
+    """Where nothing has told yet, the first token is its own; then it is the answer's."""
+    server = Server()
+    target = {"tokens": 9, "scope": "answer", "tolerance": None}
+    assert len(open_tokens(request(target), server=server)) == V
+    assert server.last is None
+    for output, prompt in (([5], [7]), ([], [7, THINK, OVER])):
+        assert len(open_tokens(request(target, output, prompt), server=server)) < V
+        assert request(target, output, prompt).generated == len(output)
+    assert request(target, [THINK, 5]).generated == 0
+
+
 def test_a_second_thinking_is_one() -> None:
     output = [5, OVER, 5, 5, THINK, 5, OVER, 5, EOS]
     thinking, answer, all_of_it = (
