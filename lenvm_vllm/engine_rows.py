@@ -7,6 +7,7 @@ with the model's own distribution inside the guard rails, and the log says so on
 import logging
 import math
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lenvm_vllm.sentences import Sentences, texts_of, tokenizer_of
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState, session_of
 from lenvm_vllm.vllm_names import (
+    get_pp_group,
     get_tp_group,
     model_parallel_is_initialized,
 )
@@ -56,6 +58,7 @@ class EngineRows:
         # Where each rank samples requests of its own, each asks for its own.
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
         self._trouble: str | None = None
+        self._told: set[str] = set()
         self._counters = Counters()
         self._progress = Progress()
 
@@ -148,9 +151,11 @@ class EngineRows:
     def _plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
         """The plan of a step, None where there is none; its time and its failures are counted."""
         started, waited_s = time.perf_counter(), self._guide.waited_s
+        left_out = Counter(self._guide.left_out)
         try:
             return self._plan_or_go_on(logits, states)
         finally:
+            self._note_left_out(self._guide.left_out - left_out)
             self._counters.add("steps")
             self._counters.add("plan_seconds", time.perf_counter() - started)
             self._counters.add("value_seconds", self._guide.waited_s - waited_s)
@@ -170,6 +175,13 @@ class EngineRows:
         if writes is not None:  # None: nothing was asked, so nothing is known
             self._report(None)
         return writes
+
+    def _note_left_out(self, rows: Counter[str]) -> None:
+        """Rows that had no values though the server was there, by why; each is logged once."""
+        self._counters.add("unguided_rows", rows.total())
+        for reason in sorted(rows.keys() - self._told):
+            logger.warning("length targets: %s; such texts have guard rails only", reason)
+            self._told.add(reason)
 
     def _report(self, trouble: str | None, traceback: bool = False) -> None:
         """Log a change between steered and not; later failures of one outage are silent."""
@@ -197,7 +209,9 @@ def _letters(tokenizer: Any) -> tuple[Sentences | None, Characters]:
 
 def _leads() -> bool:
     """Whether this rank speaks for all that run the same requests."""
-    return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0
+    if not model_parallel_is_initialized():
+        return True
+    return bool(get_tp_group().rank_in_group == 0 and get_pp_group().is_last_rank)
 
 
 def _end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> list[float]:

@@ -4,6 +4,7 @@ Knows nothing of vLLM: it takes request states and logits, and a client that ans
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -46,6 +47,7 @@ class Guide:
         self._closing_ids = torch.tensor(sentences.ids if sentences else [], dtype=torch.long)
         self._closed: list[str] = []
         self.waited_s = 0.0  # for answers, so far
+        self.left_out: Counter[str] = Counter()  # rows so far that could not be asked, by why
 
     def close(self, state: RequestState) -> None:
         """Tell the server with the next step that this request is over."""
@@ -60,8 +62,7 @@ class Guide:
         if not states and not self._closed:
             return None
         info = self._client.model(self._fingerprint)
-        rows = [row for row, state in states.items() if _can_ask(state, info) and _has_turn(state)]
-        rows = rows[: info.max_sessions]
+        rows = self._askable({row: s for row, s in states.items() if _has_turn(s)}, info)
         cuts = [cut_of(states[row], self._settings) for row in rows]
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         known = logits[:, : info.vocab_size]
@@ -95,6 +96,16 @@ class Guide:
         rest = expected_rest(log_q, log_p0, z, info.gamma)
         _note(steered, goals.raises_ends, log_p0 == 0, rest)
         return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
+
+    def _askable(self, states: dict[int, RequestState], info: wire.ModelInfo) -> list[int]:
+        """Rows whose values the server can tell; the others are counted."""
+        why = {row: _why_not(state, info) for row, state in states.items()}
+        rows = [row for row, reason in why.items() if reason is None]
+        self.left_out.update(reason for reason in why.values() if reason)
+        if len(rows) > info.max_sessions:
+            reason = f"a step has more rows than the value server takes, {info.max_sessions}"
+            self.left_out[reason] += len(rows) - info.max_sessions
+        return rows[: info.max_sessions]
 
     def _closes(
         self, candidates: Candidates, states: Sequence[RequestState], goals: Goals
@@ -217,14 +228,17 @@ def _note(
         state.steered += 1
 
 
-def _can_ask(state: RequestState, info: wire.ModelInfo) -> bool:
-    """Whether the server can take this request's text and one token more."""
+def _why_not(state: RequestState, info: wire.ModelInfo) -> str | None:
+    """Why the server cannot take this request's text and one token more, "" where the text is
+    not known yet; None where it can."""
     tokens = state.unsent()
-    return (
-        tokens is not None
-        and state.length < info.max_position
-        and max(tokens, default=0) < info.vocab_size
-    )
+    if tokens is None:
+        return "" if state.prompt_ids is not None else "a prompt has no tokens"
+    if state.length >= info.max_position:
+        return f"a text is longer than the value model takes, {info.max_position} tokens"
+    if max(tokens, default=0) >= info.vocab_size:
+        return f"a text has tokens that the value model does not know, from {info.vocab_size} on"
+    return None
 
 
 def _has_turn(state: RequestState) -> bool:

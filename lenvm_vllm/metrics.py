@@ -23,6 +23,7 @@ HELP = {
     "requests": "Requests with a length target, each sample of one counted.",
     "steps": "Engine steps with rows to steer.",
     "fallback_steps": "Such steps that went on without values.",
+    "unguided_rows": "Rows of such steps that no values could be asked for.",
     "plan_seconds": "Time of all such steps, the value server's included.",
     "value_seconds": "Time in which they waited for the value server.",
     "finished": "Requests with a number of tokens that ended by themselves or by a rail.",

@@ -193,6 +193,14 @@ class RequestState:
         return tokens, min(max(tokens, low), max(low, high))
 
     @property
+    def is_over(self) -> bool:
+        """Whether its text has ended, as far as its tokens tell."""
+        tail = self.output_ids[-_BEYOND_THE_END:]
+        return any(token in self.eos_ids for token in tail) or (
+            self.max_tokens is not None and len(self.output_ids) >= self.max_tokens
+        )
+
+    @property
     def ends(self) -> list[int]:
         """Tokens after which no more are counted."""
         if not self._thinks:

@@ -24,6 +24,7 @@ WHERE = {
     "CacheConfig": ("vllm.config", "CacheConfig"),
     "SchedulerConfig": ("vllm.config", "SchedulerConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
+    "get_pp_group": ("vllm.distributed.parallel_state", "get_pp_group"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
     "model_parallel_is_initialized": (
         "vllm.distributed.parallel_state",
@@ -77,7 +78,9 @@ FIELDS = {
     "ModelConfig": ("skip_tokenizer_init", "max_model_len", "logits_processors"),
     "ReasoningConfig": ("natural_reasoning_end_token_ids", "reasoning_start_token_ids"),
     "SchedulerConfig": ("policy",),
-    "ParallelConfig": ("enable_batch_sharded_sampling", "data_parallel_size"),
+    "ParallelConfig": (
+        *("enable_batch_sharded_sampling", "data_parallel_size", "pipeline_parallel_size"),
+    ),
     "CacheConfig": ("enable_prefix_caching",),
 }
 

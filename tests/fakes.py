@@ -56,7 +56,9 @@ def config(v2: bool = False, **lenvm: Any) -> Any:
     return SimpleNamespace(
         additional_config={"lenvm": lenvm},
         model_config=model,
-        parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
+        parallel_config=SimpleNamespace(
+            enable_batch_sharded_sampling=False, pipeline_parallel_size=1
+        ),
         reasoning_config=None,
         speculative_config=None,
         use_v2_model_runner=v2,
