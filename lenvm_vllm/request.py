@@ -37,15 +37,17 @@ class LengthTarget(BaseModel):
 
     mode: equal_to, at_most and at_least `tokens`; range, from min_tokens to max_tokens; tilt
         shifts all lengths by `beta`.
-    tokens, min_tokens, max_tokens: completion tokens, the end-of-sequence token included.
+    tokens, min_tokens, max_tokens: completion tokens, the end-of-sequence token included and
+        those of tool calls excluded.
     beta: of tilt only; below 0 shortens, above 0 lengthens, 0 changes nothing.
     tolerance: half width of the guard rails as a share of `tokens`; None: no rails.
     policy: project (least change of the model's distribution) or greedy (nearest value).
     max_kl: nats that a step of `project` may move the text; None: the plugin's setting.
     min_entropy: nats; a step whose candidates have less is not scored.
     every: only each so-manieth token is scored.
-    scope: what is counted: the whole completion, its thinking up to the marker that ends it
-        (the marker included), or the answer after the marker.
+    scope: what is counted: the whole completion, its thinkings up to the marker that ends them
+        (the marker included), or the answer outside them. Where it is not given, the served
+        model decides; see `admission.resolved`.
     endings: that an answer may have at most; None: the plugin's setting, where the request lets
         it have any.
     best_of: whole answers that are sampled side by side, to return those that end best.
