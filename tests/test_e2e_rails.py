@@ -17,7 +17,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     """Client and path of the server's log."""
     folder = tmp_path_factory.mktemp("vllm")
     nobody = {"LENVM_URL": f"http://127.0.0.1:{free_port()}"}
-    with vllm_serve(tiny_llm(folder / "model"), folder / "log", *BARE_FLAG, env=nobody) as url:
+    model = tiny_llm(folder / "model", more=("<tool_call>", "</tool_call>"))
+    with vllm_serve(model, folder / "log", *BARE_FLAG, env=nobody) as url:
         yield httpx.Client(base_url=url, timeout=60, trust_env=False), str(folder / "log")
 
 
@@ -75,6 +76,41 @@ def test_a_stop_string_waits_for_the_lower_rail(served):
     for target in (50, {"mode": "at_least", "tokens": 45}):
         held = complete(served[0], stop=stop, length_target=target, temperature=2.0, max_tokens=150)
         assert tokens(held) >= 45
+
+
+def test_a_grammar_has_the_last_word(served):
+    """One that is done is done, and what it asks for is whole, whatever the rails say."""
+    done = complete(
+        served[0],
+        structured_outputs={"choice": ["yes"]},
+        length_target={"mode": "at_least", "tokens": 40},
+    )
+    assert (tokens(done), done.json()["choices"][0]["text"]) == (4, "yes")
+    whole = complete(
+        served[0],
+        structured_outputs={"regex": "[a-z]{10}"},
+        length_target={"mode": "at_most", "tokens": 5},
+    )
+    assert (tokens(whole), len(whole.json()["choices"][0]["text"])) == (11, 10)
+
+
+def test_a_tool_call_is_neither_cut_nor_held_open(served):
+    """Tokens 258 and 259 begin and end one; a text of calls alone has none that count."""
+    asked = {"temperature": 1.0, "return_token_ids": True, "max_tokens": 60}
+    begun = complete(served[0], logit_bias={"258": 100.0}, length_target=20, **asked)
+    assert (tokens(begun), begun.json()["choices"][0]["finish_reason"]) == (60, "length")
+    at_least = {"mode": "at_least", "tokens": 50}
+    for seed in range(8):
+        reply = complete(
+            served[0],
+            length_target=at_least,
+            allowed_token_ids=[256, 258, 259],
+            **asked | {"seed": seed},
+        )
+        *text, end = reply.json()["choices"][0]["token_ids"]
+        assert end == 256
+        assert 258 in text  # before a call the end is held back
+        assert len(text) < 49
 
 
 def test_flat_form(served):
