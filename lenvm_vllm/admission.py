@@ -1,15 +1,44 @@
 """Whether a request can have the length that it asks for; asked before anything is generated.
 
-Asked twice: by the middleware, whose answer is an HTTP 400 also for a stream, and by vLLM's
-`validate_params`, which knows the limits that vLLM itself filled in.
+Asked twice: by the middleware, whose answer is an HTTP 400 also for a stream, and on the way
+into the engine, where the limits are known that vLLM itself filled in.
 """
 
 from typing import Any
 
-from lenvm_vllm import vllm_hooks
-from lenvm_vllm.rails import check_limits, rails_of
+from lenvm_vllm.parts import Markers, call_markers
+from lenvm_vllm.rails import LEAST, Rails, check_limits, rails_of
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.settings import Settings, load_settings
+
+
+def resolved(target: LengthTarget, config: Any) -> LengthTarget:
+    """The target with the scope that it has where it names none: `answer` where the served model
+    thinks, for a limit that counted the thinking could end inside it.
+
+    config: the VllmConfig, None where it is not known. Raises LengthTargetError.
+    """
+    named = "scope" in target.model_fields_set or target.prefix_tokens
+    if named or config is None or config.reasoning_config is None:
+        return target
+    if not markers_of(config, load_settings(config.additional_config)).think_end:
+        return target
+    for name in ("best_of", "endings"):
+        if (getattr(target, name) or 1) > 1:
+            raise LengthTargetError(
+                f"length_target.{name}: {getattr(target, name)} compares whole completions, but "
+                "this model thinks, and the scope is 'answer' unless it is 'completion' by name"
+            )
+    return target.model_copy(update={"scope": "answer"})
+
+
+def only_prefills(config: Any) -> bool:
+    """Whether this vLLM prepares answers for others to write: the prefill pod of a disaggregated
+    pair, or the encoder of one. Of the one token that it writes nobody reads."""
+    kv = getattr(config, "kv_transfer_config", None)
+    ec = getattr(config, "ec_transfer_config", None)
+    roles = getattr(kv, "kv_role", None), getattr(ec, "ec_role", None)
+    return "kv_producer" in roles or "ec_producer" in roles
 
 
 def check_admission(
@@ -18,10 +47,15 @@ def check_admission(
     min_tokens: int,
     ignore_eos: bool,
     thinking_token_budget: int | None = None,
+    *,
+    config: Any = None,
 ) -> None:
-    """The limits are those of the request itself. Raises LengthTargetError."""
-    config = vllm_hooks.served_config
-    if vllm_hooks.only_prefills():
+    """The limits are those of the request itself. Raises LengthTargetError.
+
+    config: the VllmConfig; None where it is not known yet, and asked about later.
+    """
+    target = resolved(target, config)
+    if only_prefills(config):
         max_tokens, min_tokens = None, 0
     if config is not None and config.speculative_config is not None:
         # A row of a draft token belongs to a text that may never be; nothing guides it.
@@ -30,13 +64,14 @@ def check_admission(
         # vLLM's min_tokens counts the whole completion, so it contradicts no part of it.
         min_tokens = 0
         settings = load_settings(config and config.additional_config)
-        if config is not None and not marker_ids_of(config, settings):
+        if config is not None and not markers_of(config, settings).think_end:
             raise LengthTargetError(
-                f"length_target.scope: {target.scope!r} needs to know the token that ends the "
+                f"length_target.scope: {target.scope!r} needs to know the tokens that end the "
                 "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
             )
     whole = rails_of(target)
-    if whole.last is not None and target.prefix_tokens >= whole.last:
+    _check_room(target, whole)
+    if whole.last is not None and target.prefix_tokens >= max(1, whole.last):
         raise LengthTargetError(
             f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
             f"that has at most {whole.last}"
@@ -57,10 +92,24 @@ def check_admission(
         )
 
 
-def marker_ids_of(vllm_config: Any, settings: Settings) -> list[int]:
-    """Tokens that end a thinking; none where neither the settings nor vLLM know a single one."""
-    if settings.thinking_end_ids:
-        return list(settings.thinking_end_ids)
+def _check_room(target: LengthTarget, rails: Rails) -> None:
+    """Raises LengthTargetError for a text that could only be empty."""
+    most = target.limits[1] if rails.last is None else rails.last
+    if target.mode in ("tilt", "at_least") or target.scope == "thinking" or most >= LEAST:
+        return
+    name = "max_tokens" if target.mode == "range" else "tokens"
+    raise LengthTargetError(
+        f"length_target.{name}: {target.limits[1]} leaves no room for a word, the end is a token"
+    )
+
+
+def markers_of(vllm_config: Any, settings: Settings, tokenizer: Any = None) -> Markers:
+    """What divides the completions of the served model, as far as settings and vLLM know it.
+
+    tokenizer: tells the markers of tool calls.
+    """
     reasoning = vllm_config.reasoning_config
-    ids = (reasoning and reasoning.natural_reasoning_end_token_ids) or []
-    return list(ids) if len(ids) == 1 else []
+    end = settings.thinking_end_ids or (reasoning and reasoning.natural_reasoning_end_token_ids)
+    start = reasoning and reasoning.reasoning_start_token_ids
+    calls = {} if tokenizer is None else call_markers(tokenizer)
+    return Markers(tuple(start or ()) if end else (), tuple(end or ()), calls)

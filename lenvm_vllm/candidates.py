@@ -15,7 +15,9 @@ from lenvm_vllm.steering import log1mexp
 class Cut:
     """Per row: its own temperature and candidate limits, and the tokens that end its text.
 
-    top_k 0 means no limit of that kind.
+    top_k 0 means no limit of that kind. end_top_k, end_top_p: the limits within which an end may
+    be brought about, where they are wider than those within which it comes by itself; None: the
+    same. How long a text is belongs to its target, not to its cut.
     """
 
     temperature: float
@@ -23,6 +25,8 @@ class Cut:
     top_p: float
     min_p: float
     eos_ids: list[int]
+    end_top_k: int | None = None
+    end_top_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,17 @@ class Candidates:
 
     ids: (B, K) tokens that do not end the text, most probable first.
     log_q: (B, K) their log-probabilities among themselves, -inf where cut.
-    log_p0: (B,) log-probability of the end, -inf where it is cut.
+    log_p0: (B,) log-probability of the end, -inf where it cannot even be brought about.
     log_rest: (B,) log(1 - p0), exact where p0 rounds to 1.
+    own_end: (B,) bool, whether the end is inside the request's own cut; one that is not comes
+        only where it is brought about.
     """
 
     ids: Tensor
     log_q: Tensor
     log_p0: Tensor
     log_rest: Tensor
+    own_end: Tensor
 
     @property
     def kept(self) -> Tensor:
@@ -47,7 +54,9 @@ class Candidates:
 
     def entropy(self) -> Tensor:
         """(B,) nats, of all candidates and the end together."""
-        log_p = torch.cat([self.log_p0[:, None], self.log_q + self.log_rest[:, None]], dim=-1)
+        log_p0 = self.log_p0.masked_fill(~self.own_end, -torch.inf)
+        log_rest = self.log_rest.masked_fill(~self.own_end, 0)
+        log_p = torch.cat([log_p0[:, None], self.log_q + log_rest[:, None]], dim=-1)
         return torch.special.entr(log_p.exp()).sum(-1)
 
     def scored(self, mass: Tensor, most: Tensor) -> Tensor:
@@ -97,7 +106,7 @@ def cut_candidates(logits: Tensor, cuts: list[Cut], width: int) -> Candidates:
     size, device = logits.shape[-1], logits.device
     temperature = torch.tensor([cut.temperature for cut in cuts], dtype=torch.float32)
     temperature = temperature.to(device)[:, None]
-    width = min(max(cut.top_k or width for cut in cuts), width, size)
+    width = min(max(max(cut.top_k, cut.end_top_k or 0) or width for cut in cuts), width, size)
     end_ids = _sorted_ends([cut.eos_ids for cut in cuts], size).to(device)
 
     ends = logits.gather(1, end_ids.clamp(max=size - 1)).float() / temperature
@@ -138,6 +147,7 @@ def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -
 
     top_k, top_p, log_min_p = column("top_k"), column("top_p"), column("min_p").log()
     top_p = top_p.masked_fill(top_p >= 1, torch.inf)  # no limit, whatever a sum rounds to
+    may_come = _wide_end(top, end, full, cuts)
     rank = torch.arange(top.shape[-1])[None]
     top = top.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
     total = torch.where(full.isnan(), top.logsumexp(-1, keepdim=True), full)
@@ -147,16 +157,37 @@ def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -
     # The end stands in one line with the others: how many, and how much, comes before it.
     joint = torch.logaddexp(total, end)
     ahead = top > end
-    outside = (top_k > 0) & (ahead.sum(-1, keepdim=True) >= top_k)
+    outside = end.isneginf() | ((top_k > 0) & (ahead.sum(-1, keepdim=True) >= top_k))
     outside |= torch.where(ahead, (top - joint).exp(), 0.0).sum(-1, keepdim=True) >= top_p
     outside |= end < log_min_p + torch.maximum(top[:, :1], end)
 
     top = top.masked_fill(cut, -torch.inf)
     rest = top.logsumexp(-1, keepdim=True)
-    end = end.masked_fill(outside, -torch.inf)
+    end = end.masked_fill(outside & ~may_come, -torch.inf)
     both = torch.logaddexp(rest, end)
     log_q = torch.where(top.isneginf(), -torch.inf, top - rest)
-    return Candidates(ids, log_q, (end - both)[:, 0], (rest - both)[:, 0])
+    return Candidates(ids, log_q, (end - both)[:, 0], (rest - both)[:, 0], ~outside[:, 0])
+
+
+def _wide_end(top: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -> Tensor:
+    """(B, 1) bool: whether the end is inside the wider limits of its row, if there are any.
+
+    Arguments as of `_cut`.
+    """
+
+    def column(name: str, default: float) -> Tensor:
+        values = [getattr(cut, name) for cut in cuts]
+        return torch.tensor([[default if v is None else v] for v in values], dtype=torch.float64)
+
+    top_k, top_p = column("end_top_k", 0), column("end_top_p", -1)
+    rank = torch.arange(top.shape[-1])[None]
+    top = top.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
+    total = torch.where(full.isnan(), top.logsumexp(-1, keepdim=True), full)
+    ahead = top > end
+    before = torch.where(ahead, (top - torch.logaddexp(total, end)).exp(), 0.0)
+    few = (top_k == 0) | (ahead.sum(-1, keepdim=True) < top_k)
+    near = before.sum(-1, keepdim=True) < top_p.masked_fill(top_p >= 1, torch.inf)
+    return few & near & ~end.isneginf()
 
 
 def plan_writes(

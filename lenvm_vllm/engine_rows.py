@@ -7,26 +7,32 @@ with the model's own distribution inside the guard rails, and the log says so on
 import logging
 import math
 import time
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lenvm_vllm.admission import marker_ids_of
+from lenvm_vllm.admission import markers_of, resolved
 from lenvm_vllm.candidates import Writes, eos_index
+from lenvm_vllm.characters import Characters
 from lenvm_vllm.client import CircuitOpen, ValueServerError
+from lenvm_vllm.enforce import enforce_inplace
 from lenvm_vllm.guide import Client, Guide
 from lenvm_vllm.metrics import Counters
 from lenvm_vllm.progress import FORCED, KEY, LANDING, VALUED, Progress
 from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
-from lenvm_vllm.sentences import closing_ids, tokenizer_of
+from lenvm_vllm.sampling import OwnSampling
+from lenvm_vllm.sentences import Sentences, texts_of, tokenizer_of
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState, session_of
 from lenvm_vllm.vllm_names import (
+    get_pp_group,
     get_tp_group,
     model_parallel_is_initialized,
 )
+from lenvm_vllm.vllm_sampling import cut_inplace, penalise_inplace
 from value_server.contract.checkpoint import tokenizer_fingerprint
 
 logger = logging.getLogger("vllm.lenvm")
@@ -39,17 +45,20 @@ class EngineRows:
         """Connects to nothing; the first request with a target does."""
         settings = load_settings(vllm_config.additional_config)
         client = client or connect(settings)
-        self._marker_ids = marker_ids_of(vllm_config, settings)
         tokenizer = tokenizer_of(vllm_config)
+        self._config = vllm_config
+        self._markers = markers_of(vllm_config, settings, tokenizer)
+        sentences, self._characters = _letters(tokenizer)
         self._guide = Guide(
             client,
             settings,
             lambda: None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            () if tokenizer is None else _closing_ids(tokenizer),
+            sentences,
         )
         # Where each rank samples requests of its own, each asks for its own.
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
         self._trouble: str | None = None
+        self._told: set[str] = set()
         self._counters = Counters()
         self._progress = Progress()
 
@@ -59,6 +68,7 @@ class EngineRows:
         """A request by its SamplingParams; None where it asks for no length."""
         try:
             target = LengthTarget.from_extra_args(params.extra_args)
+            target = target and resolved(target, self._config)
         except LengthTargetError as error:  # from a front end that does not validate
             logger.error("%s; the request goes on without a length target", error)
             return None
@@ -72,11 +82,10 @@ class EngineRows:
             prompt_ids=prompt_ids,
             output_ids=output_ids,
             eos_ids=sorted(params.all_stop_token_ids),
-            marker_ids=self._marker_ids,
+            markers=self._markers,
+            max_tokens=params.max_tokens,
             temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            min_p=params.min_p,
+            own=OwnSampling.of(params),
             row=self._progress.open(params.extra_args.get(KEY)) if _leads() else None,
         )
 
@@ -86,30 +95,36 @@ class EngineRows:
             return
         self._guide.close(state)
         self._progress.close(state.row)
+        if state.gave_way and _leads():
+            self._counters.add("gave_way")
         if (outcome := state.outcome()) is not None and _leads():
             tokens, wanted = outcome
             self._counters.add("finished")
             self._counters.add("deviation_tokens", abs(tokens - wanted))
-            self._counters.add("deviation_ratio", abs(tokens - wanted) / wanted)
+            self._counters.add("deviation_ratio", abs(tokens - wanted) / max(1, wanted))
 
     def steer_inplace(self, logits: Tensor, states: dict[int, RequestState]) -> None:
         """logits: (batch, V) float32; states: row → request. Other rows stay as they are."""
-        states = {row: state for row, state in states.items() if state.counts}
         if not states:
             return
-        told = {row: state for row, state in states.items() if state.row is not None}
+        _penalise_inplace(logits, states)
+        told = {row: s for row, s in states.items() if s.row is not None and s.counts}
         p_end = _end_probabilities(logits, told)
-        _apply_rails_inplace(logits, states)
-        free = {row: s for row, s in states.items() if not s.rails.forces(s.generated)}
-        if (writes := self._shared_plan(logits, free)) is not None:
+        forced = enforce_inplace(logits, states, self._characters)
+        free = {row: s for row, s in states.items() if row not in forced and s.is_steered}
+        counting = any(s.counts for s in states.values())
+        writes = self._shared_plan(logits, free) if counting else None
+        steered = set() if writes is None else set(writes.rows.tolist())
+        if writes is not None:
             writes.apply_inplace(logits)
+        _cut_inplace(logits, {row: s for row, s in states.items() if row not in forced | steered})
         self._tell(list(told.values()), p_end)
 
     def _tell(self, states: list[RequestState], p_end: list[float]) -> None:
         """What happened in this step, for the API server."""
         for state in states:
             state.steps += 1
-        forced = [s.forced or s.rails.forces(s.generated) for s in states]
+        forced = [s.forced or s.end_is_due for s in states]
         self._progress.tell(
             rows=[s.row for s in states if s.row is not None],
             index=[len(s.output_ids) for s in states],
@@ -136,9 +151,11 @@ class EngineRows:
     def _plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
         """The plan of a step, None where there is none; its time and its failures are counted."""
         started, waited_s = time.perf_counter(), self._guide.waited_s
+        left_out = Counter(self._guide.left_out)
         try:
             return self._plan_or_go_on(logits, states)
         finally:
+            self._note_left_out(self._guide.left_out - left_out)
             self._counters.add("steps")
             self._counters.add("plan_seconds", time.perf_counter() - started)
             self._counters.add("value_seconds", self._guide.waited_s - waited_s)
@@ -159,6 +176,13 @@ class EngineRows:
             self._report(None)
         return writes
 
+    def _note_left_out(self, rows: Counter[str]) -> None:
+        """Rows that had no values though the server was there, by why; each is logged once."""
+        self._counters.add("unguided_rows", rows.total())
+        for reason in sorted(rows.keys() - self._told):
+            logger.warning("length targets: %s; such texts have guard rails only", reason)
+            self._told.add(reason)
+
     def _report(self, trouble: str | None, traceback: bool = False) -> None:
         """Log a change between steered and not; later failures of one outage are silent."""
         if trouble is not None and self._trouble is None:
@@ -172,18 +196,22 @@ class EngineRows:
         self._trouble = trouble
 
 
-def _closing_ids(tokenizer: Any) -> list[int]:
+def _letters(tokenizer: Any) -> tuple[Sentences | None, Characters]:
     """None of a tokenizer that cannot tell them: texts are then led by values alone."""
     try:
-        return closing_ids(tokenizer)
+        if tokenizer is not None:
+            texts = texts_of(tokenizer)
+            return Sentences(tokenizer, texts), Characters.of(tokenizer, texts)
     except Exception as error:
         logger.warning("length targets: no ends of sentences (%s: %s)", type(error).__name__, error)
-        return []
+    return None, Characters({})
 
 
 def _leads() -> bool:
     """Whether this rank speaks for all that run the same requests."""
-    return not model_parallel_is_initialized() or get_tp_group().rank_in_group == 0
+    if not model_parallel_is_initialized():
+        return True
+    return bool(get_tp_group().rank_in_group == 0 and get_pp_group().is_last_rank)
 
 
 def _end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> list[float]:
@@ -191,7 +219,7 @@ def _end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> list[
 
     logits: (batch, V), not changed.
     """
-    rows = [row for row, s in states.items() if not s.rails.suppresses(s.generated)]
+    rows = [row for row, s in states.items() if not s.held]
     if not rows:
         return [math.nan] * len(states)
     index, ids = eos_index([states[row].ends for row in rows], logits.shape[-1])
@@ -203,25 +231,18 @@ def _end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> list[
     return [found.get(row, math.nan) for row in states]
 
 
-def _apply_rails_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:
-    """Suppress or force the end of each row as its rails say.
+def _penalise_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:
+    """The penalties that vLLM leaves to the plugin."""
+    rows = [row for row, s in states.items() if s.own.penalises]
+    if rows:
+        asked = [states[row] for row in rows]
+        texts = [(s.prompt_ids or [], s.output_ids) for s in asked]
+        penalise_inplace(logits, rows, texts, [s.own for s in asked])
 
-    A token at -inf (grammar, allowed tokens) stays there, and a row is never emptied.
-    """
-    early = [row for row, s in states.items() if s.rails.suppresses(s.generated)]
-    due = [row for row, s in states.items() if s.rails.forces(s.generated)]
-    if early:
-        index, ids = eos_index([states[row].ends for row in early], logits.shape[-1])
-        rows, ids = torch.tensor(early)[index].to(logits.device), ids.to(logits.device)
-        ends = logits[rows, ids]
-        logits[rows, ids] = -torch.inf
-        empty = logits[early].amax(-1).isneginf()[index.to(logits.device)]
-        logits[rows, ids] = torch.where(empty, ends, -torch.inf)
-    if due:
-        index, ids = eos_index([states[row].proper_ends for row in due], logits.shape[-1])
-        index, ids = index.to(logits.device), ids.to(logits.device)
-        own = logits[due]  # a copy
-        railed = torch.full_like(own, -torch.inf)
-        railed[index, ids] = own[index, ids]
-        empty = railed.isneginf().all(-1, keepdim=True)
-        logits[due] = torch.where(empty, own, railed)
+
+def _cut_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:
+    """The cut of rows that were not steered, and so not cut, in this step."""
+    rows = [row for row, s in states.items() if s.own.cuts]
+    if rows:
+        asked = [states[row] for row in rows]
+        cut_inplace(logits, rows, [s.temperature for s in asked], [s.own for s in asked])

@@ -4,6 +4,7 @@ Knows nothing of vLLM: it takes request states and logits, and a client that ans
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lenvm_vllm.candidates import Candidates, Cut, Writes, cut_candidates, plan_writes
-from lenvm_vllm.rails import landing_of
+from lenvm_vllm.sentences import Sentences
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.state import RequestState
 from lenvm_vllm.steering import MODES, Goals, expected_rest, steer
@@ -36,18 +37,17 @@ class Guide:
         client: Client,
         settings: Settings,
         fingerprint: Callable[[], str | None],
-        closing_ids: Sequence[int] = (),
+        sentences: Sentences | None = None,
     ) -> None:
-        """fingerprint: of the tokenizer that vLLM serves; asked for once per connection.
-
-        closing_ids: its tokens that end a sentence.
-        """
+        """fingerprint: of the tokenizer that vLLM serves; asked for once per connection."""
         self._client = client
         self._settings = settings
         self._fingerprint = fingerprint
-        self._closing_ids = torch.tensor(closing_ids, dtype=torch.long)
+        self._sentences = sentences
+        self._closing_ids = torch.tensor(sentences.ids if sentences else [], dtype=torch.long)
         self._closed: list[str] = []
         self.waited_s = 0.0  # for answers, so far
+        self.left_out: Counter[str] = Counter()  # rows so far that could not be asked, by why
 
     def close(self, state: RequestState) -> None:
         """Tell the server with the next step that this request is over."""
@@ -62,8 +62,7 @@ class Guide:
         if not states and not self._closed:
             return None
         info = self._client.model(self._fingerprint)
-        rows = [row for row, state in states.items() if _can_ask(state, info) and _has_turn(state)]
-        rows = rows[: info.max_sessions]
+        rows = self._askable({row: s for row, s in states.items() if _has_turn(s)}, info)
         cuts = [cut_of(states[row], self._settings) for row in rows]
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         known = logits[:, : info.vocab_size]
@@ -91,11 +90,34 @@ class Guide:
         rows, cuts, z = [rows[i] for i in keep], [cuts[i] for i in keep], z[known_z]
         steered = [states[row] for row in rows]
         goals = goals_of(steered, info.gamma, self._settings.max_kl)
-        closes = torch.isin(candidates.ids, self._closing_ids)
-        log_q, log_p0 = steer(candidates.log_q, candidates.log_p0, z, closes, goals)
+        closes = self._closes(candidates, steered, goals)
+        ends = candidates.log_p0, candidates.own_end
+        log_q, log_p0 = steer(candidates.log_q, *ends, z, closes, goals)
         rest = expected_rest(log_q, log_p0, z, info.gamma)
         _note(steered, goals.raises_ends, log_p0 == 0, rest)
         return plan_writes(rows, cuts, candidates, log_q, log_p0, known.shape[-1])
+
+    def _askable(self, states: dict[int, RequestState], info: wire.ModelInfo) -> list[int]:
+        """Rows whose values the server can tell; the others are counted."""
+        why = {row: _why_not(state, info) for row, state in states.items()}
+        rows = [row for row, reason in why.items() if reason is None]
+        self.left_out.update(reason for reason in why.values() if reason)
+        if len(rows) > info.max_sessions:
+            reason = f"a step has more rows than the value server takes, {info.max_sessions}"
+            self.left_out[reason] += len(rows) - info.max_sessions
+        return rows[: info.max_sessions]
+
+    def _closes(
+        self, candidates: Candidates, states: Sequence[RequestState], goals: Goals
+    ) -> Tensor:
+        """(B, K) bool: candidates that end a sentence, of texts that are led to the end of one."""
+        closes = torch.isin(candidates.ids, self._closing_ids) & candidates.kept
+        closes &= goals.heeds_sentences[:, None]
+        for row, place in closes.nonzero().tolist():
+            assert self._sentences is not None
+            token = int(candidates.ids[row, place])
+            closes[row, place] = self._sentences.ends(states[row].output_ids, token)
+        return closes
 
     def _scores(self, wanted: Tensor, tokens: Tensor, states: Sequence[RequestState]) -> Tensor:
         """(B, K) float64 value logits of `tokens` where `wanted`, NaN where there is none."""
@@ -144,21 +166,26 @@ class Guide:
 def cut_of(state: RequestState, settings: Settings) -> Cut:
     """The candidate cut of a request: its own, or the plugin's where it sets none."""
     tilt = state.target.mode == "tilt"
-    own = bool(state.top_k or state.top_p < 1 or state.min_p)
+    own = state.own
     cut = Cut(
         # A greedy request is steered at T = 1; vLLM then takes the most probable token.
         temperature=state.temperature or 1.0,
-        top_k=state.top_k,
-        top_p=state.top_p,
-        min_p=state.min_p,
+        top_k=own.top_k,
+        top_p=own.top_p,
+        min_p=own.min_p,
         eos_ids=state.ends,
     )
     if tilt:
-        return cut if own else replace(cut, min_p=settings.tilt_min_p)
+        unset = not own.top_k and own.top_p >= 1 and not own.min_p
+        return replace(cut, min_p=settings.tilt_min_p) if unset else cut
+    top_k = own.top_k or settings.top_k
+    top_p = own.top_p if own.top_p < 1 else settings.top_p
     return replace(
         cut,
-        top_k=state.top_k or settings.top_k,
-        top_p=state.top_p if state.top_p < 1 else settings.top_p,
+        top_k=top_k,
+        top_p=top_p,
+        end_top_k=max(top_k, settings.top_k),
+        end_top_p=max(top_p, settings.top_p),
     )
 
 
@@ -176,16 +203,14 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
 
-    def remaining(which: int) -> Tensor:
-        return column([remaining_goal(s.target.limits[which], s.generated) for s in states])
-
-    targets = [state.target for state in states]
+    targets, aims = [state.target for state in states], [state.aim for state in states]
+    so_far = [state.generated for state in states]
     return Goals(
-        mode=torch.tensor([MODES.index(target.mode) for target in targets]),
+        mode=torch.tensor([MODES.index(aim.mode) for aim in aims]),
         greedy=torch.tensor([target.policy == "greedy" for target in targets]),
-        remaining=remaining(0),
-        ceiling=remaining(1),
-        landing=column([landing_of(target) for target in targets]),
+        remaining=column([remaining_goal(a.low, n) for a, n in zip(aims, so_far, strict=True)]),
+        ceiling=column([remaining_goal(a.high, n) for a, n in zip(aims, so_far, strict=True)]),
+        landing=column([aim.landing for aim in aims]),
         beta=column([target.beta or 0.0 for target in targets]),
         max_kl=column([max_kl if t.max_kl is None else t.max_kl for t in targets]),
         gamma=gamma,
@@ -203,14 +228,17 @@ def _note(
         state.steered += 1
 
 
-def _can_ask(state: RequestState, info: wire.ModelInfo) -> bool:
-    """Whether the server can take this request's text and one token more."""
+def _why_not(state: RequestState, info: wire.ModelInfo) -> str | None:
+    """Why the server cannot take this request's text and one token more, "" where the text is
+    not known yet; None where it can."""
     tokens = state.unsent()
-    return (
-        tokens is not None
-        and state.length < info.max_position
-        and max(tokens, default=0) < info.vocab_size
-    )
+    if tokens is None:
+        return "" if state.prompt_ids is not None else "a prompt has no tokens"
+    if state.length >= info.max_position:
+        return f"a text is longer than the value model takes, {info.max_position} tokens"
+    if max(tokens, default=0) >= info.vocab_size:
+        return f"a text has tokens that the value model does not know, from {info.vocab_size} on"
+    return None
 
 
 def _has_turn(state: RequestState) -> bool:
@@ -232,4 +260,5 @@ def _pick(candidates: Candidates, rows: list[int]) -> Candidates:
         candidates.log_q[rows],
         candidates.log_p0[rows],
         candidates.log_rest[rows],
+        candidates.own_end[rows],
     )

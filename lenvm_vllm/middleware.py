@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from lenvm_vllm import vllm_hooks
-from lenvm_vllm.admission import check_admission
+from lenvm_vllm.admission import check_admission, only_prefills, resolved
 from lenvm_vllm.answers import Answers
 from lenvm_vllm.asgi import read, replay, request_of, resized
 from lenvm_vllm.best_of import WholeAnswers
@@ -134,6 +134,7 @@ def take(
         params[door.xargs] = {**xargs, **known, **target.to_xargs()}
     if target is None:
         return None
+    target = resolved(target, vllm_hooks.served_config)
     if door.refusal:
         raise LengthTargetError(f"{FIELD}: not on {path}: {door.refusal}")
     _check(target, request, door)
@@ -173,7 +174,7 @@ def _rank(forecast: Forecast, request: dict[str, Any], tokens: int | None, door:
 
 def _prefills(request: dict[str, Any]) -> bool:
     """Whether another engine writes the answer, and the one token of this one is thrown away."""
-    return is_prefill(request) or vllm_hooks.only_prefills()
+    return is_prefill(request) or only_prefills(vllm_hooks.served_config)
 
 
 def _parsed(body: bytes) -> dict[str, Any] | None:
@@ -210,6 +211,7 @@ def _check(target: LengthTarget, request: dict[str, Any], door: Door) -> None:
         min_tokens=0 if prefill else whole(params, "min_tokens") or 0,
         ignore_eos=params.get("ignore_eos") is True,
         thinking_token_budget=whole(params, "thinking_token_budget"),
+        config=vllm_hooks.served_config,
     )
 
 

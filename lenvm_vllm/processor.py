@@ -22,7 +22,10 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raises ValueError, which vLLM answers with HTTP 400."""
+        """Raises ValueError, which vLLM answers with HTTP 400.
+
+        vLLM does not say here which model is asked; `intake` knows, and checks again.
+        """
         target = LengthTarget.from_extra_args(sampling_params.extra_args)
         if target is not None:
             check_admission(

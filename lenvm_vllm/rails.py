@@ -8,10 +8,12 @@ number of the last token is `usage.completion_tokens`:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
+
+LEAST = 2  # tokens of a text: a word and the end
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,21 @@ class Rails:
         return Rails(max(1, self.first - tokens), self.last and self.last - tokens)
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a text is led to: its target, or as much of it as stands before a wall.
+
+    low, high: the fewest and the most tokens that are wanted. landing: tokens w of the landing,
+    of equal_to those behind the target, of a limit half of all.
+    """
+
+    mode: str
+    low: int
+    high: int
+    landing: float
+    rails: Rails
+
+
 def rails_of(target: LengthTarget) -> Rails:
     """The rails of a target; a tilt and `tolerance` None have none."""
     if target.mode == "tilt" or target.tolerance is None:
@@ -52,14 +69,43 @@ def rails_of(target: LengthTarget) -> Rails:
     return Rails(first=max(1, first), last=last)
 
 
-def landing_of(target: LengthTarget) -> float:
-    """Tokens w of the landing: of equal_to those behind the target, of a limit half of all.
+def aim_of(target: LengthTarget, wall: int | None = None) -> Aim:
+    """wall: number of the last token that the text can have, whatever its target says.
 
-    Of equal_to it is what the rails allow, or would by default.
+    The end comes before it, and so does the whole landing: equal_to aims at the same place
+    between its lower rail and the wall as between its rails.
     """
-    tolerance = target.tolerance if target.mode == "equal_to" else None
-    share = DEFAULT_TOLERANCE if tolerance is None else tolerance
-    return share * target.limits[1]
+    low, high = target.limits
+    share = target.tolerance if target.mode == "equal_to" else DEFAULT_TOLERANCE
+    share = DEFAULT_TOLERANCE if share is None else share
+    aim = Aim(target.mode, low, high, share * high, rails_of(target))
+    if wall is None or wall < LEAST or target.mode == "tilt":
+        return aim
+    if target.mode == "equal_to":
+        return _before(aim, target.model_copy(update={"tolerance": share}), wall)
+    if target.mode != "at_least" and high <= wall:
+        return aim
+    first = min(aim.rails.first, wall)
+    return Aim(
+        "range" if target.mode == "at_least" else target.mode,
+        min(low, wall),
+        wall,
+        DEFAULT_TOLERANCE * wall,
+        aim.rails if target.tolerance is None else Rails(first, wall),
+    )
+
+
+def _before(aim: Aim, railed: LengthTarget, wall: int) -> Aim:
+    """The aim of equal_to before a wall; railed: its target, with rails."""
+    whole = rails_of(railed)
+    assert whole.last is not None
+    if wall >= whole.last:
+        return aim
+    first = min(whole.first, wall)
+    part = Fraction(aim.low - whole.first, max(1, whole.last - whole.first))
+    tokens = first + round(part * (wall - first))
+    rails = aim.rails if aim.rails.last is None else Rails(first, wall)
+    return replace(aim, low=tokens, high=tokens, landing=float(wall - tokens), rails=rails)
 
 
 def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_eos: bool) -> None:
@@ -72,7 +118,7 @@ def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_e
             f"least {rails.first} tokens"
         )
     # vLLM counts the tokens before the end.
-    if rails.last is not None and min_tokens >= rails.last:
+    if rails.last is not None and min_tokens >= max(1, rails.last):
         raise LengthTargetError(
             f"min_tokens: {min_tokens} tokens before the end contradict length_target, whose "
             f"completion has at most {rails.last} tokens, the end included"

@@ -47,15 +47,17 @@ class LengthTarget(BaseModel):
 
     mode: equal_to, at_most and at_least `tokens`; range, from min_tokens to max_tokens; tilt
         shifts all lengths by `beta`.
-    tokens, min_tokens, max_tokens: completion tokens, the end-of-sequence token included.
+    tokens, min_tokens, max_tokens: completion tokens, the end-of-sequence token included and
+        those of tool calls excluded.
     beta: of tilt only; below 0 shortens, above 0 lengthens, 0 changes nothing.
     tolerance: half width of the guard rails as a share of `tokens`; None: no rails.
     policy: project (least change of the model's distribution) or greedy (nearest value).
     max_kl: nats that a step of `project` may move the text; None: the plugin's setting.
     min_entropy: nats; a step whose candidates have less is not scored.
     every: only each so-manieth token is scored.
-    scope: what is counted: the whole completion, its thinking up to the marker that ends it
-        (the marker included), or the answer after the marker.
+    scope: what is counted: the whole completion, its thinkings up to the marker that ends them
+        (the marker included), or the answer outside them. Where it is not given, the served
+        model decides; see `admission.resolved`.
     endings: that an answer may have at most; None: the plugin's setting, where the request lets
         it have any.
     best_of: whole answers that are sampled side by side, to return those that end best.
@@ -68,7 +70,7 @@ class LengthTarget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     mode: Literal["equal_to", "at_most", "at_least", "tilt", "range"] = "equal_to"
-    tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     min_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     beta: float | None = None
@@ -103,6 +105,8 @@ class LengthTarget(BaseModel):
             raise ValueError(
                 f"tolerance: {self.tolerance} is above 1; it is a share of the tokens, 0.1 is 10%"
             )
+        if self.tokens == 0 and (self.scope != "thinking" or self.mode == "at_least"):
+            raise ValueError("tokens: must be at least 1, or 0 of a thinking, got 0")
         what = f"mode {self.mode!r} and scope {self.scope!r}"
         for name in ("endings", "best_of"):
             several = getattr(self, name)

@@ -48,8 +48,8 @@ class Settings(BaseSettings):
         answer took.
     top_k, top_p: candidate cut of a request with a token target that sets none itself.
     tilt_min_p: candidate cut of a tilt that sets none itself.
-    thinking_end_ids: tokens that end a thinking, for the scopes thinking and answer; without,
-        the one of vLLM's reasoning parser.
+    thinking_end_ids: tokens of the marker that ends a thinking, in their order, for the scopes
+        thinking and answer; without, that of vLLM's reasoning parser.
     forecast: predict the length of each answer before it is written, for the response header
         and, under `--scheduling-policy priority`, for the queue.
     aging: tokens a second by which the queue prefers what came earlier.

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lenvm_vllm.rails import Rails, rails_of
+from lenvm_vllm.parts import Markers, Parts
+from lenvm_vllm.rails import LEAST, Aim, Rails, aim_of, rails_of
 from lenvm_vllm.request import LengthTarget
-
-_CLOSED_BY_PROMPT = 4  # a chat template that switches thinking off ends with the marker, about
+from lenvm_vllm.sampling import OwnSampling
 
 _BEYOND_THE_END = 3  # tokens
 
@@ -31,8 +31,9 @@ class RequestState:
     output_ids: the engine's own list, which grows as tokens come. Under asynchronous
         scheduling its last entries may be -1: a token that is not known yet.
     eos_ids: tokens that end the completion.
-    marker_ids: tokens that end the thinking; needed by a scope other than the completion.
-    top_k, top_p, min_p: the request's own candidate cut; 0, 1.0 and 0.0 mean unset.
+    markers: what divides the completion; needed by a scope other than the completion.
+    max_tokens: the most that the engine lets the completion have.
+    own: the request's own cut and penalties.
     sent: tokens of prompt and output that the value server has been told.
     row: of the table that the API server reads, None where it reads none.
     valued: whether the values were there when they were last asked for.
@@ -45,11 +46,10 @@ class RequestState:
     prompt_ids: list[int] | None
     output_ids: list[int]
     eos_ids: list[int]
-    marker_ids: list[int] = field(default_factory=list)
+    markers: Markers = field(default_factory=Markers)
+    max_tokens: int | None = None
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    own: OwnSampling = field(default_factory=OwnSampling)
     sent: int = 0
     row: int | None = None
     valued: bool = False
@@ -59,26 +59,116 @@ class RequestState:
     steps: int = 0
     steered: int = 0
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
-    rails: Rails = field(init=False)
-    _searched: int = 0
+    _parts: Parts | None = None
+    _aim: tuple[int | None, Aim] | None = None
+    _forced: tuple[int, list[int]] | None = None
+    _gave_way: bool = False
 
-    def __post_init__(self) -> None:
-        self.rails = rails_of(self.target)
+    @property
+    def parts(self) -> Parts:
+        """The parts of the completion, as far as its tokens are known."""
+        parts = self._parts
+        if parts is None or parts.followed > len(self.output_ids):
+            self._parts = parts = Parts(self.markers, self._turn())
+        for token in self.output_ids[parts.followed :]:
+            if token == -1:
+                break
+            parts.follow(token)
+        return parts
 
     @property
     def counts(self) -> bool:
         """Whether the next token is one of those that the target is about."""
-        if self.target.scope == "completion":
-            return True
-        return (self._answer_start() is None) == (self.target.scope == "thinking")
+        parts, scope = self.parts, self.target.scope
+        return not parts.in_call and (
+            scope == "completion" or parts.thinking == (scope == "thinking")
+        )
 
     @property
     def generated(self) -> int:
         """Tokens so far of those that the target is about."""
-        start = self._answer_start() if self.target.scope == "answer" else 0
-        if start is None:
-            return 0
-        return self.target.prefix_tokens + len(self.output_ids) - start
+        parts = self.parts
+        unknown = len(self.output_ids) - parts.followed
+        if self._thinks:
+            return parts.thought + (unknown if parts.thinking else 0)
+        if self.target.scope == "answer":
+            text = parts.followed - parts.thought - parts.called
+            return text + (0 if parts.thinking or parts.in_call else unknown)
+        return self.target.prefix_tokens + len(self.output_ids) - parts.called
+
+    @property
+    def aim(self) -> Aim:
+        """What the text is led to, before the wall of `max_tokens`."""
+        left = None if self.max_tokens is None else self.max_tokens - len(self.output_ids)
+        # A thinking leaves an answer its room.
+        wall = None if left is None else self.generated + left - LEAST * self._thinks
+        if self._aim is None or self._aim[0] != wall:
+            self._aim = wall, aim_of(self.target, wall)
+        return self._aim[1]
+
+    @property
+    def rails(self) -> Rails:
+        return self.aim.rails
+
+    @property
+    def is_railed(self) -> bool:
+        return self.target.tolerance is not None and self.target.mode != "tilt"
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether values may move the next token: not in a tool call, nor once one is whole,
+        for then the model may well be done, and not where they would decide on a thinking."""
+        return self.counts and not self.parts.calls and not self.parts.unmarked
+
+    @property
+    def end_is_due(self) -> bool:
+        """Whether a rail makes the next token one of `proper_ends`, or the next one of a marker
+        that is its end."""
+        if not self.counts:
+            return False
+        if not self._thinks:
+            return not self._is_open and self.rails.forces(self.generated)
+        behind = len(self.markers.think_end) - self.parts.closed - 1
+        return self.rails.forces(self.generated + behind)
+
+    @property
+    def text_left(self) -> int | None:
+        """Tokens that may come between the next one and the end that a rail forces; None where
+        none does."""
+        last = self.rails.last
+        if last is None or not self.counts or self._is_open:
+            return None
+        ends = len(self.markers.think_end) if self._thinks else 1
+        return last - ends - self.generated - 1
+
+    def force(self, in_character: bool = False) -> list[int]:
+        """Tokens of which the next one must be one; empty where it is free.
+
+        in_character: whether the text's last character is not whole; no marker is put into it.
+        """
+        closes = self._closes_thinking() and not in_character
+        tokens = self._next_of_marker() if closes else []
+        tokens = self.proper_ends if self.end_is_due else tokens
+        self._gave_way = self.gave_way
+        self._forced = (len(self.output_ids), tokens) if tokens else None
+        return tokens
+
+    @property
+    def gave_way(self) -> bool:
+        """Whether a rail was due and its token did not come: a grammar had removed it."""
+        at, tokens = self._forced or (0, [])
+        came = self.output_ids[at : at + 1] if tokens else []
+        return self._gave_way or any(token not in (-1, *tokens) for token in came)
+
+    @property
+    def held(self) -> list[int]:
+        """Ends that the next token must not be."""
+        parts = self.parts
+        if parts.in_call or parts.calls or not self.is_railed or not self.counts:
+            return []
+        if self._is_open:
+            return self.eos_ids  # a text that ended here would have no answer
+        return self.ends if self.rails.suppresses(self.generated) else []
 
     def outcome(self) -> tuple[int, int] | None:
         """(tokens, tokens that were wanted, the nearest of them); None where it did not end.
@@ -88,25 +178,41 @@ class RequestState:
         count = len(self.output_ids)
         tail = range(max(0, count - _BEYOND_THE_END), count)
         ended = [i for i in tail if self.output_ids[i] in self.eos_ids]
-        start = 0 if self.target.scope == "completion" else self._answer_start()
-        stop = start if self._thinks else (ended[0] + 1 if ended else None)
-        if start is None or stop is None or self.target.mode == "tilt":
+        parts = self.parts
+        over = bool(ended)
+        if self._thinks:
+            over = not parts.thinking and parts.thought > 0
+        elif self.target.scope == "answer":
+            over = over and not parts.thinking
+        if not over or self.target.mode == "tilt":
             return None
-        tokens = stop if self._thinks else self.target.prefix_tokens + stop - start
+        tokens = self.generated if self._thinks else self.generated - (count - ended[0] - 1)
         low, high = self.target.limits
         low = 0 if self.target.mode == "at_most" else low
         high = tokens if self.target.mode == "at_least" else high
         return tokens, min(max(tokens, low), max(low, high))
 
     @property
+    def is_over(self) -> bool:
+        """Whether its text has ended, as far as its tokens tell."""
+        tail = self.output_ids[-_BEYOND_THE_END:]
+        return any(token in self.eos_ids for token in tail) or (
+            self.max_tokens is not None and len(self.output_ids) >= self.max_tokens
+        )
+
+    @property
     def ends(self) -> list[int]:
         """Tokens after which no more are counted."""
-        return [*self.marker_ids, *self.eos_ids] if self._thinks else self.eos_ids
+        if not self._thinks:
+            return self.eos_ids
+        marker = self.markers.think_end
+        whole = marker[-1:] if self.parts.closed == len(marker) - 1 else ()
+        return [*whole, *self.eos_ids]
 
     @property
     def proper_ends(self) -> list[int]:
-        """Those of them that a guard rail may force."""
-        return self.marker_ids if self._thinks else self.eos_ids
+        """Those of them that a guard rail may force; of a marker of several the next token."""
+        return self._next_of_marker() if self._thinks else self.eos_ids
 
     @property
     def length(self) -> int:
@@ -128,15 +234,34 @@ class RequestState:
     def _thinks(self) -> bool:
         return self.target.scope == "thinking"
 
-    def _answer_start(self) -> int | None:
-        """Output tokens up to the marker, itself included; None while the thinking goes on."""
-        if any(token in self.marker_ids for token in (self.prompt_ids or [])[-_CLOSED_BY_PROMPT:]):
-            return 0
-        while self._searched < len(self.output_ids):
-            token = self.output_ids[self._searched]
-            if token in self.marker_ids:
-                return self._searched + 1  # stays here
-            if token == -1:
-                break
-            self._searched += 1
-        return None
+    @property
+    def _is_open(self) -> bool:
+        """Whether the text is in a thinking that is not what is counted: known by its start."""
+        return self.parts.thinking and not self._thinks and bool(self.markers.think_start)
+
+    def _next_of_marker(self) -> list[int]:
+        return [self.markers.think_end[self.parts.closed]]
+
+    def _closes_thinking(self) -> bool:
+        """Whether a thinking that does not count has to close now, to leave the answer its room:
+        its lower rail, or where it has none a quarter of what it may have at most."""
+        known = self._is_open or (self.target.scope == "answer" and self.parts.thinking)
+        if not known or not self.is_railed:
+            return False
+        rails = rails_of(self.target)
+        if self.target.scope == "completion":
+            last, first, so_far = self.rails.last, 1, self.generated
+        else:
+            last, first, so_far = self.max_tokens, rails.first, len(self.output_ids)
+        if last is None:
+            return False
+        marker = len(self.markers.think_end) - self.parts.closed
+        part = last if rails.last is None else min(last, rails.last)
+        room = first if first > 1 else part // 4
+        return so_far + marker + max(room, LEAST) >= last
+
+    def _turn(self) -> list[int]:
+        """What the prompt holds of the turn that the completion belongs to."""
+        prompt = self.prompt_ids or []
+        ends = (i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in self.eos_ids)
+        return prompt[next(ends, -1) + 1 :]

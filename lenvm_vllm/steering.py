@@ -102,6 +102,12 @@ class Goals:
         return 1 - (self.room - 1) / self.span.clamp(min=1e-9)
 
     @property
+    def heeds_sentences(self) -> Tensor:
+        """(B,) bool: whether the end of a sentence may be more or less likely than by itself."""
+        near = (self.room - self.span <= SENTENCE) & (self.closing <= 1)
+        return near & ~self.greedy & (self.mode != AT_LEAST) & (self.mode != TILT)
+
+    @property
     def reach(self) -> Tensor:
         """(B,) nats that the values may move the text in this step."""
         landing = (self.mode == EQUAL_TO) & (self.landed >= 0) & (self.landed <= 1)
@@ -114,12 +120,13 @@ class Goals:
 
 
 def steer(
-    log_q: Tensor, log_p0: Tensor, z: Tensor, closes: Tensor, goals: Goals
+    log_q: Tensor, log_p0: Tensor, own_end: Tensor, z: Tensor, closes: Tensor, goals: Goals
 ) -> tuple[Tensor, Tensor]:
     """The steered (log_q, log_p0).
 
     log_q: (B, K) log-probabilities, most probable first, -inf in padding; each row sums to 1.
     log_p0: (B,) log-probability of the end, -inf where it is no candidate.
+    own_end: (B,) bool, whether it would come by itself; else only `project` may bring it about.
     z: (B, K) value logits after each candidate; padding is ignored. NaN where a candidate was
         not scored: it counts with the mean of those that were.
     closes: (B, K) bool, candidates that end a sentence.
@@ -128,11 +135,17 @@ def steer(
     tilt = goals.mode == TILT
     greedy = goals.greedy & ~tilt
     new_q, new_p0 = log_q, log_p0
-    closed_q = _close_sentence(log_q, u, closes, goals)
-    policies = (tilt, _tilt, log_q), (greedy, _choose, log_q), (~tilt & ~greedy, _project, closed_q)
-    for chosen, policy, text in policies:
+    own_p0 = log_p0.masked_fill(~own_end, -torch.inf)
+    if (project := ~tilt & ~greedy).any():
+        text = _tilt_to_target(_close_sentence(log_q, u, closes, goals), u, goals)
+        end = _decide_end(log_p0, own_p0, (text.exp() * u).sum(-1), goals)
+        new_q, new_p0 = (
+            torch.where(project[:, None], text, new_q),
+            torch.where(project, end, new_p0),
+        )
+    for chosen, policy in ((tilt, _tilt), (greedy, _choose)):
         if chosen.any():
-            q, p0 = policy(text, log_p0, u, goals)
+            q, p0 = policy(log_q, own_p0, u, goals)
             new_q, new_p0 = torch.where(chosen[:, None], q, new_q), torch.where(chosen, p0, new_p0)
     return new_q, new_p0
 
@@ -168,12 +181,6 @@ def log1mexp(x: Tensor) -> Tensor:
 def _direction(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """(B,) +1 where values must rise, -1 where they must fall, 0 where all is well."""
     return (mean < low).double() - (mean > high).double()
-
-
-def _project(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
-    """The smallest change that meets the target, in two parts as told above."""
-    projected = _tilt_to_target(log_q, u, goals)
-    return projected, _decide_end(log_p0, (projected.exp() * u).sum(-1), goals)
 
 
 def _close_sentence(log_q: Tensor, u: Tensor, closes: Tensor, goals: Goals) -> Tensor:
@@ -230,25 +237,25 @@ def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     return torch.where((still | (low_size == _SMALLEST_TILT))[:, None], log_q, tilted)
 
 
-def _decide_end(log_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
+def _decide_end(log_p0: Tensor, own_p0: Tensor, mean: Tensor, goals: Goals) -> Tensor:
     """(B,) log p0 such that (1 - p0) mean is in bounds, as far as the landing allows.
 
-    mean: (B,) E_q'[u].
+    own_p0: (B,) what it is by itself, log_p0 or -inf. mean: (B,) E_q'[u].
     """
-    p0, landed, exact = log_p0.exp(), goals.landed, goals.mode == EQUAL_TO
+    there, p0, landed, exact = log_p0.exp(), own_p0.exp(), goals.landed, goals.mode == EQUAL_TO
     # The lowest mean value that is all right allows the largest p0, and the highest the smallest.
     most, least = ((1 - u / mean.clamp(min=1e-300)).clamp(0, 1) for u in goals.bounds())
     most, least = (torch.where(p < _NEVER, 0.0, p) for p in (most, least))
     most = most.masked_fill(goals.too_early | (exact & (landed < 0)), 0)
-    gained = torch.sigmoid(torch.logit(p0) + LANDING_NATS * landed.clamp(0, 1))
+    gained = torch.sigmoid(torch.logit(there) + LANDING_NATS * landed.clamp(0, 1))
     raised = torch.where(landed < 0, p0, torch.maximum(p0, torch.minimum(least, gained)))
     new = torch.where(most < p0, most, raised)
     beyond = mean > value_from_length(goals.room.clamp(min=0), goals.gamma)
     last = (exact & (goals.remaining <= 0)) | ((goals.room < SENTENCE) & beyond)
-    taken = last & (landed >= 0) & (p0 >= NATURAL) & ~goals.too_early
+    taken = last & (landed >= 0) & (there >= NATURAL) & ~goals.too_early
     due = (goals.room < 1) | taken
     new = torch.where(due & (goals.mode != AT_LEAST), 1.0, new)
-    return torch.where((p0 == 0) | (new == p0), log_p0, new.log())
+    return torch.where((there == 0) | (new == p0), own_p0, new.log())
 
 
 def _choose(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ BARE = "lenvm_vllm"
 PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
 MIDDLEWARE = "lenvm_vllm.vllm_hooks.AtTheRoutes"
 
-# The VllmConfig that this process made last: what a request may ask for depends on it.
+# The VllmConfig of this process's API server, for its middleware. Several models in one process
+# (the offline `LLM` class) have no API server: each request brings the configuration of its own.
 served_config: Any = None
 
 
@@ -48,7 +49,8 @@ def register() -> None:
         global served_config
         self.logits_processors = complete_names(self.logits_processors)
         served_config = create_engine_config(self, *more, **kwargs)
-        if PROCESSOR in (self.logits_processors or ()):
+        if _is_loaded(self.logits_processors):
+            watch_intake()
             warn_of_logprobs(served_config.device_config.device_type)
         return served_config
 
@@ -76,15 +78,6 @@ def _read_lengths_of_batch_files() -> None:
     ChatCompletionRequest.to_sampling_params = with_length
 
 
-def only_prefills() -> bool:
-    """Whether the served vLLM prepares answers for others to write: the prefill pod of a
-    disaggregated pair, or the encoder of one. Of the one token that it writes nobody reads."""
-    kv = getattr(served_config, "kv_transfer_config", None)
-    ec = getattr(served_config, "ec_transfer_config", None)
-    roles = getattr(kv, "kv_role", None), getattr(ec, "ec_role", None)
-    return "kv_producer" in roles or "ec_producer" in roles
-
-
 class AtTheRoutes:
     """What `--middleware` names: it puts the middleware right before the routes of the app.
 
@@ -96,9 +89,7 @@ class AtTheRoutes:
     def __init__(self, app: Any) -> None:
         from lenvm_vllm.settings import load_settings
 
-        load_settings(
-            served_config and served_config.additional_config
-        )  # what is wrong is told now
+        load_settings(served_config and served_config.additional_config)  # errors are told now
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -123,9 +114,35 @@ def warn_of_logprobs(device: str) -> None:
         )
 
 
+def watch_intake() -> None:
+    """Each request of an engine with the plugin passes `intake.take_in`. Idempotent."""
+    from lenvm_vllm.intake import take_in
+    from lenvm_vllm.vllm_names import InputProcessor
+
+    process_inputs = InputProcessor.process_inputs
+    if hasattr(process_inputs, "_lenvm"):
+        return
+
+    @functools.wraps(process_inputs)
+    def with_targets(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        if _is_loaded(self.vllm_config.model_config.logits_processors):
+            take_in(self.vllm_config, request)
+        return request
+
+    with_targets._lenvm = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = with_targets
+
+
 def complete_names(names: list[Any] | None) -> list[Any] | None:
     """`lenvm_vllm` becomes `lenvm_vllm:LenvmLogitsProcessor`, once; other names stay."""
     if names is None:
         return None
     full = [PROCESSOR if name == BARE else name for name in names]
     return [name for i, name in enumerate(full) if name != PROCESSOR or i == full.index(PROCESSOR)]
+
+
+def _is_loaded(names: list[Any] | None) -> bool:
+    """Whether they name our processor, or hold its class."""
+    own = PROCESSOR.rpartition(":")[2]
+    return any(name == PROCESSOR or getattr(name, "__name__", "") == own for name in names or ())

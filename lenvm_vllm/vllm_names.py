@@ -28,6 +28,7 @@ WHERE = {
     "DeviceConfig": ("vllm.config", "DeviceConfig"),
     "SchedulerConfig": ("vllm.config", "SchedulerConfig"),
     "GroupCoordinator": ("vllm.distributed.parallel_state", "GroupCoordinator"),
+    "get_pp_group": ("vllm.distributed.parallel_state", "get_pp_group"),
     "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
     "model_parallel_is_initialized": (
         "vllm.distributed.parallel_state",
@@ -37,6 +38,10 @@ WHERE = {
         "vllm.entrypoints.openai.chat_completion.protocol",
         "ChatCompletionRequest",
     ),
+    "EngineCoreRequest": ("vllm.v1.engine", "EngineCoreRequest"),
+    "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
+    "apply_top_k_top_p": ("vllm.v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p"),
+    "apply_all_penalties": ("vllm.v1.sample.ops.penalties", "apply_all_penalties"),
     "cached_tokenizer_from_config": ("vllm.tokenizers", "cached_tokenizer_from_config"),
 }
 
@@ -68,8 +73,11 @@ FIELDS = {
     "EngineArgs": ("logits_processors",),
     "SamplingParams": (
         *("extra_args", "max_tokens", "min_tokens", "ignore_eos", "all_stop_token_ids"),
-        *("temperature", "top_k", "top_p", "min_p", "thinking_token_budget"),
+        *("temperature", "top_k", "top_p", "min_p", "thinking_token_budget", "stop"),
+        *("repetition_penalty", "frequency_penalty", "presence_penalty"),
     ),
+    "InputProcessor": ("process_inputs",),
+    "EngineCoreRequest": ("sampling_params", "prompt_token_ids", "prompt_embeds"),
     "BatchUpdate": ("removed", "added", "moved"),
     "MoveDirectionality": ("SWAP", "UNIDIRECTIONAL"),
     "LogitsContext": ("idx_mapping_np", "seq_lens_upper_bound_np"),
@@ -80,12 +88,14 @@ FIELDS = {
         *("kv_transfer_config", "ec_transfer_config"),
         "device_config",
     ),
-    "ModelConfig": ("skip_tokenizer_init", "max_model_len"),
-    "ReasoningConfig": ("natural_reasoning_end_token_ids",),
+    "ModelConfig": ("skip_tokenizer_init", "max_model_len", "logits_processors"),
+    "ReasoningConfig": ("natural_reasoning_end_token_ids", "reasoning_start_token_ids"),
     "SchedulerConfig": ("policy",),
     "KVTransferConfig": ("kv_role",),
     "ECTransferConfig": ("ec_role",),
-    "ParallelConfig": ("enable_batch_sharded_sampling", "data_parallel_size"),
+    "ParallelConfig": (
+        *("enable_batch_sharded_sampling", "data_parallel_size", "pipeline_parallel_size"),
+    ),
     "CacheConfig": ("enable_prefix_caching",),
     "DeviceConfig": ("device_type",),
 }

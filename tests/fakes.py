@@ -56,7 +56,9 @@ def config(v2: bool = False, **lenvm: Any) -> Any:
     return SimpleNamespace(
         additional_config={"lenvm": lenvm},
         model_config=model,
-        parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
+        parallel_config=SimpleNamespace(
+            enable_batch_sharded_sampling=False, pipeline_parallel_size=1
+        ),
         reasoning_config=None,
         speculative_config=None,
         use_v2_model_runner=v2,
@@ -66,7 +68,7 @@ def config(v2: bool = False, **lenvm: Any) -> Any:
 def params(length: Any = None, eos: int = EOS, **fields: Any) -> SamplingParams:
     """length: `length_target`, or the flat fields; None for a request without."""
     flat = {"length_target": length} if isinstance(length, int) else length
-    made = SamplingParams(extra_args=flat, **fields)
+    made = SamplingParams(extra_args=flat, **{"max_tokens": 1000, **fields})
     made.update_from_generation_config({}, eos)
     return made
 

@@ -188,6 +188,23 @@ def test_an_improbable_end_is_cut_as_a_token_would_be() -> None:
         assert (p0 > 0) == ends, limits
 
 
+def test_an_end_outside_the_cut_may_be_brought_about_inside_a_wider_one() -> None:
+    """0.94, an end of 0.04, 0.02: at a top_p of 0.9 or a top_k of 1 it does not come by itself."""
+    logits = torch.tensor([[0.04, 0.94, 0.02]]).log()
+    for limits in ({"top_p": 0.9}, {"top_k": 1}, {"top_p": 0.9, "top_k": 1}, {"min_p": 0.5}):
+        narrow = cut_candidates(logits, [cut(**limits)], 3)
+        assert row_of(narrow, 0) == (pytest.approx({1: 1.0}), 0.0)
+        assert not narrow.own_end
+        for end_top_k, end_top_p, may_come in ((15, 0.999, True), (15, 0.9, False), (1, 1, False)):
+            wide = cut_candidates(
+                logits, [cut(**limits, end_top_k=end_top_k, end_top_p=end_top_p)], 3
+            )
+            assert row_of(wide, 0)[0] == pytest.approx({1: 1.0})
+            assert row_of(wide, 0)[1] == pytest.approx(0.04 / 0.98 if may_come else 0.0)
+            assert not wide.own_end
+            assert wide.entropy() == pytest.approx(0)
+
+
 def test_no_limit_cuts_nothing_however_sure_the_model_is() -> None:
     """Sums of 32-bit probabilities pass 1 by more than these tokens have."""
     logits = torch.full((1, V), 20.0)

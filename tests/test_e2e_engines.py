@@ -31,7 +31,7 @@ LITTLE = (
     *("--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-batched-tokens", "64"),
     *("--enable-lora", "--max-lora-rank", "8", "--reasoning-parser", "deepseek_r1"),
 )
-MARKER, BEFORE_IT = 259, "<think>hm</think>"
+MARKER, IN_IT, BEFORE_IT = 259, "<think>hm", "<think>hm</think>"
 OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -99,6 +99,17 @@ def tiny_adapter(model: Path, folder: Path) -> Path:
 def complete(client: httpx.Client, **fields: Any) -> dict[str, Any]:
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "temperature": 0.0}
     reply = client.post("/v1/completions", json=body | {"return_token_ids": True} | fields)
+    assert reply.status_code == 200, reply.text
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+def chat(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    """Goes on with a thinking that has begun."""
+    words = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": IN_IT}]
+    body = {"model": "tiny", "messages": words, "max_tokens": 60, "return_token_ids": True}
+    body |= {"add_generation_prompt": False, "continue_final_message": True}
+    reply = client.post("/v1/chat/completions", json=body | fields)
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
     return answer
@@ -205,25 +216,38 @@ def test_parts_of_a_text_that_thinks(engines: Engines, sampling: dict[str, Any])
     """vLLM's own reasoning parser tells which token ends the thinking."""
     exact = {"tokens": 20, "tolerance": 0.0}
     thinking = {"length_target": exact | {"scope": "thinking"}} | sampling
-    thought = ids(complete(engines.little, **thinking))
+    thought = ids(complete(engines.little, prompt=IN_IT, **thinking))
     assert thought.index(MARKER) == 19
     assert len(thought) > 20
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 60}
-    body |= {"return_token_ids": True} | thinking
-    reply = engines.little.post("/v1/chat/completions", json=body).json()
+    reply = chat(engines.little, **thinking)
     assert ids(reply).index(MARKER) == 19
     assert reply["choices"][0]["message"]["reasoning"]
+    none = {"length_target": {"tokens": 0, "scope": "thinking"}} | sampling
+    assert ids(complete(engines.little, prompt=IN_IT, **none))[0] == MARKER
 
     answer = {"length_target": exact | {"scope": "answer"}} | sampling
     often = {"logit_bias": {str(MARKER): 8.0}}
-    text = ids(complete(engines.little, **answer, **often))
+    text = ids(complete(engines.little, prompt=IN_IT, **answer, **often))
     assert len(text) - (text.index(MARKER) + 1) == 20
-    assert len(ids(complete(engines.little, prompt=BEFORE_IT, **answer))) == 20
+    for prompt in (BEFORE_IT, BEFORE_IT + " and so on, at some length", "hello"):
+        assert len(ids(complete(engines.little, prompt=prompt, **answer))) == 20
+
+
+def test_a_limit_leaves_an_answer_behind_the_thinking(engines: Engines) -> None:
+    """The tiny model closes no thinking by itself. By default the answer alone counts."""
+    at_most = {"mode": "at_most", "tokens": 24}
+    bans = {"logit_bias": {"256": -100.0, str(MARKER): -100.0}}  # as far as it is asked
+    reply = chat(engines.little, length_target=at_most, **bans)
+    assert ids(reply).index(MARKER) + 1 == 60 - 6
+    assert reply["choices"][0]["message"]["content"]
+    reply = chat(engines.little, length_target=at_most | {"scope": "completion"}, **bans)
+    assert (ids(reply).index(MARKER) + 1, len(ids(reply))) == (18, 24)
+    assert reply["choices"][0]["message"]["content"]
 
 
 def test_parts_that_cannot_be(engines: Engines) -> None:
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 60}
-    target = {"length_target": {"tokens": 20, "scope": "thinking"}}
+    target: dict[str, Any] = {"length_target": {"tokens": 20, "scope": "thinking"}}
     reply = engines.two_ranks.post("/v1/completions", json=body | target)
     assert (reply.status_code, "length_target.scope" in reply.text) == (400, True), reply.text
     reply = engines.little.post(

@@ -17,7 +17,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     """Client and path of the server's log."""
     folder = tmp_path_factory.mktemp("vllm")
     nobody = {"LENVM_URL": f"http://127.0.0.1:{free_port()}"}
-    with vllm_serve(tiny_llm(folder / "model"), folder / "log", *BARE_FLAG, env=nobody) as url:
+    model = tiny_llm(folder / "model", more=("<tool_call>", "</tool_call>"))
+    with vllm_serve(model, folder / "log", *BARE_FLAG, env=nobody) as url:
         yield httpx.Client(base_url=url, timeout=60, trust_env=False), str(folder / "log")
 
 
@@ -31,7 +32,7 @@ def tokens(reply: httpx.Response) -> int:
     return int(reply.json()["usage"]["completion_tokens"])
 
 
-@pytest.mark.parametrize("length", [1, 2, 32, 100])
+@pytest.mark.parametrize("length", [2, 3, 32, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_exact(served, length, temperature):
     target = {"tokens": length, "tolerance": 0.0}
@@ -46,6 +47,70 @@ def test_default_rails_and_one_sided_modes(served):
     assert tokens(complete(served[0], length_target=at_most, temperature=1.0)) <= 20
     at_least = {"mode": "at_least", "tokens": 40}
     assert tokens(complete(served[0], length_target=at_least, temperature=2.0)) >= 40
+
+
+def test_the_end_comes_before_the_wall(served):
+    """Of max_tokens, and of the context: 512 tokens, 12 of the prompt."""
+    for wall in (100, 95, 90):
+        for target in (100, {"mode": "at_most", "tokens": 120}):
+            reply = complete(served[0], length_target=target, max_tokens=wall, temperature=1.0)
+            assert tokens(reply) <= wall
+            assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "h" * 400}],
+        "length_target": {"mode": "at_least", "tokens": 30},
+    }
+    reply = served[0].post("/v1/chat/completions", json=body)
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert 30 <= tokens(reply) < 112
+    body["length_target"] = 150  # that the prompt leaves no room for
+    assert served[0].post("/v1/chat/completions", json=body).status_code == 400
+
+
+def test_a_stop_string_waits_for_the_lower_rail(served):
+    """A space comes every few bytes; the first one from the 40th token on ends the text."""
+    stop = [chr(code) for code in range(32, 127)][:4]
+    free = complete(served[0], stop=stop, temperature=2.0, max_tokens=150)
+    assert tokens(free) < 40
+    for target in (50, {"mode": "at_least", "tokens": 45}):
+        held = complete(served[0], stop=stop, length_target=target, temperature=2.0, max_tokens=150)
+        assert tokens(held) >= 45
+
+
+def test_a_grammar_has_the_last_word(served):
+    """One that is done is done, and what it asks for is whole, whatever the rails say."""
+    done = complete(
+        served[0],
+        structured_outputs={"choice": ["yes"]},
+        length_target={"mode": "at_least", "tokens": 40},
+    )
+    assert (tokens(done), done.json()["choices"][0]["text"]) == (4, "yes")
+    whole = complete(
+        served[0],
+        structured_outputs={"regex": "[a-z]{10}"},
+        length_target={"mode": "at_most", "tokens": 5},
+    )
+    assert (tokens(whole), len(whole.json()["choices"][0]["text"])) == (11, 10)
+
+
+def test_a_tool_call_is_neither_cut_nor_held_open(served):
+    """Tokens 258 and 259 begin and end one; a text of calls alone has none that count."""
+    asked = {"temperature": 1.0, "return_token_ids": True, "max_tokens": 60}
+    begun = complete(served[0], logit_bias={"258": 100.0}, length_target=20, **asked)
+    assert (tokens(begun), begun.json()["choices"][0]["finish_reason"]) == (60, "length")
+    at_least = {"mode": "at_least", "tokens": 50}
+    for seed in range(8):
+        reply = complete(
+            served[0],
+            length_target=at_least,
+            allowed_token_ids=[256, 258, 259],
+            **asked | {"seed": seed},
+        )
+        *text, end = reply.json()["choices"][0]["token_ids"]
+        assert end == 256
+        assert 258 in text  # before a call the end is held back
+        assert len(text) < 49
 
 
 def test_flat_form(served):
@@ -77,6 +142,10 @@ def test_responses(served):
     ("fields", "named"),
     [
         ({"length_target": 0}, "length_target.tokens"),
+        ({"length_target": {"tokens": 1, "tolerance": 0}}, "length_target.tokens: 1"),
+        ({"length_target": {"mode": "at_most", "tokens": 1}}, "length_target.tokens: 1"),
+        ({"length_target": 100, "max_tokens": 89}, "max_tokens: 89"),
+        ({"length_target": 300, "max_tokens": None}, "max_tokens: 16"),
         ({"length_target": {"tokens": 5, "tolerence": 0}}, "length_target.tolerence"),
         ({"length_target": {"mode": "near", "tokens": 5}}, "length_target.mode"),
         ({"length_taget": 5}, "length_taget"),

@@ -42,6 +42,7 @@ def round_of(*endings: tuple[int, float], cut: int = 0, **known: Any) -> list[To
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     config = SimpleNamespace(
+        reasoning_config=None,
         model_config=SimpleNamespace(max_model_len=1000, skip_tokenizer_init=False),
         cache_config=SimpleNamespace(enable_prefix_caching=True),
         parallel_config=SimpleNamespace(data_parallel_size=1),

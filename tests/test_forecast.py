@@ -186,6 +186,7 @@ def through(
 ) -> tuple[Any, dict[bytes, bytes]]:
     """(body that reaches vLLM, response headers) of one request with the setting on."""
     config = SimpleNamespace(
+        reasoning_config=None,
         additional_config={"lenvm": {"forecast": True, "aging": 0.0}},
         model_config=SimpleNamespace(max_model_len=1000, skip_tokenizer_init=True),
         scheduler_config=SimpleNamespace(policy=policy or "fcfs"),

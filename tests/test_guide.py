@@ -21,6 +21,7 @@ from torch import Tensor
 from lenvm_vllm.client import TimedOut, ValueServerError
 from lenvm_vllm.guide import Guide, cut_of
 from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.sampling import OwnSampling
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.state import RequestState
 from value_server.contract import wire
@@ -572,7 +573,10 @@ def test_the_trust_region_is_the_requests_or_the_settings() -> None:
     ],
 )
 def test_the_cut_is_the_requests_or_the_settings(target: Any, own: Any, expected: Any) -> None:
-    cut = cut_of(request(target, eos_ids=[EOS, 5], **own), Settings())
+    temperature = own.pop("temperature", 1.0)
+    own = OwnSampling(**own)
+    state = request(target, eos_ids=[EOS, 5], temperature=temperature, own=own)
+    cut = cut_of(state, Settings())
     assert (cut.temperature, cut.top_k, cut.top_p, cut.min_p) == expected
     assert cut.eos_ids == [EOS, 5]
 
@@ -581,7 +585,14 @@ def test_tokens_that_end_a_sentence_are_led_to_in_the_landing() -> None:
     """Of equals in length, 20 and 21 tokens, the one that ends a sentence: 28 of 30 are out."""
     logits = flat_logits(1, (EOS, 20, 21))
     logits[:, EOS] = -6.0
-    guide = Guide(Server(), Settings(), lambda: "ours", closing_ids=[20])
+
+    class Ends:
+        ids = (20,)
+
+        def ends(self, text: Any, token: int) -> bool:
+            return len(text) == 28 and token == 20  # there, and not in any text
+
+    guide = Guide(Server(), Settings(), lambda: "ours", Ends())  # type: ignore[arg-type]
     early, late = (
         steered(guide, logits, {0: request(30, output=[50] * out)})[0].softmax(-1)
         for out in (5, 28)

@@ -16,6 +16,7 @@ from lenvm_vllm import metrics
 from lenvm_vllm.client import TimedOut
 from lenvm_vllm.metrics import FOLDER, Counters, exposition, share_folder
 from lenvm_vllm.middleware import LengthTargetMiddleware
+from lenvm_vllm.parts import Markers
 from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.state import RequestState
@@ -135,7 +136,7 @@ def test_middleware_appends_to_what_vllm_shows(folder: Path) -> None:
 )
 def test_outcome(target: Any, output: list[int], outcome: Any) -> None:
     wanted = LengthTarget.parse(target)
-    assert RequestState(wanted, [7], output, [EOS], [MARK]).outcome() == outcome
+    assert RequestState(wanted, [7], output, [EOS], Markers(think_end=(MARK,))).outcome() == outcome
 
 
 @pytest.mark.usefixtures("folder")

@@ -8,6 +8,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lenvm_vllm import vllm_hooks
 from lenvm_vllm.admission import check_admission
 from lenvm_vllm.client import TimedOut
 from lenvm_vllm.engine_rows import EngineRows
+from lenvm_vllm.parts import Markers
 from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.state import RequestState
@@ -37,7 +38,7 @@ def rows_of(server: Any) -> EngineRows:
 
 def wanted(target: dict[str, Any], **fields: Any) -> RequestState:
     free = {"tolerance": None, "max_kl": NO_LIMIT}
-    return request(free | target, marker_ids=[MARK], **fields)
+    return request(free | target, markers=Markers(think_end=(MARK,)), **fields)
 
 
 def steered(rows: EngineRows, logits: Tensor, *states: RequestState) -> Tensor:
@@ -137,13 +138,14 @@ def test_the_thinking_before_a_guided_answer_is_the_models_own() -> None:
         ([7], [1, MARK, 5], 1),
         ([7], [1, MARK, 5, MARK], 2),  # the first one counts
         ([7, MARK, 5], [8, 8], 2),  # a prompt that switches the thinking off
-        ([MARK, 1, 2, 3, 4], [8, 8], 0),  # an earlier turn's
+        ([7, MARK, 5, 5, 5, 5, 5], [8, 8], 2),
+        ([MARK, 1, EOS, 3, 4], [8, 8], 0),  # an earlier turn's
     ],
 )
 def test_where_the_answer_starts(prompt: Any, output: Any, generated: int) -> None:
     state = wanted({"tokens": 9, "scope": "answer"}, prompt=prompt, output=output)
     assert state.generated == generated
-    assert state.counts == (MARK in output or MARK in prompt[-4:])
+    assert state.counts == (MARK in output or (MARK in prompt and EOS not in prompt))
 
 
 def test_a_prefix_counts() -> None:
@@ -231,33 +233,29 @@ def test_a_step_without_a_doubt_is_not_scored() -> None:
 
 
 @pytest.mark.parametrize("scope", ["thinking", "answer"])
-def test_a_part_needs_a_known_marker(monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+def test_a_part_needs_a_known_marker(scope: str) -> None:
     target = LengthTarget.parse({"tokens": 9, "scope": scope})
     config = fakes.config()
-    monkeypatch.setattr(vllm_hooks, "served_config", config)
     with pytest.raises(ValueError, match=rf"length_target\.scope: '{scope}' .*--reasoning-parser"):
-        check_admission(target, None, 0, False)
-    for ids in ([5], [5, 6]):  # two tokens in a row are none that could be forced
-
-        class Reasoning:
-            natural_reasoning_end_token_ids = ids
-
-        config.reasoning_config = Reasoning
-        if len(ids) == 1:
-            check_admission(target, None, 500, False)  # min_tokens is about the completion
-        else:
-            with pytest.raises(ValueError, match="length_target"):
-                check_admission(target, None, 0, False)
+        check_admission(target, None, 0, False, config=config)
+    for ids in ([5], [5, 6]):
+        config.reasoning_config = SimpleNamespace(
+            natural_reasoning_end_token_ids=ids, reasoning_start_token_ids=[4]
+        )
+        check_admission(
+            target, None, 500, False, config=config
+        )  # min_tokens is about the completion
+    config.reasoning_config = None
     config.additional_config = {"lenvm": {"thinking_end_ids": [5]}}
-    check_admission(target, None, 0, False)
+    check_admission(target, None, 0, False, config=config)
 
 
-def test_a_text_longer_than_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_longer_than_the_context() -> None:
     """Also for a stream that sets no max_tokens."""
-    monkeypatch.setattr(vllm_hooks, "served_config", fakes.config())
-    check_admission(LengthTarget.parse(1000), None, 0, False)  # its lower rail fits
+    config = fakes.config()
+    check_admission(LengthTarget.parse(1000), None, 0, False, config=config)  # its lower rail fits
     with pytest.raises(ValueError, match=r"length_target: 1080 tokens at least, .* have 1000"):
-        check_admission(LengthTarget.parse(1200), None, 0, False)
+        check_admission(LengthTarget.parse(1200), None, 0, False, config=config)
 
 
 @pytest.mark.parametrize(
@@ -270,16 +268,13 @@ def test_a_text_longer_than_the_context(monkeypatch: pytest.MonkeyPatch) -> None
         ({"tokens": 50}, 1, True),
     ],
 )
-def test_a_budget_that_ends_the_thinking_too_early(
-    monkeypatch: pytest.MonkeyPatch, target: Any, budget: int, taken: bool
-) -> None:
+def test_a_budget_that_ends_the_thinking_too_early(target: Any, budget: int, taken: bool) -> None:
     config = fakes.config()
     config.additional_config = {"lenvm": {"thinking_end_ids": [5]}}
-    monkeypatch.setattr(vllm_hooks, "served_config", config)
     flat = LengthTarget.parse(target).to_xargs()
     refused = pytest.raises(ValueError, match=f"thinking_token_budget: {budget} .* at least 45")
     with contextlib.nullcontext() if taken else refused:
-        check_admission(LengthTarget.parse(target), None, 0, False, budget)
+        check_admission(LengthTarget.parse(target), None, 0, False, budget, config=config)
     with contextlib.nullcontext() if taken else refused:
         LenvmLogitsProcessor.validate_params(
             fakes.params(flat, thinking_token_budget=budget, max_tokens=None)

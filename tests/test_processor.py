@@ -7,12 +7,14 @@ import argparse
 import logging
 import math
 import random
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,11 +37,12 @@ import lenvm_vllm
 from lenvm_vllm import engine_rows, vllm_hooks
 from lenvm_vllm.client import CircuitOpen, TimedOut
 from lenvm_vllm.engine_rows import EngineRows
+from lenvm_vllm.intake import take_in
 from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.sentences import tokenizer_of
 from lenvm_vllm.v1 import V1Processor
 from lenvm_vllm.vllm_hooks import MIDDLEWARE, PROCESSOR, complete_names, register
-from tests.fakes import EOS, Server, V, config, exactly, free, params, same_bits
+from tests.fakes import EOS, INFO, Server, V, config, exactly, free, params, same_bits
 from tests.tiny import tiny_tokenizer
 from tests.tiny_llm import tiny_llm
 from value_server.contract import wire
@@ -174,6 +177,35 @@ def test_a_preempted_request_goes_on_where_it_was() -> None:
     output.append(11)
     after = apply(served, torch.zeros(2, V))
     assert after[1].isfinite().nonzero()[:, 0].tolist() == [EOS]
+
+
+def test_requests_without_a_turn_keep_their_sessions() -> None:
+    """With a pipeline each step has some of them; the others are taken out and put back."""
+    server = Server()
+    staged = config()
+    staged.parallel_config.pipeline_parallel_size = 2
+    served = LenvmLogitsProcessor(staged, torch.device("cpu"), False, client=server)
+    outputs: list[list[int]] = [[], [], []]
+    wishes = [added(0, params(free(30)), output) for output in outputs]
+    served.update_state(update(added=[wishes[0]]))
+    for step in range(20):
+        served.apply(torch.zeros(1, V))
+        outputs[step % 2].append(9)
+        served.update_state(update(removed=[0], added=[wishes[(step + 1) % 2]]))
+    assert len(server.sessions) == 2
+    assert server.last is not None
+    assert server.last.closed == []
+    assert wire.unpack_ids(server.last.tokens).tolist() == [9]  # not the text again
+    # One that has ended is closed at once, one that does not come back after some steps.
+    outputs[0].append(EOS)
+    served.update_state(update(removed=[0], added=[wishes[2]]))
+    served.apply(torch.zeros(1, V))
+    assert len(server.last.closed) == 1
+    for _ in range(20):
+        served.update_state(None)
+    served.apply(torch.zeros(1, V))
+    assert len(server.last.closed) == 1
+    assert len(server.sessions) == 1
 
 
 ROWS = 6
@@ -554,6 +586,37 @@ def test_a_request_that_nobody_validated_goes_on_unguided(log: list[logging.LogR
     assert "length_target.tokens" in log[0].getMessage()
 
 
+def test_texts_that_have_no_values_are_counted_and_logged_once(
+    log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = msgspec.structs.replace(INFO, max_sessions=2, max_position=10)
+    monkeypatch.setattr(Server, "model", lambda self, fingerprint: few)
+    served = processor_with(Server())
+    counted: list[float] = []
+    served._rows._counters.add = (  # type: ignore[method-assign]
+        lambda name, amount=1.0: counted.append(amount) if name == "unguided_rows" else None
+    )
+    texts = [[7], [7], [7], [7] * 12, [7, V + 5], [7]]
+    wishes = [params(free(30)) for _ in texts]
+    wishes[5] = params(free(30) | {"length_every": 3})  # has no turn in the second step
+    entries = [(row, wishes[row], text, []) for row, text in enumerate(texts)]
+    served.update_state(update(added=entries))
+    for output in (0, 1):
+        served.apply(torch.zeros(len(texts), V))
+        if output == 0:
+            for *_, tokens in entries:
+                tokens.append(9)
+    assert counted == [4, 3]
+    told = [record.getMessage() for record in log]
+    assert len(told) == 3
+    for reason in (
+        "more rows than .* takes, 2",
+        "longer than .* 10 tokens",
+        "from 32",
+    ):
+        assert any(re.search(reason, line) for line in told), reason
+
+
 def test_a_step_that_asks_nothing_is_no_recovery(log: list[logging.LogRecord]) -> None:
     server = Server(TimedOut("slow"))
     served = processor_with(server)
@@ -599,6 +662,7 @@ def test_one_rank_asks_for_all(monkeypatch: pytest.MonkeyPatch, error: Any) -> N
     ranks = Ranks()
     monkeypatch.setattr(engine_rows, "model_parallel_is_initialized", lambda: True)
     monkeypatch.setattr(engine_rows, "get_tp_group", lambda: ranks)
+    monkeypatch.setattr(engine_rows, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
     logits = torch.randn(2, V)
     results = []
     for rank in range(2):
@@ -796,17 +860,17 @@ def test_the_config_has_the_full_name_and_is_known(
 
 
 @pytest.mark.parametrize("target", [9, {"length_mode": "tilt", "length_beta": 1.0}])
-def test_no_guidance_of_drafts(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
+def test_no_guidance_of_drafts(target: Any) -> None:
     for drafts in (None, object()):
         made = config()
         made.speculative_config = drafts
-        monkeypatch.setattr(vllm_hooks, "served_config", made)
-        LenvmLogitsProcessor.validate_params(params())
-        if drafts is None:
-            LenvmLogitsProcessor.validate_params(params(target))
-            continue
-        with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
-            LenvmLogitsProcessor.validate_params(params(target))
+        wishes = [params(), params(target)]
+        for wanted in wishes if drafts is None else wishes[:1]:
+            take_in(made, SimpleNamespace(sampling_params=wanted, prompt_token_ids=[7]))
+        refused = SimpleNamespace(sampling_params=params(target), prompt_token_ids=[7])
+        if drafts is not None:
+            with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
+                take_in(made, refused)
 
 
 def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ The end-of-sequence token is itself a token: `first` and `last` number completio
 `usage.completion_tokens`.
 """
 
+import contextlib
 import random
 from fractions import Fraction
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm_vllm.rails import Rails, check_limits, rails_of
+from lenvm_vllm.admission import check_admission
+from lenvm_vllm.rails import Aim, Rails, aim_of, check_limits, rails_of
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 
 
@@ -113,3 +115,67 @@ def test_limits_that_contradict(rails: Rails, limits: Any, message: str) -> None
 )
 def test_limits_that_agree(rails: Rails, limits: Any) -> None:
     check_limits(rails, *limits)
+
+
+# ---- walls: max_tokens and the end of the context
+
+
+@pytest.mark.parametrize(
+    ("target", "wall", "expected"),
+    [
+        ({"tokens": 200}, None, Aim("equal_to", 200, 200, 20.0, Rails(180, 220))),
+        ({"tokens": 200}, 220, Aim("equal_to", 200, 200, 20.0, Rails(180, 220))),
+        # In the middle between the lower rail and the wall, as between the rails.
+        ({"tokens": 200}, 200, Aim("equal_to", 190, 190, 10.0, Rails(180, 200))),
+        ({"tokens": 200}, 185, Aim("equal_to", 182, 182, 3.0, Rails(180, 185))),
+        ({"tokens": 200, "tolerance": None}, 200, Aim("equal_to", 190, 190, 10.0, Rails())),
+        ({"tokens": 200, "tolerance": 0.0}, 200, Aim("equal_to", 200, 200, 0.0, Rails(200, 200))),
+        ({"tokens": 10, "tolerance": 2.5}, 18, Aim("equal_to", 5, 5, 13.0, Rails(1, 18))),
+        ({"mode": "at_most", "tokens": 90}, 50, Aim("at_most", 50, 50, 5.0, Rails(1, 50))),
+        ({"mode": "at_most", "tokens": 90}, 90, Aim("at_most", 90, 90, 9.0, Rails(1, 90))),
+        ({"mode": "at_least", "tokens": 80}, 100, Aim("range", 80, 100, 10.0, Rails(80, 100))),
+        ({"mode": "at_least", "tokens": 80}, None, Aim("at_least", 80, 80, 8.0, Rails(80))),
+        (
+            {"mode": "range", "min_tokens": 30, "max_tokens": 60},
+            40,
+            Aim("range", 30, 40, 4.0, Rails(30, 40)),
+        ),
+        ({"mode": "tilt", "beta": 1.0}, 40, Aim("tilt", 0, 0, 0.0, Rails())),
+        # A single token is no wall to write before: nobody reads it.
+        ({"mode": "at_most", "tokens": 90}, 1, Aim("at_most", 90, 90, 9.0, Rails(1, 90))),
+    ],
+)
+def test_a_target_before_a_wall(target: Any, wall: int | None, expected: Aim) -> None:
+    assert aim_of(LengthTarget.parse(target), wall) == expected
+
+
+@given(st.integers(2, 300), st.integers(0, 250), st.integers(2, 400))
+def test_the_landing_ends_before_the_wall(tokens: int, percent: int, wall: int) -> None:
+    target = LengthTarget.parse({"tokens": tokens, "tolerance": percent / 100})
+    whole, aim = rails_of(target), aim_of(target, wall)
+    if wall < whole.first:  # a 400
+        return
+    assert aim.rails == Rails(whole.first, min(whole.last or 0, wall))
+    assert whole.first <= aim.low == aim.high <= tokens
+    assert aim.high + int(aim.landing) <= wall
+    assert aim.landing <= aim_of(target).landing
+
+
+@pytest.mark.parametrize(
+    ("target", "taken"),
+    [
+        ({"tokens": 1}, False),
+        ({"tokens": 1, "tolerance": None}, False),
+        ({"tokens": 1, "tolerance": 1.0}, True),  # up to 2
+        ({"mode": "at_most", "tokens": 1}, False),
+        ({"mode": "range", "min_tokens": 1, "max_tokens": 1}, False),
+        ({"mode": "at_least", "tokens": 1}, True),
+        ({"tokens": 2, "tolerance": 0.0}, True),
+        ({"tokens": 1, "scope": "thinking"}, True),  # its marker alone: no thinking
+        ({"tokens": 1, "scope": "answer"}, False),
+    ],
+)
+def test_a_text_needs_room_for_a_word(target: Any, taken: bool) -> None:
+    refused = pytest.raises(LengthTargetError, match=r"tokens: 1 leaves no room for a word")
+    with contextlib.nullcontext() if taken else refused:
+        check_admission(LengthTarget.parse(target), None, 0, False)

@@ -188,8 +188,8 @@ def test_number_of_the_mode(value: dict[str, Any], message: str) -> None:
 
 
 def test_all_bad_parts_are_named() -> None:
-    with pytest.raises(LengthTargetError, match=r"\.tokens: .* got 0; .*\.policy: .* got 'x'"):
-        LengthTarget.parse({"tokens": 0, "policy": "x"})
+    with pytest.raises(LengthTargetError, match=r"\.tokens: .* got -1; .*\.policy: .* got 'x'"):
+        LengthTarget.parse({"tokens": -1, "policy": "x"})
 
 
 @pytest.mark.parametrize(

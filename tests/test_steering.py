@@ -41,6 +41,7 @@ class Row:
     q: tuple[float, ...]
     r: tuple[int, ...]
     p0: float = 0.0
+    own_end: bool = True
     mode: str = "equal_to"
     greedy: bool = False
     remaining: int = 10
@@ -53,6 +54,11 @@ class Row:
     @property
     def u(self) -> list[float]:
         return [1 - GAMMA**r for r in self.r]
+
+    @property
+    def own_p0(self) -> float:
+        """Of the end by itself."""
+        return self.p0 if self.own_end else 0.0
 
     @property
     def u_star(self) -> float:
@@ -128,7 +134,8 @@ def batched(rows: list[Row]) -> list[tuple[list[float], float]]:
     z[log_q.isneginf()] = NAN  # padding must not matter
     log_p0 = torch.tensor([row.p0 for row in rows], dtype=torch.float64).log()
     closes = torch.tensor([[place in row.closes for place in range(width)] for row in rows])
-    new_q, new_p0 = steer(log_q, log_p0, z, closes, goals_of(rows))
+    own_end = torch.tensor([row.own_end for row in rows])
+    new_q, new_p0 = steer(log_q, log_p0, own_end, z, closes, goals_of(rows))
     return [
         (q[: len(row.q)], p0)
         for row, q, p0 in zip(rows, new_q.exp().tolist(), new_p0.exp().tolist(), strict=True)
@@ -199,7 +206,7 @@ def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
         spread = max(max(u) - min(u), 1e-12)
         q = tilted(row.q, u, sign * last_inside(inside, 0.0, 1e4 / spread))
     if row.p0 == 0 or (due and row.mode == "at_least"):
-        return q, row.p0
+        return q, row.own_p0
     if row.mode == "at_least":
         return q, 0.0
     exact = row.mode == "equal_to"
@@ -212,16 +219,16 @@ def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
     last = (exact and due) or (row.room < SENTENCE and beyond)
     if last and row.landed >= 0 and row.p0 >= NATURAL:
         return q, 1.0
-    if wanted <= row.p0:
-        return q, row.p0 if row.mode == "at_most" else wanted
-    return q, row.p0 if row.landed < 0 else min(wanted, row.gained)
+    if wanted <= row.own_p0:
+        return q, row.own_p0 if row.mode == "at_most" else wanted
+    return q, row.own_p0 if row.landed < 0 else max(row.own_p0, min(wanted, row.gained))
 
 
 def naive_greedy(row: Row) -> tuple[list[float] | None, float]:
     """(None, 1.0) where the end is chosen: then q is of no account."""
     if row.mode == "range":
-        return naive_greedy(replace(row, p0=0.0 if row.remaining > 0 else row.p0).one_sided())
-    due = row.remaining <= 0
+        return naive_greedy(replace(row, p0=0.0 if row.remaining > 0 else row.own_p0).one_sided())
+    due, row = row.remaining <= 0, replace(row, p0=row.own_p0)
     p0 = 0.0 if row.mode == "at_least" and not due else row.p0
     expected = (1 - p0) * row.mean
     if row.mode == "at_most" and expected <= row.u_star:
@@ -236,8 +243,8 @@ def naive_greedy(row: Row) -> tuple[list[float] | None, float]:
 
 
 def naive_tilt(row: Row) -> tuple[list[float], float]:
-    weights = [row.p0] + [
-        (1 - row.p0) * q * math.exp(row.beta * u) for q, u in zip(row.q, row.u, strict=True)
+    weights = [row.own_p0] + [
+        (1 - row.own_p0) * q * math.exp(row.beta * u) for q, u in zip(row.q, row.u, strict=True)
     ]
     rest = sum(weights[1:])
     return [w / rest for w in weights[1:]], weights[0] / sum(weights)
@@ -251,6 +258,7 @@ def drawn_rows(draw: st.DrawFn, **fixed: Any) -> Row:
         q=tuple(w / sum(weights) for w in weights),
         r=tuple(r),
         p0=draw(st.sampled_from([0.0, 1e-9, 1e-3, 0.3, 0.99])),
+        own_end=draw(st.booleans()),
         mode=(mode := draw(st.sampled_from([*MODES[:3], "range"]))),
         remaining=draw(st.integers(-3, 400)),
         width=draw(st.integers(0, 50)) if mode == "range" else 0,
@@ -333,9 +341,16 @@ def test_a_candidate_without_a_score_counts_with_the_mean(row: Row, data: Any) -
     share = q.masked_fill(blind, 0)
     log_p0 = torch.tensor([row.p0], dtype=torch.float64).log()
     mean_z = torch.logit((share * z.sigmoid()).sum() / share.sum())
-    rest = log_p0, z.masked_fill(blind, NAN)[None], torch.zeros(1, len(q)).bool(), goals_of([row])
+    shape = torch.zeros(1, len(q)).bool()
+    rest = (
+        log_p0,
+        torch.tensor([row.own_end]),
+        z.masked_fill(blind, NAN)[None],
+        shape,
+        goals_of([row]),
+    )
     got = steer(q.log()[None], *rest)
-    told = steer(q.log()[None], log_p0, torch.where(blind, mean_z, z)[None], *rest[2:])
+    told = steer(q.log()[None], *rest[:2], torch.where(blind, mean_z, z)[None], *rest[3:])
     for a, b in zip(got, told, strict=True):
         torch.testing.assert_close(a.exp(), b.exp(), atol=1e-6, rtol=0)
 
@@ -346,7 +361,8 @@ def test_values_that_only_rounding_tells_apart_do_not_tilt() -> None:
     row = Row(q=(0.1, 0.9), r=(0, 0), p0=0.0, mode="equal_to", remaining=5, beta=0.0, max_kl=0.1)
     nobody_ends = torch.full((1,), -torch.inf, dtype=torch.float64)
     z[0, 0] += 1e-14
-    steered, _ = steer(q.log(), nobody_ends, z, torch.zeros(1, 2).bool(), goals_of([row]))
+    own_end, none = torch.ones(1).bool(), torch.zeros(1, 2).bool()
+    steered, _ = steer(q.log(), nobody_ends, own_end, z, none, goals_of([row]))
     assert torch.equal(steered, q.log())
 
 
@@ -512,11 +528,11 @@ def expected_length(row: Row) -> float:
 @quick
 @given(drawn_rows(mode="tilt", beta=0.0))
 def test_beta_zero_changes_nothing(row: Row) -> None:
-    close(batched([row])[0], (row.q, row.p0), 1e-12)
+    close(batched([row])[0], (row.q, row.own_p0), 1e-12)
 
 
 @quick
-@given(drawn_rows(mode="tilt", p0=0.3), st.floats(0.1, 40), st.floats(0.1, 40))
+@given(drawn_rows(mode="tilt", p0=0.3, own_end=True), st.floats(0.1, 40), st.floats(0.1, 40))
 def test_beta_below_zero_shortens_and_above_lengthens(row: Row, down: float, up: float) -> None:
     shorter, same, longer = (
         expected_length(Row(**(vars(row) | {"beta": beta}))) for beta in (-down, 0.0, up)

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 
 from lenvm_vllm.client import TimedOut
 from lenvm_vllm.engine_rows import EngineRows
+from lenvm_vllm.intake import take_in
 from lenvm_vllm.processor import LenvmLogitsProcessor
 from lenvm_vllm.v2 import V2Processor
 from lenvm_vllm.vllm_hooks import PROCESSOR
@@ -110,6 +111,19 @@ def open_tokens(row: Tensor) -> list[int]:
 
 def test_the_class_itself_is_taken_too() -> None:
     load(Runner(Server()).slots, LenvmLogitsProcessor)
+
+
+def test_a_step_without_values_is_cut_by_the_plugin() -> None:
+    """vLLM is not told of the cut, which it would apply to steered rows, too."""
+    runner = Runner(Server(TimedOut("slow")))
+    request = SimpleNamespace(sampling_params=params(free(9), top_k=3), prompt_token_ids=[7, 8])
+    take_in(config(v2=True), request)
+    runner.add(0, request.sampling_params)
+    runner.add(1, params(top_k=3))
+    logits = torch.arange(2 * V, dtype=torch.float32).reshape(2, V) / 10
+    after = runner.step(0, 1, logits=logits)
+    assert open_tokens(after[0]) == [V - 3, V - 2, V - 1]
+    assert same_bits(after[1], logits[1])
 
 
 def test_wrong_requests_are_refused_at_admission() -> None:

@@ -1,0 +1,70 @@
+"""What the rails do to a row's logits: ends held back, or forced, and no character cut.
+
+A token at -inf (grammar, allowed tokens) stays there, and a row is never emptied.
+"""
+
+import torch
+from torch import Tensor
+
+from lenvm_vllm.candidates import eos_index
+from lenvm_vllm.characters import LONGEST, Characters
+from lenvm_vllm.state import RequestState
+
+Tokens = dict[int, list[int]]  # of a row
+
+
+def enforce_inplace(
+    logits: Tensor, states: dict[int, RequestState], characters: Characters
+) -> set[int]:
+    """logits: (batch, V). Returns the rows whose next token is forced."""
+    held, broken, due = _rails_in(states, characters)
+    _hold_inplace(logits, held)
+    _hold_inplace(logits, broken)
+    _force_inplace(logits, due)
+    return set(due)
+
+
+def _rails_in(
+    states: dict[int, RequestState], characters: Characters
+) -> tuple[Tokens, Tokens, Tokens]:
+    """Ends that the next token must not be, parts of characters that it must not be, and tokens
+    of which it must be one; no character is cut."""
+    held, broken, due = {}, {}, {}
+    for row, state in states.items():
+        text, room = state.output_ids, state.text_left
+        missing = characters.missing(text)
+        held[row], due[row] = state.held, state.force(in_character=missing > 0)
+        if missing and not due[row]:
+            held[row] = [*held[row], *state.ends]
+        if not due[row] and room is not None and room < LONGEST:
+            broken[row] = characters.unfinished(text, room)
+            due[row] = characters.continuing(text, room) if missing > room else []
+    held, broken, due = (
+        {row: tokens for row, tokens in rows.items() if tokens} for rows in (held, broken, due)
+    )
+    return held, broken, due
+
+
+def _hold_inplace(logits: Tensor, held: Tokens) -> None:
+    """Close these tokens, where another one is left."""
+    if not held:
+        return
+    index, ids = eos_index(list(held.values()), logits.shape[-1])
+    rows, ids = torch.tensor(list(held))[index].to(logits.device), ids.to(logits.device)
+    own = logits[rows, ids]
+    logits[rows, ids] = -torch.inf
+    empty = logits[list(held)].amax(-1).isneginf()[index.to(logits.device)]
+    logits[rows, ids] = torch.where(empty, own, -torch.inf)
+
+
+def _force_inplace(logits: Tensor, due: Tokens) -> None:
+    """Close all but these tokens, where one of them is open."""
+    if not due:
+        return
+    index, ids = eos_index(list(due.values()), logits.shape[-1])
+    index, ids = index.to(logits.device), ids.to(logits.device)
+    own = logits[list(due)]  # a copy
+    railed = torch.full_like(own, -torch.inf)
+    railed[index, ids] = own[index, ids]
+    empty = railed.isneginf().all(-1, keepdim=True)
+    logits[list(due)] = torch.where(empty, own, railed)

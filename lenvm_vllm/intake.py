@@ -1,0 +1,47 @@
+"""What becomes of a guided request on its way into the engine.
+
+The one place that every door leads through, with the model's configuration, the length of the
+prompt, and a copy of the parameters that is the engine's own.
+"""
+
+from typing import Any
+
+from lenvm_vllm.admission import check_admission, resolved
+from lenvm_vllm.rails import rails_of
+from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.sampling import take_from
+
+
+def take_in(config: Any, request: Any) -> None:
+    """Prepare an EngineCoreRequest; one without a length target stays as it is.
+
+    Raises LengthTargetError, which vLLM answers with HTTP 400.
+    """
+    params = request.sampling_params
+    if params is None or (target := LengthTarget.from_extra_args(params.extra_args)) is None:
+        return
+    target = resolved(target, config)
+    params.extra_args = {**params.extra_args, **target.to_xargs()}
+    prompt = len(request.prompt_token_ids or ())
+    params.max_tokens = min(params.max_tokens, config.model_config.max_model_len - prompt)
+    check_admission(
+        target,
+        params.max_tokens,
+        params.min_tokens,
+        params.ignore_eos,
+        params.thinking_token_budget,
+        config=config,
+    )
+    _hold_stop_strings(params, target)
+    # Model Runner V2 penalises before the plugin has its turn.
+    take_from(params, penalties=not config.use_v2_model_runner)
+
+
+def _hold_stop_strings(params: Any, target: LengthTarget) -> None:
+    """No stop string before the lower rail: vLLM looks for them behind `min_tokens` tokens.
+
+    Of an answer whose thinking is still to come it holds them as long as the answer would have.
+    """
+    if params.stop:
+        least = rails_of(target).behind(target.prefix_tokens).first - 1
+        params.min_tokens = min(max(params.min_tokens, least), params.max_tokens)

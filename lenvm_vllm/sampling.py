@@ -1,0 +1,56 @@
+"""A request's own sampling limits and penalties, which the plugin applies itself.
+
+vLLM applies them behind the plugin, to what is already steered: a top_p would cut the steered
+distribution a second time, and under Model Runner V1 a penalty would change it. So on its way
+into the engine a guided request gives them to the plugin, and vLLM is told of none.
+"""
+
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
+
+KEY = "lenvm_sampling"  # in `SamplingParams.extra_args`
+
+
+@dataclass(frozen=True)
+class OwnSampling:
+    """What vLLM calls by the same names; the defaults do nothing.
+
+    ours: whether they are the plugin's to apply, and not vLLM's.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    ours: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        return self.ours and bool(self.top_k or self.top_p < 1 or self.min_p)
+
+    @property
+    def penalises(self) -> bool:
+        penalties = self.repetition_penalty != 1, self.frequency_penalty, self.presence_penalty
+        return self.ours and any(penalties)
+
+    @classmethod
+    def of(cls, params: Any) -> "OwnSampling":
+        """Of SamplingParams, whether they have been through `take_from` or not."""
+        if taken := (params.extra_args or {}).get(KEY):
+            return replace(cls(*taken), ours=True)
+        return cls(top_k=max(params.top_k, 0), top_p=params.top_p, min_p=params.min_p)
+
+
+_NEUTRAL = {field.name: field.default for field in fields(OwnSampling) if field.name != "ours"}
+_CUT = ("top_k", "top_p", "min_p")
+
+
+def take_from(params: Any, penalties: bool) -> None:
+    """Change SamplingParams so that the plugin applies its cut and, if asked to, its penalties."""
+    names = _NEUTRAL if penalties else _CUT
+    own = OwnSampling(**{name: getattr(params, name) for name in names})
+    params.extra_args = {**params.extra_args, KEY: [max(own.top_k, 0), *astuple(own)[1:-1]]}
+    for name in names:
+        setattr(params, name, _NEUTRAL[name])
