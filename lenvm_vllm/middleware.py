@@ -124,8 +124,9 @@ def take(
     given = request.pop(FIELD, None)
     if given is None:
         target = LengthTarget.from_extra_args(xargs) if isinstance(xargs, dict) else None
+        target = target and resolved(target, vllm_hooks.served_config)
     else:
-        target = LengthTarget.parse(given)
+        target = resolved(LengthTarget.parse(given), vllm_hooks.served_config)
         if not isinstance(xargs, dict):
             raise LengthTargetError(f"{door.holder}: expected an object, got {xargs!r}")
         if twice := [key for key in xargs if is_meant(key)]:
@@ -134,7 +135,6 @@ def take(
         params[door.xargs] = {**xargs, **known, **target.to_xargs()}
     if target is None:
         return None
-    target = resolved(target, vllm_hooks.served_config)
     if door.refusal:
         raise LengthTargetError(f"{FIELD}: not on {path}: {door.refusal}")
     _check(target, request, door)
