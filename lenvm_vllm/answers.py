@@ -1,16 +1,20 @@
 """The answer to a guided request: sampled by vLLM, made better where that goes, and explained."""
 
 import json
+import logging
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from lenvm_vllm import vllm_hooks
 from lenvm_vllm.asgi import ask, compact, replay, request_of, respond
 from lenvm_vllm.outcome import RESULT, Outcome
 from lenvm_vllm.progress import KEY, Known
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.streams import Told, hide_ids
 from lenvm_vllm.texts import Text, texts_of
+
+logger = logging.getLogger("vllm.lenvm")
 
 SAMPLED = "lenvm-sampled-tokens"  # response header: tokens of all answers, the dropped ones too
 
@@ -68,6 +72,9 @@ class Answers:
         for index, text in enumerate(texts_of(sampled.answer)):
             outcome = sampled.outcomes.get(index) or self._outcome(text, key)
             self._tell(text, outcome, sampled.tokens, sampled.endings)
+            if sampled.tokens and vllm_hooks.logs_answers:  # vLLM logs what was sampled for it
+                name = sampled.answer.get("id")
+                logger.info("%s, returned, the best of %d: %r", name, sampled.endings, text.text)
         if request.get("return_token_ids") is not True:
             hide_ids(sampled.answer)
         headers = [(SAMPLED, sampled.tokens)] if sampled.tokens else []

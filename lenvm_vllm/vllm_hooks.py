@@ -18,6 +18,8 @@ MIDDLEWARE = "lenvm_vllm.vllm_hooks.AtTheRoutes"
 # The VllmConfig of this process's API server, for its middleware. Several models in one process
 # (the offline `LLM` class) have no API server: each request brings the configuration of its own.
 served_config: Any = None
+# Whether the operator wants answers in vLLM's log (`--enable-log-outputs`).
+logs_answers = False
 
 
 def register() -> None:
@@ -33,6 +35,8 @@ def register() -> None:
 
     @functools.wraps(from_cli_args)
     def with_middleware(cls: type, args: Any) -> Any:
+        global logs_answers
+        logs_answers = bool(getattr(args, "enable_log_outputs", False))
         args.logits_processors = complete_names(getattr(args, "logits_processors", None))
         middleware = getattr(args, "middleware", None)
         named = PROCESSOR in (args.logits_processors or ())

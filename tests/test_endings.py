@@ -131,6 +131,18 @@ def test_a_bad_one_gets_the_best_of_its_endings(path: str, first: Told) -> None:
     assert asked["vllm_xargs"]["length_tolerance"] == 0.1
 
 
+def test_the_log_has_what_is_returned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's own log of answers has the first one and each ending."""
+    for wanted in (False, True):
+        monkeypatch.setattr(vllm_hooks, "logs_answers", wanted)
+        app = App([Told(60, BAD)], round_of(*[(60, 0.5)] * 4, cut=60 - TAIL))
+        with caplog.at_level("INFO", "vllm.lenvm"):
+            answer = post(app, CHAT, length_target=60)
+        assert (repr(content_of(answer)) in caplog.text) is wanted
+
+
 def test_rounds_begin_earlier_until_an_ending_is_good_or_none_is_left() -> None:
     bad = round_of(*[(TAIL, BAD)] * 4)
     app = App([Told(100, BAD)], bad, bad[:3])
