@@ -3,6 +3,7 @@
 Legend: V vocabulary. Token 0 is the end; token x is worth x more tokens.
 """
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,15 +45,17 @@ def taken(wanted: SamplingParams, prompt: Any = (7, 8), **facts: Any) -> Samplin
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory: pytest.TempPathFactory) -> list[InputProcessor]:
+def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[InputProcessor]]:
     """Of two models in one process; the second has the shorter context."""
     register()
     model = str(tiny_llm(tmp_path_factory.mktemp("model")))
     made = []
-    for longest, names in ((512, [BARE]), (64, [BARE]), (64, None)):
-        args = EngineArgs(model=model, logits_processors=names, max_model_len=longest)
-        made.append(InputProcessor(args.create_engine_config()))
-    return made
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vllm_hooks, "served_config", None)  # and back, behind these tests
+        for longest, names in ((512, [BARE]), (64, [BARE]), (64, None)):
+            args = EngineArgs(model=model, logits_processors=names, max_model_len=longest)
+            made.append(InputProcessor(args.create_engine_config()))
+        yield made
 
 
 def enter(door: InputProcessor, wanted: SamplingParams, prompt: int = 10) -> SamplingParams:
