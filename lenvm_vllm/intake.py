@@ -8,7 +8,7 @@ from typing import Any
 
 from lenvm_vllm.admission import check_admission, resolved
 from lenvm_vllm.rails import rails_of
-from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.sampling import take_from
 
 
@@ -22,8 +22,7 @@ def take_in(config: Any, request: Any) -> None:
         return
     target = resolved(target, config)
     params.extra_args = {**params.extra_args, **target.to_xargs()}
-    prompt = len(request.prompt_token_ids or ())
-    params.max_tokens = min(params.max_tokens, config.model_config.max_model_len - prompt)
+    _check_context(target, len(request.prompt_token_ids or ()), params, config)
     check_admission(
         target,
         params.max_tokens,
@@ -35,6 +34,17 @@ def take_in(config: Any, request: Any) -> None:
     _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.
     take_from(params, penalties=not config.use_v2_model_runner)
+
+
+def _check_context(target: LengthTarget, prompt: int, params: Any, config: Any) -> None:
+    """The context ends a text as max_tokens does. Raises LengthTargetError."""
+    room = config.model_config.max_model_len - prompt
+    least = rails_of(target).behind(target.prefix_tokens).first
+    if least > room:
+        raise LengthTargetError(
+            f"length_target: {least} tokens at least, a prompt of {prompt} leaves {room}"
+        )
+    params.max_tokens = min(params.max_tokens, room)
 
 
 def _hold_stop_strings(params: Any, target: LengthTarget) -> None:

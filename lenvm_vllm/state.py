@@ -118,7 +118,8 @@ class RequestState:
     def is_steered(self) -> bool:
         """Whether values may move the next token: not in a tool call, nor once one is whole,
         for then the model may well be done, and not where they would decide on a thinking."""
-        return self.counts and not self.parts.calls and not self.parts.unmarked
+        decides = self.parts.unmarked and self.target.scope == "answer"
+        return self.counts and not self.parts.calls and not decides
 
     @property
     def end_is_due(self) -> bool:

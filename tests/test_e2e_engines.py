@@ -31,7 +31,9 @@ LITTLE = (
     *("--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-batched-tokens", "64"),
     *("--enable-lora", "--max-lora-rank", "8", "--reasoning-parser", "deepseek_r1"),
 )
-MARKER, IN_IT, BEFORE_IT = 259, "<think>hm", "<think>hm</think>"
+THINK, MARKER = 258, 259
+IN_IT, BEFORE_IT = "<think>hm", "<think>hm</think>"
+WHOLE = {"scope": "completion"}  # one of the engines has another default
 OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -97,7 +99,8 @@ def tiny_adapter(model: Path, folder: Path) -> Path:
 
 
 def complete(client: httpx.Client, **fields: Any) -> dict[str, Any]:
-    body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "temperature": 0.0}
+    body: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 200}
+    body |= {"temperature": 0.0, "logit_bias": {str(THINK): -100.0}}  # begins no thinking
     reply = client.post("/v1/completions", json=body | {"return_token_ids": True} | fields)
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
@@ -109,6 +112,7 @@ def chat(client: httpx.Client, **fields: Any) -> dict[str, Any]:
     words = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": IN_IT}]
     body = {"model": "tiny", "messages": words, "max_tokens": 60, "return_token_ids": True}
     body |= {"add_generation_prompt": False, "continue_final_message": True}
+    body |= {"skip_special_tokens": False}  # the markers are, here
     reply = client.post("/v1/chat/completions", json=body | fields)
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
@@ -127,9 +131,9 @@ def metric(client: httpx.Client, name: str) -> float:
 def test_ranks_sample_the_same_and_as_one_engine_does(engines: Engines) -> None:
     """Ranks that disagreed would write nonsense, or wait for each other for ever."""
     asked: list[dict[str, Any]] = [
-        {"length_target": {"tokens": 60, "tolerance": None}},
-        {"length_target": {"tokens": 30, "tolerance": 0.0}, "temperature": 1.0, "seed": 4},
-        {"length_target": {"mode": "tilt", "beta": 3.0}, "temperature": 1.0, "seed": 5},
+        {"length_target": WHOLE | {"tokens": 60, "tolerance": None}},
+        {"length_target": WHOLE | {"tokens": 30, "tolerance": 0.0}, "temperature": 1.0, "seed": 4},
+        {"length_target": WHOLE | {"mode": "tilt", "beta": 3.0}, "temperature": 1.0, "seed": 5},
         {"max_tokens": 30},
     ]
     with ThreadPoolExecutor(8) as pool:
@@ -174,7 +178,8 @@ def test_preempted_requests_are_met(engines: Engines) -> None:
 
 def test_long_prompt_in_chunks_and_from_the_prefix_cache(engines: Engines) -> None:
     """300 tokens in passes of 64, then from vLLM's cache: the same text, also with two ranks."""
-    asked = {"prompt": "once upon a time " * 18, "length_target": {"tokens": 25, "tolerance": None}}
+    target = WHOLE | {"tokens": 25, "tolerance": None}
+    asked = {"prompt": "once upon a time " * 18, "length_target": target}
     first = complete(engines.little, **asked)
     assert ids(complete(engines.little, **asked)) == ids(first)
     assert ids(complete(engines.two_ranks, **asked)) == ids(first)
@@ -183,7 +188,10 @@ def test_long_prompt_in_chunks_and_from_the_prefix_cache(engines: Engines) -> No
 
 def test_forecast_in_the_response_header(engines: Engines) -> None:
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 50}
-    for more, expected in (({}, range(1, 51)), ({"length_target": 20}, range(20, 21))):
+    for more, expected in (
+        ({}, range(1, 51)),
+        ({"length_target": WHOLE | {"tokens": 20}}, range(20, 21)),
+    ):
         reply = engines.little.post("/v1/completions", json=body | more)
         assert int(reply.headers["lenvm-predicted-tokens"]) in expected
         assert reply.status_code == 200, reply.text
@@ -197,7 +205,8 @@ def test_a_stream_tells_how_far_it_is(engines: Engines) -> None:
         "model": "tiny",
         "prompt": "hello",
         "max_tokens": 50,
-        "length_target": 20,
+        "length_target": WHOLE | {"tokens": 20},
+        "logit_bias": {str(THINK): -100.0},
         "stream": True,
     }
     body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
@@ -236,7 +245,7 @@ def test_parts_of_a_text_that_thinks(engines: Engines, sampling: dict[str, Any])
 def test_a_limit_leaves_an_answer_behind_the_thinking(engines: Engines) -> None:
     """The tiny model closes no thinking by itself. By default the answer alone counts."""
     at_most = {"mode": "at_most", "tokens": 24}
-    bans = {"logit_bias": {"256": -100.0, str(MARKER): -100.0}}  # as far as it is asked
+    bans = {"logit_bias": {str(token): -100.0 for token in (256, THINK, MARKER)}}
     reply = chat(engines.little, length_target=at_most, **bans)
     assert ids(reply).index(MARKER) + 1 == 60 - 6
     assert reply["choices"][0]["message"]["content"]

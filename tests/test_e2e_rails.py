@@ -11,6 +11,8 @@ from tests.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.e2e
 
+END = 256
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, str]]:
@@ -36,9 +38,10 @@ def tokens(reply: httpx.Response) -> int:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_exact(served, length, temperature):
     target = {"tokens": length, "tolerance": 0.0}
-    reply = complete(served[0], length_target=target, temperature=temperature)
+    asked = {"temperature": temperature, "return_token_ids": True}
+    reply = complete(served[0], length_target=target, **asked)
     assert tokens(reply) == length
-    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert reply.json()["choices"][0]["token_ids"][-1] == END
 
 
 def test_default_rails_and_one_sided_modes(served):
@@ -53,16 +56,18 @@ def test_the_end_comes_before_the_wall(served):
     """Of max_tokens, and of the context: 512 tokens, 12 of the prompt."""
     for wall in (100, 95, 90):
         for target in (100, {"mode": "at_most", "tokens": 120}):
-            reply = complete(served[0], length_target=target, max_tokens=wall, temperature=1.0)
+            asked = {"max_tokens": wall, "temperature": 1.0, "return_token_ids": True}
+            reply = complete(served[0], length_target=target, **asked)
             assert tokens(reply) <= wall
-            assert reply.json()["choices"][0]["finish_reason"] == "stop"
+            assert reply.json()["choices"][0]["token_ids"][-1] == END
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "h" * 400}],
         "length_target": {"mode": "at_least", "tokens": 30},
+        "return_token_ids": True,
     }
     reply = served[0].post("/v1/chat/completions", json=body)
-    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert reply.json()["choices"][0]["token_ids"][-1] == END
     assert 30 <= tokens(reply) < 112
     body["length_target"] = 150  # that the prompt leaves no room for
     assert served[0].post("/v1/chat/completions", json=body).status_code == 400
@@ -104,11 +109,11 @@ def test_a_tool_call_is_neither_cut_nor_held_open(served):
         reply = complete(
             served[0],
             length_target=at_least,
-            allowed_token_ids=[256, 258, 259],
+            allowed_token_ids=[END, 258, 259],
             **asked | {"seed": seed},
         )
         *text, end = reply.json()["choices"][0]["token_ids"]
-        assert end == 256
+        assert end == END
         assert 258 in text  # before a call the end is held back
         assert len(text) < 49
 
