@@ -91,6 +91,7 @@ def create_app(
 
     app = FastAPI(title="LenVM value server", lifespan=lifespan)
     app.state.served = served
+    app.state.metrics = metrics
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, answer=answer)
 
     @app.exception_handler(RequestError)

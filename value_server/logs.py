@@ -38,6 +38,8 @@ def configure(form: Literal["text", "json"]) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for client in ("httpx", "httpx2"):  # of the model hub, a line for each file
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def log_refusal(request: Request, error: RequestError) -> None:

@@ -11,8 +11,15 @@ Each counts once for every answered step, so their averages add up.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+    start_http_server,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -71,6 +78,18 @@ class Metrics:
         self._queue.observe(job.queue_seconds)
         self._prefill.observe(job.prefill_seconds)
         self._compute.observe(job.compute_seconds)
+
+    def listen(self, host: str, port: int, cert: Path | None, key: Path | None) -> int:
+        """Show the figures, and nothing else, on a port of their own; the port (another for 0).
+
+        https where a certificate is given. Raises OSError where the port is not to be had.
+        """
+        files = {"certfile": str(cert), "keyfile": str(key)} if cert and key else {}
+        try:
+            server, _thread = start_http_server(port, host, self.registry, **files)
+        except OSError as error:
+            raise OSError(f"metrics_port: {host}:{port}: {error.strerror}") from error
+        return int(server.server_port)
 
     def render(self) -> bytes:
         """The text format of Prometheus."""

@@ -51,6 +51,9 @@ def serve(
     try:
         app = build_app(checkpoint, settings)
         trace(app)
+        if settings.metrics_port is not None:
+            files = settings.tls_cert, settings.tls_key
+            app.state.metrics.listen(settings.host, settings.metrics_port, *files)
     except Exception as error:  # a dozen libraries read a model, each with its own errors
         log.debug("load failed", exc_info=error)
         sys.exit(f"error: cannot serve {checkpoint}: {_one_line(error)}")

@@ -22,6 +22,12 @@ class ServerSettings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8100, ge=0, le=65535, description="TCP port.")
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port that shows /metrics, and nothing else, without a token.",
+    )
     uds: Path | None = Field(default=None, description="Unix socket to listen on instead.")
     device: str = Field(default="auto", description="Of the model; auto is cuda if there is one.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
