@@ -1,9 +1,9 @@
-# make setup: everything into .venv; make demo; make serve; make test
+# make setup: everything into .venv; make demo; make serve; make test; make containers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo serve test unit lint
+.PHONY: setup demo serve test unit lint containers
 
 setup: $(VENV)/.ready
 
@@ -27,3 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds the images and runs the compose file's cpu profile (tests/containers).
+containers: setup
+	@$(BIN)/python -m tests.containers $(VENV)/share/SmolLM2-135M-Instruct

@@ -1,13 +1,14 @@
 """The files that deploy: each is read by its own format's checker, and names only what exists.
 
-No image is built here. What the images run is: their commands, on this machine, from the wheel
-that they install.
+No image is built here (tests/containers does that). What the images run is: their commands, on
+this machine, from the wheel that they install.
 """
 
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ from value_server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
-MANIFESTS = sorted((DEPLOY / "kubernetes").glob("[!k]*.yaml"))
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = ("cpu", "gpu")
+KIND = {"values": "StatefulSet", "vllm": "Deployment"}
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -42,9 +46,10 @@ def compose() -> dict[str, Any]:
     return found
 
 
-def test_dockerfile() -> None:
+@pytest.mark.parametrize("path", [ROOT / "Dockerfile", *ROOT.glob("tests/*/*.Dockerfile")], ids=str)
+def test_dockerfile(path: Path) -> None:
     run = subprocess.run(
-        [Path(sys.executable).with_name("hadolint"), ROOT / "Dockerfile"],
+        [Path(sys.executable).with_name("hadolint"), path],
         capture_output=True,
         text=True,
         check=False,
@@ -58,15 +63,79 @@ def test_compose_file() -> None:
         compose_spec.PyCompose.from_yaml("services: {a: {image: a, prots: []}}")
 
 
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(KUBERNETES.glob("*/[!k]*.yaml")), ids=lambda path: path.stem
+)
 def test_manifests(path: Path) -> None:
     for document in documents(path):
         kubernetes_validate.validate(document, "1.33", strict=True)
 
 
-def test_every_manifest_is_applied() -> None:
-    (kustomization,) = documents(DEPLOY / "kubernetes" / "kustomization.yaml")
-    assert sorted(kustomization["resources"]) == [path.name for path in MANIFESTS]
+@pytest.mark.parametrize("folder", ["base", "cache"])
+def test_every_manifest_is_applied(folder: str) -> None:
+    (kustomization,) = documents(KUBERNETES / folder / "kustomization.yaml")
+    files = [path.name for path in (KUBERNETES / folder).glob("[!k]*.yaml")]
+    assert sorted(kustomization["resources"]) == sorted(files)
+
+
+def rendered(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What `kubectl apply -k` sends, by kind and name, each of it valid."""
+    run = subprocess.run(
+        ["kubectl", "kustomize", folder], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = list(yaml.safe_load_all(run.stdout))
+    for document in found:
+        kubernetes_validate.validate(document, "1.33", strict=True)
+    return {(document["kind"], document["metadata"]["name"]): document for document in found}
+
+
+def pods(objects: dict[tuple[str, str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of what `rendered` gave: each pod's specification, by its app."""
+    return {app: objects[kind, app]["spec"]["template"]["spec"] for app, kind in KIND.items()}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay(overlay: str) -> None:
+    """Each container has its image, what it needs of the node, and no neighbour's variables."""
+    objects = rendered(KUBERNETES / overlay)
+    images = {"cpu": ("values", "cpu"), "gpu": ("values-cuda", "cuda")}[overlay]
+    for (app, pod), tag in zip(pods(objects).items(), images, strict=True):
+        (container,) = pod["containers"]
+        assert container["image"] == f"lenvm-vllm:{tag}"
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (overlay == "gpu")
+        assert set(container["resources"]["requests"]) == {"cpu", "memory"}
+        assert "memory" in container["resources"]["limits"]
+        assert pod["enableServiceLinks"] is False
+        (user,) = set(re.findall(r"^USER (\d+):", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+        assert pod["securityContext"]["runAsUser"] == int(user)
+        scraped = objects[KIND[app], app]["spec"]["template"]["metadata"]["annotations"]
+        assert int(scraped["prometheus.io/port"]) in [
+            p["containerPort"] for p in container["ports"]
+        ]
+    assert objects["Deployment", "vllm"]["spec"]["strategy"] == {"type": "Recreate"}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_cache(tmp_path: Path, overlay: str) -> None:
+    """The component puts every pod's models on a claim."""
+    (tmp_path / "kustomization.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "resources": [os.path.relpath(KUBERNETES / overlay, tmp_path)],
+                "components": [os.path.relpath(KUBERNETES / "cache", tmp_path)],
+            }
+        )
+    )
+    objects = rendered(tmp_path)
+    volumes = {app: {v["name"]: v for v in pod["volumes"]} for app, pod in pods(objects).items()}
+    (template,) = objects["StatefulSet", "values"]["spec"]["volumeClaimTemplates"]
+    assert template["metadata"]["name"] == "models"
+    assert "models" not in volumes["values"]
+    claim = volumes["vllm"]["models"]["persistentVolumeClaim"]["claimName"]
+    assert ("PersistentVolumeClaim", claim) in objects
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
@@ -96,7 +165,7 @@ def environments() -> list[dict[str, str]]:
         for name, service in compose()["services"].items()
         if name.startswith(("vllm", "values"))
     ]
-    for path in MANIFESTS:
+    for path in (KUBERNETES / "base").glob("v*.yaml"):
         for document in documents(path):
             pod = document.get("spec", {}).get("template", {}).get("spec", {})
             found += [{e["name"]: e["value"] for e in c["env"]} for c in pod.get("containers", ())]
@@ -128,9 +197,9 @@ def test_dashboard_and_autoscaler_name_metrics_that_exist() -> None:
     exposed |= set(re.findall(r"^(lenvm_\w+)", figures.render().decode(), re.MULTILINE))
     dashboard = json.loads((DEPLOY / "grafana" / "lenvm.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    (_, rules) = documents(DEPLOY / "kubernetes" / "autoscaling.yaml")
+    (_, rules) = documents(KUBERNETES / "base" / "autoscaling.yaml")
     named = set(re.findall(r"lenvm_\w+", " ".join(queries)))
-    named |= set(re.findall(r"lenvm_\w+bucket", rules["data"]["config.yaml"]))
+    named |= set(re.findall(r"lenvm_\w+(?:bucket|count)", rules["data"]["config.yaml"]))
     assert named <= exposed
     assert len(queries) > 12
 
@@ -143,8 +212,8 @@ def dockerfile_list(keyword: str) -> list[list[str]]:
 
 
 def test_what_the_images_run(tmp_path: Path) -> None:
-    """The wheel, and nothing else of this checkout, serves by the images' command and passes their
-    health check."""
+    """The wheel, and nothing else of this checkout, serves by the command of the image `values` and
+    passes its health check."""
     build = ["-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path / "wheels")]
     subprocess.run([sys.executable, *build, str(ROOT)], check=True)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
@@ -152,8 +221,8 @@ def test_what_the_images_run(tmp_path: Path) -> None:
     install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run([sys.executable, *install], check=True)
     checkpoint, port = tiny_checkpoint(tmp_path / "checkpoint"), free_port()
-    (command, *others), (health, *_) = dockerfile_list("CMD"), dockerfile_list("HEALTHCHECK")
-    assert others == [command]
+    (command,) = (words for words in dockerfile_list("CMD") if words[:2] == ["lenvm", "serve"])
+    (health,) = (words for words in dockerfile_list("HEALTHCHECK") if "8100" in words[-1])
     (name,) = (part for part in command if part.startswith("/opt/lenvm/"))
     assert (ROOT / name.removeprefix("/opt/lenvm/")).is_dir()
     here = {name: str(checkpoint), "0.0.0.0": "127.0.0.1", "lenvm": str(site / "bin" / "lenvm")}
@@ -168,10 +237,19 @@ def test_what_the_images_run(tmp_path: Path) -> None:
     assert subprocess.run(health, env=env, check=False, stderr=subprocess.DEVNULL).returncode != 0
 
 
-def test_commands_of_compose_are_commands() -> None:
-    for service in compose()["services"].values():
-        command = service.get("command")
-        if isinstance(command, str) and "serve" in command:
-            words = shlex.split(command)
-            assert words[words.index("serve") - 1] in ("vllm", "lenvm", "/opt/lenvm/vllm_cli.py")
-            assert ("--logits-processors" in words) == ("vllm" in " ".join(words[:2]))
+def test_commands_of_vllm() -> None:
+    """All load the plugin and let running requests end, within the time that they get for it."""
+    services = [s for n, s in compose()["services"].items() if n.startswith("vllm")]
+    (deployment,) = (
+        d for d in documents(KUBERNETES / "base" / "vllm.yaml") if "template" in d["spec"]
+    )
+    pod = deployment["spec"]["template"]["spec"]
+    graces = [int(service["stop_grace_period"].removesuffix("s")) for service in services]
+    commands = [shlex.split(service["command"]) for service in services]
+    graces.append(pod["terminationGracePeriodSeconds"])
+    commands.append(pod["containers"][0]["args"])
+    for words, grace in zip(commands, graces, strict=True):
+        assert words[words.index("--logits-processors") + 1] == "lenvm_vllm"
+        assert int(words[words.index("--shutdown-timeout") + 1]) + 20 <= grace
+    for words in dockerfile_list("ENTRYPOINT"):
+        assert words[-1] == "serve"

@@ -153,3 +153,35 @@ def test_no_prompt_and_no_token_in_the_log(checkpoint: Path) -> None:
         assert "merger" not in text
         assert "hunter2" not in text
         assert str(ids)[1:-1] not in text
+
+
+def test_metrics_on_a_port_of_their_own(checkpoint: Path) -> None:
+    """They need no token there, and nothing else is to be had; a busy port is told at once."""
+    port = free_port()
+    flags = ("--metrics-port", str(port))
+    url = f"http://127.0.0.1:{port}"
+    with served(checkpoint, *flags, LENVM_TOKEN="hunter2") as (server, _):
+        assert httpx.get(f"{server}/metrics").status_code == 401
+        with as_client(server, "hunter2") as client:
+            assert step(client, ("a", 0, [1], [2])).unknown == []
+        for path in ("/metrics", wire.MODEL_PATH):
+            assert "lenvm_step_seconds_count 1.0" in httpx.get(url + path).text
+        assert httpx.post(url + wire.STEP_PATH, content=step_body(("b", 0, [1], [2]))).is_error
+        second = launch(str(checkpoint), "--port", str(free_port()), *flags)
+        _, log = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"metrics_port: 127.0.0.1:{port}: Address already in use" in log
+
+
+def test_metrics_port_is_encrypted_where_the_other_is(checkpoint: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "key.pem")
+    files = ("--tls-cert", str(tmp_path / "key.pem"), "--tls-key", str(tmp_path / "key.pem"))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    port = free_port()
+    flags = (*files, "--metrics-port", str(port))
+    with served(checkpoint, *flags, scheme="https", verify=context):
+        text = httpx.get(f"https://127.0.0.1:{port}/metrics", verify=context).text
+    assert "lenvm_sessions 0.0" in text

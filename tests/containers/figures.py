@@ -1,28 +1,38 @@
-"""What Prometheus, and so the dashboard, gets to see."""
+"""What Prometheus, and so the dashboard and the autoscaler, get to see."""
 
 import json
 import math
 from typing import Any
 
 import httpx
+import yaml
 
 from tests.containers.checks import wait_until
 from tests.containers.clients import Tally
 from tests.containers.shell import ROOT, say
 from tests.containers.stack import Stack
 
-RANGE = "3m"  # in place of Grafana's variable: all of the run so far
+RANGE = "3m"  # in place of Grafana's variable
 
 
 def queries() -> list[str]:
-    """Of the dashboard."""
+    """Of the dashboard, and of the autoscaler's adapter as it would ask for one pod."""
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "lenvm.json").read_text())
     found = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    return [query.replace("$__rate_interval", RANGE) for query in found]
+    return [query.replace("$__rate_interval", RANGE) for query in found] + [autoscaled()]
+
+
+def autoscaled() -> str:
+    """The adapter's query, with a label that is here in place of a pod's."""
+    path = ROOT / "deploy" / "kubernetes" / "base" / "autoscaling.yaml"
+    (_, rules) = yaml.safe_load_all(path.read_text())
+    (rule,) = yaml.safe_load(rules["data"]["config.yaml"])["rules"]
+    query = str(rule["metricsQuery"]).replace("<<.GroupBy>>", "job")
+    return query.replace("<<.LabelMatchers>>", 'job="values"')
 
 
 def figures(stack: Stack, tally: Tally) -> None:
-    """Prometheus reads both servers, and every query of the dashboard has an answer with data."""
+    """Prometheus reads both servers, and every query that stands in our files has an answer with data."""
     say("Prometheus")
     seen = wait_until(lambda: states(stack) == {"values": "up", "vllm": "up"})
     tally.check(seen, f"targets: {states(stack)}")
