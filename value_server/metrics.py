@@ -84,9 +84,9 @@ class Metrics:
 
         https where a certificate is given. Raises OSError where the port is not to be had.
         """
-        files = {"certfile": str(cert), "keyfile": str(key)} if cert and key else {}
+        cert_file, key_file = (str(path) if path else None for path in (cert, key))
         try:
-            server, _thread = start_http_server(port, host, self.registry, **files)
+            server, _thread = start_http_server(port, host, self.registry, cert_file, key_file)
         except OSError as error:
             raise OSError(f"metrics_port: {host}:{port}: {error.strerror}") from error
         return int(server.server_port)

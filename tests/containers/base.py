@@ -122,7 +122,7 @@ def _import(docker: dict[str, str], root: Path, links: str) -> None:
     say(f"debootstrap {RELEASE}")
     flags = ("--variant=minbase", f"--include={PACKAGES}")
     log = root.with_suffix(".log")
-    run("debootstrap", *flags, RELEASE, root, mirror()[0], timeout=400, output=log)
+    run("debootstrap", *flags, RELEASE, root, mirror(), timeout=400, output=log)
     run("chroot", root, "ln", "-sf", "python3", "/usr/bin/python")
     for marker in root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
         marker.unlink()

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from tests.containers.shell import CommandError, run, say, works
 
-PACKAGES = ("docker.io", "debootstrap", "iptables", "iproute2")
+COMMANDS = {"dockerd": "docker.io", "debootstrap": "debootstrap", "iptables": "iptables"}
+COMMANDS |= {"ip": "iproute2"}  # each with its package
+ROOM_GB = 12
 PLUGINS = ("docker-compose", "docker-buildx")
 PLUGINS_RELEASE = "trixie"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -33,12 +35,13 @@ class NoEngineError(Exception):
 def engine(folder: Path) -> Iterator[dict[str, str]]:
     """The environment in which `docker` reaches an engine. Raises NoEngineError.
 
-    folder: an empty one, on a disk with 12 GB to spare.
+    folder: an empty one, on a disk with room.
     """
     env: dict[str, str] = {}
     if not _answers(env):
         _check_host()
-        _install(PACKAGES)
+        _check_room(folder)
+        _install([package for command, package in COMMANDS.items() if not shutil.which(command)])
     if not works("docker", "compose", "version") or not works("docker", "buildx", "version"):
         _check_host()
         env["DOCKER_CONFIG"] = str(_plugins(folder / "config"))
@@ -50,14 +53,15 @@ def engine(folder: Path) -> Iterator[dict[str, str]]:
         yield env | {"DOCKER_HOST": socket}
 
 
-def mirror() -> tuple[str, str]:
-    """Address of the Debian archive that this machine's apt uses, and the machine's release."""
+def mirror() -> str:
+    """Address of the Debian archive that this machine's apt uses. Raises NoEngineError."""
     release = _os_release()["VERSION_CODENAME"]
     wanted = ("Identifier: Packages", "Origin: Debian", f"Codename: {release}", "Component: main")
-    found = run("apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted).split()
-    if not found:
-        raise NoEngineError(f"apt knows no Debian archive of {release}")
-    return found[0], release
+    try:
+        found = run("apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted).split()
+        return found[0]
+    except (CommandError, IndexError) as error:
+        raise NoEngineError(f"apt knows no Debian archive of {release}") from error
 
 
 def _answers(env: Mapping[str, str]) -> bool:
@@ -77,8 +81,14 @@ def _check_host() -> None:
         raise NoEngineError("no container engine answers, and this is no Debian to install one on")
 
 
-def _install(packages: tuple[str, ...]) -> None:
-    say(f"apt-get install {' '.join(packages)}")
+def _check_room(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < ROOM_GB:
+        raise NoEngineError(f"{folder}: {free:.0f} GB free, {ROOM_GB} needed")
+
+
+def _install(packages: list[str]) -> None:
+    say(f"apt-get update; install {' '.join(packages) or 'nothing more'}")
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     wait = ("-o", "DPkg::Lock::Timeout=120")
     works("apt-get", *wait, "update", timeout=180, env=env)  # an archive of others may be away
@@ -97,7 +107,7 @@ def _plugins(config: Path) -> Path:
     lists = config / "lists"
     (lists / "partial").mkdir(parents=True)
     source = config / "sources.list"
-    source.write_text(f"deb [signed-by={KEYRING}] {mirror()[0]} {PLUGINS_RELEASE} main\n")
+    source.write_text(f"deb [signed-by={KEYRING}] {mirror()} {PLUGINS_RELEASE} main\n")
     options = {
         "Dir::Etc::SourceList": str(source),
         "Dir::Etc::SourceParts": "-",

@@ -32,7 +32,7 @@ def autoscaled() -> str:
 
 
 def figures(stack: Stack, tally: Tally) -> None:
-    """Prometheus reads both servers, and every query that stands in our files has an answer with data."""
+    """Prometheus reads both servers, and every query in our files has an answer with data."""
     say("Prometheus")
     seen = wait_until(lambda: states(stack) == {"values": "up", "vllm": "up"})
     tally.check(seen, f"targets: {states(stack)}")
