@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.containers import checks
 from tests.containers.base import base_images
 from tests.containers.clients import Client, Tally
@@ -43,6 +45,8 @@ def main() -> int:
     except NoEngineError as error:
         say(f"CONTAINERS NOT TESTED: {error}")
         result = {"skipped": str(error)}
+    except CommandError as error:
+        result = {"healthy": False, "wrong": [str(error)]}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(result), flush=True)
@@ -57,8 +61,8 @@ def examine(stack: Stack, folder: Path) -> dict[str, Any]:
         for name, size in sizes.items():
             tally.check(size <= LIMIT_GB[name], f"the image {name} has {size} GB")
         run_checks(stack, tally)
-    except (CommandError, ValueError) as error:
-        tally.check(False, str(error))
+    except (CommandError, ValueError, httpx.HTTPError) as error:
+        tally.check(False, str(error) or repr(error))
     finally:
         if tally.wrong:
             say(stack.logs())

@@ -138,14 +138,17 @@ def _unpack(package: str, flags: list[str], folder: Path) -> None:
 def _network_as_it_was() -> Iterator[None]:
     """Forwarding, firewall rules and links, which a daemon changes and leaves behind."""
     forwarding, links = FORWARDING.read_text(), {link.name for link in LINKS.iterdir()}
-    rules = {table: run("iptables-save", "-t", table) for table in ("filter", "nat")}
+    try:
+        rules = {table: run("iptables-save", "-t", table) for table in ("filter", "nat")}
+    except CommandError as error:
+        raise NoEngineError(str(error)) from error
     try:
         yield
     finally:
         for link in {link.name for link in LINKS.iterdir()} - links:
             works("ip", "link", "delete", link)
         for table, text in rules.items():
-            run("iptables-restore", "-T", table, text=text or f"*{table}\nCOMMIT\n")
+            works("iptables-restore", "-T", table, text=text or f"*{table}\nCOMMIT\n")
         FORWARDING.write_text(forwarding)
 
 

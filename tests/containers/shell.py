@@ -57,10 +57,15 @@ def run(
     return (done.stdout or b"").decode(errors="replace")
 
 
-def works(*command: str | Path, timeout: float = 60, env: Mapping[str, str] | None = None) -> bool:
+def works(
+    *command: str | Path,
+    timeout: float = 60,
+    env: Mapping[str, str] | None = None,
+    text: str | None = None,
+) -> bool:
     """Whether the command is there and succeeds."""
     try:
-        run(*command, timeout=timeout, env=env)
+        run(*command, timeout=timeout, env=env, text=text)
     except CommandError:
         return False
     return True

@@ -92,6 +92,9 @@ class Stack:
             return str(error)
 
     def down(self) -> None:
-        """Containers, network and volumes go."""
+        """Containers, network and volumes go, as far as that can be had."""
         self.chosen = {}
-        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
+        try:
+            self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
+        except CommandError as error:
+            say(f"something is left: {error}")
