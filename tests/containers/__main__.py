@@ -48,6 +48,8 @@ def main() -> int:
     except CommandError as error:
         result = {"healthy": False, "wrong": [str(error)]}
     finally:
+        signal.alarm(0)
+        say("removing what was built")
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(result), flush=True)
     return 0 if result.get("healthy") or "skipped" in result else 1
