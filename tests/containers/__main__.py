@@ -30,7 +30,7 @@ from tests.containers.stack import SERVICES, Stack
 
 TOKEN = "a-token-of-this-test"
 LIMIT_GB = {"cpu": 2.8, "values": 1.5}
-LONGEST_S = 20 * 60
+LONGEST_S = 25 * 60
 
 
 def main() -> int:
