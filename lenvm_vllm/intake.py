@@ -6,7 +6,7 @@ prompt, and a copy of the parameters that is the engine's own.
 
 from typing import Any
 
-from lenvm_vllm.admission import check_admission, resolved
+from lenvm_vllm.admission import check_admission, only_prefills, resolved
 from lenvm_vllm.rails import rails_of
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.sampling import take_from
@@ -31,7 +31,8 @@ def take_in(config: Any, request: Any) -> None:
         params.thinking_token_budget,
         config=config,
     )
-    _hold_stop_strings(params, target)
+    if not only_prefills(config):
+        _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.
     take_from(params, penalties=not config.use_v2_model_runner)
 
@@ -40,7 +41,7 @@ def _check_context(target: LengthTarget, prompt: int, params: Any, config: Any) 
     """The context ends a text as max_tokens does. Raises LengthTargetError."""
     room = config.model_config.max_model_len - prompt
     least = rails_of(target).behind(target.prefix_tokens).first
-    if least > room:
+    if least > room and not only_prefills(config):
         raise LengthTargetError(
             f"length_target: {least} tokens at least, a prompt of {prompt} leaves {room}"
         )

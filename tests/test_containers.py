@@ -1,5 +1,9 @@
 """The parts of the container test (tests/containers) that need no container."""
 
+import json
+import os
+import subprocess
+import sys
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -9,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from tests.containers.base import pip_settings
 from tests.containers.hub import Hub
+from tests.containers.shell import ROOT
 from tests.tiny import tiny_checkpoint
 
 
@@ -50,3 +55,20 @@ def test_hub_of_the_container_test_is_one_for_its_client(tmp_path: Path) -> None
     for name in names:
         assert (Path(got) / name).read_bytes() == (folder / name).read_bytes()
     assert (part.status_code, part.content) == (206, (folder / "config.json").read_bytes()[2:6])
+
+
+def test_without_an_engine_it_says_so(tmp_path: Path) -> None:
+    """No docker on the PATH, and nobody who could install one: skipped, loudly, and no error."""
+    code = "import os, tests.containers.__main__ as m; os.geteuid = lambda: 1000; exit(m.main())"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "model"],
+        cwd=ROOT,
+        env=os.environ | {"PATH": str(tmp_path), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0
+    assert list(json.loads(run.stdout)) == ["skipped"]
+    assert "CONTAINERS NOT TESTED: no container engine answers" in run.stderr
+    assert list(tmp_path.iterdir()) == []

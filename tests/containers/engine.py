@@ -1,8 +1,8 @@
 """A container engine: the one that answers, or one of our own for the length of a block.
 
-Our own is Debian's, with a socket, a data root and a bridge that are gone afterwards, as are its
-firewall rules. Compose and buildx come from the next release of Debian, since this one has
-neither; they are unpacked, not installed.
+Our own is Debian's, with socket and data in a folder that is the caller's to remove. Afterwards
+bridge and firewall rules are what they were. Compose and buildx come from the next release of
+Debian, since this one has neither; they are unpacked, not installed.
 """
 
 import contextlib
@@ -154,7 +154,7 @@ def _network_as_it_was() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _daemon(folder: Path) -> Iterator[str]:
-    """Address of a dockerd of our own, whose containers and images go with the block."""
+    """Address of a dockerd of our own, which keeps everything in `folder`."""
     socket = f"unix://{folder}/docker.sock"
     roots = ("--data-root", folder / "data", "--exec-root", folder / "exec")
     files = ("--pidfile", folder / "docker.pid", "--host", socket, "--bip", BRIDGE)
@@ -168,7 +168,6 @@ def _daemon(folder: Path) -> Iterator[str]:
         yield socket
     finally:
         _end(child)
-        shutil.rmtree(folder / "data", ignore_errors=True)
 
 
 def _wait_for(child: subprocess.Popen[bytes], socket: str, log: Path) -> None:
