@@ -20,7 +20,7 @@ from lenvm_vllm.client import CircuitOpen, ValueServerError
 from lenvm_vllm.enforce import enforce_inplace
 from lenvm_vllm.guide import Client, Guide
 from lenvm_vllm.metrics import Counters
-from lenvm_vllm.progress import FORCED, KEY, LANDING, VALUED, Progress
+from lenvm_vllm.progress import FORCED, GAVE_WAY, KEY, LANDING, VALUED, Progress
 from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.sampling import OwnSampling
@@ -133,7 +133,7 @@ class EngineRows:
             p_end=p_end,
             expected=[0.0 if f else s.expected for s, f in zip(states, forced, strict=True)],
             flags=[
-                FORCED * f | LANDING * s.landing | VALUED * s.valued
+                FORCED * f | LANDING * s.landing | VALUED * s.valued | GAVE_WAY * s.gave_way
                 for s, f in zip(states, forced, strict=True)
             ],
             steps=[s.steps for s in states],

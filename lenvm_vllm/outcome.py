@@ -66,6 +66,7 @@ class Outcome:
             "tokens": self.length if step is None else step.counted,
             "end": None if step is None else self.end,
             "forced": None if step is None else self.forced,
+            "passed_rail": None if step is None else step.gave_way,
             "steps": None if step is None else step.steps,
             "steered_steps": None if step is None else step.steered,
             "endings": endings,

@@ -30,7 +30,7 @@ logger = logging.getLogger("vllm.lenvm")
 KEY = "lenvm_key"  # in `vllm_xargs`: 32 hexadecimal digits
 ROWS = 4096  # texts that an engine process knows, ended ones included, until they are replaced
 RING = 64  # steps
-FORCED, LANDING, VALUED = 1, 2, 4  # flags of a step
+FORCED, LANDING, VALUED, GAVE_WAY = 1, 2, 4, 8  # flags of a step
 
 _PREFIX = "progress-"
 _STEP = np.dtype(
@@ -53,6 +53,7 @@ class Step:
     expected: tokens still to come behind that token, NaN where there were no values.
     forced: whether a rail made it the end. landing: whether the target raised ends there.
     valued: whether the values were there when they were last asked for.
+    gave_way: whether a grammar kept the end from its rail.
     steps, steered: steps of the text up to the last one known, and those that values steered.
     """
 
@@ -62,6 +63,7 @@ class Step:
     forced: bool
     landing: bool
     valued: bool
+    gave_way: bool
     steps: int
     steered: int
 
@@ -185,6 +187,7 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | N
         forced=bool(flags & FORCED),
         landing=bool(flags & LANDING),
         valued=bool(flags & VALUED),
+        gave_way=bool(flags & GAVE_WAY),
         steps=int(row["steps"]),
         steered=int(row["steered"]),
     )

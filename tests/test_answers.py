@@ -69,6 +69,7 @@ def test_what_a_result_says() -> None:
         "tokens": 11,
         "end": "cut",
         "forced": True,
+        "passed_rail": False,
         "steps": 11,
         "steered_steps": 10,
         "endings": 1,

@@ -247,10 +247,12 @@ def test_a_limit_leaves_an_answer_behind_the_thinking(engines: Engines) -> None:
     at_most = {"mode": "at_most", "tokens": 24}
     bans = {"logit_bias": {str(token): -100.0 for token in (256, THINK, MARKER)}}
     reply = chat(engines.little, length_target=at_most, **bans)
-    assert ids(reply).index(MARKER) + 1 == 60 - 6
+    # A quarter of the limit is left for the answer; a character that has begun comes first.
+    assert 54 <= ids(reply).index(MARKER) + 1 <= 57
     assert reply["choices"][0]["message"]["content"]
     reply = chat(engines.little, length_target=at_most | {"scope": "completion"}, **bans)
-    assert (ids(reply).index(MARKER) + 1, len(ids(reply))) == (18, 24)
+    assert 18 <= ids(reply).index(MARKER) + 1 <= 21
+    assert len(ids(reply)) == 24
     assert reply["choices"][0]["message"]["content"]
 
 

@@ -96,7 +96,10 @@ def test_a_grammar_has_the_last_word(served):
         structured_outputs={"regex": "[a-z]{10}"},
         length_target={"mode": "at_most", "tokens": 5},
     )
-    assert (tokens(whole), len(whole.json()["choices"][0]["text"])) == (11, 10)
+    (choice,) = whole.json()["choices"]
+    assert (tokens(whole), len(choice["text"])) == (11, 10)
+    assert choice["length_result"]["passed_rail"] is True
+    assert done.json()["choices"][0]["length_result"]["passed_rail"] is False
 
 
 def test_a_tool_call_is_neither_cut_nor_held_open(served):

@@ -173,9 +173,15 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
 
 
 def test_layers_that_are_left_out_are_no_news(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """transformers has a page of its own about them; what else is not used is one line."""
+    monkeypatch.setattr(log, "handlers", [])  # a server in this process may have set it up
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "disabled", False)
     path = write_base(tmp_path) / "model.safetensors"
     caplog.clear()
     load_backbone(str(tmp_path), num_layers=1)
