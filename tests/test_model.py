@@ -4,6 +4,7 @@ Odds of passing by luck: the outputs of a tiny model spread by 0.03 and more, th
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 
 from trainer.train import WEIGHTS, LoraShape, Tune, build_model
 from value_server.contract.checkpoint import CheckpointError, LenvmConfig
-from value_server.model import ValueHead, ValueModel, load_backbone
+from value_server.model import ValueHead, ValueModel, load_backbone, log
 
 CONFIGS = [LlamaConfig, Qwen2Config, Qwen3Config]
 TUNES: list[Tune] = ["full", "lora", "head"]
@@ -179,9 +180,11 @@ def test_layers_that_are_left_out_are_no_news(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """transformers has a page of its own about them; what else is not used is one line."""
-    monkeypatch.setattr(log, "handlers", [])  # a server in this process may have set it up
-    monkeypatch.setattr(log, "propagate", True)
+    # What ran in this process before may have set up logging in a way of its own.
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)
     monkeypatch.setattr(log, "disabled", False)
+    monkeypatch.setattr(log.manager, "disable", logging.NOTSET)
     path = write_base(tmp_path) / "model.safetensors"
     caplog.clear()
     load_backbone(str(tmp_path), num_layers=1)
