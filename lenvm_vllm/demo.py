@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm_vllm.machine import COMPILE_OFF, has_compiler
+from lenvm_vllm.playground import PAGE
 from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, left_by_signals, running
 from value_server.contract.listen import check_port
 
@@ -52,7 +53,7 @@ class Answer:
 
 
 @contextlib.contextmanager
-def both_servers(port: int, value_port: int) -> Iterator[str]:
+def both_servers(port: int, value_port: int, playground: bool = False) -> Iterator[str]:
     """Base URL of a guided vLLM with its value server beside it."""
     value_url = f"http://{HOST}:{value_port}"
     url = f"http://{HOST}:{port}"
@@ -70,6 +71,7 @@ def both_servers(port: int, value_port: int) -> Iterator[str]:
         "--enforce-eager",  # compiling takes longer than it saves here
     ]
     env = {"LENVM_URL": value_url, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    env["LENVM_PLAYGROUND"] = str(playground)
     if not has_compiler():
         env[COMPILE_OFF] = "1"  # else a request with logprobs would end the engine
     with (
@@ -181,11 +183,11 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
 
 def run(port: int, value_port: int, serve: bool) -> list[Answer]:
     """The answers of all arms; with `serve` only a signal ends it."""
-    with both_servers(port, value_port) as url:
+    with both_servers(port, value_port, playground=serve) as url:
         if not serve:
             return compare(url)
         servers = f"vLLM: {url}/v1   value server: http://{HOST}:{value_port}"
-        print(f"{servers}   Ctrl-C ends both", flush=True)
+        print(f"playground: {url}{PAGE}   {servers}   Ctrl-C ends both", flush=True)
         while True:
             signal.pause()
 

@@ -23,6 +23,7 @@ from lenvm_vllm.forecast import Forecast
 from lenvm_vllm.forms import watched
 from lenvm_vllm.metrics import exposition, waiting_requests
 from lenvm_vllm.names import HINT, is_meant, misplaced
+from lenvm_vllm.playground import Playground
 from lenvm_vllm.progress import Known
 from lenvm_vllm.request import FIELD, LengthTarget, LengthTargetError, is_prefill, number
 from lenvm_vllm.sentences import tokenizer_of
@@ -37,6 +38,7 @@ class LengthTargetMiddleware:
         self._app = app
         settings = load_settings(_served("additional_config"))
         self._forecast = Forecast(settings) if settings.forecast else None
+        self._playground = Playground() if settings.playground else None
         self._settings = settings
         self._known = Known()
         rounds = asyncio.Semaphore(settings.endings_at_once)
@@ -51,6 +53,8 @@ class LengthTargetMiddleware:
             await self._answer(scope, receive, send)
         elif method == "POST" and path in FORMS:
             await self._app(scope, watched(receive), send)
+        elif self._playground is not None and self._playground.serves(method, path):
+            await self._playground(scope, path, send)
         else:
             await self._app(scope, receive, send)
 

@@ -14,6 +14,8 @@ from fractions import Fraction
 from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
 
 LEAST = 2  # tokens of a text: a word and the end
+EARLY = 0.5  # of w, that the landing of equal_to begins before its target
+TWICE = 2.0  # w: the landing of a limit, which is behind it
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,16 @@ def _before(aim: Aim, railed: LengthTarget, wall: int) -> Aim:
     tokens = first + round(part * (wall - first))
     rails = aim.rails if aim.rails.last is None else Rails(first, wall)
     return replace(aim, low=tokens, high=tokens, landing=float(wall - tokens), rails=rails)
+
+
+def landing_span(target: LengthTarget) -> tuple[float, float] | None:
+    """Tokens between which an end is brought about; None where none is."""
+    if target.mode in ("at_least", "tilt") or target.policy == "greedy":
+        return None
+    aim = aim_of(target)
+    if target.mode == "equal_to":
+        return aim.high - EARLY * aim.landing, aim.high + aim.landing
+    return aim.high - TWICE * aim.landing, aim.high
 
 
 def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_eos: bool) -> None:

@@ -53,6 +53,7 @@ class Settings(BaseSettings):
     forecast: predict the length of each answer before it is written, for the response header
         and, under `--scheduling-policy priority`, for the queue.
     aging: tokens a second by which the queue prefers what came earlier.
+    playground: serve the page for trying lengths by hand, at /lenvm on vLLM's own port.
     max_candidates: candidates per request and step at most.
     scored_mass, max_scored: the most probable candidates, up to this share of their probability
         together and to this number, are scored; the others count with their mean. The policy
@@ -76,6 +77,7 @@ class Settings(BaseSettings):
     thinking_end_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     forecast: bool = False
     aging: float = Field(10.0, ge=0)
+    playground: bool = False
     max_candidates: int = Field(64, ge=1)
     scored_mass: float = Field(0.9, gt=0, le=1)
     max_scored: int = Field(8, ge=2)

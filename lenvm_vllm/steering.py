@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lenvm_vllm.rails import EARLY, TWICE
 from lenvm_vllm.request import NATURAL
 from lenvm_vllm.sentences import SENTENCE
 from value_server.contract.values import length_from_logit, value_from_length, value_from_logit
@@ -48,7 +49,6 @@ _SMALLEST_TILT, _LARGEST_TILT = 1e-6, 1e4
 _SAME = 1e-9  # values nearer to each other than this are one
 _NEVER = 1e-9  # probabilities of an end below this are rounding: none
 LANDING_NATS = 6.0  # a third of it at the target of equal_to
-EARLY = 0.5  # of w, that the landing of equal_to begins before its target
 LANDING_REACH = 6.0  # times max_kl, in the landing of equal_to
 
 
@@ -84,7 +84,7 @@ class Goals:
     @property
     def span(self) -> Tensor:
         """(B,) tokens of the landing."""
-        return torch.where(self.mode == EQUAL_TO, 1 + EARLY, 2.0) * self.landing
+        return torch.where(self.mode == EQUAL_TO, 1 + EARLY, TWICE) * self.landing
 
     @property
     def landed(self) -> Tensor:

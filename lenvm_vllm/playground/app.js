@@ -1,0 +1,167 @@
+// The page: a wish goes out as two requests, and their answers stream side by side.
+
+import { AnswerPanel } from "./answer.js";
+import * as api from "./api.js";
+import { Chart } from "./chart.js";
+import { bindCopies } from "./copy.js";
+import { aimOf, bindForm, limitDials, wishOf } from "./form.js";
+import * as requests from "./request.js";
+
+const PAUSE_MS = 150; // between the last change of the form and the question where its rails are
+const MARGIN = 1.1; // of the bars, beyond what they show
+const MOST = 1200; // tokens of an answer that no target bounds
+const NO_RAILS = { first: 1, last: null, landing: null };
+
+const find = (id) => document.getElementById(id);
+const form = find("wish");
+const chart = new Chart(find("chart"));
+const guided = new AnswerPanel(find("guided"), (part) => chart.choose(part?.tokens ?? null));
+const unguided = new AnswerPanel(find("unguided"));
+const panels = [guided, unguided];
+
+const state = {
+  most: MOST,
+  rails: NO_RAILS,
+  asked: null, // the latest question where the rails are, to give up
+  running: null, // the answers that are being written, to stop
+  timer: 0,
+  isDue: false, // a drawing is
+};
+
+const key = () => find("key").value.trim(); // in memory only, and nowhere else
+
+async function loadModels() {
+  const notice = find("notice");
+  notice.hidden = true;
+  try {
+    const models = await api.models(key());
+    form.elements.model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
+    const longest = Math.min(...models.map((model) => model.max_model_len ?? Infinity));
+    state.most = Math.min(MOST, Math.floor(0.6 * longest));
+    limitDials(form, Math.floor(longest / 2));
+  } catch (error) {
+    const isLocked = error.status === 401;
+    if (isLocked) find("key-field").hidden = false;
+    notice.textContent = isLocked ? "This server asks for its API key." : wordsOf(error);
+    notice.hidden = false;
+  }
+  showRequests();
+}
+
+function showRequests() {
+  const wish = wishOf(form);
+  find("curl").textContent = requests.asCurl(wish, api.BASE, Boolean(key()));
+  find("python").textContent = requests.asPython(wish, api.BASE, Boolean(key()));
+}
+
+function changed() {
+  showRequests();
+  clearTimeout(state.timer);
+  state.timer = setTimeout(showRails, PAUSE_MS);
+}
+
+// Where the guided text may end, or what is wrong with the wish, in the server's words.
+async function showRails() {
+  clearTimeout(state.timer);
+  state.asked?.abort();
+  const asked = (state.asked = new AbortController());
+  const wish = wishOf(form);
+  const line = find("bounds");
+  try {
+    state.rails = await api.railsOf(wish.target, asked.signal);
+    line.textContent = boundsOf(state.rails, wish.target);
+  } catch (error) {
+    if (asked.signal.aborted) return;
+    state.rails = NO_RAILS;
+    line.textContent = wordsOf(error);
+  }
+  line.classList.toggle("error", state.rails === NO_RAILS);
+  if (state.running) return;
+  if (chart.end !== null) chart.clear();
+  chart.plan(aimOf(wish), state.rails);
+}
+
+function boundsOf({ first, last, landing }, { mode, beta }) {
+  if (mode === "tilt") {
+    return beta < 0 ? "Shorter answers." : beta > 0 ? "Longer answers." : "Changes nothing.";
+  }
+  const ends =
+    first > 1 && last !== null ? (first === last ? `at token ${last}` : `from token ${first} to ${last}`)
+    : first > 1 ? `from token ${first} on`
+    : last !== null ? `up to token ${last}`
+    : "anywhere";
+  const aimed = landing ? `; brought about from ${Math.max(1, Math.round(landing[0]))} on` : "";
+  return `An end is allowed ${ends}${aimed}.`;
+}
+
+async function run() {
+  state.running?.abort();
+  const running = (state.running = new AbortController());
+  await showRails();
+  const wish = wishOf(form);
+  const [aim, rails] = [aimOf(wish), state.rails];
+  chart.clear();
+  chart.plan(aim, rails);
+  for (const panel of panels) panel.wait(aim, panel === guided ? rails : NO_RAILS);
+  find("stop").disabled = false;
+  find("said").textContent = "Both answers are being written.";
+  await Promise.all([
+    follow(guided, requests.guided(wish, state.most, rails), running.signal),
+    follow(unguided, requests.unguided(wish, state.most), running.signal),
+  ]);
+  if (state.running !== running) return;
+  state.running = null;
+  find("stop").disabled = true;
+  find("said").textContent = panels.map((panel) => panel.said).join(" ");
+}
+
+async function follow(panel, request, signal) {
+  panel.begin();
+  try {
+    for await (const part of api.answer(request, key(), signal)) {
+      panel.add(part);
+      if (panel === guided) {
+        if (part.finish) chart.finish(panel.tokens);
+        else chart.add(panel.tokens, part.expected);
+      }
+      drawSoon();
+    }
+    panel.stop();
+  } catch (error) {
+    if (signal.aborted) panel.stop("stopped");
+    else panel.fail(wordsOf(error));
+  }
+  drawSoon();
+}
+
+// Once a frame at most, both bars to the same scale.
+function drawSoon() {
+  if (state.isDue) return;
+  state.isDue = true;
+  requestAnimationFrame(() => {
+    state.isDue = false;
+    const { aim, rails } = guided;
+    const wanted = Math.max(rails.last ?? 0, aim.high ?? 0, aim.low ?? 0);
+    const most = MARGIN * Math.max(1, wanted, ...panels.map((panel) => panel.reach));
+    for (const panel of panels) panel.draw(most);
+    chart.draw();
+  });
+}
+
+function wordsOf(error) {
+  return error instanceof api.Refused ? error.message : `The server does not answer (${error.message}).`;
+}
+
+bindForm(form, changed);
+bindCopies();
+find("key").addEventListener("change", loadModels);
+find("stop").addEventListener("click", () => state.running?.abort());
+find("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  run();
+});
+loadModels();
+showRails();
