@@ -155,6 +155,11 @@ function wordsOf(error) {
 bindForm(form, changed);
 bindCopies();
 find("key").addEventListener("change", loadModels);
+find("key").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault(); // it would ask before it knows the model
+  loadModels();
+});
 find("stop").addEventListener("click", () => state.running?.abort());
 find("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
