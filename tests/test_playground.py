@@ -4,6 +4,7 @@ driven in a browser by test_e2e_playground."""
 import asyncio
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -86,6 +87,12 @@ def test_all_that_the_page_names_is_there():
         named |= {PAGE + module for module in modules}
     assert named == {PAGE + name for name in FILES if name != "index.html"}
     assert all(get(f"/{name}")[0] == 200 for name in named)
+
+
+def test_the_wheel_has_all_files():
+    project = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["lenvm_vllm.playground"]
+    assert {p.name for pattern in patterns for p in FOLDER.glob(pattern)} == set(FILES)
 
 
 def test_nothing_comes_from_elsewhere():

@@ -30,7 +30,7 @@ export class AnswerPanel {
 
   // A new answer is awaited. aim: {low, high}, rails: {first, last}.
   wait(aim, rails) {
-    Object.assign(this, { aim, rails, tokens: 0, rest: null, since: null, whole: false });
+    Object.assign(this, { aim, rails, tokens: 0, rest: null, first: null, since: null });
     this.text.clear();
     this.section.dataset.end = "";
     this.error.hidden = true;
