@@ -54,7 +54,7 @@ def main() -> None:
                 bar.update(task, completed=progress["tokens"], total=total)
             if result:
                 bar.update(task, completed=result["tokens"], total=result["tokens"])
-    print(f"{result['tokens']} tokens, {result['end']} end")
+    print(f"\n{result['tokens']} tokens, {result['end']} end")
 
 
 if __name__ == "__main__":
