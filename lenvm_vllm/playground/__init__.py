@@ -51,25 +51,29 @@ class Playground:
 
     async def __call__(self, scope: Any, path: str, send: Any) -> None:
         """path: as of `serves`."""
-        status, kind, body, more = 200, _TEXT, b"", {}
+        more: dict[str, str] = {}
         if path == PAGE and scope["path"].endswith("/"):
-            status, more = 307, {"location": f"..{PAGE}"}  # its links count from without the slash
-        elif path == RAILS:
-            status, kind, body = _rails(scope["query_string"])
-        elif path in self._files:
-            kind, body = self._files[path]
+            status, kind, body = 307, _TEXT, b""
+            more["location"] = f"..{PAGE}"  # its links count from without the slash
         else:
-            status, body = 404, b"no such file"
+            status, kind, body = self._look_up(path, scope["query_string"])
         headers = _HEADERS | more | {"content-type": kind, "content-length": str(len(body))}
         encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": encoded})
-        await send(
-            {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
-        )
+        shown = b"" if scope["method"] == "HEAD" else body
+        await send({"type": "http.response.body", "body": shown})
+
+    def _look_up(self, path: str, query: bytes) -> tuple[int, str, bytes]:
+        """Status, content type and body."""
+        if path == RAILS:
+            return _rails(query)
+        if path in self._files:
+            return 200, *self._files[path]
+        return 404, _TEXT, b"no such file"
 
 
 def _rails(query: bytes) -> tuple[int, str, bytes]:
-    """Status, content type and body: the rails and the landing of a length target, in tokens.
+    """As `_look_up`: the rails and the landing of a length target, in tokens.
 
     400 says what is wrong with it, in the words of a request's own.
     """
