@@ -46,7 +46,7 @@ class LengthTargetMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         method = scope["method"] if scope["type"] == "http" else None
-        path = None if method is None else _path(scope)
+        path = "" if method is None else _path(scope)
         if method == "GET" and path == "/metrics":
             await self._app(_plain(scope), receive, _with_ours(send))
         elif method == "POST" and path in PATHS:

@@ -40,6 +40,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         # The first answer of a tiny model takes no time.
         **{
             "LENVM_FORECAST": "true",
+            "LENVM_PLAYGROUND": "true",
             "LENVM_ENDINGS_PATIENCE": "100",
             "PYTHONPATH": str(Path(__file__).parents[1]),
         },
@@ -206,3 +207,13 @@ def test_a_forecast_of_parts(client: httpx.Client) -> None:
         seen.add(reply.headers["lenvm-predicted-tokens"])
     assert len(seen) == 1
     assert post(client, CHAT, messages=HELLO, max_tokens=3, priority="high").status_code == 400
+
+
+def test_the_playground_needs_no_key_but_its_requests_do(client):
+    with httpx.Client(base_url=client.base_url, trust_env=False) as stranger:
+        page = stranger.get("/lenvm")
+        assert page.status_code == 200
+        assert page.headers["content-security-policy"].startswith("default-src 'none'")
+        assert stranger.get("/lenvm/app.js").headers["content-type"].startswith("text/javascript")
+        assert stranger.get("/v1/models").status_code == 401
+    assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 512

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from lenvm_vllm.rails import landing_span, rails_of
-from lenvm_vllm.request import FIELD, LengthTarget
+from lenvm_vllm.request import FIELD, LengthTarget, LengthTargetError
 
 PAGE = "/lenvm"
 RAILS = f"{PAGE}/rails"  # ?length_target=JSON: where such a text may end
@@ -44,9 +44,9 @@ class Playground:
         files[PAGE] = files.pop(f"{PAGE}/index.html")
         self._files = {path: (_TYPES[p.suffix], p.read_bytes()) for path, p in files.items()}
 
-    def serves(self, method: str | None, path: str | None) -> bool:
+    def serves(self, method: str | None, path: str) -> bool:
         """path: without a root path, and without a slash at its end."""
-        below = path is not None and (path == PAGE or path.startswith(f"{PAGE}/"))
+        below = path == PAGE or path.startswith(f"{PAGE}/")
         return below and method in ("GET", "HEAD")
 
     async def __call__(self, scope: Any, path: str, send: Any) -> None:
@@ -79,8 +79,8 @@ def _rails(query: bytes) -> tuple[int, str, bytes]:
     """
     asked = parse_qs(query.decode("latin-1")).get(FIELD, [""])[0]
     try:
-        target = LengthTarget.parse(json.loads(asked))
-    except ValueError as error:
+        target = LengthTarget.parse(asked)
+    except LengthTargetError as error:
         return 400, _JSON, json.dumps({"error": {"message": str(error)}}).encode()
     rails, landing = rails_of(target), landing_span(target)
     told = {"first": rails.first, "last": rails.last, "landing": landing}
