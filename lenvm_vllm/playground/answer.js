@@ -31,9 +31,8 @@ export class AnswerPanel {
 
   // A new answer is awaited. aim: {low, high}, rails: {first, last}, both in the unit.
   wait(aim, rails, unit) {
-    Object.assign(this, { aim, rails, unit, tokens: 0, text: "", rest: null, first: null });
-    this.since = null;
-    this.marks.clear();
+    Object.assign(this, { aim, rails, unit, tokens: 0, text: "", rest: null, since: null });
+    this.marks.clear(aim.high ?? aim.low ?? 0);
     this.section.dataset.end = "";
     this.error.hidden = true;
     for (const part of [this.verdict, this.time, this.badge, this.account]) part.textContent = "";
@@ -51,9 +50,7 @@ export class AnswerPanel {
     this.text += part.text;
     if (part.finish) this.rest = 0;
     else if (part.expected !== undefined) this.rest = this.#inUnit(part.expected);
-    this.first ??= this.rest;
-    const whole = this.aim.high ?? this.aim.low ?? this.first;
-    this.marks.add(part, part.expected == null ? null : this.rest / whole, this.amount);
+    this.marks.add(part, part.expected == null ? null : this.rest, this.amount);
     if (part.finish) this.#end(part);
   }
 

@@ -13,24 +13,28 @@ export class TokenText {
     box.addEventListener("keydown", (event) => this.#move(event));
   }
 
-  clear() {
+  // most: expected rest that has the full colour, or more where more is expected.
+  clear(most = 0) {
+    this.most = most;
     this.box.replaceChildren();
     this.line.textContent = "";
     this.parts = new Map(); // of each mark
     this.chosen = null;
   }
 
-  // part: {text, tokens, expected, pEnd}. far: share of the wanted length that was expected still;
-  // null: not known. at: length of the text with this part.
-  add(part, far, at) {
+  // part: {text, tokens, expected, pEnd}. rest: expected behind it; null: not known. at: length of
+  // the text with this part. Both are in the unit.
+  add(part, rest, at) {
     if (!part.text) return;
     if (part.tokens === undefined) return this.box.append(part.text); // a whole answer
     const atEnd = this.box.scrollTop + this.box.clientHeight >= this.box.scrollHeight - 4;
     const mark = document.createElement("span");
     mark.textContent = part.text;
-    if (far !== null) {
+    if (rest !== null) {
+      this.most = Math.max(this.most, rest);
+      this.box.style.setProperty("--most", this.most);
       mark.className = "known";
-      mark.style.setProperty("--far", Math.min(1, far).toFixed(3));
+      mark.style.setProperty("--expected", rest);
     }
     this.parts.set(mark, { ...part, at });
     this.box.append(mark);
