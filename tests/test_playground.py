@@ -177,7 +177,7 @@ def test_rails_of_nonsense_are_a_400_in_the_words_of_a_request(query, words):
 def test_landing_is_that_of_steering():
     """steering counts it in shares of itself, row by row; here it is drawn."""
     torch = pytest.importorskip("torch")
-    from lenvm_vllm.rails import landing_of
+    from lenvm_vllm.rails import aim_of
     from lenvm_vllm.steering import AT_MOST, EQUAL_TO, Goals
 
     for mode, target in (
@@ -188,7 +188,7 @@ def test_landing_is_that_of_steering():
         assert span is not None
         for at, landed in zip(span, (0, 1), strict=True):
             rest = torch.tensor([200.0 - at], dtype=torch.float64)
-            width = torch.tensor([landing_of(target)], dtype=torch.float64)
+            width = torch.tensor([aim_of(target).landing], dtype=torch.float64)
             zero = torch.zeros(1, dtype=torch.float64)
             goals = Goals(torch.tensor([mode]), zero.bool(), rest, rest, width, zero, zero, 0.99)
             assert goals.landed.item() == pytest.approx(landed)
