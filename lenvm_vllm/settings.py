@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     tls_ca: Path | None = None
     timeout_s: float = Field(2.0, gt=0)
     max_kl: float = Field(0.2, ge=0)
-    endings: int = Field(16, ge=1, le=64)
+    endings: int = Field(8, ge=1, le=64)
     endings_at_once: int = Field(4, ge=1)
     endings_patience: float = Field(1.0, ge=0)
     top_k: int = Field(15, ge=1)
