@@ -16,6 +16,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SECONDS = 60
 
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(autouse=True)
+def _hang_up_is_not_ignored() -> Iterator[None]:
+    """Whoever runs these tests may have been started by nohup, which children inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 @contextmanager
 def in_background(*command: str) -> Iterator[tuple[psutil.Process, "subprocess.Popen[str]"]]:
