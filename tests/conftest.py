@@ -4,7 +4,6 @@ because the machine is busy. And, where asked for, a machine without compilers."
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from tests.bare import hide_compilers
@@ -16,7 +15,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
-torch.set_num_threads(1)  # more of them wait for each other where the models are tiny
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
