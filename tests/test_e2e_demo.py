@@ -23,12 +23,20 @@ def demo(port: int, value_port: int) -> list[str]:
     return [sys.executable, "-m", "lenvm_vllm.cli", "demo", "--serve", *ports]
 
 
+def command(process: psutil.Process) -> str:
+    """Its command line; empty for one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie is one of these too
+        return ""
+
+
 def below(process: psutil.Process, name: str) -> list[psutil.Process]:
     """All processes below, once one of them has this name."""
     limit = time.monotonic() + SECONDS
     while time.monotonic() < limit:
         processes = process.children(recursive=True)
-        if any(name in " ".join(child.cmdline()) for child in processes if child.is_running()):
+        if any(name in command(child) for child in processes):
             return processes
         time.sleep(0.1)
     raise AssertionError(f"no {name}")
