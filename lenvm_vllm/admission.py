@@ -7,9 +7,10 @@ into the engine, where the limits are known that vLLM itself filled in.
 from typing import Any
 
 from lenvm_vllm.parts import Markers, call_markers
-from lenvm_vllm.rails import LEAST, Rails, check_limits, rails_of
+from lenvm_vllm.rails import LEAST, Rails, bounds_of, check_limits, needed_by
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.settings import Settings, load_settings
+from value_server.contract.units import UNITS
 
 
 def resolved(target: LengthTarget, config: Any) -> LengthTarget:
@@ -69,8 +70,9 @@ def check_admission(
                 f"length_target.scope: {target.scope!r} needs to know the tokens that end the "
                 "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
             )
-    whole = rails_of(target)
+    whole = needed_by(target)
     _check_room(target, whole)
+    _check_unit(target, min_tokens, config)
     if whole.last is not None and target.prefix_tokens >= max(1, whole.last):
         raise LengthTargetError(
             f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
@@ -95,12 +97,27 @@ def check_admission(
 def _check_room(target: LengthTarget, rails: Rails) -> None:
     """Raises LengthTargetError for a text that could only be empty."""
     most = target.limits[1] if rails.last is None else rails.last
-    if target.mode in ("tilt", "at_least") or target.scope == "thinking" or most >= LEAST:
+    free = target.mode in ("tilt", "at_least") or target.unit != UNITS[0]
+    if free or target.scope == "thinking" or most >= LEAST:
         return
     name = "max_tokens" if target.mode == "range" else "tokens"
     raise LengthTargetError(
         f"length_target.{name}: {target.limits[1]} leaves no room for a word, the end is a token"
     )
+
+
+def _check_unit(target: LengthTarget, min_tokens: int, config: Any) -> None:
+    """Raises LengthTargetError where words or characters cannot be counted, or kept."""
+    if target.unit == UNITS[0]:
+        return
+    name, given = f"length_target.{target.unit}", target.limits[1]
+    if config is not None and config.model_config.skip_tokenizer_init:
+        raise LengthTargetError(f"{name}: {given} needs a tokenizer, this vLLM has none")
+    if min_tokens > 1 and bounds_of(target).last is not None:
+        raise LengthTargetError(
+            f"min_tokens: {min_tokens} contradicts {name}, a limit in another unit; "
+            f"mode 'range' takes min_{target.unit}"
+        )
 
 
 def markers_of(vllm_config: Any, settings: Settings, tokenizer: Any = None) -> Markers:

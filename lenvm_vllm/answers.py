@@ -61,6 +61,7 @@ class Answers:
                 tell=lambda text: self._tell(text, self._outcome(text, key)),
                 step=lambda ids: self.known.step(key, ids, len(ids)),
                 every=self.target.progress,
+                unit=self.target.unit,
                 wants_ids=request.get("return_token_ids") is True,
             )
             await self.app(scope, replay([request_of(json.dumps(asked).encode())], receive), told)

@@ -15,13 +15,16 @@ class Characters:
     """Of the tokens that are not whole characters: there are some hundred in a vocabulary."""
 
     def __init__(self, pieces: dict[int, bytes]) -> None:
-        self._pieces = pieces
+        """pieces: the bytes of each such token."""
+        self.pieces = pieces
 
     @classmethod
     def of(cls, tokenizer: Any, texts: dict[int, str]) -> "Characters":
-        """texts: of each token alone."""
+        """texts: of each token in the middle of a text."""
         broken = [i for i, text in texts.items() if "\ufffd" in text]
-        names = zip(broken, tokenizer.convert_ids_to_tokens(broken), strict=True)
+        names = zip(
+            broken, tokenizer.convert_ids_to_tokens(broken, skip_special_tokens=True), strict=True
+        )
         bytes_of = {i: _bytes_of(name) for i, name in names}
         return cls({i: piece for i, piece in bytes_of.items() if piece is not None})
 
@@ -29,7 +32,7 @@ class Characters:
         """Bytes that the last character of a text lacks."""
         end = b""
         for token in reversed(text[-LONGEST:]):
-            if (piece := self._pieces.get(token)) is None:
+            if (piece := self.pieces.get(token)) is None:
                 break
             end = piece + end
         return _missing(end)
@@ -37,14 +40,14 @@ class Characters:
     def unfinished(self, text: Sequence[int], room: int) -> list[int]:
         """Tokens behind which the text would lack more than `room` bytes."""
         before = text[-LONGEST:]
-        return [i for i in self._pieces if self.missing([*before, i]) > room]
+        return [i for i in self.pieces if self.missing([*before, i]) > room]
 
     def continuing(self, text: Sequence[int], room: int) -> list[int]:
         """Tokens that go on with the text's last character, and leave no more than `room`."""
         before = text[-LONGEST:]
         return [
             i
-            for i, piece in self._pieces.items()
+            for i, piece in self.pieces.items()
             if _continues(piece[0]) and self.missing([*before, i]) <= room
         ]
 
@@ -74,8 +77,10 @@ def _alphabet() -> dict[str, int]:
 _LETTERS = _alphabet()
 
 
-def _bytes_of(name: str) -> bytes | None:
+def _bytes_of(name: str | bytes) -> bytes | None:
     """The bytes of a token by its name in the vocabulary; None where that does not tell."""
+    if isinstance(name, bytes):
+        return name
     if match := _BYTE.fullmatch(name):
         return bytes([int(match[1], 16)])
     if name and all(letter in _LETTERS for letter in name):

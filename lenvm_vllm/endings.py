@@ -28,13 +28,15 @@ from lenvm_vllm.rails import rails_of
 from lenvm_vllm.request import PREFIX, LengthTarget
 from lenvm_vllm.sentences import SENTENCE
 from lenvm_vllm.texts import texts_of
+from lenvm_vllm.tokenizer import decoded
+from value_server.contract.units import CHARACTERS, UNITS, WORDS
 
 logger = logging.getLogger("vllm.lenvm")
 
 ROUND = 4  # endings that are sampled side by side
 TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
 NARROW = 0.5  # of the tolerance is theirs: with several at hand the target may be met closer
-ROOM = 4  # tokens of it that they keep
+ROOM = {"tokens": 4, WORDS: 3, CHARACTERS: 16}  # of it that they keep
 NEAR = 0.25  # of the tolerance, or a token, that a good ending may miss its target by
 _CUT = ENDS.index("cut")
 _CONTEXT = 8  # tokens before a text that may tell how it is decoded
@@ -58,10 +60,10 @@ def can_continue(request: dict[str, Any], target: LengthTarget) -> bool:
 
 def narrowed(target: LengthTarget) -> LengthTarget:
     """The target of other endings, whose rails are nearer."""
-    tolerance, tokens = target.tolerance, target.tokens
-    if target.mode != "equal_to" or tolerance is None or tokens is None:
+    tolerance = target.tolerance
+    if target.mode != "equal_to" or tolerance is None:
         return target
-    nearer = min(tolerance, max(tolerance * NARROW, ROOM / tokens))
+    nearer = min(tolerance, max(tolerance * NARROW, ROOM[target.unit] / target.limits[0]))
     return target.model_copy(update={"tolerance": nearer})
 
 
@@ -140,7 +142,8 @@ class Endings(Answers):
     ) -> None:
         assert self.bounds is not None
         best, nearer = draft.outcome.faults(self.target), narrowed(self.target)
-        cut = min(draft.sampled, self.target.limits[1]) - TAIL
+        counts = self.target.unit == UNITS[0]
+        cut = min(draft.sampled, self.target.limits[1] if counts else draft.sampled) - TAIL
         while draft.endings < self.endings and not self._is_good(*best):
             async with self.bounds.rounds:
                 if self.bounds.waiting() > 0:
@@ -159,7 +162,7 @@ class Endings(Answers):
     ) -> list[tuple[list[int], Outcome]]:
         """Tokens and outcomes of other endings behind the draft's first `cut` tokens.
 
-        A length is that of the whole text. None where vLLM refused them.
+        An outcome is that of the whole text. None where vLLM refused them.
         """
         assert self.bounds is not None
         key, counters = uuid.uuid4().hex, self.bounds.counters
@@ -173,9 +176,9 @@ class Endings(Answers):
         draft.sampled += answer["usage"]["completion_tokens"]
         draft.endings += len(answer["choices"])
         return [
-            (text.ids or [], replace(outcome, length=cut + outcome.length))
+            (ids, replace(outcome, length=cut + outcome.length, text=draft.text_with(cut, ids)))
             for text in texts_of(answer)
-            for outcome in [text.outcome(self.known, key)]
+            for ids, outcome in [(text.ids or [], text.outcome(self.known, key))]
         ]
 
     def _continuation(self, request: dict[str, Any], draft: "Draft", cut: int) -> dict[str, Any]:
@@ -233,7 +236,7 @@ class Draft:
         """Whether its tokens are its text: no part of them went elsewhere, as a thinking does."""
         known = self.choice.get("message", self.choice)
         text = known.get("content", known.get("text"))
-        return bool(self.prompt_ids and self.ids) and self._text() == text
+        return bool(self.prompt_ids and self.ids) and self.text_with(len(self.ids), []) == text
 
     def end_with(self, cut: int, ids: list[int], outcome: Outcome) -> None:
         """Take another ending, behind the first `cut` tokens."""
@@ -242,7 +245,7 @@ class Draft:
             steered = min(cut, before.steered) + step.steered
             step = replace(step, steps=cut + step.steps, steered=steered)
         self.ids, self._changed = self.ids[:cut] + ids, True
-        self.outcome = replace(outcome, text=self._text(), step=step)
+        self.outcome = replace(outcome, step=step)
 
     def answer(self) -> dict[str, Any]:
         """As the client gets it, `usage` counting what is returned."""
@@ -258,14 +261,11 @@ class Draft:
             usage["total_tokens"] = usage["prompt_tokens"] + len(self.ids)
         return self._answer
 
-    def _text(self) -> str:
-        """Decoded as vLLM does it, behind the prompt."""
+    def text_with(self, cut: int, ids: list[int]) -> str:
+        """Its first `cut` tokens and others behind them, decoded behind the prompt."""
         before = self.prompt_ids[-_CONTEXT:]
-        skipped = len(self._decode(before))
-        return self._decode([*before, *self.ids])[skipped:]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        skipped = len(decoded(self._tokenizer, before))
+        return decoded(self._tokenizer, [*before, *self.ids[:cut], *ids])[skipped:]
 
 
 def _as_text(scope: Any) -> Any:

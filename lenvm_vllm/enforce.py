@@ -1,4 +1,5 @@
-"""What the rails do to a row's logits: ends held back, or forced, and no character cut.
+"""What the rails do to a row's logits: ends held back, or forced, no limit of words or characters
+passed, and no character cut.
 
 A token at -inf (grammar, allowed tokens) stays there, and a row is never emptied.
 """
@@ -7,29 +8,28 @@ import torch
 from torch import Tensor
 
 from lenvm_vllm.candidates import eos_index
-from lenvm_vllm.characters import LONGEST, Characters
+from lenvm_vllm.characters import LONGEST
+from lenvm_vllm.letters import Letters
 from lenvm_vllm.state import RequestState
 
 Tokens = dict[int, list[int]]  # of a row
 
 
-def enforce_inplace(
-    logits: Tensor, states: dict[int, RequestState], characters: Characters
-) -> set[int]:
+def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> set[int]:
     """logits: (batch, V). Returns the rows whose next token is forced."""
-    held, broken, due = _rails_in(states, characters)
+    held, broken, due = _rails_in(states, letters)
     _hold_inplace(logits, held)
     _hold_inplace(logits, broken)
+    _limit_inplace(logits, {row: s for row, s in states.items() if row not in due and s.is_limited})
     _force_inplace(logits, due)
     return set(due)
 
 
-def _rails_in(
-    states: dict[int, RequestState], characters: Characters
-) -> tuple[Tokens, Tokens, Tokens]:
+def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens, Tokens, Tokens]:
     """Ends that the next token must not be, parts of characters that it must not be, and tokens
     of which it must be one; no character is cut."""
     held, broken, due = {}, {}, {}
+    characters = letters.characters
     for row, state in states.items():
         text, room = state.output_ids, state.text_left
         missing = characters.missing(text)
@@ -39,10 +39,25 @@ def _rails_in(
         if not due[row] and room is not None and room < LONGEST:
             broken[row] = characters.unfinished(text, room)
             due[row] = characters.continuing(text, room) if missing > room else []
+        if not due[row] and state.room == 0 and not missing and letters.ends_sentence(text):
+            due[row] = state.proper_ends  # the last word that there may be has its full stop
     held, broken, due = (
         {row: tokens for row, tokens in rows.items() if tokens} for rows in (held, broken, due)
     )
     return held, broken, due
+
+
+def _limit_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:
+    """Close all tokens but the ends with which a limit of words or characters would be passed."""
+    for row, state in states.items():
+        assert state.counter is not None
+        closed = state.counter.closed(state.room, logits.device)
+        own = logits[row].clone()
+        open_ends = [token for token in state.ends if token < len(own)]
+        railed = torch.full_like(own, -torch.inf)  # also what no text is known of
+        railed[: len(closed)] = own[: len(closed)].masked_fill(closed[: len(own)], -torch.inf)
+        railed[open_ends] = own[open_ends]
+        logits[row] = torch.where(railed.isneginf().all(), own, railed)
 
 
 def _hold_inplace(logits: Tensor, held: Tokens) -> None:

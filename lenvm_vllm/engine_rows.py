@@ -15,18 +15,18 @@ from torch import Tensor
 
 from lenvm_vllm.admission import markers_of, resolved
 from lenvm_vllm.candidates import Writes, eos_index
-from lenvm_vllm.characters import Characters
 from lenvm_vllm.client import CircuitOpen, ValueServerError
 from lenvm_vllm.enforce import enforce_inplace
 from lenvm_vllm.guide import Client, Guide
+from lenvm_vllm.letters import Letters
 from lenvm_vllm.metrics import Counters
 from lenvm_vllm.progress import FORCED, GAVE_WAY, KEY, LANDING, VALUED, Progress
 from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.sampling import OwnSampling
-from lenvm_vllm.sentences import Sentences, texts_of, tokenizer_of
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import RequestState, session_of
+from lenvm_vllm.tokenizer import tokenizer_of
 from lenvm_vllm.vllm_names import (
     get_pp_group,
     get_tp_group,
@@ -34,6 +34,7 @@ from lenvm_vllm.vllm_names import (
 )
 from lenvm_vllm.vllm_sampling import cut_inplace, penalise_inplace
 from value_server.contract.checkpoint import tokenizer_fingerprint
+from value_server.contract.units import UNITS
 
 logger = logging.getLogger("vllm.lenvm")
 
@@ -48,12 +49,12 @@ class EngineRows:
         tokenizer = tokenizer_of(vllm_config)
         self._config = vllm_config
         self._markers = markers_of(vllm_config, settings, tokenizer)
-        sentences, self._characters = _letters(tokenizer)
+        self._letters = Letters(tokenizer, self._markers)
         self._guide = Guide(
             client,
             settings,
             lambda: None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            sentences,
+            self._letters.sentences,
         )
         # Where each rank samples requests of its own, each asks for its own.
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
@@ -74,6 +75,10 @@ class EngineRows:
             return None
         if target is None:
             return None
+        counter = self._letters.counter(target.unit, not params.skip_special_tokens)
+        if counter is None and target.unit != UNITS[0]:
+            logger.error("no %s are known; the request goes on without a length", target.unit)
+            return None
         if _leads():
             self._counters.add("requests")
         return RequestState(
@@ -83,6 +88,7 @@ class EngineRows:
             output_ids=output_ids,
             eos_ids=sorted(params.all_stop_token_ids),
             markers=self._markers,
+            counter=counter,
             max_tokens=params.max_tokens,
             temperature=params.temperature,
             own=OwnSampling.of(params),
@@ -98,10 +104,11 @@ class EngineRows:
         if state.gave_way and _leads():
             self._counters.add("gave_way")
         if (outcome := state.outcome()) is not None and _leads():
-            tokens, wanted = outcome
+            amount, wanted = outcome
+            off = abs(amount - wanted)
             self._counters.add("finished")
-            self._counters.add("deviation_tokens", abs(tokens - wanted))
-            self._counters.add("deviation_ratio", abs(tokens - wanted) / max(1, wanted))
+            self._counters.add("deviation_tokens", off if state.counter is None else 0)
+            self._counters.add("deviation_ratio", off / max(1, wanted))
 
     def steer_inplace(self, logits: Tensor, states: dict[int, RequestState]) -> None:
         """logits: (batch, V) float32; states: row → request. Other rows stay as they are."""
@@ -110,7 +117,7 @@ class EngineRows:
         _penalise_inplace(logits, states)
         told = {row: s for row, s in states.items() if s.row is not None and s.counts}
         p_end = _end_probabilities(logits, told)
-        forced = enforce_inplace(logits, states, self._characters)
+        forced = enforce_inplace(logits, states, self._letters)
         free = {row: s for row, s in states.items() if row not in forced and s.is_steered}
         counting = any(s.counts for s in states.values())
         writes = self._shared_plan(logits, free) if counting else None
@@ -194,17 +201,6 @@ class EngineRows:
         if trouble is None and self._trouble is not None:
             logger.info("length targets: the value server is back, requests are steered again")
         self._trouble = trouble
-
-
-def _letters(tokenizer: Any) -> tuple[Sentences | None, Characters]:
-    """None of a tokenizer that cannot tell them: texts are then led by values alone."""
-    try:
-        if tokenizer is not None:
-            texts = texts_of(tokenizer)
-            return Sentences(tokenizer, texts), Characters.of(tokenizer, texts)
-    except Exception as error:
-        logger.warning("length targets: no ends of sentences (%s: %s)", type(error).__name__, error)
-    return None, Characters({})
 
 
 def _leads() -> bool:

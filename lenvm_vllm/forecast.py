@@ -25,6 +25,7 @@ from lenvm_vllm.endpoint import async_http_client
 from lenvm_vllm.fields import text_of
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.settings import Settings
+from value_server.contract.units import PRIOR, UNITS
 from value_server.contract.wire import PREDICT_PATH
 
 _PAUSE_S = 5.0  # after a failure
@@ -65,7 +66,7 @@ class Forecast:
         """
         if target is None or target.scope != "completion" or target.mode == "tilt":
             return await self._predict(request)
-        low, high = target.limits
+        low, high = tokens_of(target).limits
         if low == high and target.mode not in ("at_most", "at_least"):
             return low
         natural = await self._predict(request)
@@ -103,6 +104,12 @@ class Forecast:
             except (httpx.HTTPError, ValueError, KeyError, TypeError, OverflowError):
                 server.silent_until = self._clock() + _PAUSE_S
         return None
+
+
+def tokens_of(target: LengthTarget) -> LengthTarget:
+    """The target in tokens, as many as its words or characters take in plain English."""
+    unit = target.unit
+    return target if unit == UNITS[0] else target.in_tokens(lambda n: 1 + round(n * PRIOR[unit]))
 
 
 def _prompt_of(request: dict[str, Any]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ prompt, and a copy of the parameters that is the engine's own.
 from typing import Any
 
 from lenvm_vllm.admission import check_admission, only_prefills, resolved
-from lenvm_vllm.rails import rails_of
+from lenvm_vllm.rails import needed_by, rails_of
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.sampling import take_from
 
@@ -40,7 +40,7 @@ def take_in(config: Any, request: Any) -> None:
 def _check_context(target: LengthTarget, prompt: int, params: Any, config: Any) -> None:
     """The context ends a text as max_tokens does. Raises LengthTargetError."""
     room = config.model_config.max_model_len - prompt
-    least = rails_of(target).behind(target.prefix_tokens).first
+    least = needed_by(target).behind(target.prefix_tokens).first
     if least > room and not only_prefills(config):
         raise LengthTargetError(
             f"length_target: {least} tokens at least, a prompt of {prompt} leaves {room}"

@@ -28,7 +28,7 @@ HELP = {
     "plan_seconds": "Time of all such steps, the value server's included.",
     "value_seconds": "Time in which they waited for the value server.",
     "finished": "Requests with a number of tokens that ended by themselves or by a rail.",
-    "deviation_tokens": "Tokens by which those missed what they asked for.",
+    "deviation_tokens": "Tokens by which those with a target in tokens missed it.",
     "deviation_ratio": "The same as shares of what they asked for.",
     "gave_way": "Requests whose upper rail gave way to a grammar or an allow-list.",
     "endings": "Other endings that were sampled.",

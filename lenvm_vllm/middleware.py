@@ -26,9 +26,9 @@ from lenvm_vllm.names import HINT, is_meant, misplaced
 from lenvm_vllm.playground import Playground
 from lenvm_vllm.progress import Known
 from lenvm_vllm.request import FIELD, LengthTarget, LengthTargetError, is_prefill, number
-from lenvm_vllm.sentences import tokenizer_of
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.state import REQUEST_ID
+from lenvm_vllm.tokenizer import tokenizer_of
 
 PREDICTED = "lenvm-predicted-tokens"  # response header
 

@@ -10,6 +10,7 @@ from typing import Any
 from lenvm_vllm.progress import Step
 from lenvm_vllm.request import NATURAL, LengthTarget
 from lenvm_vllm.sentences import ends_sentence
+from value_server.contract.units import UNITS, count
 
 RESULT = "length_result"
 ENDS = ("natural", "whole", "cut")  # best first
@@ -40,13 +41,14 @@ class Outcome:
         """Whether the target alone made it end here."""
         return self.step is not None and self.step.forced and not self.limited
 
-    def faults(self, target: LengthTarget, before: int = 0) -> tuple[int, int]:
-        """Less is better: the kind of its end, then the tokens by which it misses the target.
+    def amount(self, unit: str) -> int:
+        """Tokens, words or characters of it."""
+        return self.length if unit == UNITS[0] else count(self.text, unit)
 
-        before: tokens of the text that it continues.
-        """
+    def faults(self, target: LengthTarget) -> tuple[int, int]:
+        """Less is better: the kind of its end, then the units by which it misses the target."""
         low, high = target.limits
-        length = before + self.length
+        length = self.amount(target.unit)
         missed = {"at_most": length - high, "at_least": low - length}.get(
             target.mode, max(low - length, length - high)
         )
@@ -64,6 +66,7 @@ class Outcome:
         return {
             "target": {"mode": target.mode} | asked,
             "tokens": self.length if step is None else step.counted,
+            **{unit: self.amount(unit) for unit in UNITS[1:]},
             "end": None if step is None else self.end,
             "forced": None if step is None else self.forced,
             "passed_rail": None if step is None else step.gave_way,

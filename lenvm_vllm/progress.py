@@ -12,7 +12,6 @@ samples of one request have the same key: they are told apart by their last toke
 
 import contextlib
 import logging
-import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -66,13 +65,6 @@ class Step:
     gave_way: bool
     steps: int
     steered: int
-
-    def progress(self) -> dict[str, float | int | None]:
-        """What a stream tells of it: tokens so far, those that are expected still, and the
-        probability of an end where this one stands; None for what is not known."""
-        expected = round(self.expected, 1) if self.valued else None
-        p_end = None if math.isnan(self.p_end) else round(self.p_end, 6)
-        return {"tokens": self.counted, "expected": expected, "p_end": p_end}
 
 
 class Progress:

@@ -5,17 +5,23 @@ number of the last token is `usage.completion_tokens`:
 
     1 ........ first ........ last
     [no end   ) [end allowed ) end forced
+
+Words and characters are counted without it, see `bounds_of`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from lenvm_vllm.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
+from value_server.contract.units import CHARACTERS, UNITS, WORDS
 
 LEAST = 2  # tokens of a text: a word and the end
 EARLY = 0.5  # of w, that the landing of equal_to begins before its target
 TWICE = 2.0  # w: the landing of a limit, which is behind it
+# Units of a text that one of its tokens can hold in the mean; the most of any script and more.
+MOST_A_TOKEN = {WORDS: 4, CHARACTERS: 16}
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,17 @@ class Aim:
 
 
 def rails_of(target: LengthTarget) -> Rails:
-    """The rails of a target; a tilt and `tolerance` None have none."""
+    """The rails in tokens of a target; one in another unit has none."""
+    return bounds_of(target) if target.unit == UNITS[0] else Rails()
+
+
+def bounds_of(target: LengthTarget) -> Rails:
+    """The rails of a target in its own unit; a tilt and `tolerance` None have none.
+
+    Of words and characters they are the fewest and the most of the whole text, whose end is
+    none of them.
+    """
+    counts_end = target.unit == UNITS[0]
     if target.mode == "tilt" or target.tolerance is None:
         return Rails()
     low, high = target.limits
@@ -64,11 +80,18 @@ def rails_of(target: LengthTarget) -> Rails:
     if target.mode == "at_least":
         return Rails(first=low)
     if target.mode == "at_most":
-        return Rails(last=high)
+        return Rails(int(counts_end), high)
     # The decimal that was written, not its binary neighbour: 100 * (1 - 0.07) is 93.
     width = Fraction(str(target.tolerance)) * low
     first, last = math.ceil(low - width), math.floor(low + width)
     return Rails(first=max(1, first), last=last)
+
+
+def needed_by(target: LengthTarget) -> Rails:
+    """The rails in tokens, of a target in another unit those that no text of it can break."""
+    if target.unit == UNITS[0]:
+        return rails_of(target)
+    return Rails(max(1, -(-bounds_of(target).first // MOST_A_TOKEN[target.unit])))
 
 
 def aim_of(target: LengthTarget, wall: int | None = None) -> Aim:
@@ -110,8 +133,18 @@ def _before(aim: Aim, railed: LengthTarget, wall: int) -> Aim:
     return replace(aim, low=tokens, high=tokens, landing=float(wall - tokens), rails=rails)
 
 
+def aim_in_tokens(target: LengthTarget, tokens: Callable[[int], int], wall: int | None) -> Aim:
+    """The aim in tokens of a target in another unit, whose only rail in tokens is the wall.
+
+    tokens: of a text that has so much of its unit, the end included. wall: as of `aim_of`.
+    """
+    aim = aim_of(target.in_tokens(tokens), wall)
+    walled = target.tolerance is not None and wall is not None and wall >= LEAST
+    return replace(aim, rails=Rails(last=wall if walled else None))
+
+
 def landing_span(target: LengthTarget) -> tuple[float, float] | None:
-    """Tokens between which an end is brought about; None where none is."""
+    """Amounts of the target's unit between which an end is brought about; None where none is."""
     if target.mode in ("at_least", "tilt") or target.policy == "greedy":
         return None
     aim = aim_of(target)

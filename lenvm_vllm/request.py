@@ -6,7 +6,7 @@ negative number for null.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from lenvm_vllm.names import FIELD, PREFIX, is_meant
+from value_server.contract.units import UNITS
 
 DEFAULT_TOLERANCE = 0.1
 NATURAL = 0.05  # an end is natural where the unguided model gives it at least this probability
@@ -28,14 +29,18 @@ _FLAT = {
     **{
         f"length_{part}": part
         for part in (
-            *("mode", "min_tokens", "max_tokens", "beta", "tolerance", "policy", "max_kl"),
-            *("min_entropy", "every", "scope", "endings", "best_of", "prefix_tokens", "progress"),
+            *UNITS[1:],
+            *(f"{end}_{unit}" for unit in UNITS for end in ("min", "max")),
+            *("mode", "beta", "tolerance", "policy", "max_kl", "min_entropy", "every", "scope"),
+            *("endings", "best_of", "prefix_tokens", "progress"),
         )
     },
 }
-_NUMBERS = {"tilt": ("beta",), "range": ("min_tokens", "max_tokens")}  # others: tokens
-# Units in which no length can be asked for yet.
-_UNITS = {"words", "characters", "chars", "sentences", "paragraphs", "lines", "pages"}
+# Units in which no length can be asked for.
+_OTHER_UNITS = {"chars", "letters", "sentences", "paragraphs", "lines", "pages", "bytes"}
+# Names of lengths → their unit.
+_NUMBERS = {f"{end}{unit}": unit for end in ("", "min_", "max_") for unit in UNITS}
+_MOST = 2**31 - 1
 
 
 class LengthTargetError(ValueError):
@@ -45,12 +50,14 @@ class LengthTargetError(ValueError):
 class LengthTarget(BaseModel):
     """How long a completion should be.
 
-    mode: equal_to, at_most and at_least `tokens`; range, from min_tokens to max_tokens; tilt
-        shifts all lengths by `beta`.
+    mode: equal_to, at_most and at_least so many `tokens`, `words` or `characters`; range, from
+        min_tokens to max_tokens, or the same of another unit; tilt shifts all lengths by `beta`.
     tokens, min_tokens, max_tokens: completion tokens, the end-of-sequence token included and
         those of tool calls excluded.
+    words, characters, and what begins with min_ and max_: of the text that the client gets, as
+        `units.py` counts them.
     beta: of tilt only; below 0 shortens, above 0 lengthens, 0 changes nothing.
-    tolerance: half width of the guard rails as a share of `tokens`; None: no rails.
+    tolerance: half width of the guard rails as a share of the length; None: no rails.
     policy: project (least change of the model's distribution) or greedy (nearest value).
     max_kl: nats that a step of `project` may move the text; None: the plugin's setting.
     min_entropy: nats; a step whose candidates have less is not scored.
@@ -70,20 +77,26 @@ class LengthTarget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     mode: Literal["equal_to", "at_most", "at_least", "tilt", "range"] = "equal_to"
-    tokens: int | None = Field(None, ge=0, le=2**31 - 1)
-    min_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    tokens: int | None = Field(None, ge=0, le=_MOST)
+    min_tokens: int | None = Field(None, ge=1, le=_MOST)
+    max_tokens: int | None = Field(None, ge=1, le=_MOST)
+    words: int | None = Field(None, ge=1, le=_MOST)
+    min_words: int | None = Field(None, ge=1, le=_MOST)
+    max_words: int | None = Field(None, ge=1, le=_MOST)
+    characters: int | None = Field(None, ge=1, le=_MOST)
+    min_characters: int | None = Field(None, ge=1, le=_MOST)
+    max_characters: int | None = Field(None, ge=1, le=_MOST)
     beta: float | None = None
     tolerance: float | None = Field(DEFAULT_TOLERANCE, ge=0)
     policy: Literal["project", "greedy"] = "project"
     max_kl: float | None = Field(None, ge=0)
     min_entropy: float = Field(0.0, ge=0)
-    every: int = Field(1, ge=1, le=2**31 - 1)
+    every: int = Field(1, ge=1, le=_MOST)
     scope: Literal["completion", "thinking", "answer"] = "completion"
     endings: int | None = Field(None, ge=1, le=64)
     best_of: int = Field(1, ge=1, le=64)
-    prefix_tokens: int = Field(0, ge=0, le=2**31 - 1)
-    progress: int = Field(16, ge=0, le=2**31 - 1)
+    prefix_tokens: int = Field(0, ge=0, le=_MOST)
+    progress: int = Field(16, ge=0, le=_MOST)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -92,18 +105,23 @@ class LengthTarget(BaseModel):
 
     @model_validator(mode="after")
     def _mode_has_its_numbers(self) -> Self:
-        needed = _NUMBERS.get(self.mode, ("tokens",))
-        for name in ("tokens", "beta", "min_tokens", "max_tokens"):
-            value = getattr(self, name)
-            if name in needed and value is None:
+        given = [name for name in ("beta", *_NUMBERS) if getattr(self, name) is not None]
+        needed = self._numbers()
+        for name in needed:
+            if name not in given:
                 raise ValueError(f"{name}: required by mode {self.mode!r}")
-            if name not in needed and value is not None:
-                raise ValueError(f"{name}: mode {self.mode!r} takes none, got {value!r}")
-        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}")
+        for name in given:
+            if name not in needed:
+                beside = f" beside {needed[0]}" if _NUMBERS.get(name) != self.unit else ""
+                raise ValueError(
+                    f"{name}: mode {self.mode!r} takes none{beside}, got {getattr(self, name)!r}"
+                )
+        low, high = self.limits
+        if low > high:
+            raise ValueError(f"min_{self.unit}: {low} is above max_{self.unit} {high}")
         if (self.tolerance or 0) > 1:
             raise ValueError(
-                f"tolerance: {self.tolerance} is above 1; it is a share of the tokens, 0.1 is 10%"
+                f"tolerance: {self.tolerance} is above 1; it is a share of the length, 0.1 is 10%"
             )
         if self.tokens == 0 and (self.scope != "thinking" or self.mode == "at_least"):
             raise ValueError("tokens: must be at least 1, or 0 of a thinking, got 0")
@@ -121,9 +139,30 @@ class LengthTarget(BaseModel):
         return self
 
     @property
+    def unit(self) -> str:
+        """One of UNITS, in which the length is given; tokens of a tilt."""
+        given = (unit for name, unit in _NUMBERS.items() if getattr(self, name) is not None)
+        return next(given, UNITS[0])
+
+    @property
     def limits(self) -> tuple[int, int]:
-        """The fewest and the most tokens that are wanted, the same but for a range; 0 of a tilt."""
-        return self.tokens or self.min_tokens or 0, self.tokens or self.max_tokens or 0
+        """The least and the most that is wanted, the same but for a range; 0 of a tilt."""
+        exact, *ends = (getattr(self, f"{end}{self.unit}") for end in ("", "min_", "max_"))
+        low, high = (exact or end or 0 for end in ends)
+        return low, high
+
+    def in_tokens(self, tokens: Callable[[int], int]) -> Self:
+        """The same target in tokens. tokens: those of so much of its unit."""
+        names = [name for name in self._numbers() if name in _NUMBERS]
+        given = {name.replace(self.unit, UNITS[0]): tokens(getattr(self, name)) for name in names}
+        return self.model_copy(update=dict.fromkeys(names) | given)
+
+    def _numbers(self) -> tuple[str, ...]:
+        """Names of the numbers that the mode takes."""
+        if self.mode == "tilt":
+            return ("beta",)
+        ranged = self.mode == "range"
+        return (f"min_{self.unit}", f"max_{self.unit}") if ranged else (self.unit,)
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -138,7 +177,7 @@ class LengthTarget(BaseModel):
             raise LengthTargetError(
                 f"{FIELD}: expected a number of tokens or an object, got {value!r}"
             )
-        if units := [key for key in said if key in _UNITS]:
+        if units := [key for key in said if key in _OTHER_UNITS]:
             raise _no_unit(f"{FIELD}.{units[0]}", said[units[0]])
         try:
             return cls.model_validate(said)
@@ -158,7 +197,7 @@ class LengthTarget(BaseModel):
         if not flat:
             return None
         if unknown := sorted(flat.keys() - _FLAT.keys()):
-            if unknown[0].removeprefix(PREFIX) in _UNITS:
+            if unknown[0].removeprefix(PREFIX) in _OTHER_UNITS:
                 raise _no_unit(unknown[0], flat[unknown[0]])
             raise LengthTargetError(f"{unknown[0]}: unknown field, got {flat[unknown[0]]!r}")
         tolerance = number(flat.get("length_tolerance"))
@@ -204,7 +243,7 @@ def json_of(text: str) -> Any:
 
 def _no_unit(name: str, value: Any) -> LengthTargetError:
     return LengthTargetError(
-        f"{name}: a length can be asked for in tokens only, not yet in other units, got {value!r}"
+        f"{name}: no unit of a length, they are {', '.join(UNITS)}; got {value!r}"
     )
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 import regex
 
-from lenvm_vllm import vllm_names
-
 SENTENCE = 16  # tokens of a short one
 _TAIL = 24  # tokens that tell what stands before one, a line or so
 
@@ -55,7 +53,7 @@ class Sentences:
     """The tokens with which a sentence may end, and whether one does."""
 
     def __init__(self, tokenizer: Any, texts: dict[int, str]) -> None:
-        """texts: of each token alone."""
+        """texts: of each token in the middle of a text."""
         self._tokenizer = tokenizer
         self._fences = {i for i, text in texts.items() if "```" in text}
         self._spaces = {i for i, text in texts.items() if text.isspace()}
@@ -68,14 +66,3 @@ class Sentences:
         whole = str(self._tokenizer.decode([*before, token]))
         # Behind a full stop a space begins what follows.
         return bool(_SPACE.search(whole)) if token in self._spaces else ends_sentence(whole)
-
-
-def texts_of(tokenizer: Any) -> dict[int, str]:
-    """The text of each token alone, of any tokenizer with `get_vocab` and `decode`."""
-    return {i: str(tokenizer.decode([i])) for i in sorted(tokenizer.get_vocab().values())}
-
-
-def tokenizer_of(vllm_config: Any) -> Any:
-    """The tokenizer that vLLM serves; None when it serves none."""
-    served = vllm_config.model_config
-    return None if served.skip_tokenizer_init else vllm_names.cached_tokenizer_from_config(served)

@@ -5,14 +5,18 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lenvm_vllm.parts import Markers, Parts
-from lenvm_vllm.rails import LEAST, Aim, Rails, aim_of, rails_of
+from lenvm_vllm.rails import LEAST, Aim, Rails, aim_in_tokens, aim_of, bounds_of, rails_of
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.sampling import OwnSampling
 
+if TYPE_CHECKING:
+    from lenvm_vllm.units import Counter
+
 _BEYOND_THE_END = 3  # tokens
+_TELLING = 64  # tokens of a prompt that tell how many a word takes
 
 REQUEST_ID = "lenvm_request_id"  # key in `vllm_xargs`
 
@@ -32,6 +36,7 @@ class RequestState:
         scheduling its last entries may be -1: a token that is not known yet.
     eos_ids: tokens that end the completion.
     markers: what divides the completion; needed by a scope other than the completion.
+    counter: of words or characters, where the target is in one of them.
     max_tokens: the most that the engine lets the completion have.
     own: the request's own cut and penalties.
     sent: tokens of prompt and output that the value server has been told.
@@ -47,6 +52,7 @@ class RequestState:
     output_ids: list[int]
     eos_ids: list[int]
     markers: Markers = field(default_factory=Markers)
+    counter: "Counter | None" = None
     max_tokens: int | None = None
     temperature: float = 1.0
     own: OwnSampling = field(default_factory=OwnSampling)
@@ -60,7 +66,7 @@ class RequestState:
     steered: int = 0
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     _parts: Parts | None = None
-    _aim: tuple[int | None, Aim] | None = None
+    _aim: tuple[tuple[int | None, int], Aim] | None = None
     _forced: tuple[int, list[int]] | None = None
     _gave_way: bool = False
 
@@ -70,19 +76,66 @@ class RequestState:
         parts = self._parts
         if parts is None or parts.followed > len(self.output_ids):
             self._parts = parts = Parts(self.markers, self._turn())
+            self._begin_count()
         for token in self.output_ids[parts.followed :]:
             if token == -1:
                 break
+            if self.counter is not None and self._counts(parts):
+                self._count(token, self.counter)
             parts.follow(token)
         return parts
 
     @property
     def counts(self) -> bool:
         """Whether the next token is one of those that the target is about."""
-        parts, scope = self.parts, self.target.scope
+        return self._counts(self.parts)
+
+    def _counts(self, parts: Parts) -> bool:
+        scope = self.target.scope
         return not parts.in_call and (
             scope == "completion" or parts.thinking == (scope == "thinking")
         )
+
+    def _count(self, token: int, counter: "Counter") -> None:
+        if token in self.eos_ids:
+            counter.over = True
+        elif not counter.over:  # vLLM may run a finished request for a step more
+            counter.follow(token)
+
+    def _begin_count(self) -> None:
+        """Of words or characters, with what the prompt has of the completion."""
+        if self.counter is not None:
+            prompt = self.prompt_ids or []
+            split = len(prompt) - self.target.prefix_tokens
+            self.counter.restart(prompt[max(0, split - _TELLING) : split])
+            for token in prompt[split:]:
+                self.counter.follow(token)
+
+    @property
+    def amount(self) -> int:
+        """So far of the target's unit, of which an end that is a token counts as one."""
+        self.parts  # noqa: B018 - follows the text
+        return self.generated if self.counter is None else self.counter.amount
+
+    @property
+    def bounds(self) -> Rails:
+        """The rails in words or characters; none of a target in tokens."""
+        return Rails() if self.counter is None else bounds_of(self.target)
+
+    @property
+    def room(self) -> int | None:
+        """Words or characters that may come still; None where no rail limits them."""
+        last = self.bounds.last
+        return None if last is None or not self._in_text else last - self.amount
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the next token has to keep to what words or characters may come."""
+        return self.counter is not None and self.is_railed and self._in_text
+
+    @property
+    def _in_text(self) -> bool:
+        return self.counts and not self._is_open
 
     @property
     def generated(self) -> int:
@@ -102,9 +155,18 @@ class RequestState:
         left = None if self.max_tokens is None else self.max_tokens - len(self.output_ids)
         # A thinking leaves an answer its room.
         wall = None if left is None else self.generated + left - LEAST * self._thinks
-        if self._aim is None or self._aim[0] != wall:
-            self._aim = wall, aim_of(self.target, wall)
+        known = wall, 0 if self.counter is None else self.generated
+        if self._aim is None or self._aim[0] != known:
+            self._aim = known, self._find_aim(wall)
         return self._aim[1]
+
+    def _find_aim(self, wall: int | None) -> Aim:
+        if self.counter is None:
+            return aim_of(self.target, wall)
+        so_far, amount, ratio = self.generated, self.amount, self.counter.ratio
+        return aim_in_tokens(
+            self.target, lambda limit: so_far + 1 + round((limit - amount) * ratio), wall
+        )
 
     @property
     def rails(self) -> Rails:
@@ -127,6 +189,8 @@ class RequestState:
         that is its end."""
         if not self.counts:
             return False
+        if self.counter is not None and self.counter.is_full(self.room):
+            return True
         if not self._thinks:
             return not self._is_open and self.rails.forces(self.generated)
         behind = len(self.markers.think_end) - self.parts.closed - 1
@@ -157,6 +221,8 @@ class RequestState:
     @property
     def gave_way(self) -> bool:
         """Whether a rail was due and its token did not come: a grammar had removed it."""
+        if self.room is not None and self.room < 0:
+            return True
         at, tokens = self._forced or (0, [])
         came = self.output_ids[at : at + 1] if tokens else []
         return self._gave_way or any(token not in (-1, *tokens) for token in came)
@@ -169,10 +235,14 @@ class RequestState:
             return []
         if self._is_open:
             return self.eos_ids  # a text that ended here would have no answer
-        return self.ends if self.rails.suppresses(self.generated) else []
+        if self.counter is not None:
+            early = self.amount < self.bounds.first or bool(self.counter.pending)
+        else:
+            early = self.rails.suppresses(self.generated)
+        return self.ends if early else []
 
     def outcome(self) -> tuple[int, int] | None:
-        """(tokens, tokens that were wanted, the nearest of them); None where it did not end.
+        """(amount, amount that was wanted, the nearest of them); None where it did not end.
 
         vLLM may have run a finished request for a step more.
         """
@@ -187,11 +257,12 @@ class RequestState:
             over = over and not parts.thinking
         if not over or self.target.mode == "tilt":
             return None
-        tokens = self.generated if self._thinks else self.generated - (count - ended[0] - 1)
+        beyond = 0 if self._thinks or self.counter is not None else count - ended[0] - 1
+        amount = self.amount - beyond
         low, high = self.target.limits
         low = 0 if self.target.mode == "at_most" else low
-        high = tokens if self.target.mode == "at_least" else high
-        return tokens, min(max(tokens, low), max(low, high))
+        high = amount if self.target.mode == "at_least" else high
+        return amount, min(max(amount, low), max(low, high))
 
     @property
     def is_over(self) -> bool:
@@ -250,10 +321,11 @@ class RequestState:
         if not known or not self.is_railed:
             return False
         rails = rails_of(self.target)
+        last, first, so_far = self.max_tokens, rails.first, len(self.output_ids)
         if self.target.scope == "completion":
             last, first, so_far = self.rails.last, 1, self.generated
-        else:
-            last, first, so_far = self.max_tokens, rails.first, len(self.output_ids)
+            if self.bounds.last is not None:
+                last, so_far = self.bounds.last, self.amount
         if last is None:
             return False
         marker = len(self.markers.think_end) - self.parts.closed

@@ -5,6 +5,7 @@ vLLM writes server-sent events, a JSON object each; what a route calls its parts
 """
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from lenvm_vllm.asgi import compact
 from lenvm_vllm.outcome import RESULT
 from lenvm_vllm.progress import Step
 from lenvm_vllm.texts import Text, texts_of
+from value_server.contract.units import UNITS, count
 
 PROGRESS = "length_progress"
 
@@ -23,8 +25,8 @@ class Told:
     """An ASGI `send` of a stream.
 
     tell: puts the result into a text's own object. step: what the engine knows of the last of a
-    text's tokens. every: tokens between two events that tell of it; 0: none does. wants_ids: the
-    client asked for token ids.
+    text's tokens. every: tokens between two events that tell of it; 0: none does. unit: of the
+    target. wants_ids: the client asked for token ids.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class Told:
         tell: Callable[[Text], None],
         step: Callable[[list[int]], Step | None],
         every: int,
+        unit: str,
         wants_ids: bool,
     ) -> None:
         self._send = send
         self._tell = tell
         self._step = step
         self._every = every
+        self._unit = unit
         self._wants_ids = wants_ids
         self._is_stream = False
         self._rest = b""
@@ -99,7 +103,7 @@ class Told:
                 stopped = isinstance(choice.get("stop_reason"), str)
                 self._tell(Text(choice, ids or None, len(ids) or None, text, limited, stopped))
             elif self._is_due(before, len(ids)) and (step := self._step(ids)) is not None:
-                choice[PROGRESS] = step.progress()
+                choice[PROGRESS] = progress_of(step, text, self._unit)
             hollow &= delta == {} and not choice.keys() & {RESULT, PROGRESS}
         if not self._wants_ids:
             hide_ids(chunk)
@@ -117,6 +121,21 @@ class Told:
         self._tell(Text(delta, None, count, self._texts.get(0, ""), limited, stopped))
         if RESULT in delta:
             chunk[RESULT] = delta.pop(RESULT)
+
+
+def progress_of(step: Step, text: str, unit: str) -> dict[str, float | int | None]:
+    """What a stream tells of a text so far: tokens, those that are expected still, and the
+    probability of an end where its last one stands; None for what is not known. Of a target in
+    another unit also its words or characters, and how many are expected still if they take as
+    many tokens as so far."""
+    expected = round(step.expected, 1) if step.valued else None
+    p_end = None if math.isnan(step.p_end) else round(step.p_end, 6)
+    told = {"tokens": step.counted, "expected": expected, "p_end": p_end}
+    if unit == UNITS[0]:
+        return told
+    amount = count(text, unit)
+    rest = None if expected is None else round(expected * amount / step.counted, 1)
+    return told | {unit: amount, f"expected_{unit}": rest}
 
 
 def hide_ids(answer: dict[str, Any]) -> None:

@@ -67,6 +67,8 @@ def test_what_a_result_says() -> None:
     assert answer["choices"][0]["length_result"] == {
         "target": {"mode": "equal_to", "tokens": 10},
         "tokens": 11,
+        "words": 1,
+        "characters": 10,
         "end": "cut",
         "forced": True,
         "passed_rail": False,

@@ -11,8 +11,8 @@ from lenvm_vllm.characters import Characters
 from lenvm_vllm.client import TimedOut
 from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.request import LengthTarget
-from lenvm_vllm.sentences import texts_of
 from lenvm_vllm.state import RequestState
+from lenvm_vllm.tokenizer import texts_of
 from tests import fakes
 from tests.tiny import tiny_tokenizer
 
@@ -48,7 +48,7 @@ def test_tokens_of_more_than_a_byte_and_bytes_by_number() -> None:
     assert known.continuing([1], 2) == [2, 3]
 
     class Bytes:
-        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        def convert_ids_to_tokens(self, ids: list[int], skip_special_tokens: bool) -> list[str]:
             return {5: ["<0xE8>"], 7: ["odd \ufffd"]}[ids[0]]
 
     for token, missing in ((5, 2), (7, 0)):  # one that does not tell its bytes is left alone

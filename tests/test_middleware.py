@@ -270,7 +270,7 @@ def test_root_path_is_left_out() -> None:
         ({"extra_body": {"length_mode": "tilt"}}, ["extra_body.length_mode"]),
         ({"length_target": 5, "extra_body": {"length_target": 5}}, ["extra_body.length_target"]),
         ({"vllm_xargs": {"lengthTarget": 5}}, ["lengthTarget: unknown field"]),
-        ({"length_target": {"words": 80}}, ["length_target.words", "tokens only", "got 80"]),
+        ({"length_target": {"sentences": 8}}, ["length_target.sentences", "no unit", "got 8"]),
         ({"length_target": "80 words"}, ["length_target", "'80 words'"]),
         ({"length_target": {"tokens": 9, "tolerance": 10}}, ["tolerance: 10", "0.1 is 10%"]),
         ({"length_target": 5, "length_mode": "tilt"}, ["length_mode", "'tilt'"]),

@@ -140,22 +140,24 @@ def test_head_has_no_body():
 
 @pytest.mark.usefixtures("on")
 @pytest.mark.parametrize(
-    ("target", "first", "last", "landing"),
+    ("target", "first", "last", "landing", "unit"),
     [
-        (100, 90, 110, [95, 110]),
-        ({"tokens": 100, "tolerance": 0}, 100, 100, [100, 100]),
-        ({"tokens": 100, "tolerance": None}, 1, None, [95, 110]),
-        ({"mode": "at_most", "tokens": 100}, 1, 100, [80, 100]),
-        ({"mode": "range", "min_tokens": 80, "max_tokens": 120}, 80, 120, [96, 120]),
-        ({"mode": "at_least", "tokens": 100}, 100, None, None),
-        ({"mode": "tilt", "beta": -5}, 1, None, None),
-        ({"tokens": 100, "policy": "greedy"}, 90, 110, None),
+        (100, 90, 110, [95, 110], "tokens"),
+        ({"tokens": 100, "tolerance": 0}, 100, 100, [100, 100], "tokens"),
+        ({"tokens": 100, "tolerance": None}, 1, None, [95, 110], "tokens"),
+        ({"mode": "at_most", "tokens": 100}, 1, 100, [80, 100], "tokens"),
+        ({"mode": "range", "min_tokens": 80, "max_tokens": 120}, 80, 120, [96, 120], "tokens"),
+        ({"mode": "at_least", "tokens": 100}, 100, None, None, "tokens"),
+        ({"mode": "tilt", "beta": -5}, 1, None, None, "tokens"),
+        ({"tokens": 100, "policy": "greedy"}, 90, 110, None, "tokens"),
+        ({"mode": "at_most", "words": 150}, 0, 150, [120, 150], "words"),
+        ({"characters": 100}, 90, 110, [95, 110], "characters"),
     ],
 )
-def test_rails(target, first, last, landing):
+def test_rails(target, first, last, landing, unit):
     status, headers, body = get("/lenvm/rails", f"length_target={quote(json.dumps(target))}")
     assert (status, headers["content-type"]) == (200, "application/json")
-    assert json.loads(body) == {"first": first, "last": last, "landing": landing}
+    assert json.loads(body) == {"first": first, "last": last, "landing": landing, "unit": unit}
 
 
 @pytest.mark.usefixtures("on")

@@ -111,11 +111,28 @@ def test_a_tolerance_is_a_share(tolerance: Any) -> None:
 
 
 @pytest.mark.parametrize("unit", ["words", "characters"])
-def test_other_units_are_not_there_yet(unit: str) -> None:
-    with pytest.raises(LengthTargetError, match=rf"length_target\.{unit}: .* tokens only.* got 80"):
-        LengthTarget.parse({unit: 80})
-    with pytest.raises(LengthTargetError, match=rf"length_{unit}: .* tokens only.* got 80"):
-        LengthTarget.from_extra_args({f"length_{unit}": 80})
+def test_units(unit: str) -> None:
+    for value, limits in (
+        ({unit: 80}, (80, 80)),
+        ({unit: "80", "mode": "at_most"}, (80, 80)),
+        ({f"min_{unit}": 70, f"max_{unit}": 80, "mode": "range"}, (70, 80)),
+    ):
+        target = LengthTarget.parse(value)
+        assert (target.unit, target.limits) == (unit, limits)
+        assert LengthTarget.from_extra_args(target.to_xargs()) == target
+    assert LengthTarget.from_extra_args({f"length_{unit}": 80}) == LengthTarget.parse({unit: 80})
+    asked = target.in_tokens(lambda amount: 2 * amount)
+    assert (asked.unit, asked.limits, asked.mode) == ("tokens", (140, 160), "range")
+
+
+@pytest.mark.parametrize("unit", ["sentences", "chars"])
+def test_what_is_no_unit(unit: str) -> None:
+    for ask in (
+        lambda: LengthTarget.parse({unit: 8}),
+        lambda: LengthTarget.from_extra_args({f"length_{unit}": 8}),
+    ):
+        with pytest.raises(LengthTargetError, match=rf"{unit}: no unit .* words.* got 8"):
+            ask()
 
 
 def test_a_prefill_for_another_engine_has_no_length() -> None:
@@ -179,7 +196,11 @@ def test_bad_beta(beta: Any) -> None:
         ({"tokens": None}, "length_target.tokens: required"),
         ({"mode": "tilt"}, "length_target.beta: required by mode 'tilt'"),
         ({"mode": "tilt", "beta": 1, "tokens": 7}, "length_target.tokens: .* takes none, got 7"),
-        ({"tokens": 7, "beta": 1.5}, "length_target.beta: .* takes none, got 1.5"),
+        ({"mode": "range", "words": 7}, "length_target.min_words: required by mode 'range'"),
+        ({"mode": "range", "max_words": 7}, "length_target.min_words: required"),
+        ({"tokens": 7, "words": 5}, "length_target.words: .* takes none beside tokens, got 5"),
+        ({"characters": 7, "max_words": 5}, "length_target.max_words: .* none beside .* got 5"),
+        ({"tokens": 7, "beta": 1.5}, "length_target.beta: .* takes none beside tokens, got 1.5"),
     ],
 )
 def test_number_of_the_mode(value: dict[str, Any], message: str) -> None:

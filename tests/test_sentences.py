@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from lenvm_vllm.sentences import Sentences, ends_sentence, texts_of
+from lenvm_vllm.letters import texts_of
+from lenvm_vllm.sentences import Sentences, ends_sentence
 from tests.tiny import tiny_tokenizer
 
 

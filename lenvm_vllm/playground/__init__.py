@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from lenvm_vllm.rails import landing_span, rails_of
+from lenvm_vllm.rails import bounds_of, landing_span
 from lenvm_vllm.request import FIELD, LengthTarget, LengthTargetError
 
 PAGE = "/lenvm"
@@ -73,7 +73,7 @@ class Playground:
 
 
 def _rails(query: bytes) -> tuple[int, str, bytes]:
-    """As `_look_up`: the rails and the landing of a length target, in tokens.
+    """As `_look_up`: the rails and the landing of a length target, in its unit.
 
     400 says what is wrong with it, in the words of a request's own.
     """
@@ -82,6 +82,6 @@ def _rails(query: bytes) -> tuple[int, str, bytes]:
         target = LengthTarget.parse(asked)
     except LengthTargetError as error:
         return 400, _JSON, json.dumps({"error": {"message": str(error)}}).encode()
-    rails, landing = rails_of(target), landing_span(target)
-    told = {"first": rails.first, "last": rails.last, "landing": landing}
+    rails, landing = bounds_of(target), landing_span(target)
+    told = {"first": rails.first, "last": rails.last, "landing": landing, "unit": target.unit}
     return 200, _JSON, json.dumps(told).encode()

@@ -1,0 +1,196 @@
+"""Words and characters of a text that comes token by token, and what each next token would add.
+
+Exact on the text that the client gets: a token adds what it adds to the decoded text, a special
+token nothing, and of a character of several tokens the first one counts. While a character is not
+whole only what goes on with it may come, so that a text is always valid UTF-8.
+"""
+
+import codecs
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import regex
+import torch
+from torch import Tensor
+
+from lenvm_vllm.sentences import ends_sentence
+from value_server.contract.units import (
+    CHARACTERS,
+    IDEOGRAPH,
+    IN,
+    MARKS,
+    OUT,
+    WORDS,
+    follow_words,
+    tokens_per_unit,
+)
+
+_FORBIDDEN = 2**15 - 1  # what a token adds that must not come
+_PLACES = (OUT, IN, IDEOGRAPH, MARKS)
+_GOES_ON = regex.compile(r"[\p{L}\p{N}\p{M}'\u2019_-]")  # within a word
+_LOST = "\ufffd"  # stands for bytes that are no character
+_SOME_IDEOGRAPH = "\u4e00"  # adds the most that a character which is not whole may turn out to add
+
+
+class TokenUnits:
+    """What the tokens of a vocabulary add to a text."""
+
+    def __init__(
+        self,
+        texts: dict[int, str],
+        pieces: dict[int, bytes],
+        closing: Iterable[int] = (),
+        strips: bool = False,
+    ) -> None:
+        """texts: of each token in the middle of a text, "" of one that is not shown.
+        pieces: bytes of tokens that are not whole characters. closing: tokens with which a
+        sentence may end. strips: whether a text that nothing stands before loses a space."""
+        self.texts = texts
+        self.strips = strips
+        self.pieces = pieces
+        size = max(texts, default=-1) + 1
+        self._characters = np.full(size, _FORBIDDEN, np.int16)
+        self._words = np.full((len(_PLACES), size), _FORBIDDEN, np.int16)
+        self._stays = np.zeros(size, bool)  # in the last word, or ends the text's sentence
+        for token, text in texts.items():
+            if token in pieces or _LOST in text:
+                continue
+            self._characters[token] = min(len(text), _FORBIDDEN)
+            self._words[:, token] = [follow_words(text, place)[0] for place in _PLACES]
+            self._stays[token] = bool(_GOES_ON.match(text))
+        for token in closing:
+            text = texts[token]
+            self._stays[token] |= text == text.rstrip() and ends_sentence(f"word{text}")
+        self._ending: dict[bytes, bool] = {}
+        self._most = int(self._characters[self._characters < _FORBIDDEN].max(initial=0))
+        self._closed = lru_cache(maxsize=512)(self._find_closed)
+
+    def closed(self, unit: str, place: int, pending: bytes, room: int | None, on: Any) -> Tensor:
+        """(V,) bool on a device: tokens that must not come where `room` is left, None: any.
+
+        place: as of `follow_words`. pending: bytes of a character that is not whole.
+        """
+        room = self._most if room is None else min(room, self._most)
+        return self._closed(unit, place, pending, room, str(on))
+
+    def _find_closed(self, unit: str, place: int, pending: bytes, room: int, on: str) -> Tensor:
+        added = self._added(unit, place, pending)
+        closed = added > room
+        if unit == WORDS and room <= 0 and not pending:
+            closed |= ~self._stays
+        return torch.from_numpy(closed).to(on)
+
+    def _added(self, unit: str, place: int, pending: bytes) -> Any:
+        """(V,) what each token adds to the amount of a text."""
+        if pending:
+            added = np.full_like(self._characters, _FORBIDDEN)
+        else:
+            added = (self._characters if unit == CHARACTERS else self._words[place]).copy()
+        counted = _unwhole(unit, place) if pending else 0
+        for token, piece in self.pieces.items():
+            text, rest = _text_of(pending + piece)
+            if text is not None and self._can_end(rest):
+                text += _SOME_IDEOGRAPH * bool(rest)
+                more = len(text) if unit == CHARACTERS else follow_words(text, place)[0]
+                added[token] = more - counted
+        return added
+
+    def _can_end(self, pending: bytes) -> bool:
+        """Whether tokens can make a character of this: not all vocabularies have all bytes."""
+        if not pending:
+            return True
+        if pending not in self._ending:
+            behind = (_text_of(pending + piece) for piece in self.pieces.values())
+            self._ending[pending] = any(
+                text is not None and (not rest or (not text and self._can_end(rest)))
+                for text, rest in behind
+            )
+        return self._ending[pending]
+
+
+class Counter:
+    """Follows one text.
+
+    tokens: so far. over: whether the text has ended.
+    """
+
+    def __init__(self, units: TokenUnits, unit: str) -> None:
+        """unit: words or characters."""
+        self._units = units
+        self._unit = unit
+        self._strips = False
+        self.restart([])
+
+    def restart(self, prompt: Sequence[int]) -> None:
+        """A new text behind this prompt, which tells how many tokens a unit may take."""
+        self._begin()
+        for token in prompt:
+            self.follow(token)
+        self._prompt = self.tokens, self._whole
+        self._begin()
+        self._strips = self._units.strips and not self._prompt[0]
+
+    def _begin(self) -> None:
+        self.tokens = self._whole = 0
+        self.over = False
+        self._place = OUT
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def pending(self) -> bytes:
+        """Bytes of a character that is not whole."""
+        return self._decoder.getstate()[0]
+
+    @property
+    def amount(self) -> int:
+        """Of the text so far; a character that is not whole counts as the most it may become."""
+        return self._whole + (_unwhole(self._unit, self._place) if self.pending else 0)
+
+    @property
+    def ratio(self) -> float:
+        """Tokens that a unit takes in this text, as far as it and its prompt tell."""
+        tokens, amount = self._prompt
+        return tokens_per_unit(self._unit, self.tokens + tokens, self._whole + amount)
+
+    def follow(self, token: int) -> None:
+        """The text goes on with this token."""
+        text = self._units.texts.get(token, "")
+        if (piece := self._units.pieces.get(token)) is not None:
+            text = self._decoder.decode(piece)
+        elif text and self.pending:
+            text = self._decoder.decode(b"", final=True) + text
+        if self._strips and text:
+            text, self._strips = text.removeprefix(" "), False
+        self.tokens += bool(text)
+        if self._unit == CHARACTERS:
+            self._whole += len(text)
+        else:
+            more, self._place = follow_words(text, self._place)
+            self._whole += more
+
+    def is_full(self, room: int | None) -> bool:
+        """Whether nothing may come but the end, with so much room; None: any."""
+        if room is None or room > 0 or self.pending:
+            return False
+        return self._unit == CHARACTERS or self._place == OUT
+
+    def closed(self, room: int | None, on: Any) -> Tensor:
+        """As `TokenUnits.closed`, of the next token."""
+        return self._units.closed(self._unit, self._place, self.pending, room, on)
+
+
+def _unwhole(unit: str, place: int) -> int:
+    """What a character that is not whole adds to a text at `place`, at most."""
+    return 1 if unit == CHARACTERS else follow_words(_SOME_IDEOGRAPH, place)[0]
+
+
+def _text_of(data: bytes) -> tuple[str | None, bytes]:
+    """The whole characters of some UTF-8 and the bytes behind them; None of what is none."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        text = decoder.decode(data)
+    except UnicodeDecodeError:
+        return None, b""
+    return None if _LOST in text else text, decoder.getstate()[0]
