@@ -5,18 +5,13 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lenvm_vllm.parts import Markers, Parts
+from lenvm_vllm.completion import Completion
 from lenvm_vllm.rails import LEAST, Aim, Rails, aim_in_tokens, aim_of, bounds_of, rails_of
-from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.sampling import OwnSampling
 
-if TYPE_CHECKING:
-    from lenvm_vllm.units import Counter
-
 _BEYOND_THE_END = 3  # tokens
-_TELLING = 64  # tokens of a prompt that tell how many a word takes
 
 REQUEST_ID = "lenvm_request_id"  # key in `vllm_xargs`
 
@@ -29,14 +24,9 @@ def session_of(extra_args: Mapping[str, Any] | None) -> str:
 
 
 @dataclass
-class RequestState:
+class RequestState(Completion):
     """One request with a length target.
 
-    output_ids: the engine's own list, which grows as tokens come. Under asynchronous
-        scheduling its last entries may be -1: a token that is not known yet.
-    eos_ids: tokens that end the completion.
-    markers: what divides the completion; needed by a scope other than the completion.
-    counter: of words or characters, where the target is in one of them.
     max_tokens: the most that the engine lets the completion have.
     own: the request's own cut and penalties.
     sent: tokens of prompt and output that the value server has been told.
@@ -47,12 +37,6 @@ class RequestState:
     steps, steered: so far, and those that values steered.
     """
 
-    target: LengthTarget
-    prompt_ids: list[int] | None
-    output_ids: list[int]
-    eos_ids: list[int]
-    markers: Markers = field(default_factory=Markers)
-    counter: "Counter | None" = None
     max_tokens: int | None = None
     temperature: float = 1.0
     own: OwnSampling = field(default_factory=OwnSampling)
@@ -65,57 +49,9 @@ class RequestState:
     steps: int = 0
     steered: int = 0
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
-    _parts: Parts | None = None
     _aim: tuple[tuple[int | None, int], Aim] | None = None
     _forced: tuple[int, list[int]] | None = None
     _gave_way: bool = False
-
-    @property
-    def parts(self) -> Parts:
-        """The parts of the completion, as far as its tokens are known."""
-        parts = self._parts
-        if parts is None or parts.followed > len(self.output_ids):
-            self._parts = parts = Parts(self.markers, self._turn())
-            self._begin_count()
-        for token in self.output_ids[parts.followed :]:
-            if token == -1:
-                break
-            if self.counter is not None and self._counts(parts):
-                self._count(token, self.counter)
-            parts.follow(token)
-        return parts
-
-    @property
-    def counts(self) -> bool:
-        """Whether the next token is one of those that the target is about."""
-        return self._counts(self.parts)
-
-    def _counts(self, parts: Parts) -> bool:
-        scope = self.target.scope
-        return not parts.in_call and (
-            scope == "completion" or parts.thinking == (scope == "thinking")
-        )
-
-    def _count(self, token: int, counter: "Counter") -> None:
-        if token in self.eos_ids:
-            counter.over = True
-        elif not counter.over:  # vLLM may run a finished request for a step more
-            counter.follow(token)
-
-    def _begin_count(self) -> None:
-        """Of words or characters, with what the prompt has of the completion."""
-        if self.counter is not None:
-            prompt = self.prompt_ids or []
-            split = len(prompt) - self.target.prefix_tokens
-            self.counter.restart(prompt[max(0, split - _TELLING) : split])
-            for token in prompt[split:]:
-                self.counter.follow(token)
-
-    @property
-    def amount(self) -> int:
-        """So far of the target's unit, of which an end that is a token counts as one."""
-        self.parts  # noqa: B018 - follows the text
-        return self.generated if self.counter is None else self.counter.amount
 
     @property
     def bounds(self) -> Rails:
@@ -136,18 +72,6 @@ class RequestState:
     @property
     def _in_text(self) -> bool:
         return self.counts and not self._is_open
-
-    @property
-    def generated(self) -> int:
-        """Tokens so far of those that the target is about."""
-        parts = self.parts
-        unknown = len(self.output_ids) - parts.followed
-        if self._thinks:
-            return parts.thought + (unknown if parts.thinking else 0)
-        if self.target.scope == "answer":
-            text = parts.followed - parts.thought - parts.called
-            return text + (0 if parts.thinking or parts.in_call else unknown)
-        return self.target.prefix_tokens + len(self.output_ids) - parts.called
 
     @property
     def aim(self) -> Aim:
@@ -303,10 +227,6 @@ class RequestState:
         return None if -1 in tokens else tokens
 
     @property
-    def _thinks(self) -> bool:
-        return self.target.scope == "thinking"
-
-    @property
     def _is_open(self) -> bool:
         """Whether the text is in a thinking that is not what is counted: known by its start."""
         return self.parts.thinking and not self._thinks and bool(self.markers.think_start)
@@ -332,9 +252,3 @@ class RequestState:
         part = last if rails.last is None else min(last, rails.last)
         room = first if first > 1 else part // 4
         return so_far + marker + max(room, LEAST) >= last
-
-    def _turn(self) -> list[int]:
-        """What the prompt holds of the turn that the completion belongs to."""
-        prompt = self.prompt_ids or []
-        ends = (i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in self.eos_ids)
-        return prompt[next(ends, -1) + 1 :]

@@ -1,0 +1,178 @@
+"""Words and characters: what they are, and that no text has one more than it may."""
+
+import random
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+from lenvm_vllm.client import TimedOut
+from lenvm_vllm.engine_rows import EngineRows
+from lenvm_vllm.letters import Letters
+from lenvm_vllm.parts import Markers
+from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.state import RequestState
+from tests import fakes
+from tests.real_tokenizers import NAMES, real
+from value_server.contract.units import count, follow_words
+
+WORDS, CHARACTERS = "words", "characters"
+END = 2  # of the vocabularies that are used here, a special token
+SCRIPTS = (
+    "Hello, world! It's 5 o'clock - isn't it?\n\n* **one**  two",
+    "你好，世界。今天天气很好！我们去公园散步吧？",
+    "カタカナとひらがな、漢字も書きます。",
+    "مرحبا بالعالم، كيف حالك اليوم؟",
+    "สวัสดีครับ วันนี้อากาศดี",
+    "नमस्ते दुनिया।",
+    "👩‍👩‍👧 🏳️‍🌈 e\u0301 \u0915\u094d\u0937 🤷🏽‍♂️!",
+    "안녕하세요 세계",
+)
+
+
+@cache
+def letters(name: str) -> Letters:
+    return Letters(real(name), Markers())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", 0),
+        (" \n", 0),
+        ("Hello, world - again.", 4),
+        ("it's e.g. x=1", 3),
+        ("你好，世界。", 4),
+        ("“你好”", 2),
+        ("第3章", 3),
+        ("AI模型 and GPU", 5),
+        ("カタカナー", 5),
+        ("ﾊﾟ", 1),
+        ("안녕 하세요", 2),
+        ("สวัสดี ครับ", 2),
+        ("😀 你好😀", 3),
+        ("«Да», сказал он", 3),
+    ],
+)
+def test_what_a_word_is(text: str, words: int) -> None:
+    assert count(text, WORDS) == words
+    for cut in range(len(text) + 1):
+        before, place = follow_words(text[:cut])
+        assert before + follow_words(text[cut:], place)[0] == words
+
+
+@pytest.mark.parametrize("text", [SCRIPTS[i] for i in (0, 3, 4, 5, 6, 7)])
+def test_where_no_ideographs_are_it_is_what_split_finds(text: str) -> None:
+    assert count(text, WORDS) == len(text.split())
+
+
+def client(tokenizer: Any, prompt: list[int], **fields: Any) -> Any:
+    """What makes the text of a completion that a client of vLLM gets."""
+    request = SimpleNamespace(
+        sampling_params=SamplingParams(**fields),
+        prompt_token_ids=prompt,
+        prompt_embeds=None,
+        request_id="x",
+    )
+    return IncrementalDetokenizer.from_new_request(tokenizer, request)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("unit", [WORDS, CHARACTERS])
+@pytest.mark.parametrize("before", ["Say it:", ""])
+def test_counts_what_the_client_gets(name: str, unit: str, before: str) -> None:
+    """Of texts in all scripts, and of random tokens where they may stand."""
+    tokenizer, known, rng = real(name), letters(name), random.Random(unit)
+    if name == "tekken" and not before:
+        before = " "  # its prompts begin with a special token
+    prompt = tokenizer.encode(before)
+    texts = [tokenizer.encode(text, add_special_tokens=False) for text in SCRIPTS]
+    for text in [*texts, *[None] * 12]:
+        counter, got = known.counter(unit, specials=False), client(tokenizer, prompt)
+        assert counter is not None
+        counter.restart(prompt)
+        for step in range(30 if text is None else len(text)):
+            closed = counter.closed(None, "cpu")
+            token = anything(known, closed, rng) if text is None else text[step]
+            assert not closed[token]
+            counter.follow(token)
+            got.update([token], False)
+            if not counter.pending:
+                assert counter.amount == count(got.output_text, unit)
+        assert counter.tokens > 0
+
+
+def anything(known: Letters, closed: torch.Tensor, rng: random.Random) -> int:
+    """An open token, often one that is not whole characters."""
+    pool = list(known.characters.pieces) if rng.random() < 0.5 else []
+    is_open = [token for token in pool if not closed[token]]
+    return rng.choice(is_open or (~closed).nonzero()[:, 0].tolist())
+
+
+def test_special_tokens_count_where_they_are_shown() -> None:
+    tokenizer, special = real("byte-level"), "<|im_start|>"
+    (token,) = tokenizer.encode(special)
+    for specials, characters in ((False, 0), (True, len(special))):
+        counter = letters("byte-level").counter(CHARACTERS, specials)
+        assert counter is not None
+        counter.follow(token)
+        got = client(tokenizer, tokenizer.encode("a"), skip_special_tokens=not specials)
+        got.update([token], False)
+        assert counter.amount == len(got.output_text) == characters
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("lenvm_vllm.engine_rows.tokenizer_of", lambda config: real(request.param))
+    monkeypatch.setattr("lenvm_vllm.engine_rows.Letters", lambda *_: letters(request.param))
+    return str(request.param)
+
+
+def rows_without_values() -> EngineRows:
+    return EngineRows(fakes.config(), fakes.Server(TimedOut("slow")))
+
+
+def write(
+    rows: EngineRows, tokenizer: Any, length: dict[str, Any], seed: int, script: str, **more: Any
+) -> tuple[str, RequestState]:
+    """A text of a model that writes this script in ever new orders and never ends by itself."""
+    rng = torch.Generator().manual_seed(seed)
+    prompt = tokenizer.encode("Say it:")
+    made = SamplingParams(extra_args=LengthTarget.parse(length).to_xargs(), max_tokens=600)
+    made.update_from_generation_config({}, END)
+    state = rows.open(made, prompt, [])
+    assert state is not None
+    liked = torch.tensor(tokenizer.encode(script, add_special_tokens=False))
+    got = client(tokenizer, prompt)
+    while END not in state.output_ids and len(state.output_ids) < 600:
+        logits = torch.randn(1, len(tokenizer), generator=rng)
+        logits[0, liked] += 12
+        logits[0, END] = -5
+        rows.steer_inplace(logits, {0: state})
+        token = int(torch.multinomial(logits[0].softmax(-1), 1, generator=rng))
+        state.output_ids.append(token)
+        got.update([token], token == END)
+    assert state.output_ids[-1] == END
+    rows.close(state)
+    return str(got.output_text), state
+
+
+@pytest.mark.parametrize("script", [SCRIPTS[i] for i in (0, 1, 4, 6)])
+@pytest.mark.parametrize("unit", [WORDS, CHARACTERS])
+def test_no_limit_is_passed(name: str, unit: str, script: str) -> None:
+    rows = rows_without_values()
+    for seed, size in enumerate((1, 2, 7, 20, 33, 60)):
+        for length, least, most in (
+            ({unit: size, "mode": "at_most"}, 0, size),
+            ({unit: size, "tolerance": 0}, size, size),
+            ({unit: size, "tolerance": 0.25}, 0.75 * size, 1.25 * size),
+            ({f"min_{unit}": size, f"max_{unit}": 2 * size, "mode": "range"}, size, 2 * size),
+        ):
+            text, state = write(rows, real(name), length, seed, script)
+            assert least <= count(text, unit) <= most
+            assert "\ufffd" not in text
+            assert not state.gave_way
