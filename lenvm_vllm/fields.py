@@ -114,6 +114,12 @@ def allow_endings(request: Mapping[str, Any]) -> bool:
     return _all_words(request["messages"]) if chat else _is_prompt(request.get("prompt"))
 
 
+def sole(prompt: Any) -> Any:
+    """The prompt out of a list that holds no other, as some clients send it; else as it is."""
+    is_list_of_one = isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int
+    return prompt[0] if is_list_of_one else prompt
+
+
 def text_of(content: Any) -> str | None:
     """The text of a message's content, a string or a list of text parts; None for other parts.
 
@@ -144,6 +150,7 @@ def _all_words(messages: Any) -> bool:
 
 def _is_prompt(prompt: Any) -> bool:
     """Whether it is one, of words or of token ids."""
+    prompt = sole(prompt)
     one = isinstance(prompt, list) and all(type(token) is int for token in prompt)
     return isinstance(prompt, str) or one
 

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from lenvm_vllm.endpoint import async_http_client
-from lenvm_vllm.fields import text_of
+from lenvm_vllm.fields import sole, text_of
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.settings import Settings
 from value_server.contract.units import PRIOR, UNITS
@@ -122,7 +122,7 @@ def _prompt_of(request: dict[str, Any]) -> dict[str, Any] | None:
         first = [] if system is None else [{"role": "system", "content": system}]
         plain = [_plain(message) for message in messages]
         return {"messages": [*first, *plain]} if plain and None not in plain else None
-    prompt = request.get("prompt", request.get("token_ids"))
+    prompt = sole(request.get("prompt", request.get("token_ids")))
     if isinstance(prompt, str):
         return {"prompt": prompt}
     ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)

@@ -15,10 +15,12 @@ _OTHERS = {"length_penalty"}  # fields of vLLM's own that start with the same le
 _MEANT = ("lengthtarget", "targetlength", "targettokens")
 _LIKE = 0.75  # above it a name is one of these with slips; target_language has 0.69
 
-# What clients wrap parameters of their own in, and vLLM does not unwrap.
-_WRAPPERS = {
-    *("extra_body", "extra_args", "extra_params", "vllm_xargs", "sampling_params"),
-    *("parameters", "options", "model_kwargs", "generation_config"),
+# What clients wrap parameters of their own in (extra_body, model_kwargs, providerOptions, …), and
+# vLLM does not unwrap; and what it hands on to others, in which such names may be theirs.
+_WRAPPER = re.compile("(?i)extra|param|args|option|config|setting")
+_OF_OTHERS = {
+    *("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs"),
+    *("kv_transfer_params", "ec_transfer_params"),
 }
 
 # A key of a body that is worth a look; cheap, as every body is searched for it.
@@ -41,9 +43,9 @@ def misplaced(request: Mapping[str, Any], own: str, outer: str = "") -> Iterator
 
     own: path of the one wrapper that the engine does read.
     """
-    for wrapper in (name for name in request if name in _WRAPPERS):
+    for wrapper in (name for name in request if _WRAPPER.search(name)):
         inner, path = request[wrapper], f"{outer}{wrapper}"
-        if path == own or not isinstance(inner, Mapping):
+        if path == own or wrapper in _OF_OTHERS or not isinstance(inner, Mapping):
             continue
         yield from ((f"{path}.{name}", inner[name]) for name in inner if is_meant(name))
         if not outer:

@@ -198,6 +198,15 @@ def test_fields_that_leave_other_endings(
     assert reply.json()["choices"][0]["length_result"]["endings"] in (5, 8)
 
 
+def test_a_list_of_one_prompt_leaves_other_endings(client: httpx.Client) -> None:
+    """As LangChain sends each prompt of a text completion."""
+    asked = {"prompt": ["hi"], "max_tokens": 256, "temperature": 1.0, "allowed_token_ids": LETTERS}
+    target = {"tokens": 50, "tolerance": 0.2, "endings": 8}
+    reply = post(client, TEXT, length_target=target, **asked)
+    assert length(reply) in range(40, 61)
+    assert reply.json()["choices"][0]["length_result"]["endings"] in (5, 8)
+
+
 def test_a_forecast_of_parts(client: httpx.Client) -> None:
     """Is that of the text; a client's own priority is taken, and a wrong one refused."""
     seen = set()

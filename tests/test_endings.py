@@ -379,7 +379,11 @@ def test_what_cannot_be_continued(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "whether"), [("a", True), ([1, 2], True), (["a"], False), ([[1]], False)]
+    ("prompt", "whether"),
+    [
+        *(("a", True), ([1, 2], True), (["a"], True), ([[1]], True)),
+        *((["a", "b"], False), ([[1], [2]], False), ([["a"]], False), ([None], False)),
+    ],
 )
 def test_one_prompt_can_be_continued(prompt: Any, whether: bool) -> None:
     assert can_continue({"prompt": prompt}, LengthTarget.parse(9)) is whether

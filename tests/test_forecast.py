@@ -64,6 +64,8 @@ def tokens(made: Forecast, request: dict[str, Any], **target: Any) -> int | None
         ({"messages": CHAT}, {"messages": CHAT}),
         ({"prompt": "once"}, {"prompt": "once"}),
         ({"prompt": [1, 2]}, {"token_ids": [1, 2]}),
+        ({"prompt": ["once"]}, {"prompt": "once"}),
+        ({"prompt": [[1, 2]]}, {"token_ids": [1, 2]}),
         ({"input": "hi"}, {"messages": CHAT}),
         (
             {"input": CHAT, "instructions": "Be kind."},

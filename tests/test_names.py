@@ -37,6 +37,10 @@ def test_far(name: str) -> None:
             [("extra_body.vllm_xargs.length_target", 8)],
         ),
         ({"sampling_params": {"length_target": 8}}, [("sampling_params.length_target", 8)]),
+        ({"optional_params": {"length_target": 8}}, [("optional_params.length_target", 8)]),
+        ({"modelKwargs": {"length_target": 8}}, [("modelKwargs.length_target", 8)]),
+        ({"providerOptions": {"length_target": 8}}, [("providerOptions.length_target", 8)]),
+        ({"chat_template_kwargs": {"length_target": 8}}, []),  # a variable of the template
         ({"vllm_xargs": {"length_target": 8}}, []),  # there it may stand
         ({"metadata": {"length_target": "8"}}, []),  # a client's own notes
         ({"response_format": {"schema": {"target_length": {}}}}, []),
