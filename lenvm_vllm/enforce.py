@@ -12,6 +12,7 @@ from lenvm_vllm.characters import LONGEST
 from lenvm_vllm.letters import Letters
 from lenvm_vllm.state import RequestState
 
+_GOES_ON = 0.5  # of the next token's probability goes on with a word that is not whole
 Tokens = dict[int, list[int]]  # of a row
 
 
@@ -51,11 +52,16 @@ def _limit_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:
     """Close all tokens but the ends with which a limit of words or characters would be passed."""
     for row, state in states.items():
         assert state.counter is not None
-        closed = state.counter.closed(state.room, logits.device)
         own = logits[row].clone()
+        closed = state.counter.closed(state.room, logits.device)[: len(own)]
+        if state.counter.has_last_word(state.room):
+            goes_on, closes = (x[: len(own)] for x in state.counter.last_word(logits.device))
+            # A word that is begun is ended; the model tells by its next token whether it is.
+            more = own.softmax(-1)[: len(closed)][goes_on & ~closed].sum()
+            closed = closed | ~torch.where(more > _GOES_ON, goes_on, closes)
         open_ends = [token for token in state.ends if token < len(own)]
         railed = torch.full_like(own, -torch.inf)  # also what no text is known of
-        railed[: len(closed)] = own[: len(closed)].masked_fill(closed[: len(own)], -torch.inf)
+        railed[: len(closed)] = own[: len(closed)].masked_fill(closed, -torch.inf)
         railed[open_ends] = own[open_ends]
         logits[row] = torch.where(railed.isneginf().all(), own, railed)
 

@@ -31,7 +31,7 @@ _FORBIDDEN = 2**15 - 1  # what a token adds that must not come
 _PLACES = (OUT, IN, IDEOGRAPH, MARKS)
 _GOES_ON = regex.compile(r"[\p{L}\p{N}\p{M}'\u2019_-]")  # within a word
 _LOST = "\ufffd"  # stands for bytes that are no character
-_SOME_IDEOGRAPH = "\u4e00"  # adds the most that a character which is not whole may turn out to add
+_IDEOGRAPH, _LETTER = "\u4e00", "a"
 
 
 class TokenUnits:
@@ -53,19 +53,24 @@ class TokenUnits:
         size = max(texts, default=-1) + 1
         self._characters = np.full(size, _FORBIDDEN, np.int16)
         self._words = np.full((len(_PLACES), size), _FORBIDDEN, np.int16)
-        self._stays = np.zeros(size, bool)  # in the last word, or ends the text's sentence
+        self._goes_on = np.zeros(size, bool)  # with the word that the text ends with
+        self._closes = np.zeros(size, bool)  # the sentence that the text ends with
         for token, text in texts.items():
             if token in pieces or _LOST in text:
                 continue
             self._characters[token] = min(len(text), _FORBIDDEN)
             self._words[:, token] = [follow_words(text, place)[0] for place in _PLACES]
-            self._stays[token] = bool(_GOES_ON.match(text))
+            self._goes_on[token] = bool(_GOES_ON.match(text))
+        for token, piece in pieces.items():
+            self._goes_on[token] = bool(_GOES_ON.match(_text_of(piece)[0] or _stand_in(piece)))
         for token in closing:
             text = texts[token]
-            self._stays[token] |= text == text.rstrip() and ends_sentence(f"word{text}")
+            self._closes[token] = text == text.rstrip() and ends_sentence(f"word{text}")
         self._ending: dict[bytes, bool] = {}
         self._most = int(self._characters[self._characters < _FORBIDDEN].max(initial=0))
+        self._added = lru_cache(maxsize=64)(self._find_added)
         self._closed = lru_cache(maxsize=512)(self._find_closed)
+        self._last_word = lru_cache(maxsize=8)(self._find_last_word)
 
     def closed(self, unit: str, place: int, pending: bytes, room: int | None, on: Any) -> Tensor:
         """(V,) bool on a device: tokens that must not come where `room` is left, None: any.
@@ -76,23 +81,26 @@ class TokenUnits:
         return self._closed(unit, place, pending, room, str(on))
 
     def _find_closed(self, unit: str, place: int, pending: bytes, room: int, on: str) -> Tensor:
-        added = self._added(unit, place, pending)
-        closed = added > room
-        if unit == WORDS and room <= 0 and not pending:
-            closed |= ~self._stays
-        return torch.from_numpy(closed).to(on)
+        return torch.from_numpy(self._added(unit, place, pending) > room).to(on)
 
-    def _added(self, unit: str, place: int, pending: bytes) -> Any:
+    def last_word(self, on: Any) -> tuple[Tensor, Tensor]:
+        """(V,) bool each: tokens that go on with a text's word, and that close its sentence."""
+        return self._last_word(str(on))
+
+    def _find_last_word(self, on: str) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self._goes_on).to(on), torch.from_numpy(self._closes).to(on)
+
+    def _find_added(self, unit: str, place: int, pending: bytes) -> Any:
         """(V,) what each token adds to the amount of a text."""
         if pending:
             added = np.full_like(self._characters, _FORBIDDEN)
         else:
             added = (self._characters if unit == CHARACTERS else self._words[place]).copy()
-        counted = _unwhole(unit, place) if pending else 0
+        counted = _most_of(pending, unit, place)
         for token, piece in self.pieces.items():
             text, rest = _text_of(pending + piece)
             if text is not None and self._can_end(rest):
-                text += _SOME_IDEOGRAPH * bool(rest)
+                text += _stand_in(rest)
                 more = len(text) if unit == CHARACTERS else follow_words(text, place)[0]
                 added[token] = more - counted
         return added
@@ -146,7 +154,7 @@ class Counter:
     @property
     def amount(self) -> int:
         """Of the text so far; a character that is not whole counts as the most it may become."""
-        return self._whole + (_unwhole(self._unit, self._place) if self.pending else 0)
+        return self._whole + _most_of(self.pending, self._unit, self._place)
 
     @property
     def ratio(self) -> float:
@@ -176,14 +184,34 @@ class Counter:
             return False
         return self._unit == CHARACTERS or self._place == OUT
 
+    def has_last_word(self, room: int | None) -> bool:
+        """Whether the text stands in a word, or right behind it, that is to be its last."""
+        last = room is not None and room <= 0 and not self.pending
+        return last and self._unit == WORDS and self._place != OUT
+
+    def last_word(self, on: Any) -> tuple[Tensor, Tensor]:
+        """As of `TokenUnits`."""
+        return self._units.last_word(on)
+
     def closed(self, room: int | None, on: Any) -> Tensor:
         """As `TokenUnits.closed`, of the next token."""
         return self._units.closed(self._unit, self._place, self.pending, room, on)
 
 
-def _unwhole(unit: str, place: int) -> int:
-    """What a character that is not whole adds to a text at `place`, at most."""
-    return 1 if unit == CHARACTERS else follow_words(_SOME_IDEOGRAPH, place)[0]
+def _most_of(pending: bytes, unit: str, place: int) -> int:
+    """The most that a character which is not whole adds to a text at `place`."""
+    text = _stand_in(pending)
+    return len(text) if unit == CHARACTERS else follow_words(text, place)[0]
+
+
+def _stand_in(pending: bytes) -> str:
+    """A character that adds as much as any that begins with these bytes; "" for none."""
+    if not pending:
+        return ""
+    first = pending[0]
+    # What is in these ranges of Unicode is no ideograph.
+    other = first < 0xE2 or 0xEA <= first <= 0xEE or pending[:2] == b"\xf0\x9f"
+    return _LETTER if other else _IDEOGRAPH
 
 
 def _text_of(data: bytes) -> tuple[str | None, bytes]:

@@ -7,6 +7,7 @@ Punctuation behind an ideograph belongs to it. Thai and its like, which put no s
 words, have one word between two spaces.
 """
 
+import unicodedata
 from functools import cache
 
 import regex
@@ -31,7 +32,9 @@ _STEPS = (
     ((0, OUT), (1, IDEOGRAPH), (1, IN), (0, IDEOGRAPH)),
     ((0, OUT), (0, IDEOGRAPH), (0, IN), (0, MARKS)),
 )
-_IDEOGRAPHS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc\uff70]")
+_IDEOGRAPHS = regex.compile(
+    r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc\uff70]--\p{Sk}]", regex.VERSION1
+)
 
 
 @cache
@@ -40,7 +43,8 @@ def _kind(character: str) -> int:
         return _SPACE
     if _IDEOGRAPHS.match(character):
         return _IDEOGRAPH
-    return _LETTER if character.isalnum() else _OTHER
+    marks = unicodedata.category(character) == "Lm"  # what changes the letter before it
+    return _LETTER if character.isalnum() and not marks else _OTHER
 
 
 def follow_words(text: str, place: int = OUT) -> tuple[int, int]:
