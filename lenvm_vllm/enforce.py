@@ -10,6 +10,7 @@ from torch import Tensor
 from lenvm_vllm.candidates import eos_index
 from lenvm_vllm.characters import LONGEST
 from lenvm_vllm.letters import Letters
+from lenvm_vllm.request import NATURAL
 from lenvm_vllm.state import RequestState
 
 _GOES_ON = 0.5  # of the next token's probability goes on with a word that is not whole
@@ -21,7 +22,8 @@ def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Le
     held, broken, due = _rails_in(states, letters)
     _hold_inplace(logits, held)
     _hold_inplace(logits, broken)
-    _limit_inplace(logits, {row: s for row, s in states.items() if row not in due and s.is_limited})
+    limited = {row: s for row, s in states.items() if row not in due and s.is_limited}
+    due |= _limit_inplace(logits, limited)
     _force_inplace(logits, due)
     return set(due)
 
@@ -40,30 +42,44 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
         if not due[row] and room is not None and room < LONGEST:
             broken[row] = characters.unfinished(text, room)
             due[row] = characters.continuing(text, room) if missing > room else []
-        if not due[row] and state.room == 0 and not missing and letters.ends_sentence(text):
-            due[row] = state.proper_ends  # the last word that there may be has its full stop
+        if not due[row] and state.has_last_word and letters.ends_sentence(text):
+            due[row] = state.proper_ends
     held, broken, due = (
         {row: tokens for row, tokens in rows.items() if tokens} for rows in (held, broken, due)
     )
     return held, broken, due
 
 
-def _limit_inplace(logits: Tensor, states: dict[int, RequestState]) -> None:
-    """Close all tokens but the ends with which a limit of words or characters would be passed."""
+def _limit_inplace(logits: Tensor, states: dict[int, RequestState]) -> Tokens:
+    """Close all tokens but the ends with which a limit of words or characters would be passed.
+
+    Returns the ends of rows whose last word is whole and whose sentence the model would not end.
+    """
+    due: Tokens = {}
     for row, state in states.items():
         assert state.counter is not None
-        own = logits[row].clone()
+        own, ends = logits[row].clone(), [end for end in state.ends if end < logits.shape[-1]]
         closed = state.counter.closed(state.room, logits.device)[: len(own)]
-        if state.counter.has_last_word(state.room):
-            goes_on, closes = (x[: len(own)] for x in state.counter.last_word(logits.device))
-            # A word that is begun is ended; the model tells by its next token whether it is.
-            more = own.softmax(-1)[: len(closed)][goes_on & ~closed].sum()
-            closed = closed | ~torch.where(more > _GOES_ON, goes_on, closes)
-        open_ends = [token for token in state.ends if token < len(own)]
+        if state.has_last_word:
+            words = state.counter.last_word(logits.device)
+            goes_on, closes = (mask[: len(own)] & ~closed for mask in words)
+            p = own.softmax(-1)
+            more, end = (
+                p[: len(closed)][goes_on].sum(),
+                p[: len(closed)][closes].sum() + p[ends].sum(),
+            )
+            if more > _GOES_ON:
+                closed = ~goes_on
+            elif end > NATURAL:
+                closed = ~closes
+            else:
+                due[row] = state.proper_ends
+                continue
         railed = torch.full_like(own, -torch.inf)  # also what no text is known of
         railed[: len(closed)] = own[: len(closed)].masked_fill(closed, -torch.inf)
-        railed[open_ends] = own[open_ends]
+        railed[ends] = own[ends]
         logits[row] = torch.where(railed.isneginf().all(), own, railed)
+    return due
 
 
 def _hold_inplace(logits: Tensor, held: Tokens) -> None:

@@ -70,6 +70,14 @@ class RequestState(Completion):
         return self.counter is not None and self.is_railed and self._in_text
 
     @property
+    def has_last_word(self) -> bool:
+        """Whether no other word may begin: it could not be ended before the upper rail."""
+        room = self.room
+        if self.counter is None or room is None or self.held:
+            return False
+        return self.counter.has_last_word(room)
+
+    @property
     def _in_text(self) -> bool:
         return self.counts and not self._is_open
 

@@ -27,6 +27,8 @@ from value_server.contract.units import (
     tokens_per_unit,
 )
 
+_WORD = 10  # characters without which no other word begins, of a limit that is not short
+_SHORT = 8  # words of a short one
 _FORBIDDEN = 2**15 - 1  # what a token adds that must not come
 _PLACES = (OUT, IN, IDEOGRAPH, MARKS)
 _GOES_ON = regex.compile(r"[\p{L}\p{N}\p{M}'\u2019_-]")  # within a word
@@ -172,11 +174,8 @@ class Counter:
         if self._strips and text:
             text, self._strips = text.removeprefix(" "), False
         self.tokens += bool(text)
-        if self._unit == CHARACTERS:
-            self._whole += len(text)
-        else:
-            more, self._place = follow_words(text, self._place)
-            self._whole += more
+        words, self._place = follow_words(text, self._place)
+        self._whole += len(text) if self._unit == CHARACTERS else words
 
     def is_full(self, room: int | None) -> bool:
         """Whether nothing may come but the end, with so much room; None: any."""
@@ -184,10 +183,12 @@ class Counter:
             return False
         return self._unit == CHARACTERS or self._place == OUT
 
-    def has_last_word(self, room: int | None) -> bool:
-        """Whether the text stands in a word, or right behind it, that is to be its last."""
-        last = room is not None and room <= 0 and not self.pending
-        return last and self._unit == WORDS and self._place != OUT
+    def has_last_word(self, room: int) -> bool:
+        """Whether no other word may begin, as there is no room for it."""
+        if self.pending:
+            return False
+        fits = self._unit == WORDS or self._place == IDEOGRAPH
+        return room <= (0 if fits else min(_WORD, (self.amount + room) // _SHORT))
 
     def last_word(self, on: Any) -> tuple[Tensor, Tensor]:
         """As of `TokenUnits`."""

@@ -33,7 +33,7 @@ _STEPS = (
     ((0, OUT), (0, IDEOGRAPH), (0, IN), (0, MARKS)),
 )
 _IDEOGRAPHS = regex.compile(
-    r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc\uff70]--\p{Sk}]", regex.VERSION1
+    r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc\uff70]--\p{S}]", regex.VERSION1
 )
 
 
