@@ -83,7 +83,7 @@ async def ask(http: httpx.AsyncClient, model: str, script: str, body: dict[str, 
     reply = await http.post("/completions", json=body | {"model": model})
     reply.raise_for_status()
     if body["stream"]:
-        lines = (line.removeprefix("data: ") for line in reply.text.splitlines() if line)
+        lines = (line.removeprefix("data: ") for line in reply.text.split("\n") if line)
         chunks = [json.loads(line) for line in lines if line != "[DONE]"]
     else:
         chunks = [reply.json()]

@@ -49,10 +49,12 @@ def check_admission(
     ignore_eos: bool,
     thinking_token_budget: int | None = None,
     *,
+    shows_stop: bool = False,
     config: Any = None,
 ) -> None:
     """The limits are those of the request itself. Raises LengthTargetError.
 
+    shows_stop: whether what ends the text is shown in it.
     config: the VllmConfig; None where it is not known yet, and asked about later.
     """
     target = resolved(target, config)
@@ -72,7 +74,7 @@ def check_admission(
             )
     whole = needed_by(target)
     _check_room(target, whole)
-    _check_unit(target, min_tokens, config)
+    _check_unit(target, min_tokens, shows_stop, config)
     if whole.last is not None and target.prefix_tokens >= max(1, whole.last):
         raise LengthTargetError(
             f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
@@ -106,13 +108,17 @@ def _check_room(target: LengthTarget, rails: Rails) -> None:
     )
 
 
-def _check_unit(target: LengthTarget, min_tokens: int, config: Any) -> None:
+def _check_unit(target: LengthTarget, min_tokens: int, shows_stop: bool, config: Any) -> None:
     """Raises LengthTargetError where words or characters cannot be counted, or kept."""
     if target.unit == UNITS[0]:
         return
     name, given = f"length_target.{target.unit}", target.limits[1]
     if config is not None and config.model_config.skip_tokenizer_init:
         raise LengthTargetError(f"{name}: {given} needs a tokenizer, this vLLM has none")
+    if shows_stop:
+        raise LengthTargetError(
+            f"include_stop_str_in_output: true contradicts {name}, which does not count the stop"
+        )
     if min_tokens > 1 and bounds_of(target).last is not None:
         raise LengthTargetError(
             f"min_tokens: {min_tokens} contradicts {name}, a limit in another unit; "

@@ -29,6 +29,7 @@ def take_in(config: Any, request: Any) -> None:
         params.min_tokens,
         params.ignore_eos,
         params.thinking_token_budget,
+        shows_stop=params.include_stop_str_in_output,
         config=config,
     )
     if not only_prefills(config):

@@ -215,6 +215,7 @@ def _check(target: LengthTarget, request: dict[str, Any], door: Door) -> None:
         min_tokens=0 if prefill else whole(params, "min_tokens") or 0,
         ignore_eos=params.get("ignore_eos") is True,
         thinking_token_budget=whole(params, "thinking_token_budget"),
+        shows_stop=params.get("include_stop_str_in_output") is True,
         config=vllm_hooks.served_config,
     )
 

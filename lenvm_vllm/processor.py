@@ -34,4 +34,5 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 sampling_params.min_tokens,
                 sampling_params.ignore_eos,
                 sampling_params.thinking_token_budget,
+                shows_stop=sampling_params.include_stop_str_in_output,
             )
