@@ -17,15 +17,15 @@ _GOES_ON = 0.5  # of the next token's probability goes on with a word that is no
 Tokens = dict[int, list[int]]  # of a row
 
 
-def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> set[int]:
-    """logits: (batch, V). Returns the rows whose next token is forced."""
+def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> Tokens:
+    """logits: (batch, V). Returns of each row that is forced the tokens of which one must come."""
     held, broken, due = _rails_in(states, letters)
     _hold_inplace(logits, held)
     _hold_inplace(logits, broken)
     limited = {row: s for row, s in states.items() if row not in due and s.is_limited}
     due |= _limit_inplace(logits, limited)
     _force_inplace(logits, due)
-    return set(due)
+    return due
 
 
 def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens, Tokens, Tokens]:

@@ -119,19 +119,22 @@ class EngineRows:
         p_end = _end_probabilities(logits, told)
         forced = enforce_inplace(logits, states, self._letters)
         free = {row: s for row, s in states.items() if row not in forced and s.is_steered}
+        ended = {row for row, tokens in forced.items() if tokens == states[row].proper_ends}
         counting = any(s.counts for s in states.values())
         writes = self._shared_plan(logits, free) if counting else None
         steered = set() if writes is None else set(writes.rows.tolist())
         if writes is not None:
             writes.apply_inplace(logits)
-        _cut_inplace(logits, {row: s for row, s in states.items() if row not in forced | steered})
-        self._tell(list(told.values()), p_end)
+        _cut_inplace(
+            logits, {row: s for row, s in states.items() if row not in forced.keys() | steered}
+        )
+        self._tell(told, ended, p_end)
 
-    def _tell(self, states: list[RequestState], p_end: list[float]) -> None:
-        """What happened in this step, for the API server."""
+    def _tell(self, told: dict[int, RequestState], ended: set[int], p_end: list[float]) -> None:
+        """What happened in this step, for the API server. ended: rows that a rail ends."""
+        states, forced = list(told.values()), [s.forced or row in ended for row, s in told.items()]
         for state in states:
             state.steps += 1
-        forced = [s.forced or s.end_is_due for s in states]
         self._progress.tell(
             rows=[s.row for s in states if s.row is not None],
             index=[len(s.output_ids) for s in states],
