@@ -196,3 +196,55 @@ def test_no_limit_is_passed(name: str, unit: str, script: str) -> None:
             assert least <= count(text, unit) <= most
             assert "\ufffd" not in text
             assert not state.gave_way
+
+
+def step(
+    rows: EngineRows, length: dict[str, Any], text: str, liked: dict[str, float], prompt: str = "?"
+) -> list[str]:
+    """What may come behind a text, of a model that likes these next tokens."""
+    tokenizer = real("byte-level")
+    made = SamplingParams(extra_args=LengthTarget.parse(length).to_xargs(), max_tokens=600)
+    made.update_from_generation_config({}, END)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    state = rows.open(made, tokenizer.encode(prompt), ids)
+    assert state is not None
+    logits = torch.zeros(1, len(tokenizer))
+    for word, nats in liked.items():
+        (token,) = tokenizer.encode(word, add_special_tokens=False) if word else (END,)
+        logits[0, token] = nats
+    rows.steer_inplace(logits, {0: state})
+    is_open = logits[0].isfinite() & (logits[0] >= 5)
+    return sorted(str(tokenizer.decode([i])) for i in is_open.nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("name", ["byte-level"], indirect=True)
+@pytest.mark.parametrize(
+    ("liked", "comes"),
+    [
+        # Most of it goes on with the word.
+        ({"ycle": 20.0, ".": 18.0, " and": 17.0}, ["ycle"]),
+        # The word is whole, and a full stop is not unlikely.
+        ({" and": 20.0, ".": 18.0, ",": 18.0}, ["."]),
+        # Neither: the text ends as it is.
+        ({" and": 20.0, ",": 18.0, ".": 13.0}, []),
+    ],
+)
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [({"words": 3}, "ride a bic"), ({"characters": 90}, "I ride " * 11 + "a bic")],
+)
+def test_the_last_word_is_ended(
+    name: str, length: dict[str, Any], text: str, liked: dict[str, float], comes: list[str]
+) -> None:
+    """END is not liked, and has to be forced."""
+    found = step(rows_without_values(), length | {"mode": "at_most"}, text, liked)
+    assert found == comes
+
+
+@pytest.mark.parametrize("name", ["byte-level"], indirect=True)
+def test_what_the_prompt_has_of_the_text_counts(name: str) -> None:
+    rows = rows_without_values()
+    prefix = len(real("byte-level").encode(" one two"))
+    length = {"words": 3, "mode": "at_most", "prefix_tokens": prefix}
+    assert step(rows, length, " three", {" four": 20.0, ".": 19.0}, "Say: one two") == ["."]
+    assert step(rows, length, "", {" four": 20.0}, "Say: one two") == [" four"]
