@@ -56,30 +56,46 @@ def _limit_inplace(logits: Tensor, states: dict[int, RequestState]) -> Tokens:
     Returns the ends of rows whose last word is whole and whose sentence the model would not end.
     """
     due: Tokens = {}
+    alike: dict[int, tuple[Tensor, list[int]]] = {}  # most rows are far from their limits
     for row, state in states.items():
         assert state.counter is not None
-        own, ends = logits[row].clone(), [end for end in state.ends if end < logits.shape[-1]]
-        closed = state.counter.closed(state.room, logits.device)[: len(own)]
+        closed: Tensor | None = state.counter.closed(state.room, logits.device)
         if state.has_last_word:
-            words = state.counter.last_word(logits.device)
-            goes_on, closes = (mask[: len(own)] & ~closed for mask in words)
-            p = own.softmax(-1)
-            more, end = (
-                p[: len(closed)][goes_on].sum(),
-                p[: len(closed)][closes].sum() + p[ends].sum(),
-            )
-            if more > _GOES_ON:
-                closed = ~goes_on
-            elif end > NATURAL:
-                closed = ~closes
-            else:
-                due[row] = state.proper_ends
-                continue
-        railed = torch.full_like(own, -torch.inf)  # also what no text is known of
-        railed[: len(closed)] = own[: len(closed)].masked_fill(closed, -torch.inf)
-        railed[ends] = own[ends]
-        logits[row] = torch.where(railed.isneginf().all(), own, railed)
+            closed = _closed_in_last_word(logits[row], state)
+        if closed is None:
+            due[row] = state.proper_ends
+        else:
+            alike.setdefault(id(closed), (closed, []))[1].append(row)
+    for closed, rows in alike.values():
+        _close_inplace(logits, rows, closed, [states[row].ends for row in rows])
     return due
+
+
+def _closed_in_last_word(own: Tensor, state: RequestState) -> Tensor | None:
+    """(V,) bool: a word that is begun is ended, and then its sentence is closed; by its next token
+    the model tells where it is. None: only the end is left. own: (V,) logits of the row."""
+    assert state.counter is not None
+    closed = state.counter.closed(state.room, own.device)[: len(own)]
+    goes_on, closes = (mask[: len(own)] & ~closed for mask in state.counter.last_word(own.device))
+    p = own.softmax(-1)
+    ends = [end for end in state.ends if end < len(own)]
+    if p[: len(closed)][goes_on].sum() > _GOES_ON:
+        return ~goes_on
+    if p[: len(closed)][closes].sum() + p[ends].sum() > NATURAL:
+        return ~closes
+    return None
+
+
+def _close_inplace(logits: Tensor, rows: list[int], closed: Tensor, ends: list[list[int]]) -> None:
+    """Close (V,) tokens of `rows`, but not their ends, where one is left."""
+    own = logits[rows]
+    size = min(len(closed), own.shape[-1])
+    railed = torch.full_like(own, -torch.inf)  # also what no text is known of
+    railed[:, :size] = own[:, :size].masked_fill(closed[:size], -torch.inf)
+    index, ids = (x.to(logits.device) for x in eos_index(ends, own.shape[-1]))
+    railed[index, ids] = own[index, ids]
+    empty = railed.isneginf().all(-1, keepdim=True)
+    logits[rows] = torch.where(empty, own, railed)
 
 
 def _hold_inplace(logits: Tensor, held: Tokens) -> None:

@@ -5,6 +5,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lenvm_vllm.completion import Completion
@@ -53,7 +54,7 @@ class RequestState(Completion):
     _forced: tuple[int, list[int]] | None = None
     _gave_way: bool = False
 
-    @property
+    @cached_property
     def bounds(self) -> Rails:
         """The rails in words or characters; none of a target in tokens."""
         return Rails() if self.counter is None else bounds_of(self.target)
