@@ -53,8 +53,9 @@ const STEPS = [
 ];
 // What Python calls white space; JavaScript's own is another.
 const SPACE = /[\t-\r\x1c-\x1f\x85\p{Z}]/u;
-const IDEOGRAPHS = /[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Bopomofo}\u30fc\uff70]/u;
-const LETTER = /[\p{L}\p{N}]/u;
+const IDEOGRAPHS =
+  /(?!\p{S})[\p{sc=Han}\p{sc=Hiragana}\p{sc=Katakana}\p{sc=Bopomofo}\u30fc\uff70]/u;
+const LETTER = /(?!\p{Lm})[\p{L}\p{N}]/u; // Lm: what changes the letter before it
 
 // White space, ideographs and kana, letters and digits, all others.
 function kindOf(character) {
