@@ -1,12 +1,18 @@
-"""A real headless browser: the Chromium of this machine."""
+"""A real headless browser, the Chromium of this machine, and a server for its pages."""
 
 import contextlib
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import uvicorn
 from playwright.sync_api import Browser, sync_playwright
+
+from lenvm_vllm.processes import free_port
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -25,3 +31,17 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=flags)
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def served(app: Any) -> Iterator[str]:
+    """The URL of an ASGI application."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()

@@ -15,6 +15,8 @@ from playwright.sync_api import Browser, Page, expect
 from lenvm_vllm.demo import NAME, ROOT, both_servers
 from lenvm_vllm.processes import free_port
 from tests.browser import chromium
+from value_server.contract.units import CHARACTERS, WORDS
+from value_server.contract.units import count as count_of
 
 pytestmark = pytest.mark.e2e
 SECONDS = 120  # of two answers on a busy machine
@@ -72,6 +74,10 @@ def count(page: Page, panel: str) -> int:
     return int(page.locator(f"#{panel} .count").inner_text())
 
 
+def text(page: Page, panel: str) -> str:
+    return page.locator(f"#{panel} .text").text_content() or ""
+
+
 def choose(page: Page, mode: str) -> None:
     page.locator(".modes label", has_text=mode).click()
 
@@ -81,31 +87,33 @@ def test_prompt_dial_two_streams_counts(page: Page, tmp_path: Path) -> None:
     page.locator("#temperature").fill("0.5")
     page.get_by_text("More").click()
     page.locator("#prompt").fill("Explain how a bicycle stays upright.")
+    page.get_by_label("Unit").select_option(WORDS)
     dial = page.get_by_role("slider", name="Goal")
     dial.focus()
     dial.press("Home")
-    for _ in range(90):
+    for _ in range(17):
         dial.press("ArrowRight")
     expect(page.locator("#goal")).to_have_value("100")
-    expect(page.locator("#bounds")).to_contain_text("from token 90 to 110; brought about from 95")
+    expect(page.locator("#bounds")).to_contain_text("from 90 to 110 words; brought about from 95")
     page.get_by_role("button", name="Compare").click()
     guided, unguided = page.locator("#guided"), page.locator("#unguided")
     # They come side by side, and the bar tells of the rest.
     expect(guided.locator(".text span").nth(8)).to_be_attached(timeout=1000 * SECONDS)
-    assert re.search(
-        r"\d+ expected still", guided.locator(".bar").get_attribute("aria-valuetext") or ""
-    )
+    spoken = guided.locator(".bar").get_attribute("aria-valuetext") or ""
+    assert re.search(r"\d+ words, \d+ expected still", spoken)
     expect(page.locator("#stop")).to_be_enabled()
     expect(unguided.locator(".text span").nth(8)).to_be_attached()
     expect(page.locator("#stop")).to_be_disabled(timeout=1000 * SECONDS)
 
+    for panel in ("guided", "unguided"):
+        assert count(page, panel) == count_of(text(page, panel), WORDS)
     assert 90 <= count(page, "guided") <= 110
-    assert len(unguided.locator(".text").inner_text()) > 100
+    assert len(text(page, "unguided")) > 100
     expect(guided.locator(".badge")).to_have_text(re.compile("natural|whole|cut"))
     expect(guided.locator(".account")).to_contain_text("steps steered · 1 ending")
     expect(guided.locator(".time")).to_have_text(re.compile(r"^\d+\.\d s$"))
     spans, known = guided.locator(".text span"), guided.locator(".text .known")
-    assert count(page, "guided") - 4 <= spans.count() <= count(page, "guided")
+    assert spans.count() > count(page, "guided")
     assert known.count() >= spans.count() - 1
     assert unguided.locator(".text .known").count() == 0
     # Colours go with what is expected: the most, and the least.
@@ -114,17 +122,42 @@ def test_prompt_dial_two_streams_counts(page: Page, tmp_path: Path) -> None:
     assert highest.evaluate(COLOUR) != lowest.evaluate(COLOUR)
 
     spans.nth(5).hover()
-    expect(guided.locator(".token")).to_contain_text(re.compile(r"^Token \d+ .*expected behind it"))
+    expect(guided.locator(".token")).to_contain_text(
+        re.compile(r"^Token \d+ .* · \d words so far · \d+\.\d expected behind it")
+    )
     points = page.locator("#chart .expected").get_attribute("points") or ""
     assert len(points.split()) >= known.count() + 1
     assert page.locator("#chart .rail").count() == 2
     assert page.locator("#chart .landing, #chart .here, #chart .end, #chart .aim").count() == 4
-    expect(page.locator("#said")).to_contain_text(f"Guided: {count(page, 'guided')} tokens")
+    expect(page.locator("#said")).to_contain_text(f"Guided: {count(page, 'guided')} words")
+    expect(page.locator("#python")).to_contain_text('{"length_target": {"words": 100}}')
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 50_000
 
 
+def test_a_limit_in_characters_is_never_passed(page: Page) -> None:
+    choose(page, "at most")
+    page.get_by_label("Unit").select_option(CHARACTERS)
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            const count = document.querySelector("#guided .count");
+            const see = () => window.seen.push(Number(count.textContent));
+            new MutationObserver(see).observe(count, { childList: true });
+        }"""
+    )
+    compare(page, goal="155")
+    seen = page.evaluate("window.seen")
+    assert len(seen) > 5
+    assert max(seen) == count(page, "guided") == len(text(page, "guided")) <= 155
+    assert count(page, "unguided") == len(text(page, "unguided"))
+    expect(page.locator("#guided .goal")).to_have_text("of at most 155 characters")
+    expect(page.locator("#curl")).to_contain_text('"characters": 155')
+
+
 def test_keyboard_alone(page: Page) -> None:
+    page.get_by_label("Unit").focus()
+    page.keyboard.type("tok")
     page.locator("#prompt").fill("Say hello.")
     page.locator("#goal").fill("20")
     ask(page, lambda: page.locator("#prompt").press("Control+Enter"))
@@ -144,6 +177,7 @@ def test_other_modes(page: Page) -> None:
     choose(page, "range")
     compare(page, shortest="20", longest="30")
     assert 20 <= count(page, "guided") <= 30
+    page.get_by_label("Unit").select_option("tokens")
     choose(page, "at most")
     compare(page, goal="15")
     assert count(page, "guided") <= 15
@@ -160,20 +194,21 @@ def test_other_endings_come_whole(page: Page) -> None:
     compare(page, goal="30")
     assert 27 <= count(page, "guided") <= 33
     expect(page.locator("#guided .account")).to_contain_text("tokens sampled")
-    assert len(page.locator("#guided .text").inner_text()) > 40
-    expect(page.locator("#curl")).to_contain_text("must have exactly 30 tokens")
+    assert count(page, "guided") == count_of(text(page, "guided"), WORDS)
+    expect(page.locator("#curl")).to_contain_text("must have exactly 30 words.")
 
 
 def test_errors_are_the_words_of_the_400(page: Page) -> None:
     choose(page, "range")
     compare(page, shortest="300", longest="200")
-    words = "length_target.min_tokens: 300 is above max_tokens 200"
+    words = "length_target.min_words: 300 is above max_words 200"
     expect(page.locator("#bounds")).to_have_text(words)
     expect(page.locator("#guided .error")).to_have_text(words)
 
 
 def test_copied_requests_run(page: Page) -> None:
     page.locator("#prompt").fill("Say \"hello\" in it's own way: 'ä' \\ $HOME.")
+    page.get_by_label("Unit").select_option("tokens")
     page.locator("#goal").fill("24")
     page.locator("#tolerance").select_option("0")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -195,9 +230,13 @@ def test_copied_requests_run(page: Page) -> None:
 def test_small_screens(browser: Browser, url: str, scheme: Any) -> None:
     page = browser.new_page(viewport={"width": 360, "height": 720}, color_scheme=scheme)
     page.goto(f"{url}/lenvm")
+    page.get_by_label("Unit").select_option(CHARACTERS)  # the longest name
     for mode in ("equal to", "at most", "at least", "range", "tilt"):
         choose(page, mode)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.locator("#wish").evaluate("form => form.scrollWidth <= form.clientWidth")
+        dials = page.locator(".dials").evaluate("box => [box.scrollWidth, box.clientWidth]")
+        assert dials[0] <= dials[1]
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == (scheme == "dark")
     page.close()

@@ -1,19 +1,14 @@
 """The playground in a browser, before a server that asks for its API key as vLLM does."""
 
-import contextlib
 import json
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, expect
 
 from lenvm_vllm.middleware import LengthTargetMiddleware
-from lenvm_vllm.processes import free_port
-from tests.browser import chromium
+from tests.browser import chromium, served
 
 KEY = "sesame"
 MODELS = {"data": [{"id": "m", "max_model_len": 512}]}
@@ -27,19 +22,6 @@ async def models(scope: Any, receive: Any, send: Any) -> None:
     start = {"type": "http.response.start", "status": 200 if may else 401, "headers": headers}
     await send(start)
     await send({"type": "http.response.body", "body": body})
-
-
-@contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +44,7 @@ def test_the_key_is_asked_for_and_never_shown(browser, monkeypatch):
         key.press("Enter")
         expect(page.locator("#notice")).to_be_hidden()
         expect(page.locator("#model")).to_have_value("m")
+        page.get_by_label("Unit").select_option("tokens")
         expect(page.get_by_role("slider", name="Goal")).to_have_attribute("max", "256")
         expect(page.locator("#curl")).to_contain_text('-H "Authorization: Bearer $API_KEY"')
         expect(page.locator("#python")).to_contain_text('api_key=os.environ["API_KEY"]')

@@ -2,7 +2,7 @@
 // a bar, the text, and how it ended.
 
 import { TokenText } from "./tokens.js";
-import { UNITS } from "./units.js";
+import { UNITS, expectedOf, phrase } from "./units.js";
 
 const KINDS = {
   natural: "natural end",
@@ -31,8 +31,9 @@ export class AnswerPanel {
 
   // A new answer is awaited. aim: {low, high}, rails: {first, last}, both in the unit.
   wait(aim, rails, unit) {
-    Object.assign(this, { aim, rails, unit, tokens: 0, text: "", rest: null, since: null });
-    this.marks.clear(aim.high ?? aim.low ?? 0);
+    Object.assign(this, { aim, rails, unit, amount: 0, rest: null, since: null, isFresh: true });
+    this.counter = unit.counter();
+    this.marks.clear(unit, aim.high ?? aim.low ?? 0);
     this.section.dataset.end = "";
     this.error.hidden = true;
     for (const part of [this.verdict, this.time, this.badge, this.account]) part.textContent = "";
@@ -42,16 +43,20 @@ export class AnswerPanel {
 
   begin() {
     this.since = performance.now();
+    this.isFresh = false;
     this.box.setAttribute("aria-busy", "true");
   }
 
-  add(part) {
-    this.tokens = part.result?.tokens ?? part.tokens ?? this.tokens;
-    this.text += part.text;
-    if (part.finish) this.rest = 0;
-    else if (part.expected !== undefined) this.rest = this.#inUnit(part.expected);
-    this.marks.add(part, part.expected == null ? null : this.rest, this.amount);
-    if (part.finish) this.#end(part);
+  // The server's own count, where it tells one, is the count.
+  add({ text, answer, whole, told, finish, result }) {
+    const counted = this.counter(answer);
+    this.amount = told[this.unit.key] ?? counted ?? this.amount;
+    const rest = expectedOf(told, this.unit, this.amount);
+    if (finish) this.rest = 0;
+    else if (rest !== undefined) this.rest = rest;
+    const { tokens, p_end: pEnd } = told;
+    this.marks.add({ text, whole, tokens, amount: this.amount, rest, pEnd });
+    if (finish) this.#end(finish, result);
   }
 
   fail(message) {
@@ -70,11 +75,6 @@ export class AnswerPanel {
     if (why && !this.section.dataset.end) this.badge.textContent = why;
   }
 
-  // What it has, in the unit.
-  get amount() {
-    return this.unit.count(this);
-  }
-
   // What it has, or will have as far as anybody knows.
   get reach() {
     return this.amount + (this.rest ?? 0);
@@ -89,8 +89,9 @@ export class AnswerPanel {
     set("--done", share(this.amount));
     set("--rest", share(this.rest ?? 0));
     set("--mark", share(mark ?? 0));
-    set("--first", share(this.rails.first - 1));
-    set("--last", share(this.rails.last ?? (this.rails.first > 1 ? most : 0)));
+    const { first, last } = this.rails;
+    set("--first", share(first > 1 ? first : 0));
+    set("--last", share(last ?? (first > 1 ? most : 0)));
     this.bar.classList.toggle("aimed", mark !== null);
     this.bar.setAttribute("aria-valuemax", Math.round(most));
     this.bar.setAttribute("aria-valuenow", this.amount);
@@ -102,12 +103,7 @@ export class AnswerPanel {
   // In words.
   get said() {
     const rest = this.rest ? `, ${Math.round(this.rest)} expected still` : "";
-    return `${this.name}: ${this.amount} ${this.unit.name}${rest}. ${this.badge.textContent}`;
-  }
-
-  // Tokens to come, as those so far were in the unit.
-  #inUnit(tokens) {
-    return tokens === null || !this.tokens ? tokens : (tokens * this.amount) / this.tokens;
+    return `${this.name}: ${phrase(this.amount, this.unit)}${rest}. ${this.badge.textContent}`;
   }
 
   #tell() {
@@ -115,7 +111,7 @@ export class AnswerPanel {
     this.time.textContent = `${seconds.toFixed(1)} s`;
   }
 
-  #end({ finish, result }) {
+  #end(finish, result) {
     const kind = result ? (result.end ?? "unknown") : finish;
     this.section.dataset.end = result?.forced ? "forced" : kind;
     const said = result ? (KINDS[kind] ?? "end not known") : (REASONS[finish] ?? finish);
@@ -127,12 +123,12 @@ export class AnswerPanel {
   }
 }
 
-function goalOf({ low, high }, { name }) {
-  if (low === null && high === null) return name;
-  if (low === high) return `of ${high} ${name}`;
-  if (low === null) return `of at most ${high} ${name}`;
-  if (high === null) return `of at least ${low} ${name}`;
-  return `of ${low} to ${high} ${name}`;
+function goalOf({ low, high }, unit) {
+  if (low === null && high === null) return unit.key;
+  if (low === high) return `of ${phrase(high, unit)}`;
+  if (low === null) return `of at most ${phrase(high, unit)}`;
+  if (high === null) return `of at least ${phrase(low, unit)}`;
+  return `of ${low} to ${phrase(high, unit)}`;
 }
 
 // What the count says of the aim.
@@ -149,6 +145,6 @@ function accountOf(result) {
   if (result.steps !== null) said.push(`${result.steered_steps} of ${result.steps} steps steered`);
   said.push(result.endings === 1 ? "1 ending" : `${result.endings} endings`);
   said.push(`${result.sampled_tokens} tokens sampled`);
-  if (result.predicted_tokens !== null) said.push(`${result.predicted_tokens} forecast`);
+  if (result.predicted_tokens !== null) said.push(`${result.predicted_tokens} tokens forecast`);
   return said.join(" · ");
 }

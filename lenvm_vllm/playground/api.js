@@ -17,14 +17,15 @@ export async function models(key) {
   return (await (await call(`${BASE}/models`, { headers: headers(key) })).json()).data;
 }
 
-// {first, last, landing}: where a text of this target may end.
+// {first, last, landing, unit}: where a text of this target may end, in its unit.
 export async function railsOf(target, signal) {
   const query = new URLSearchParams({ length_target: JSON.stringify(target) });
   return (await call(`${RAILS}?${query}`, { signal })).json();
 }
 
-// The parts of an answer as they come: {text, tokens, expected, pEnd, finish, result}. Whatever
-// a part does not tell is undefined; a whole answer tells no tokens but those of its result.
+// The parts of an answer as they come: {text, answer, whole, told, finish, result}. answer: what
+// of the text is no thinking. whole: it is the only part. told: what the server says of the text
+// so far, {tokens, words, characters, expected, p_end, ...}. What it does not say is undefined.
 export async function* answer(request, key, signal) {
   const reply = await call(`${BASE}/chat/completions`, {
     method: "POST",
@@ -34,7 +35,7 @@ export async function* answer(request, key, signal) {
   });
   if (!request.stream) {
     const whole = await reply.json();
-    yield { ...partOf(whole, whole.choices[0].message), tokens: undefined };
+    yield { ...partOf(whole, whole.choices[0].message), whole: true };
     return;
   }
   for await (const chunk of events(reply.body)) {
@@ -44,12 +45,12 @@ export async function* answer(request, key, signal) {
 }
 
 function partOf({ choices: [choice], usage }, said) {
-  const { tokens, expected, p_end: pEnd } = choice.length_progress ?? {};
+  const told = choice.length_result ?? choice.length_progress;
   return {
     text: said.content || said.reasoning || "",
-    tokens: tokens ?? usage?.completion_tokens,
-    expected,
-    pEnd,
+    answer: said.content || "",
+    whole: false,
+    told: told ?? { tokens: usage?.completion_tokens },
     finish: choice.finish_reason ?? undefined,
     result: choice.length_result,
   };

@@ -4,8 +4,9 @@ import { AnswerPanel } from "./answer.js";
 import * as api from "./api.js";
 import { Chart } from "./chart.js";
 import { bindCopies } from "./copy.js";
-import { aimOf, bindForm, limitLengths, wishOf } from "./form.js";
+import { aimOf, bindForm, wishOf } from "./form.js";
 import * as requests from "./request.js";
+import { phrase } from "./units.js";
 
 const PAUSE_MS = 150; // between the last change of the form and the question where its rails are
 const MARGIN = 1.1; // of the bars, beyond what they show
@@ -14,9 +15,10 @@ const NO_RAILS = { first: 1, last: null, landing: null };
 const find = (id) => document.getElementById(id);
 const form = find("wish");
 const chart = new Chart(find("chart"));
-const guided = new AnswerPanel(find("guided"), (part) => chart.choose(part?.at ?? null));
+const guided = new AnswerPanel(find("guided"), (part) => chart.choose(part?.amount ?? null));
 const unguided = new AnswerPanel(find("unguided"));
 const panels = [guided, unguided];
+const limitLengths = bindForm(form, changed);
 
 const state = {
   rails: NO_RAILS,
@@ -35,7 +37,7 @@ async function loadModels() {
     const models = await api.models(key());
     form.elements.model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
     const longest = Math.min(...models.map((model) => model.max_model_len ?? Infinity));
-    limitLengths(form, Math.floor(longest / 2));
+    limitLengths(Math.floor(longest / 2));
   } catch (error) {
     const isLocked = error.status === 401;
     if (isLocked) find("key-field").hidden = false;
@@ -66,26 +68,36 @@ async function showRails() {
   const line = find("bounds");
   try {
     state.rails = await api.railsOf(wish.target, asked.signal);
-    line.textContent = boundsOf(state.rails, wish.target);
+    line.textContent = boundsOf(state.rails, wish);
   } catch (error) {
     if (asked.signal.aborted) return;
     state.rails = NO_RAILS;
     line.textContent = wordsOf(error);
   }
   line.classList.toggle("error", state.rails === NO_RAILS);
-  if (state.running) return;
+  if (state.running || state.rails === NO_RAILS) return;
   if (chart.end !== null) chart.clear();
-  chart.plan(aimOf(wish), state.rails, wish.unit);
+  const aim = aimOf(wish);
+  chart.plan(aim, state.rails, wish.unit);
+  for (const panel of panels) if (panel.isFresh) panel.wait(aim, railsFor(panel), wish.unit);
+  draw();
 }
 
-function boundsOf({ first, last, landing }, { mode, beta }) {
+// Only the guided answer has any.
+function railsFor(panel) {
+  return panel === guided ? state.rails : NO_RAILS;
+}
+
+
+function boundsOf({ first, last, landing }, { target: { mode, beta }, unit }) {
   if (mode === "tilt") {
     return beta < 0 ? "Shorter answers." : beta > 0 ? "Longer answers." : "Changes nothing.";
   }
   const ends =
-    first > 1 && last !== null ? (first === last ? `at token ${last}` : `from token ${first} to ${last}`)
-    : first > 1 ? `from token ${first} on`
-    : last !== null ? `up to token ${last}`
+    first > 1 && first === last ? `at ${phrase(last, unit)}`
+    : first > 1 && last !== null ? `from ${first} to ${phrase(last, unit)}`
+    : first > 1 ? `from ${phrase(first, unit)} on`
+    : last !== null ? `up to ${phrase(last, unit)}`
     : "anywhere";
   const aimed = landing ? `; brought about from ${Math.max(1, Math.round(landing[0]))} on` : "";
   return `An end is allowed ${ends}${aimed}.`;
@@ -97,13 +109,13 @@ async function run() {
   find("stop").disabled = false;
   await showRails();
   const wish = wishOf(form);
-  const [aim, rails] = [aimOf(wish), state.rails];
+  const aim = aimOf(wish);
   chart.clear();
-  chart.plan(aim, rails, wish.unit);
-  for (const panel of panels) panel.wait(aim, panel === guided ? rails : NO_RAILS, wish.unit);
+  chart.plan(aim, state.rails, wish.unit);
+  for (const panel of panels) panel.wait(aim, railsFor(panel), wish.unit);
   find("said").textContent = "Both answers are being written.";
   await Promise.all([
-    follow(guided, requests.guided(wish, rails), running.signal),
+    follow(guided, requests.guided(wish, state.rails), running.signal),
     follow(unguided, requests.unguided(wish), running.signal),
   ]);
   if (state.running !== running) return;
@@ -120,7 +132,7 @@ async function follow(panel, request, signal) {
       panel.add(part);
       if (panel === guided) {
         if (part.finish) chart.finish(panel.amount);
-        else if (part.expected != null) chart.add(panel.amount, panel.rest);
+        else if (part.told.expected != null) chart.add(panel.amount, panel.rest);
       }
       drawSoon();
     }
@@ -152,7 +164,6 @@ function wordsOf(error) {
   return error instanceof api.Refused ? error.message : `The server does not answer (${error.message}).`;
 }
 
-bindForm(form, changed);
 bindCopies();
 find("key").addEventListener("change", loadModels);
 find("key").addEventListener("keydown", (event) => {

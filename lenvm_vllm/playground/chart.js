@@ -1,7 +1,7 @@
 // The curve of expected length: what is written on the x axis, that and the expected rest on the
 // y axis, both in the unit that was chosen. A text ends where the curve meets the diagonal.
 
-import { UNITS } from "./units.js";
+import { UNITS, phrase } from "./units.js";
 
 const SPACE = { top: 12, right: 16, bottom: 36, left: 48 };
 const HEIGHT = 260;
@@ -75,13 +75,13 @@ export class Chart {
     for (const at of ticks(xMost, Math.max(3, width / 120))) {
       add("text", { class: "tick", x: x(at), y: bottom + 16 }, at);
     }
-    add("text", { class: "axis", x: (SPACE.left + right) / 2, y: HEIGHT - 4 }, `${this.unit.name} so far`);
+    add("text", { class: "axis", x: (SPACE.left + right) / 2, y: HEIGHT - 4 }, `${this.unit.key} so far`);
     const corner = Math.min(xMost, yMost);
     add("line", { class: "ends", x1: x(0), y1: y(0), x2: x(corner), y2: y(corner) });
     for (const at of new Set([this.aim.low, this.aim.high])) if (at !== null) horizontal(at, "aim");
     if (first > 1) vertical(first, "rail");
     if (last != null) vertical(last, "rail");
-    if (this.chosen !== null) vertical(this.chosen, "here");
+    if (this.chosen !== null && this.points.length) vertical(this.chosen, "here");
     const path = this.points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
     add("polyline", { class: "expected", points: path });
     if (this.end !== null) add("circle", { class: "end", cx: x(this.end), cy: y(this.end), r: 5 });
@@ -92,9 +92,9 @@ export class Chart {
   #said() {
     if (!this.points.length) return "Expected length: nothing yet";
     const round = ([, length]) => Math.round(length);
-    const end = this.end === null ? "" : `; the text ended at ${this.end}`;
+    const end = this.end === null ? "" : `; the text ended at ${phrase(this.end, this.unit)}`;
     const now = this.points.findLast(([at, length]) => at < length) ?? this.points.at(-1);
-    return `Expected length: ${round(this.points[0])} at first, ${round(now)} last${end}`;
+    return `Expected length: ${phrase(round(this.points[0]), this.unit)} at first, ${round(now)} last${end}`;
   }
 }
 

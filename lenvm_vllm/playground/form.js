@@ -1,29 +1,27 @@
-// What a person wishes for: the form, its dials, and the length_target that they make.
+// What a person wishes for: the form, and the length_target that it makes.
 
+import { Dials, bindDial } from "./dials.js";
 import { UNITS, unitOf } from "./units.js";
 
-const SHORTEST = 10; // of a dial; the number beside it takes any
-const LONGEST = 1000;
 const DEFAULT_TOLERANCE = "0.1"; // as on the server: nothing to say
 
-// Ties each dial to its number, shows the fields of the mode, and calls back on every change.
+// Ties the fields together, and calls back on every change. Gives a function that bounds them by
+// the tokens that the model can write.
 export function bindForm(form, changed) {
-  for (const dial of form.querySelectorAll(".dial")) bindDial(dial);
-  fillUnits(form);
+  for (const { key } of UNITS) form.elements.unit.add(new Option(key, key));
+  const beta = form.querySelector("[data-dial=beta]");
+  bindDial(...beta.querySelectorAll("input"));
+  const dials = new Dials(form.querySelectorAll(".dial:not([data-dial=beta])"));
   form.addEventListener("input", () => {
     showFields(form);
+    dials.measure(unitOf(form.elements.unit.value));
     changed();
   });
   showFields(form);
-}
-
-// Bounds the dials, and answers that nothing else bounds, by what the model can write.
-export function limitLengths(form, most) {
-  form.elements.most.value = Math.min(form.elements.most.value, most);
-  for (const range of form.querySelectorAll("[data-dial]:not([data-dial=beta]) [type=range]")) {
-    range.max = Math.min(LONGEST, most);
-    range.value = range.parentElement.querySelector("[type=number]").value;
-  }
+  return (tokens) => {
+    form.elements.most.value = Math.min(form.elements.most.value, tokens);
+    dials.limit(tokens);
+  };
 }
 
 // {prompt, model, temperature, seed, most, stated, endings, unit, target}
@@ -67,23 +65,8 @@ function targetOf(field, unit) {
   return tolerance === DEFAULT_TOLERANCE ? target : { ...target, tolerance: JSON.parse(tolerance) };
 }
 
-function bindDial(dial) {
-  const range = dial.querySelector("[type=range]");
-  const number = dial.querySelector("[type=number]");
-  range.value = number.value;
-  range.addEventListener("input", () => (number.value = range.value));
-  number.addEventListener("input", () => (range.value = number.value || SHORTEST));
-}
-
-function fillUnits(form) {
-  for (const unit of UNITS) form.elements.unit.add(new Option(unit.name, unit.key));
-  form.querySelector("#unit-field").hidden = UNITS.length < 2;
-}
-
 function showFields(form) {
   const mode = form.elements.mode.value;
-  const { name } = unitOf(form.elements.unit.value);
-  for (const unit of form.querySelectorAll(".unit")) unit.textContent = name;
   for (const field of form.querySelectorAll("[data-modes]")) {
     field.hidden = !field.dataset.modes.split(" ").includes(mode);
     for (const input of field.querySelectorAll("input, select")) input.disabled = field.hidden;

@@ -1,7 +1,9 @@
 // The requests of a wish, and the guided one as code to copy.
 
 import { aimOf } from "./form.js";
+import { phrase } from "./units.js";
 
+const ROOM = 1.5; // times what a text of plain English needs
 const STREAM = {
   stream: true,
   stream_options: { include_usage: true, continuous_usage_stats: true },
@@ -20,7 +22,7 @@ export function plain(wish) {
 
 // The same, told token by token; bounded where the target does not bound it.
 export function guided(wish, rails) {
-  const limit = rails.last === null ? { max_tokens: Math.max(wish.most, 2 * rails.first) } : {};
+  const limit = rails.last === null ? { max_tokens: Math.max(wish.most, roomFor(wish)) } : {};
   if (wish.endings) return { ...plain(wish), ...limit };
   return { ...plain(wish), ...STREAM, ...limit, length_target: { ...wish.target, progress: 1 } };
 }
@@ -55,15 +57,21 @@ export function asPython(wish, base, hasKey) {
   ].join("\n");
 }
 
+// Tokens that do for a text of the length that is wanted.
+function roomFor(wish) {
+  const { low, high } = aimOf(wish);
+  return Math.round(ROOM * wish.unit.tokens * (high ?? low ?? 0));
+}
+
 function promptOf(wish) {
   const { low, high } = aimOf(wish);
   if (!wish.stated || (low === null && high === null)) return wish.prompt;
   const bounds =
-    low === high ? `exactly ${low}`
-    : low === null ? `at most ${high}`
-    : high === null ? `at least ${low}`
-    : `from ${low} to ${high}`;
-  return `${wish.prompt} Your answer must have ${bounds} ${wish.unit.name}.`;
+    low === high ? `exactly ${phrase(low, wish.unit)}`
+    : low === null ? `at most ${phrase(high, wish.unit)}`
+    : high === null ? `at least ${phrase(low, wish.unit)}`
+    : `from ${low} to ${phrase(high, wish.unit)}`;
+  return `${wish.prompt} Your answer must have ${bounds}.`;
 }
 
 // A JSON value as Python writes it; strings are the same in both.

@@ -1,6 +1,8 @@
 // The text of an answer, a mark for each of its parts, coloured by the tokens that were expected
 // behind it. Pointer and arrow keys choose one, and a line tells of it.
 
+import { phrase } from "./units.js";
+
 export class TokenText {
   // box: where the text goes. line: tells of the chosen part. chose(part or null) is called.
   constructor(box, line, chose = () => {}) {
@@ -14,29 +16,31 @@ export class TokenText {
   }
 
   // most: expected rest that has the full colour, or more where more is expected.
-  clear(most = 0) {
-    this.most = most;
+  clear(unit = null, most = 0) {
+    Object.assign(this, { unit, most });
     this.box.replaceChildren();
     this.line.textContent = "";
     this.parts = new Map(); // of each mark
     this.chosen = null;
   }
 
-  // part: {text, tokens, expected, pEnd}. rest: expected behind it; null: not known. at: length of
-  // the text with this part. Both are in the unit.
-  add(part, rest, at) {
-    if (!part.text) return;
-    if (part.tokens === undefined) return this.box.append(part.text); // a whole answer
+  // part: {text, whole, tokens, amount, rest, pEnd}. whole: it has no parts to tell of. tokens,
+  // amount: those of the text with it. rest: expected behind it. amount and rest are in the unit,
+  // rest and pEnd null or undefined where they are not known.
+  add(part) {
+    const { text, whole, rest } = part;
+    if (!text) return;
+    if (whole) return this.box.append(text);
     const atEnd = this.box.scrollTop + this.box.clientHeight >= this.box.scrollHeight - 4;
     const mark = document.createElement("span");
-    mark.textContent = part.text;
-    if (rest !== null) {
+    mark.textContent = text;
+    if (rest != null) {
       this.most = Math.max(this.most, rest);
       this.box.style.setProperty("--most", this.most);
       mark.className = "known";
       mark.style.setProperty("--expected", rest);
     }
-    this.parts.set(mark, { ...part, at });
+    this.parts.set(mark, part);
     this.box.append(mark);
     if (atEnd) this.box.scrollTop = this.box.scrollHeight;
   }
@@ -46,7 +50,7 @@ export class TokenText {
     const part = this.parts.get(mark);
     this.chosen = part ? mark : null;
     this.chosen?.classList.add("chosen");
-    this.line.textContent = part ? describe(part) : "";
+    this.line.textContent = part ? describe(part, this.unit) : "";
     this.chose(part ?? null);
   }
 
@@ -64,9 +68,10 @@ export class TokenText {
   }
 }
 
-function describe({ text, tokens, expected, pEnd }) {
+function describe({ text, tokens, amount, rest, pEnd }, unit) {
   const said = [`Token ${tokens} ${JSON.stringify(text)}`];
-  if (expected != null) said.push(`${expected.toFixed(1)} expected behind it`);
+  if (unit.key !== "tokens") said.push(`${phrase(amount, unit)} so far`);
+  if (rest != null) said.push(`${rest.toFixed(1)} expected behind it`);
   if (pEnd === null) said.push("no end allowed here");
   if (pEnd != null) said.push(`an end here: ${percent(pEnd)}`);
   return said.join(" · ");
