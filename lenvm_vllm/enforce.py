@@ -12,6 +12,7 @@ from lenvm_vllm.characters import LONGEST
 from lenvm_vllm.letters import Letters
 from lenvm_vllm.request import NATURAL
 from lenvm_vllm.state import RequestState
+from lenvm_vllm.units import Closed
 
 _GOES_ON = 0.5  # of the next token's probability goes on with a word that is not whole
 Tokens = dict[int, list[int]]  # of a row
@@ -56,42 +57,50 @@ def _limit_inplace(logits: Tensor, states: dict[int, RequestState]) -> Tokens:
     Returns the ends of rows whose last word is whole and whose sentence the model would not end.
     """
     due: Tokens = {}
-    alike: dict[int, tuple[Tensor, list[int]]] = {}  # most rows are far from their limits
+    alike: dict[Closed, list[int]] = {}  # most rows are far from their limits
     for row, state in states.items():
         assert state.counter is not None
-        closed: Tensor | None = state.counter.closed(state.room, logits.device)
+        closed: Closed | None = state.counter.closed(state.room, logits.device)
         if state.has_last_word:
             closed = _closed_in_last_word(logits[row], state)
         if closed is None:
             due[row] = state.proper_ends
         else:
-            alike.setdefault(id(closed), (closed, []))[1].append(row)
-    for closed, rows in alike.values():
+            alike.setdefault(closed, []).append(row)
+    for closed, rows in alike.items():
         _close_inplace(logits, rows, closed, [states[row].ends for row in rows])
     return due
 
 
-def _closed_in_last_word(own: Tensor, state: RequestState) -> Tensor | None:
-    """(V,) bool: a word that is begun is ended, and then its sentence is closed; by its next token
-    the model tells where it is. None: only the end is left. own: (V,) logits of the row."""
+def _closed_in_last_word(own: Tensor, state: RequestState) -> Closed | None:
+    """A word that is begun is ended, and then its sentence is closed; by its next token the model
+    tells where it is. None: only the end is left. own: (V,) logits of the row."""
     assert state.counter is not None
-    closed = state.counter.closed(state.room, own.device)[: len(own)]
+    closed = state.counter.closed(state.room, own.device).mask[: len(own)]
     goes_on, closes = (mask[: len(own)] & ~closed for mask in state.counter.last_word(own.device))
     p = own.softmax(-1)
     ends = [end for end in state.ends if end < len(own)]
     if p[: len(closed)][goes_on].sum() > _GOES_ON:
-        return ~goes_on
+        return Closed(~goes_on)
     if p[: len(closed)][closes].sum() + p[ends].sum() > NATURAL:
-        return ~closes
+        return Closed(~closes)
     return None
 
 
-def _close_inplace(logits: Tensor, rows: list[int], closed: Tensor, ends: list[list[int]]) -> None:
-    """Close (V,) tokens of `rows`, but not their ends, where one is left."""
+def _close_inplace(logits: Tensor, rows: list[int], closed: Closed, ends: list[list[int]]) -> None:
+    """Close these tokens of `rows`, but not their ends, where another one is left."""
+    if closed.few is not None and not closed.few_ids & {end for own in ends for end in own}:
+        at = torch.tensor(rows, device=logits.device)[:, None]
+        few = closed.few[closed.few < logits.shape[-1]]
+        own = logits[at, few]
+        logits[at, few] = -torch.inf
+        empty = logits[rows].amax(-1, keepdim=True).isneginf()
+        logits[at, few] = torch.where(empty, own, -torch.inf)
+        return
     own = logits[rows]
-    size = min(len(closed), own.shape[-1])
+    size = min(len(closed.mask), logits.shape[-1])
     railed = torch.full_like(own, -torch.inf)  # also what no text is known of
-    railed[:, :size] = own[:, :size].masked_fill(closed[:size], -torch.inf)
+    railed[:, :size] = own[:, :size].masked_fill(closed.mask[:size], -torch.inf)
     index, ids = (x.to(logits.device) for x in eos_index(ends, own.shape[-1]))
     railed[index, ids] = own[index, ids]
     empty = railed.isneginf().all(-1, keepdim=True)

@@ -38,8 +38,9 @@ class Outcome:
 
     @property
     def forced(self) -> bool:
-        """Whether the target alone made it end here."""
-        return self.step is not None and self.step.forced and not self.limited
+        """Whether the target alone made it end here, where the model would not have."""
+        forced = self.step is not None and self.step.forced and not self.limited
+        return forced and self.end != "natural"
 
     def amount(self, unit: str) -> int:
         """Tokens, words or characters of it."""

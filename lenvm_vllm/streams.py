@@ -13,7 +13,7 @@ from lenvm_vllm.asgi import compact
 from lenvm_vllm.outcome import RESULT
 from lenvm_vllm.progress import Step
 from lenvm_vllm.texts import Text, texts_of
-from value_server.contract.units import UNITS, count
+from value_server.contract.units import UNITS, count, tokens_per_unit
 
 PROGRESS = "length_progress"
 
@@ -126,15 +126,15 @@ class Told:
 def progress_of(step: Step, text: str, unit: str) -> dict[str, float | int | None]:
     """What a stream tells of a text so far: tokens, those that are expected still, and the
     probability of an end where its last one stands; None for what is not known. Of a target in
-    another unit also its words or characters, and how many are expected still if they take as
-    many tokens as so far."""
+    another unit also its words or characters, and how many of them are expected still."""
     expected = round(step.expected, 1) if step.valued else None
     p_end = None if math.isnan(step.p_end) else round(step.p_end, 6)
     told = {"tokens": step.counted, "expected": expected, "p_end": p_end}
     if unit == UNITS[0]:
         return told
     amount = count(text, unit)
-    rest = None if expected is None else round(expected * amount / step.counted, 1)
+    ratio = tokens_per_unit(unit, step.counted, amount)
+    rest = None if expected is None else round(expected / ratio, 1)
     return told | {unit: amount, f"expected_{unit}": rest}
 
 

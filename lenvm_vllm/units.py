@@ -7,6 +7,7 @@ whole only what goes on with it may come, so that a text is always valid UTF-8.
 
 import codecs
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -32,8 +33,28 @@ _SHORT = 8  # words of a short one
 _FORBIDDEN = 2**15 - 1  # what a token adds that must not come
 _PLACES = (OUT, IN, IDEOGRAPH, MARKS)
 _GOES_ON = regex.compile(r"[\p{L}\p{N}\p{M}'\u2019_-]")  # within a word
+_FEW = 0.05  # of a vocabulary
 _LOST = "\ufffd"  # stands for bytes that are no character
 _IDEOGRAPH, _LETTER = "\u4e00", "a"
+
+
+@dataclass(frozen=True, eq=False)
+class Closed:
+    """Tokens that must not come.
+
+    mask: (V,) bool. few, few_ids: (M,) ids of them, where they are few, as far from any limit.
+    """
+
+    mask: Tensor
+    few: Tensor | None = None
+    few_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Closed":
+        if mask.float().mean() > _FEW:
+            return cls(mask)
+        few = mask.nonzero()[:, 0]
+        return cls(mask, few, frozenset(few.tolist()))
 
 
 class TokenUnits:
@@ -74,16 +95,16 @@ class TokenUnits:
         self._closed = lru_cache(maxsize=512)(self._find_closed)
         self._last_word = lru_cache(maxsize=8)(self._find_last_word)
 
-    def closed(self, unit: str, place: int, pending: bytes, room: int | None, on: Any) -> Tensor:
-        """(V,) bool on a device: tokens that must not come where `room` is left, None: any.
+    def closed(self, unit: str, place: int, pending: bytes, room: int | None, on: Any) -> "Closed":
+        """Tokens that must not come where `room` is left, None: any.
 
-        place: as of `follow_words`. pending: bytes of a character that is not whole.
+        place: as of `follow_words`. pending: bytes of a character that is not whole. on: a device.
         """
         room = self._most if room is None else min(room, self._most)
         return self._closed(unit, place, pending, room, str(on))
 
-    def _find_closed(self, unit: str, place: int, pending: bytes, room: int, on: str) -> Tensor:
-        return torch.from_numpy(self._added(unit, place, pending) > room).to(on)
+    def _find_closed(self, unit: str, place: int, pending: bytes, room: int, on: str) -> "Closed":
+        return Closed.of(torch.from_numpy(self._added(unit, place, pending) > room).to(on))
 
     def last_word(self, on: Any) -> tuple[Tensor, Tensor]:
         """(V,) bool each: tokens that go on with a text's word, and that close its sentence."""
@@ -194,7 +215,7 @@ class Counter:
         """As of `TokenUnits`."""
         return self._units.last_word(on)
 
-    def closed(self, room: int | None, on: Any) -> Tensor:
+    def closed(self, room: int | None, on: Any) -> "Closed":
         """As `TokenUnits.closed`, of the next token."""
         return self._units.closed(self._unit, self._place, self.pending, room, on)
 

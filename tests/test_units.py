@@ -16,7 +16,7 @@ from lenvm_vllm.letters import Letters
 from lenvm_vllm.parts import Markers
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.state import RequestState
-from lenvm_vllm.units import _most_of
+from lenvm_vllm.units import Closed, _most_of
 from tests import fakes
 from tests.real_tokenizers import NAMES, real
 from value_server.contract.units import count, follow_words
@@ -109,7 +109,7 @@ def test_counts_what_the_client_gets(name: str, unit: str, before: str) -> None:
         for step in range(30 if text is None else len(text)):
             closed = counter.closed(None, "cpu")
             token = anything(known, closed, rng) if text is None else text[step]
-            assert not closed[token]
+            assert not closed.mask[token]
             counter.follow(token)
             got.update([token], False)
             if not counter.pending:
@@ -117,11 +117,11 @@ def test_counts_what_the_client_gets(name: str, unit: str, before: str) -> None:
         assert counter.tokens > 0
 
 
-def anything(known: Letters, closed: torch.Tensor, rng: random.Random) -> int:
+def anything(known: Letters, closed: Closed, rng: random.Random) -> int:
     """An open token, often one that is not whole characters."""
     pool = list(known.characters.pieces) if rng.random() < 0.5 else []
-    is_open = [token for token in pool if not closed[token]]
-    return rng.choice(is_open or (~closed).nonzero()[:, 0].tolist())
+    is_open = [token for token in pool if not closed.mask[token]]
+    return rng.choice(is_open or (~closed.mask).nonzero()[:, 0].tolist())
 
 
 def test_special_tokens_count_where_they_are_shown() -> None:
