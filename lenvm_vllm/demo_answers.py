@@ -13,6 +13,7 @@ from openai import APIError
 
 from lenvm_vllm.names import FIELD
 from lenvm_vllm.outcome import RESULT
+from value_server.contract.units import count
 
 MOST = 512  # tokens, of answers that would go on
 PROMPTS = (
@@ -25,6 +26,7 @@ TARGETS = (50, 100, 200)
 WELL = ("natural", "whole")  # of `length_result`
 _SAID = {
     "tokens": "Your answer must be equal to {} tokens.",
+    "words": "Answer in about {} words.",
 }
 
 
@@ -63,14 +65,16 @@ def said(length: Length) -> str:
     return _SAID[length.unit].format(length.number)
 
 
-FREE = Arm("free", "no length at all", False, None)
-UNGUIDED = Arm("unguided", "the prompt says it", True, None)
-DEFAULT = Arm("default", '"length_target"', False, {})
-BOTH = Arm("default", "both", True, {})
-EXACT = Arm("exact", '  with "tolerance": 0', False, {"tolerance": 0})
-GUIDED = Arm("guided", '  with "tolerance": null', False, {"tolerance": None})
+FREE = Arm("free", "nothing", False, None)
+UNGUIDED = Arm("unguided", "the prompt", True, None)
+DEFAULT = Arm("default", 'the field "length_target"', False, {})
+BOTH = Arm("default", "the prompt and the field", True, {})
+EXACT = Arm("exact", 'the field, "tolerance": 0', False, {"tolerance": 0})
+GUIDED = Arm("guided", 'the field, "tolerance": null', False, {"tolerance": None})
 ARMS = (FREE, UNGUIDED, DEFAULT, BOTH, EXACT, GUIDED)
-LENGTHS = tuple(map(Length, TARGETS))
+IN_TOKENS = tuple(map(Length, TARGETS))
+IN_WORDS = Length(60, "words")
+LENGTHS = (*IN_TOKENS, IN_WORDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ def ask(create: Create, question: Question) -> list[Answer]:
     own = "own" if choice.finish_reason == "stop" else "max_tokens"
     end = own if arm.options is None else result.get("end")
     forced, text = bool(result.get("forced")), choice.message.content
-    counts = {"tokens": reply.usage.completion_tokens}
+    counts = {"tokens": reply.usage.completion_tokens, "words": count(text, "words")}
     return [
         Answer(arm, prompt, length, counts[length.unit], end, forced, seconds, text)
         for length in question.lengths
@@ -189,18 +193,26 @@ def mean(numbers: Iterable[float]) -> float:
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     """Mean |L - N| / N of each arm in percent (`_ld`), how the default's texts end, and seconds.
 
-    Of the answers in tokens.
+    Of the answers in tokens; under "words" of those in words.
     """
-    counted = [a for a in answers if a.length.unit == "tokens"]
-    arms = {
-        name: [a for a in counted if a.arm.name == name]
-        for name in ("unguided", "guided", "exact", "default")
-    }
-    timed = {name: [a.seconds or 0 for a in arms[name]] for name in ("unguided", "default")}
+
+    def of(name: str, unit: str = "tokens") -> list[Answer]:
+        return [a for a in answers if (a.arm.name, a.length.unit) == (name, unit)]
+
+    def off(answers: Sequence[Answer]) -> float:
+        return round(mean(abs(a.deviation) for a in answers), 2)
+
+    compared = ("unguided", "default")
     return {
         "targets": list(TARGETS),
-        "prompts": len({a.prompt for a in counted}),
-        **{f"{name}_ld": round(mean(abs(a.deviation) for a in of), 2) for name, of in arms.items()},
-        "default_whole": round(mean(a.ends_well for a in arms["default"]), 3),
-        "seconds_per_request": {name: round(mean(of), 2) for name, of in timed.items()},
+        "prompts": len({a.prompt for a in answers}),
+        **{f"{name}_ld": off(of(name)) for name in ("unguided", "guided", "exact", "default")},
+        "default_whole": round(mean(a.ends_well for a in of("default")), 3),
+        "seconds_per_request": {
+            name: round(mean(a.seconds or 0 for a in of(name)), 2) for name in compared
+        },
+        "words": {
+            "targets": [IN_WORDS.number],
+            **{f"{name}_ld": off(of(name, IN_WORDS.unit)) for name in compared},
+        },
     }

@@ -61,7 +61,6 @@ class Waiting:
 
 
 def show_question(page: Console, prompt: str, wanted: str) -> None:
-    page.print()
     page.rule(f"[bold]wanted: {wanted}")
     page.print(Text(prompt, style="bold"), end="\n\n")
 
@@ -99,7 +98,7 @@ def _came(answer: Answer) -> Text:
 def table(answers: Sequence[Answer]) -> Table:
     """A row an arm: mean lengths for each that was wanted, mean deviation, ends, seconds."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("how the length\nwas asked for")
+    table.add_column("the length was\nasked for by")
     for length in LENGTHS:
         table.add_column(f"{length.number}\n{length.unit}", justify="right")
     for name in ("off\nby", "ends\nwell", "seconds"):

@@ -14,6 +14,8 @@ from lenvm_vllm.demo_answers import (
     EXACT,
     FREE,
     GUIDED,
+    IN_TOKENS,
+    IN_WORDS,
     LENGTHS,
     PROMPTS,
     UNGUIDED,
@@ -26,10 +28,10 @@ from lenvm_vllm.demo_answers import (
 )
 from lenvm_vllm.demo_page import console, show_answer, show_question, table
 
-ASKED = PROMPTS[:3]  # one at a time each of them takes a minute and a half
+ASKED = PROMPTS[1:3]  # one at a time each of them takes a minute and a half
 # The prompt whose answers are shown for a length.
-SHOWN = {Length(100): ASKED[1], Length(50): ASKED[0], Length(200): ASKED[2]}
-SHOWN_EXACT = Question(EXACT, ASKED[1], (Length(100),))
+SHOWN = {Length(100): ASKED[0], IN_WORDS: ASKED[1]}
+SHOWN_EXACT = Question(EXACT, ASKED[0], (Length(100),))
 AT_ONCE = 16  # of those whose seconds are not told
 INTRODUCTION = """\
 A small model answers some prompts. How long its answers shall be it is told
@@ -37,9 +39,10 @@ by a sentence in the prompt, by the request field "length_target", or by both.
 """
 AFTERWARDS = """\
 
-Each length is a mean of {prompts} prompts ("both": of one), "off by" the mean of
-|length - wanted| / wanted. A text ends well where the model might have ended
-it (natural end), or behind a sentence (whole). Seconds: one request at a time.
+Lengths are means of {prompts} prompts (of one, by both the prompt and the field);
+"off by" is the mean of |length - wanted| / wanted. A text ends well where the
+model might have ended it (natural end), or behind a sentence (whole sentence).
+Seconds are those of one request at a time.
 
 All texts: {texts}
            {rows}
@@ -54,16 +57,16 @@ def alone() -> Iterator[Question]:
     for length, prompt in SHOWN.items():
         yield from (Question(arm, prompt, (length,)) for arm in (UNGUIDED, DEFAULT, BOTH))
     yield SHOWN_EXACT
-    for length, shown in SHOWN.items():
+    for length in LENGTHS:
         for prompt in ASKED:
-            if prompt != shown:
+            if prompt != SHOWN.get(length):
                 yield from (Question(arm, prompt, (length,)) for arm in (UNGUIDED, DEFAULT))
 
 
 def together() -> Iterator[Question]:
     """What is asked side by side."""
     for prompt in ASKED:
-        for length in SHOWN:
+        for length in IN_TOKENS:
             questions = (Question(arm, prompt, (length,)) for arm in (EXACT, GUIDED))
             yield from (question for question in questions if question != SHOWN_EXACT)
         yield Question(FREE, prompt, LENGTHS)
@@ -88,7 +91,7 @@ def asked(create: Create, page: Console, tell: Callable[..., None]) -> list[Answ
 
     for answer in ask_all(create, first, waiting=waiting):
         answers.append(answer)
-        if SHOWN[answer.length] == answer.prompt:
+        if SHOWN.get(answer.length) == answer.prompt:
             if answer.arm in (UNGUIDED, EXACT):
                 exactly = "exactly " if answer.arm == EXACT else ""
                 show_question(page, answer.prompt, f"{exactly}{answer.length}")

@@ -19,6 +19,7 @@ from lenvm_vllm.demo_answers import (
     EXACT,
     FREE,
     GUIDED,
+    IN_WORDS,
     UNGUIDED,
     Answer,
     Arm,
@@ -49,10 +50,13 @@ class Model:
             self.running += 1
             self.most = max(self.most, self.running)
         target = request["extra_body"].get("length_target")
-        number = target["tokens"] if isinstance(target, dict) else target
+        unit = "words" if isinstance(target, dict) and "words" in target else "tokens"
+        number = target[unit] if isinstance(target, dict) else target
         result = {"end": "whole", "forced": True} if target else None
         choice = SimpleNamespace(
-            finish_reason="stop", message=SimpleNamespace(content=WALK), length_result=result
+            finish_reason="stop",
+            message=SimpleNamespace(content="word " * number if unit == "words" else WALK),
+            length_result=result,
         )
         with self._lock:
             self.running -= 1
@@ -61,9 +65,9 @@ class Model:
         )
 
 
-def answer(arm: Arm = DEFAULT, count: int = 100, **fields: Any) -> Answer:
+def answer(arm: Arm = DEFAULT, count: int = 100, length: Length = HUNDRED, **fields: Any) -> Answer:
     parts = {"end": "natural", "forced": False, "seconds": 2.0, "text": "Some text."} | fields
-    return Answer(arm, ASKED[0], HUNDRED, count, **parts)
+    return Answer(arm, ASKED[0], length, count, **parts)
 
 
 def shown(write: Callable[[Console], object]) -> str:
@@ -91,6 +95,17 @@ def test_what_an_arm_sends(arm: Arm, prompt: str, target: Any) -> None:
     (request,) = model.requests
     assert request["messages"] == [{"role": "user", "content": prompt}]
     assert request["extra_body"].get("length_target") == target
+
+
+def test_words_are_asked_for_and_counted() -> None:
+    model = Model()
+    (unguided,) = ask(model, Question(UNGUIDED, "Hi.", (IN_WORDS,)))
+    (guided,) = ask(model, Question(DEFAULT, "Hi.", (IN_WORDS,)))
+    said, sent = model.requests
+    assert said["messages"][0]["content"] == "Hi. Answer in about 60 words."
+    assert sent["extra_body"]["length_target"] == {"words": 60}
+    assert (unguided.count, guided.count) == (200, 60)
+    assert "→ 60 words (+0%)" in shown(lambda page: show_answer(page, guided))
 
 
 def test_a_prompt_that_tells_no_length_is_asked_once() -> None:
@@ -129,6 +144,8 @@ def test_summary() -> None:
         answer(BOTH, 100, seconds=1.0),
         answer(GUIDED, 170, seconds=None),
         answer(EXACT, 100, seconds=None),
+        answer(UNGUIDED, 90, IN_WORDS, seconds=100.0),
+        answer(DEFAULT, 63, IN_WORDS, end="cut", seconds=100.0),
     ]
     assert summary(answers) == {
         "targets": [50, 100, 200],
@@ -139,6 +156,7 @@ def test_summary() -> None:
         "default_ld": 5.0,
         "default_whole": 0.667,
         "seconds_per_request": {"unguided": 6.0, "default": 2.0},
+        "words": {"targets": [60], "unguided_ld": 50.0, "default_ld": 5.0},
     }
 
 
@@ -174,9 +192,9 @@ def test_the_table() -> None:
     answers = [answer(UNGUIDED, 300), answer(DEFAULT, 104), answer(EXACT, seconds=None)]
     rows = shown(lambda page: page.print(table(answers))).splitlines()[2:]
     assert [row.split() for row in rows] == [
-        ["the", "prompt", "says", "it", "300", "200%", "100%", "2.0"],
-        ['"length_target"', "104", "4%", "100%", "2.0"],
-        ["with", '"tolerance":', "0", "100", "0%", "100%"],
+        ["the", "prompt", "300", "200%", "100%", "2.0"],
+        ["the", "field", '"length_target"', "104", "4%", "100%", "2.0"],
+        ["the", "field,", '"tolerance":', "0", "100", "0%", "100%"],
     ]
 
 
@@ -190,7 +208,7 @@ def test_the_tour_with_a_model_by_hand(tmp_path: Path) -> None:
         end(page, answers, tmp_path)
 
     page = shown(tour)
-    assert page.index("wanted: 100 tokens") < page.index("wanted: 50 tokens")
+    assert page.index("wanted: 100 tokens") < page.index("wanted: 60 words")
     for length, prompt in SHOWN.items():
         assert f"wanted: {length} ──" in page
         assert prompt in page
