@@ -155,7 +155,7 @@ def ask(create: Create, question: Question) -> list[Answer]:
     result = getattr(choice, RESULT, None) or {}
     own = "own" if choice.finish_reason == "stop" else "max_tokens"
     end = own if arm.options is None else result.get("end")
-    forced, text = bool(result.get("forced")), choice.message.content
+    forced, text = bool(result.get("forced")), choice.message.content or ""
     counts = {"tokens": reply.usage.completion_tokens, "words": count(text, "words")}
     return [
         Answer(arm, prompt, length, counts[length.unit], end, forced, seconds, text)

@@ -92,7 +92,8 @@ def _came(answer: Answer) -> Text:
     style = "bold green" if abs(answer.deviation) <= NEAR else "bold red"
     count = f"{answer.count} {answer.length.unit} ({answer.deviation:+.0f}%)"
     seconds = "" if answer.seconds is None else f", {answer.seconds:.1f} s"
-    return Text.assemble("→ ", (count, style), f", {end}{seconds}")
+    ending = (end, "" if answer.ends_well else "yellow")
+    return Text.assemble("→ ", (count, style), ", ", ending, seconds)
 
 
 def table(answers: Sequence[Answer]) -> Table:

@@ -103,9 +103,9 @@ def asked(create: Create, page: Console, tell: Callable[..., None]) -> list[Answ
 def end(page: Console, answers: Sequence[Answer], folder: Path) -> None:
     """The table of all answers, all of them in files, and what to do next."""
     texts, rows = folder / "demo.txt", folder / "demo.jsonl"
-    with rows.open("w") as file:
+    with rows.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(answer.row()) + "\n" for answer in answers)
-    with texts.open("w") as file:
+    with texts.open("w", encoding="utf-8") as file:
         _write_texts(console(file), answers)
     page.rule("[bold]all of them")
     page.print(table(answers))
