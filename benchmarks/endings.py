@@ -26,7 +26,8 @@ from cyclopts import App
 from benchmarks.endpoint import Endpoint
 from benchmarks.servers import served
 from benchmarks.tables import table
-from lenvm_vllm.demo import CHECKPOINT, MODEL, PROMPTS
+from lenvm_vllm.demo import CHECKPOINT, MODEL
+from lenvm_vllm.demo_answers import PROMPTS
 
 app = App(help=__doc__)
 PROMPTS_MORE = (

@@ -26,7 +26,8 @@ from cyclopts import App
 from tqdm import tqdm
 
 from benchmarks.load import bench, write_prompts
-from lenvm_vllm.demo import CHECKPOINT, MODEL, NAME, PROMPTS
+from lenvm_vllm.demo import CHECKPOINT, MODEL, NAME
+from lenvm_vllm.demo_answers import PROMPTS
 from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
 
 app = App(help=__doc__)

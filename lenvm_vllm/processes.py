@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -74,10 +74,12 @@ def running(
     log: Path,
     env: dict[str, str] | None = None,
     uds: Path | None = None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server, up once `ready_url` answers 200. Raises RuntimeError with the end of its log.
 
-    uds: the Unix socket that it listens on, if it does.
+    uds: the Unix socket that it listens on, if it does. waiting: called some times a second until
+    it is up.
     """
     with log.open("ab") as out:
         child = subprocess.Popen(
@@ -100,6 +102,7 @@ def running(
             if child.poll() is not None or time.monotonic() > deadline:
                 end = log.read_text(errors="replace")[-4000:]
                 raise RuntimeError(f"{ready_url} did not come up; {log}:\n{end}")
+            waiting()
             time.sleep(0.3)
         yield child
     finally:

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from lenvm_vllm.demo import CHECKPOINT, MODEL, PROMPTS
+from lenvm_vllm.demo import CHECKPOINT, MODEL
+from lenvm_vllm.demo_answers import PROMPTS
 from lenvm_vllm.processes import free_port
 from tests.servers import value_serve, vllm_serve
 
