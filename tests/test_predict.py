@@ -35,7 +35,7 @@ def test_the_prompts_language_tells_how_many_tokens_a_word_takes() -> None:
     assert told(prompt="two words") == by(9, 2, 9)
     longer = told(prompt=CHINESE * 50)
     assert longer == by(2100, 600, 700)
-    assert longer[1] == pytest.approx(100 / 3, rel=0.2)  # the prior counts less and less
+    assert longer[1] == pytest.approx(100 / 3, rel=0.01)  # the prior counts less and less
 
 
 def test_the_chat_template_tells_nothing() -> None:
@@ -64,8 +64,16 @@ def test_an_answer_that_is_all_end_has_no_words() -> None:
     assert (found.predicted_words, found.predicted_characters) == (0.0, 0.0)
 
 
-def test_the_prior_is_what_an_empty_text_tells() -> None:
-    assert {unit: tokens_per_unit(unit, 0, 0) for unit in PRIOR} == pytest.approx(PRIOR)
+def test_the_prior_is_what_a_text_without_words_tells() -> None:
+    for tokens in (0, 30):
+        assert {unit: tokens_per_unit(unit, tokens, 0) for unit in PRIOR} == pytest.approx(PRIOR)
+
+
+def test_a_short_sentence_in_another_script_outweighs_the_prior() -> None:
+    """Fifteen ideographs of two tokens each: not the 0.23 of English letters, nor near it."""
+    assert tokens_per_unit(CHARACTERS, 30, 15) == pytest.approx(1.56, abs=0.01)
+    assert tokens_per_unit(WORDS, 30, 15) == pytest.approx(1.85, abs=0.01)
+    assert tokens_per_unit(CHARACTERS, 6, 20) == pytest.approx(0.23 + 6 / 16 * 0.07)
 
 
 # ---- the command
