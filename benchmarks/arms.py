@@ -1,8 +1,9 @@
-"""The ways to get a text of a wished length that LIFEBench compares; all of them also ask in words.
+"""The ways to get a text of a wished length that LIFEBench compares; all of them also say it.
 
-prompt      words alone
-limits      max_tokens and min_tokens
-ramp        end-of-sequence gets likelier as the target nears (benchmarks/ramp.py), no model
+prompt      saying it alone
+limits      max_tokens and min_tokens; of tokens only
+ramp        end-of-sequence gets likelier as the target nears (benchmarks/ramp.py), no model;
+            of tokens only
 greedy      length_target by the paper's rule, rails off
 project     length_target by the smallest change, rails off
 single      the same with guard rails, one ending
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.endpoint import Endpoint
 from lenvm_vllm.request import LengthTarget, LengthTargetError
+from value_server.contract.units import UNITS
 
 WITHOUT_RAILS = {"tolerance": None}
 TARGETED: dict[str, dict[str, Any]] = {
@@ -33,19 +35,21 @@ PROBES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def fields(arm: str, mode: str, tokens: int) -> dict[str, Any] | None:
-    """What a request of this arm adds; None where it has no means for the mode."""
+def fields(arm: str, mode: str, amount: int, unit: str = UNITS[0]) -> dict[str, Any] | None:
+    """What a request of this arm adds; None where it has no means for the mode or the unit."""
     if arm == "prompt":
         return {}
-    if arm == "limits":  # vLLM counts min_tokens without the end
-        least = {} if mode == "at_most" else {"min_tokens": tokens - 1}
-        return least if mode == "at_least" else {**least, "max_tokens": tokens}
+    if arm in ("limits", "ramp"):
+        return _in_tokens(arm, mode, amount) if unit == UNITS[0] else None
+    name, _, options = arm.partition(":")
+    return {"length_target": {"mode": mode, unit: amount, **TARGETED[name], **_options(options)}}
+
+
+def _in_tokens(arm: str, mode: str, tokens: int) -> dict[str, Any] | None:
     if arm == "ramp":
         return None if mode == "at_least" else {"vllm_xargs": {"ramp_tokens": tokens}}
-    name, _, options = arm.partition(":")
-    return {
-        "length_target": {"mode": mode, "tokens": tokens, **TARGETED[name], **_options(options)}
-    }
+    least = {} if mode == "at_most" else {"min_tokens": tokens - 1}  # vLLM counts without the end
+    return least if mode == "at_least" else {**least, "max_tokens": tokens}
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def _options(text: str) -> dict[str, Any]:
     return found
 
 
-def check_arms(arms: tuple[str, ...], endpoint: Endpoint) -> None:
+def check_arms(arms: tuple[str, ...], endpoint: Endpoint, unit: str = UNITS[0]) -> None:
     """Raises ValueError for an arm that is unknown or that the server cannot do."""
     for arm in arms:
         name, colon, _ = arm.partition(":")
@@ -68,7 +72,7 @@ def check_arms(arms: tuple[str, ...], endpoint: Endpoint) -> None:
             raise ValueError(f"arms: {arm!r}, must be one of {', '.join(ARMS)}")
         if colon:
             try:
-                LengthTarget.parse((fields(arm, "equal_to", 100) or {})["length_target"])
+                LengthTarget.parse((fields(arm, "equal_to", 100, unit) or {})["length_target"])
             except LengthTargetError as error:
                 raise ValueError(f"arms: {arm!r}: {error}") from error
         probe, processor = PROBES.get(name, (None, ""))

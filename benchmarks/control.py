@@ -11,19 +11,28 @@ from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.lengths import deviation, score
 from benchmarks.quality import distinct, ends_naturally, repetition
 from lenvm_vllm.endings import narrowed
-from lenvm_vllm.rails import rails_of
+from lenvm_vllm.rails import bounds_of
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.sentences import ends_sentence
+from value_server.contract.units import UNITS, count
 
 QUALITY = ("unforced_share", "sentence_share", "repetition", "distinct_1", "distinct_2")
 CUTS = ("target", "kind", "language")
 
 
-def judged(answer: dict[str, Any], likelihood: dict[str, Any] | None) -> dict[str, Any]:
-    """The answer with its figures: in percent ls, ld and shares; nll in nats a token."""
-    length, target, mode = (answer[name] for name in ("length", "target", "mode"))
-    text = answer["ids"][: length - (answer["finish"] == "stop")]
+def judged(
+    answer: dict[str, Any], likelihood: dict[str, Any] | None, unit: str = UNITS[0]
+) -> dict[str, Any]:
+    """The answer with its figures: in percent ls, ld and shares; nll in nats a token.
+
+    Its length is then in the unit of the target.
+    """
+    tokens, target, mode = (answer[name] for name in ("length", "target", "mode"))
+    length = tokens if unit == UNITS[0] else count(answer["text"], unit)
+    text = answer["ids"][: tokens - (answer["finish"] == "stop")]
     own = {
+        "length": length,
+        "tokens": tokens,
         "ls": score(length, target, mode),
         "ld": deviation(length, target),
         "sentence_share": 100.0 * ends_sentence(answer["text"]),
@@ -32,21 +41,21 @@ def judged(answer: dict[str, Any], likelihood: dict[str, Any] | None) -> dict[st
         "distinct_2": 100 * distinct(text, 2),
     }
     if likelihood:
-        lasts = lasts_of(answer["arm"], mode, target)
+        lasts = lasts_of(answer["arm"], mode, target, unit)
         natural = ends_naturally(answer["finish"], length, lasts, likelihood["p_end"])
         own |= {"unforced_share": 100.0 * natural, "nll": likelihood["nll"]}
     return answer | own
 
 
-def lasts_of(arm: str, mode: str, target: int) -> set[int]:
-    """Numbers of the tokens that a guard rail of this arm makes the end: its own, and that of
-    other endings where it may have some."""
-    wish = (fields(arm, mode, target) or {}).get("length_target")
+def lasts_of(arm: str, mode: str, target: int, unit: str = UNITS[0]) -> set[int]:
+    """Lengths at which a guard rail of this arm makes the end: its own, and that of other
+    endings where it may have some. Of words also a text that would have ended there anyway."""
+    wish = (fields(arm, mode, target, unit) or {}).get("length_target")
     if wish is None:
         return set()
     own = LengthTarget.parse(wish)
     targets = [own] if own.endings == 1 else [own, narrowed(own)]
-    return {last for target in targets if (last := rails_of(target).last) is not None}
+    return {last for target in targets if (last := bounds_of(target).last) is not None}
 
 
 def measure(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
@@ -57,7 +66,7 @@ def measure(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> d
         return Sample([row[name] for row in known], [row["id"] for row in known])
 
     figures = {name: estimate(sample(rows, name)) for name in ("ls", "ld", "length", *QUALITY)}
-    sizes = sample(rows, "sampled"), sample(rows, "length")
+    sizes = sample(rows, "sampled"), sample(rows, "tokens")
     figures["cost"] = estimate(*sizes, of=lambda sampled, kept: sampled / kept)
     pair = sample(rows, "nll"), sample(base, "nll")
     figures["ppl_ratio"] = estimate(*pair, of=lambda mine, free: np.exp(mine - free))

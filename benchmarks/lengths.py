@@ -1,6 +1,7 @@
 """How far a length is from what was asked for (paper, Eq. 17 and 18).
 
-L: completion tokens, the end-of-sequence included. N: the target. d = (L - N) / N.
+L: completion tokens, the end-of-sequence included, or words of the text. N: the target.
+d = (L - N) / N.
 """
 
 import math

@@ -1,10 +1,10 @@
 """Does a text get the length that was asked for, and what does that cost the text? LIFEBench.
 
-    python -m benchmarks.lifebench --data lifebench.jsonl [--url http://host:8000/v1]
+    python -m benchmarks.lifebench --data lifebench.jsonl [--unit own] [--url http://host:8000/v1]
 
-The paper's token setting: equal to, at most and at least 32 to 1024 tokens, T = 1, top_p 0.999,
-top_k 15; LD and LS by its Eq. 17 and 18. Without --url it starts both servers by itself. Every
-answer is kept in --output: the same command goes on from there.
+The paper's token setting, equal to, at most and at least 32 to 1024 tokens, or LIFEBench's own,
+in words; T = 1, top_p 0.999, top_k 15; LD and LS by its Eq. 17 and 18. Without --url it starts
+both servers by itself. Every answer is kept in --output: the same command goes on from there.
 """
 
 import json
@@ -24,12 +24,14 @@ from benchmarks.likelihood import score_rows
 from benchmarks.rows import Rows, keep_settings
 from benchmarks.servers import digest, endpoint_at
 from benchmarks.tables import table
-from benchmarks.tasks import Task, read_tasks, stratified
+from benchmarks.tasks import OWN, Task, read_tasks, stratified
 from lenvm_vllm.demo import CHECKPOINT, MODEL
 from trainer.checks import check, check_choice
+from value_server.contract.units import UNITS
 
 app = App(help=__doc__)
-TARGETS = (32, 64, 128, 256, 512, 1024)
+SETTINGS = {UNITS[0]: UNITS[0], "own": OWN}  # --unit → the unit that is counted
+TARGETS = {UNITS[0]: (32, 64, 128, 256, 512, 1024), OWN: (32, 64, 128, 256, 512)}
 SAMPLING = {"temperature": 1.0, "top_p": 0.999, "top_k": 15}
 
 
@@ -39,15 +41,16 @@ def jobs_of(
     modes: Sequence[str],
     targets: Sequence[int],
     max_tokens: int,
+    unit: str = UNITS[0],
 ) -> list[Job]:
     """Every arm of a task before the next task, so that a run that was stopped compares them."""
     jobs = []
     for task in tasks:
         for mode in modes:
             for target in targets:
-                messages = [{"role": "user", "content": task.prompt(mode, target)}]
+                messages = [{"role": "user", "content": task.prompt(mode, target, unit)}]
                 for arm in arms:
-                    if (more := fields(arm, mode, target)) is None:
+                    if (more := fields(arm, mode, target, unit)) is None:
                         continue
                     names = {"language": task.language, "kind": task.kind, "id": task.id}
                     facts = {"arm": arm, "mode": mode, "target": target, **names}
@@ -66,7 +69,8 @@ def main(
     checkpoint: Path = CHECKPOINT,
     arms: tuple[str, ...] = ARMS,
     modes: tuple[str, ...] = MODES,
-    targets: tuple[int, ...] = TARGETS,
+    unit: str = UNITS[0],
+    targets: tuple[int, ...] = (),
     languages: tuple[str, ...] = ("en", "cn"),
     limit: int = 8,
     max_prompt: int = 2048,
@@ -98,8 +102,11 @@ def main(
         benchmarks/arms.py.
     modes
         equal_to, at_most, at_least.
+    unit
+        tokens, as in the paper, or own: words, as LIFEBench asks for them, and of Chinese
+        characters. The arms limits and ramp are of tokens only.
     targets
-        Tokens to ask for.
+        Lengths to ask for; by default 32 to 1024 tokens, or 32 to 512 words.
     languages
         Of the tasks: en, cn.
     limit
@@ -108,7 +115,7 @@ def main(
     max_prompt
         Tokens of a task; longer ones are left out.
     max_tokens
-        That end a text which does not end.
+        That end a text which does not end. A word may take three of them.
     concurrency
         Requests at a time.
     dtype
@@ -129,6 +136,9 @@ def main(
     for mode in modes:
         check_choice("modes", mode, MODES)
     check(all(n > 1 for n in targets), "targets", targets, "above 1")
+    check_choice("unit", unit, SETTINGS)
+    counted = SETTINGS[unit]
+    targets = targets or TARGETS[counted]
     tokenizer = AutoTokenizer.from_pretrained(weights or model)
     tasks = [
         task
@@ -138,22 +148,23 @@ def main(
     check(bool(tasks), "languages", languages, f"some that {data} has within max_prompt")
     chosen = stratified(tasks, lambda task: (task.language, task.kind), limit, seed)
     settings = {"model": Path(model).name, "value_model": digest(checkpoint), "seed": seed}
+    settings |= {} if unit == UNITS[0] else {"unit": unit}  # folders of tokens name none
     keep_settings(output, {**settings, **SAMPLING, "max_tokens": max_tokens})
-    jobs = jobs_of(chosen, arms, modes, targets, max_tokens)
+    jobs = jobs_of(chosen, arms, modes, targets, max_tokens, counted)
     stored = Rows(output / "answers.jsonl")
     if all(job.key in stored for job in jobs):
         answers = [stored[job.key] for job in jobs]
     else:
         how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype, "seed": seed}
         with endpoint_at(url, model, checkpoint, output, **how) as endpoint:
-            check_arms(arms, endpoint)
+            check_arms(arms, endpoint, counted)
             answers = endpoint.answer(jobs, stored)
     scores: Sequence[Any] = [None] * len(answers)
     if quality:
         scores = score_rows(answers, weights or model, Rows(output / "scores.jsonl"))
-    rows = [judged(answer, score) for answer, score in zip(answers, scores, strict=True)]
+    rows = [judged(a, score, counted) for a, score in zip(answers, scores, strict=True)]
     found = cells(rows)
-    result = summary(found)
+    result = {"unit": counted, **summary(found)}
     if judge:
         result["judge"] = judge.compare(rows, Rows(output / "verdicts.jsonl"))
     (output / "figures.json").write_text(json.dumps({"cells": found, **result}) + "\n")

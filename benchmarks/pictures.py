@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 DPI = 100
 
 
-def plot_control(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_control(found: Sequence[Mapping[str, Any]], path: Path, unit: str) -> None:
     """LS of equal_to over the target, an arm a line; and what the arms' texts are like."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -23,7 +23,7 @@ def plot_control(found: Sequence[Mapping[str, Any]], path: Path) -> None:
         if "ppl_ratio" in whole["figures"]:
             at = [whole["figures"]["ppl_ratio"]["value"]]
             _with_bars(right, at, [whole["figures"]["unforced_share"]], arm)
-    left.set(xscale="log", xlabel="target, tokens", ylabel="length score")
+    left.set(xscale="log", xlabel=f"target, {unit}", ylabel="length score")
     left.set_xticks(ticks := sorted({c["target"] for c in cells if "target" in c}), map(str, ticks))
     left.minorticks_off()
     left.legend()

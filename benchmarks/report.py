@@ -32,6 +32,7 @@ from benchmarks.tables import table
 from benchmarks.texts import Text, choose, read_texts
 from benchmarks.tradeoff import point_rows
 from lenvm_vllm.demo import CHECKPOINT, MODEL
+from value_server.contract.units import UNITS
 
 app = App(help=__doc__)
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
@@ -52,7 +53,7 @@ class Section:
 
 
 def lifebench(figures: dict[str, Any], picture: Path) -> dict[str, Any]:
-    plot_control(figures["cells"], picture)
+    plot_control(figures["cells"], picture, figures.get("unit", UNITS[0]))
     return control.tables(figures["cells"])
 
 

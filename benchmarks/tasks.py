@@ -1,4 +1,8 @@
-"""LIFEBench's tasks in the paper's token setting: the same text, with tokens for words."""
+"""LIFEBench's tasks: as it asks for them, in words, and in the paper's token setting.
+
+It counts an English word as one, and a Chinese character as one: both are what `words` counts,
+which leaves punctuation out and takes the word as one in a Chinese text as well.
+"""
 
 import json
 import random
@@ -8,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from value_server.contract.units import UNITS, WORDS
+
 T = TypeVar("T")
-WORDS = {
+OWN = WORDS  # LIFEBench's own unit, in both of its languages
+MODE_NAMES = {
     "en": {"equal_to": "equal to", "at_most": "at most", "at_least": "at least"},
     "cn": {"equal_to": "等于", "at_most": "至多", "at_least": "至少"},
 }
+OWN_MODE_NAMES = {"at_most": "至多有", "at_least": "至少有"}  # of Chinese, where it counts words
 TOKENS = {
     "en": (("{word_count} words long", "{word_count} tokens long"),),
     "cn": (
@@ -31,13 +39,15 @@ class Task:
     language: str
     text: str
 
-    def prompt(self, mode: str, tokens: int) -> str:
-        """The text that asks for this length."""
-        text = self.text
-        for words, instead in TOKENS[self.language]:
-            text = text.replace(words, instead)
-        text = text.replace("{word_count_type}", WORDS[self.language][mode])
-        return text.replace("{word_count}", str(tokens))
+    def prompt(self, mode: str, amount: int, unit: str = UNITS[0]) -> str:
+        """The text that asks for this length, in tokens or OWN."""
+        text, name = self.text, MODE_NAMES[self.language][mode]
+        if unit == UNITS[0]:
+            for words, instead in TOKENS[self.language]:
+                text = text.replace(words, instead)
+        elif self.language == "cn":
+            name = OWN_MODE_NAMES.get(mode, name)
+        return text.replace("{word_count_type}", name).replace("{word_count}", str(amount))
 
 
 def read_tasks(path: Path) -> list[Task]:

@@ -32,7 +32,7 @@ for name, target, line in (
     (
         "predict",
         "lenvm_vllm.predict:predict",
-        "Print the answer's length, in tokens, that PROMPT suggests.",
+        "Print the length of an answer that PROMPT suggests.",
     ),
     (
         "doctor",

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.arms import ARMS
 from benchmarks.endpoint import Endpoint
 from benchmarks.judge import Judge
 from benchmarks.lifebench import jobs_of
 from benchmarks.likelihood import batches, score_rows
 from benchmarks.rows import Rows, keep_settings
-from benchmarks.tasks import Task, read_tasks, stratified
+from benchmarks.tasks import OWN, Task, read_tasks, stratified
 from tests.tiny_llm import tiny_llm
 
 ENGLISH = "Do it. It must be {word_count_type} {word_count} words long."
@@ -73,6 +74,13 @@ def test_tokens_for_words() -> None:
     assert chinese.prompt("equal_to", 32) == "你的回答token数必须等于 32个token。"
 
 
+def test_lifebenchs_own_words() -> None:
+    english, chinese = Task("1", "qa", "en", ENGLISH), Task("2", "qa", "cn", CHINESE)
+    assert english.prompt("at_most", 64, OWN) == "Do it. It must be at most 64 words long."
+    assert chinese.prompt("equal_to", 32, OWN) == "你的回答字数必须等于 32字。"
+    assert chinese.prompt("at_most", 32, OWN) == "你的回答字数必须至多有 32字。"
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
@@ -104,6 +112,15 @@ def test_jobs_are_all_different() -> None:
     jobs = jobs_of(tasks, ("prompt", "ramp"), ("equal_to", "at_least"), (32, 64), 99)
     assert len({job.key for job in jobs}) == len(jobs) == 2 * (2 * 2 + 2)  # no ramp at least
     assert {job.body["max_tokens"] for job in jobs} == {99}
+
+
+def test_jobs_in_words_ask_for_words_in_every_arm() -> None:
+    tasks = [Task("1", "qa", "en", ENGLISH)]
+    jobs = jobs_of(tasks, ARMS, ("equal_to",), (50,), 99, OWN)
+    assert {job.facts["arm"] for job in jobs} == {*ARMS} - {"limits", "ramp"}
+    assert {job.request for job in jobs} == {"Do it. It must be equal to 50 words long."}
+    wishes = [job.body["length_target"] for job in jobs if job.facts["arm"] != "prompt"]
+    assert all(wish["words"] == 50 and "tokens" not in wish for wish in wishes)
 
 
 # ---- scores

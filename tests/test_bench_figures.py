@@ -1,7 +1,9 @@
 """The figures of the benchmarks: against naive definitions and examples counted by hand."""
 
+import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,10 @@ from benchmarks.lengths import MODES, deviation, score
 from benchmarks.quality import distinct, ends_naturally, repetition
 from benchmarks.ramp import STRENGTH, boost
 from benchmarks.tables import table
+from benchmarks.units import Answer, figures_of, of_lifebench, rows_of
+from tests.tiny import tiny_tokenizer
+from value_server.contract.units import WORDS
+from value_server.text import Texts
 
 # ---- lengths
 
@@ -125,6 +131,17 @@ def test_where_a_rail_writes_the_end() -> None:
     assert not any(lasts_of(arm, mode, 100) for arm in ARMS[:-2] for mode in MODES)
 
 
+def test_arms_in_words() -> None:
+    assert fields("prompt", "equal_to", 50, WORDS) == {}
+    assert fields("limits", "equal_to", 50, WORDS) is None
+    assert fields("ramp", "at_most", 50, WORDS) is None
+    assert fields("railed", "at_most", 50, WORDS) == {
+        "length_target": {"mode": "at_most", "words": 50}
+    }
+    assert lasts_of("single", "equal_to", 100, WORDS) == {110}
+    assert lasts_of("railed", "at_most", 100, WORDS) == {100}
+
+
 def test_ramp_rises_to_its_strength_at_the_target() -> None:
     assert boost(0, 80) == 0.0
     assert boost(80, 80) == STRENGTH
@@ -165,6 +182,39 @@ def test_figures_by_hand() -> None:
     by_target = [cell for cell in found if cell.get("target") == 10]
     assert [cell["arm"] for cell in by_target] == ["prompt", "railed"]
     assert [row["arm"] for row in tables(found)["By language"]] == ["prompt", "railed"]
+
+
+def test_words_are_counted_on_the_text_whatever_the_arm() -> None:
+    rows = [answer("prompt", "a", 20), answer("railed", "a", 30)]
+    rows[0]["text"], rows[1]["text"] = "one two three.", "十个字的一段中文。正好"
+    found = cells([judged(row, {"nll": 1.0, "p_end": 0.5}, WORDS) for row in rows])
+    whole = {cell["arm"]: cell["figures"] for cell in found if cell.keys() == {"arm", "figures"}}
+    assert whole["prompt"]["length"]["value"] == 3
+    assert whole["prompt"]["ld"]["value"] == 70.0
+    assert whole["railed"]["length"]["value"] == 10
+    assert whole["railed"]["ls"]["value"] == 100.0
+    assert whole["railed"]["cost"]["value"] == 2.0  # in tokens, as ever
+    assert whole["railed"]["unforced_share"]["value"] == 100.0
+
+
+# ---- words from tokens
+
+
+def test_the_error_of_words_by_hand(tmp_path: Path) -> None:
+    """A token a character, and a prompt like the answer: each tells the other's words exactly."""
+    prompt = "abc " * 5000  # the prior counts little
+    own = [Answer("en", prompt, "abc " * 20, 81), Answer("en", prompt, "abcabc " * 20, 141)]
+    figures = figures_of([*own, Answer("en", prompt, " ", 2)], Texts(tiny_tokenizer()))
+    assert figures["n"] == 2
+    assert figures["lifebench_ratio"] == 1.0
+    words = figures["words"]
+    assert words["tokens_each"] == 5.5
+    assert words["error"] == pytest.approx(37.5, rel=0.01)  # none, and 35 for 20
+    assert words["prior_error"] == pytest.approx(100 * (5.5 / 1.4 - 1))
+    assert [row["unit"] for row in rows_of({"en": figures})] == ["words", "characters"]
+    row = {"language": "cn", "request": "?", "text": "好", "length": 3, "finish": "length"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row))
+    assert [*of_lifebench(tmp_path / "answers.jsonl")] == [Answer("lifebench cn", "?", "好", 4)]
 
 
 def test_figures_without_scores() -> None:

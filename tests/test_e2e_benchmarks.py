@@ -14,6 +14,7 @@ from benchmarks.lengths import MODES
 from benchmarks.servers import served
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.tiny_llm import tiny_llm
+from value_server.contract.units import count
 
 pytestmark = pytest.mark.e2e
 TARGETS = (8, 24)
@@ -74,6 +75,22 @@ def test_the_last_line_and_a_run_that_goes_on(
     assert after.startswith("".join(whole[:-3]))
     assert len(after.splitlines()) == 2 * len(whole)
     assert arms["project"]["at_most"]["n"] == 2 * len(TARGETS)
+
+
+def test_lifebench_in_its_own_unit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = folder / "own"
+    same = {"data": folder / "tasks.jsonl", "model": str(folder / "model"), "output": output}
+    same |= {"url": (folder / "url").read_text(), "checkpoint": folder / "values"}
+    own = {"arms": ("prompt", "limits", "single", "railed"), "modes": MODES[:2], "unit": "own"}
+    lifebench.main(**same, **own, targets=(6, 12), limit=2, max_tokens=300)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["unit"] == "words"
+    assert set(result["arms"]) == {"prompt", "single", "railed"}
+    for line in (output / "answers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["arm"] == "prompt" or count(row["text"], "words") <= 1.1 * row["target"]
+    with pytest.raises(ValueError, match=r"unit: .* made with 'own', this run has None"):
+        lifebench.main(**same, max_tokens=300)
 
 
 def test_an_arm_that_the_server_cannot_do(folder: Path) -> None:

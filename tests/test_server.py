@@ -18,6 +18,7 @@ import tiny
 import torch
 from transformers import GPTJConfig, GPTJModel
 
+from lenvm_vllm.predict import predict
 from value_server.contract import wire
 from value_server.contract.checkpoint import tokenizer_fingerprint
 from value_server.contract.values import length_from_logit
@@ -156,9 +157,23 @@ def test_predict_and_values(client: httpx.Client) -> None:
     for body, tokens in bodies:
         lengths = length_from_logit(naive(tokens).double(), tiny.GAMMA)
         one = client.post(wire.PREDICT_PATH, json=body).raise_for_status().json()
-        assert one == {"predicted_tokens": pytest.approx(lengths[-1].item(), rel=1e-3)}
+        assert one.pop("predicted_tokens") == pytest.approx(lengths[-1].item(), rel=1e-3)
+        assert one.keys() == {"predicted_words", "predicted_characters"}
+        assert all(amount >= 0 for amount in one.values())
         every = client.post(wire.VALUES_PATH, json=body).raise_for_status().json()
         assert every == {"predicted_tokens": pytest.approx(lengths.tolist(), rel=1e-3)}
+
+
+def test_the_predict_command(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LENVM_URL", str(client.base_url))
+    monkeypatch.setenv("LENVM_TOKEN", TOKEN)
+    known = client.post(wire.PREDICT_PATH, json={"prompt": "hello"}).json()
+    predict("hello", raw=True)
+    units = ("tokens", "words", "characters")
+    lines = [f"{known[f'predicted_{unit}']:.1f} {unit}" for unit in units]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 BAD_STEPS = [

@@ -34,7 +34,7 @@ from value_server.job import Job, JobResult, StepRow
 from value_server.logs import log_refusal
 from value_server.metrics import Metrics
 from value_server.served import Served
-from value_server.text import TextRequest, Texts
+from value_server.text import Prediction, TextRequest, Texts
 
 T = TypeVar("T")
 
@@ -142,9 +142,10 @@ def create_app(
         return Response(content, media_type=wire.MEDIA_TYPE)
 
     @app.post(wire.PREDICT_PATH)
-    async def predict(request: TextRequest, http: Request) -> dict[str, float]:
-        """Completion tokens to expect after this prompt, end-of-sequence included."""
-        return {"predicted_tokens": (await values(request, http))[-1]}
+    async def predict(request: TextRequest, http: Request) -> Prediction:
+        """The length to expect after this prompt, in tokens, words and characters."""
+        tokens = (await values(request, http))[-1]
+        return await run_in_threadpool(texts.prediction, request, tokens)
 
     @app.post(wire.VALUES_PATH)
     async def token_values(request: TextRequest, http: Request) -> dict[str, list[float]]:

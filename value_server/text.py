@@ -1,7 +1,8 @@
-"""From what a person sends (messages, text or ids) to token ids."""
+"""From what a person sends (messages, text or ids) to token ids, and from tokens to words."""
 
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from value_server.contract.checkpoint import CheckpointError, tokenizer_fingerprint
+from value_server.contract.units import CHARACTERS, WORDS, count, tokens_per_unit
 from value_server.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,18 @@ class TextRequest(BaseModel):
                 f"give exactly one of messages, prompt and token_ids, got {given or 'none'}"
             )
         return self
+
+
+class Prediction(BaseModel):
+    """How long the completion behind a prompt will be.
+
+    predicted_tokens: end-of-sequence included. The others: of its text; null where the server
+    has no tokenizer.
+    """
+
+    predicted_tokens: float
+    predicted_words: float | None
+    predicted_characters: float | None
 
 
 class Texts:
@@ -80,6 +94,35 @@ class Texts:
             raise RequestError(f"{name}: no tokens in it", name)
         return ids
 
+    def prediction(self, request: TextRequest, tokens: float) -> Prediction:
+        """The answer to this prompt in all units, if it has so many `tokens`.
+
+        A word of it is taken to have as many as one of the prompt's own text, in whose language
+        it probably is; the shorter the prompt, the more the prior counts.
+        """
+        text = self._own_text(request)
+        if text is None or self._tokenizer is None:
+            words = characters = None
+        else:
+            with self._lock:
+                known = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            words, characters = (
+                max(0.0, tokens - 1) / tokens_per_unit(unit, known, count(text, unit))
+                for unit in (WORDS, CHARACTERS)
+            )
+        return Prediction(
+            predicted_tokens=tokens, predicted_words=words, predicted_characters=characters
+        )
+
+    def _own_text(self, request: TextRequest) -> str | None:
+        """A prompt's text without the chat template's; of token ids without special tokens."""
+        if request.token_ids is None:
+            return request.prompt or "\n".join(_said(request.messages or []))
+        if self._tokenizer is None:
+            return None
+        with self._lock:
+            return str(self._tokenizer.decode(request.token_ids, skip_special_tokens=True))
+
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
         assert self._tokenizer is not None
         try:
@@ -92,6 +135,16 @@ class Texts:
                 f"messages: the chat template refuses them: {error}", "messages"
             ) from error
         return list(encoded["input_ids"])
+
+
+def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The texts of messages, those of parts as well; what is none has told the template enough."""
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        for part in parts:
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                yield part["text"]
 
 
 def tokenizer_source(checkpoint: Path, base_model: str) -> str:

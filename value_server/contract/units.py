@@ -17,8 +17,9 @@ UNITS = ("tokens", WORDS, CHARACTERS)
 
 # Tokens that one of them takes in plain English, as long as nothing is known of a text.
 PRIOR = {WORDS: 1.4, CHARACTERS: 0.23}
-# Units of a text that are worth as much as the prior is.
-_WEIGHT = {WORDS: 20, CHARACTERS: 100}
+# Tokens of a text that are worth as much as the prior is. Tokens and not words or characters,
+# since a sentence in another script has many of them and should count for more.
+_WEIGHT = 10
 
 # Where a text stands: outside of a word, in one, behind an ideograph, or behind marks with
 # which a word began that has no letter yet.
@@ -64,7 +65,7 @@ def count(text: str, unit: str) -> int:
 def tokens_per_unit(unit: str, tokens: int, amount: int) -> float:
     """Tokens that a word or a character takes in a text, by what is known of it.
 
-    amount: units of it that took so many `tokens`; the fewer, the more the prior counts.
+    amount: units of it that took so many `tokens`; the fewer these, the more the prior counts.
     """
-    weight = _WEIGHT[unit]
-    return (weight * PRIOR[unit] + tokens) / (weight + amount)
+    found = tokens / amount if amount else PRIOR[unit]
+    return (_WEIGHT * PRIOR[unit] + tokens * found) / (_WEIGHT + tokens)
