@@ -49,7 +49,7 @@ class Answer:
     asked: dict[str, Any]
     text: str
     finish: str
-    steered: bool
+    steered: float  # share of its tokens
 
     @property
     def is_above(self) -> bool:
@@ -90,7 +90,7 @@ async def ask(http: httpx.AsyncClient, model: str, script: str, body: dict[str, 
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     text = "".join(choice["text"] for choice in choices)
     result = choices[-1]["length_result"]
-    steered = 2 * (result["steered_steps"] or 0) > (result["steps"] or 0)
+    steered = (result["steered_steps"] or 0) / (result["steps"] or 1)
     return Answer(script, body["length_target"], text, choices[-1]["finish_reason"], steered)
 
 
@@ -165,7 +165,7 @@ def row_of(script: str, answers: Sequence[Answer]) -> dict[str, Any]:
         "script": script,
         "n": len(answers),
         "not ASCII %": 100 * sum(c > "\x7f" for c in characters) / len(characters),
-        "steered %": 100 * sum(answer.steered for answer in answers) / len(answers),
+        "tokens steered %": 100 * sum(answer.steered for answer in answers) / len(answers),
         "above": sum(answer.is_above for answer in answers),
         "inexact": sum(answer.is_inexact for answer in answers),
         "of at_most used %": 100
@@ -207,3 +207,7 @@ def main(
     }
     print(json.dumps(line))
     sys.exit(1 if line["above"] or line["inexact"] else 0)
+
+
+if __name__ == "__main__":
+    app()
