@@ -11,6 +11,7 @@ from lenvm_vllm.parts import Markers
 from lenvm_vllm.sentences import Sentences
 from lenvm_vllm.tokenizer import decoded, specials_of, texts_of
 from lenvm_vllm.units import Counter, TokenUnits
+from value_server.contract.units import UNITS
 
 logger = logging.getLogger("vllm.lenvm")
 
@@ -25,11 +26,13 @@ class Letters:
         self._tokenizer, self._markers = tokenizer, markers
         self._texts: dict[int, str] = {}
         self.sentences, self.characters = None, Characters({})
+        self._without_specials: TokenUnits | None = None
         try:
             if tokenizer is not None:
                 self._texts = texts_of(tokenizer)
                 self.sentences = Sentences(tokenizer, self._texts)
                 self.characters = Characters.of(tokenizer, self._texts)
+                self._without_specials = self._units({})
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             logger.warning("length targets: no ends of sentences, words or characters (%s)", why)
@@ -44,13 +47,9 @@ class Letters:
 
         specials: whether special tokens are shown to the client.
         """
-        if unit == "tokens" or self.sentences is None:
+        if unit == UNITS[0] or self._without_specials is None:
             return None
         return Counter(self._with_specials if specials else self._without_specials, unit)
-
-    @cached_property
-    def _without_specials(self) -> TokenUnits:
-        return self._units({})
 
     @cached_property
     def _with_specials(self) -> TokenUnits:
@@ -59,7 +58,9 @@ class Letters:
     def _units(self, specials: dict[int, str]) -> TokenUnits:
         assert self.sentences is not None
         markers = self._markers
-        aside = {*markers.think_start, *markers.think_end, *markers.calls}
+        # Those of several tokens have tokens that are words elsewhere.
+        alone = (m[0] for m in (markers.think_start, markers.think_end) if len(m) == 1)
+        aside = {*alone, *markers.calls}
         texts = self._texts | specials | dict.fromkeys(aside, "")
         word = next((i for i, text in texts.items() if _SPACED.match(text)), None)
         strips = word is not None and not decoded(self._tokenizer, [word]).startswith(" ")
