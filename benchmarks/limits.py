@@ -48,7 +48,6 @@ class Answer:
     script: str
     asked: dict[str, Any]
     text: str
-    finish: str
     steered: float  # share of its tokens
 
     @property
@@ -91,7 +90,7 @@ async def ask(http: httpx.AsyncClient, model: str, script: str, body: dict[str, 
     text = "".join(choice["text"] for choice in choices)
     result = choices[-1]["length_result"]
     steered = (result["steered_steps"] or 0) / (result["steps"] or 1)
-    return Answer(script, body["length_target"], text, choices[-1]["finish_reason"], steered)
+    return Answer(script, body["length_target"], text, steered)
 
 
 async def load(endpoint: Endpoint, wanted: Sequence[Job], size: int) -> list[Answer]:
