@@ -55,7 +55,8 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
 def _limit_inplace(logits: Tensor, states: dict[int, RequestState], known: Tokens) -> Tokens:
     """Close all tokens but the ends with which a limit of words or characters would be passed.
 
-    known: of rows that are forced anyway. Returns the ends of rows whose last word is whole and whose sentence the model would not end.
+    known: of rows that are forced anyway. Returns the ends of rows whose last word is whole and
+    whose sentence the model would not end.
     """
     due: Tokens = {}
     alike: dict[Closed, list[int]] = {}  # most rows are far from their limits

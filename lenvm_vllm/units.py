@@ -82,7 +82,9 @@ class TokenUnits:
             if token in pieces or _LOST in text:
                 continue
             self._characters[token] = min(len(text), _FORBIDDEN)
-            self._words[:, token] = [follow_words(text, place)[0] for place in _PLACES]
+            self._words[:, token] = [
+                min(follow_words(text, place)[0], _FORBIDDEN) for place in _PLACES
+            ]
             self._goes_on[token] = bool(_GOES_ON.match(text))
         for token, piece in pieces.items():
             self._goes_on[token] = bool(_GOES_ON.match(_text_of(piece)[0] or _stand_in(piece)))
@@ -197,6 +199,19 @@ class Counter:
         self.tokens += bool(text)
         words, self._place = follow_words(text, self._place)
         self._whole += len(text) if self._unit == CHARACTERS else words
+
+    def part(self) -> None:
+        """A text of its own begins: no word goes on in it."""
+        self._place = OUT
+
+    @property
+    def saved(self) -> tuple[Any, ...]:
+        """What `restore` takes, to take back what is followed from here on."""
+        return self.tokens, self._whole, self._place, self._strips, self._decoder.getstate()
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        self.tokens, self._whole, self._place, self._strips, decoder = saved
+        self._decoder.setstate(decoder)
 
     def is_full(self, room: int | None) -> bool:
         """Whether nothing may come but the end, with so much room; None: any."""
