@@ -10,8 +10,6 @@ from lenvm_vllm.request import LengthTarget
 if TYPE_CHECKING:
     from lenvm_vllm.units import Counter
 
-_TELLING = 64  # tokens of a prompt that tell how many a word takes
-
 
 @dataclass
 class Completion:
@@ -83,7 +81,7 @@ class Completion:
         if self.counter is not None:
             prompt = self.prompt_ids or []
             split = max(0, len(prompt) - self.target.prefix_tokens)
-            self.counter.restart(prompt[max(0, split - _TELLING) : split])
+            self.counter.restart(prompt[:split])
             for token in prompt[split:]:
                 self.counter.follow(token)
 

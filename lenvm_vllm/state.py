@@ -14,7 +14,9 @@ from lenvm_vllm.sampling import OwnSampling
 
 _BEYOND_THE_END = 3  # tokens
 
-REQUEST_ID = "lenvm_request_id"  # key in `vllm_xargs`
+# Keys in `vllm_xargs`: the id that a request came with, and whether its tool calls are taken out
+# of its text.
+REQUEST_ID, HAS_CALLS = "lenvm_request_id", "lenvm_has_calls"
 
 
 def session_of(extra_args: Mapping[str, Any] | None) -> str:

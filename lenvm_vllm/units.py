@@ -28,6 +28,7 @@ from value_server.contract.units import (
     tokens_per_unit,
 )
 
+_TELLING = 64  # tokens of a prompt that tell how many a word takes
 _WORD = 10  # characters without which no other word begins, of a limit that is not short
 _SHORT = 8  # words of a short one
 _FORBIDDEN = 2**15 - 1  # what a token adds that must not come
@@ -157,13 +158,14 @@ class Counter:
         self.restart([])
 
     def restart(self, prompt: Sequence[int]) -> None:
-        """A new text behind this prompt, which tells how many tokens a unit may take."""
+        """A new text behind this prompt, whose end tells how many tokens a unit may take."""
         self._begin()
-        for token in prompt:
+        for token in prompt[-_TELLING:]:
             self.follow(token)
         self._prompt = self.tokens, self._whole
         self._begin()
-        self._strips = self._units.strips and not self._prompt[0]
+        texts = self._units.texts
+        self._strips = self._units.strips and not any(texts.get(token) for token in prompt)
 
     def _begin(self) -> None:
         self.tokens = self._whole = 0

@@ -1,11 +1,14 @@
 """Words and characters of a completion that has thinkings: its markers are no text."""
 
 import pytest
+from vllm.sampling_params import SamplingParams
 
+from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.letters import Letters
 from lenvm_vllm.parts import Markers
 from lenvm_vllm.request import LengthTarget
-from lenvm_vllm.state import RequestState
+from lenvm_vllm.state import HAS_CALLS, RequestState
+from tests import fakes
 from tests.real_tokenizers import real
 from value_server.contract.units import count
 
@@ -67,3 +70,21 @@ def test_what_vllm_runs_behind_the_end_takes_nothing_back() -> None:
     for text in ("", "Fine"):
         state = request("characters", "completion", ids("Say"), [*ids(text), END, *START])
         assert state.amount == len(text)
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_a_call_is_text_where_nobody_takes_it_out(
+    with_tools: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, end = ids("<|im_start|>")[0], ids("{")[0]  # as if they were those of calls
+    markers = Markers(calls={start: end})
+    monkeypatch.setattr("lenvm_vllm.engine_rows.tokenizer_of", lambda config: TOKENIZER)
+    monkeypatch.setattr("lenvm_vllm.engine_rows.markers_of", lambda *_: markers)
+    xargs = LengthTarget.parse({"characters": 9, "mode": "at_most"}).to_xargs()
+    made = SamplingParams(extra_args=xargs | {HAS_CALLS: int(with_tools)})
+    state = EngineRows(fakes.config(), fakes.Server()).open(
+        made, ids("Say"), [start, *ids("one two three")]
+    )
+    assert state is not None
+    assert state.amount == (0 if with_tools else len("one two three"))
+    assert state.is_limited is not with_tools
