@@ -136,6 +136,18 @@ def test_special_tokens_count_where_they_are_shown() -> None:
         assert counter.amount == len(got.output_text) == characters
 
 
+def test_a_space_is_there_behind_words_however_long_ago() -> None:
+    """A picture is hundreds of special tokens behind the words of a prompt."""
+    tokenizer = real("sentencepiece")
+    prompt, text = [*tokenizer.encode("Say it"), *[END] * 100], tokenizer.encode("hi")[-1:]
+    counter, got = letters("sentencepiece").counter(CHARACTERS, False), client(tokenizer, prompt)
+    assert counter is not None
+    counter.restart(prompt)
+    counter.follow(*text)
+    got.update(text, False)
+    assert counter.amount == len(got.output_text) == len(" hi")
+
+
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("lenvm_vllm.engine_rows.tokenizer_of", lambda config: real(request.param))
