@@ -168,10 +168,8 @@ def write(
     max_tokens: int = 600,
     only: list[int] | None = None,
 ) -> tuple[str, RequestState]:
-    """A text of a model that writes this script in ever new orders and never ends by itself.
-
-    only: tokens that a grammar allows.
-    """
+    """A text of a model that writes this script in ever new orders and never ends by itself; with
+    `only` these tokens, as of a grammar."""
     rng = torch.Generator().manual_seed(seed)
     prompt = tokenizer.encode("Say it:")
     made = SamplingParams(extra_args=LengthTarget.parse(length).to_xargs(), max_tokens=max_tokens)
@@ -185,9 +183,8 @@ def write(
         logits[0, liked] += 12
         logits[0, END] = -5
         if only is not None:
-            logits = torch.full_like(logits, -torch.inf).index_copy(
-                1, torch.tensor(only), logits[:, only]
-            )
+            shut = torch.ones(len(tokenizer), dtype=torch.bool).index_fill(0, torch.tensor(only), 0)
+            logits[0, shut] = -torch.inf
         rows.steer_inplace(logits, {0: state})
         token = int(torch.multinomial(logits[0].softmax(-1), 1, generator=rng))
         state.output_ids.append(token)
