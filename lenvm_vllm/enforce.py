@@ -23,9 +23,9 @@ Tokens = dict[int, list[int]]  # of a row
 def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> Tokens:
     """logits: (batch, V). Returns of each row that is forced the tokens of which one must come."""
     held, broken, due = _rails_in(states, letters)
-    _hold_inplace(logits, broken)
     due |= _limit_inplace(logits, {row: s for row, s in states.items() if s.is_limited}, due)
     _hold_inplace(logits, held)
+    _hold_inplace(logits, broken)
     _force_inplace(logits, due)
     return due
 
