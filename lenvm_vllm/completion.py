@@ -1,15 +1,14 @@
 """A completion as far as it has come, and how much it has of what its target counts."""
 
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lenvm_vllm.parts import Markers, Parts
 from lenvm_vllm.request import LengthTarget
 
 if TYPE_CHECKING:
     from lenvm_vllm.units import Counter
-
-_TELLING = 64  # tokens of a prompt that tell how many a word takes
 
 
 @dataclass
@@ -28,6 +27,9 @@ class Completion:
     markers: Markers = field(default_factory=Markers)
     counter: "Counter | None" = None
     _parts: Parts | None = None
+    # The counter before each of the last tokens, which may turn out to be a marker: its amount
+    # and what restores it.
+    _before: deque[tuple[int, tuple[Any, ...]]] = field(default_factory=deque)
 
     @property
     def parts(self) -> Parts:
@@ -39,9 +41,13 @@ class Completion:
         for token in self.output_ids[parts.followed :]:
             if token == -1:
                 break
-            if self.counter is not None and self._counts(parts):
-                self._count(token, self.counter)
+            counts, thinking = self._counts(parts), parts.thinking
             parts.follow(token)
+            if self.counter is not None:
+                if counts:
+                    self._count(token, self.counter)
+                if parts.thinking != thinking:
+                    self._begin_part(parts, self.counter, counts)
         return parts
 
     @property
@@ -59,22 +65,35 @@ class Completion:
         if token in self.eos_ids:
             counter.over = True
         elif not counter.over:  # vLLM may run a finished request for a step more
+            self._before.append((counter.amount, counter.saved))
             counter.follow(token)
+
+    def _begin_part(self, parts: Parts, counter: "Counter", counted: bool) -> None:
+        """Behind a marker, which is no text, though until it was whole it counted as some."""
+        marker = self.markers.think_start if parts.thinking else self.markers.think_end
+        if counted and self._before and not counter.over:
+            counter.restore(self._before[max(-len(marker), -len(self._before))][1])
+        counter.part()
 
     def _begin_count(self) -> None:
         """Of words or characters, with what the prompt has of the completion."""
+        self._before = deque(maxlen=self.markers.longest)
         if self.counter is not None:
             prompt = self.prompt_ids or []
             split = max(0, len(prompt) - self.target.prefix_tokens)
-            self.counter.restart(prompt[max(0, split - _TELLING) : split])
+            self.counter.restart(prompt[:split])
             for token in prompt[split:]:
                 self.counter.follow(token)
 
     @property
     def amount(self) -> int:
-        """So far of the target's unit, of which an end that is a token counts as one."""
-        self.parts  # noqa: B018 - follows the text
-        return self.generated if self.counter is None else self.counter.amount
+        """So far of the target's unit, of which an end that is a token counts as one, and the
+        marker that ends a thinking as nothing, also while it is not whole."""
+        closed = self.parts.closed  # follows the text
+        if self.counter is None:
+            return self.generated
+        begun = min(closed, len(self._before)) if self._thinks else 0
+        return self._before[-begun][0] if begun else self.counter.amount
 
     @property
     def generated(self) -> int:

@@ -1,7 +1,9 @@
 """What the rails do to a row's logits: ends held back, or forced, no limit of words or characters
 passed, and no character cut.
 
-A token at -inf (grammar, allowed tokens) stays there, and a row is never emptied.
+A token at -inf (grammar, allowed tokens) stays there, and a row is never emptied. Where not all
+can be kept the upper rail is: it goes first, so that a lower rail or an end that cannot come
+leaves only what it allows.
 """
 
 import torch
@@ -21,10 +23,9 @@ Tokens = dict[int, list[int]]  # of a row
 def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> Tokens:
     """logits: (batch, V). Returns of each row that is forced the tokens of which one must come."""
     held, broken, due = _rails_in(states, letters)
+    due |= _limit_inplace(logits, {row: s for row, s in states.items() if s.is_limited}, due)
     _hold_inplace(logits, held)
     _hold_inplace(logits, broken)
-    limited = {row: s for row, s in states.items() if row not in due and s.is_limited}
-    due |= _limit_inplace(logits, limited)
     _force_inplace(logits, due)
     return due
 
@@ -51,24 +52,25 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
     return held, broken, due
 
 
-def _limit_inplace(logits: Tensor, states: dict[int, RequestState]) -> Tokens:
+def _limit_inplace(logits: Tensor, states: dict[int, RequestState], known: Tokens) -> Tokens:
     """Close all tokens but the ends with which a limit of words or characters would be passed.
 
-    Returns the ends of rows whose last word is whole and whose sentence the model would not end.
+    known: of rows that are forced anyway. Returns the ends of rows whose last word is whole and
+    whose sentence the model would not end.
     """
     due: Tokens = {}
     alike: dict[Closed, list[int]] = {}  # most rows are far from their limits
     for row, state in states.items():
         assert state.counter is not None
-        closed: Closed | None = state.counter.closed(state.room, logits.device)
-        if state.has_last_word:
-            closed = _closed_in_last_word(logits[row], state)
-        if closed is None:
-            due[row] = state.proper_ends
-        else:
-            alike.setdefault(closed, []).append(row)
+        closed = state.counter.closed(state.room, logits.device)
+        if row not in known and state.has_last_word:
+            if (last := _closed_in_last_word(logits[row], state)) is None:
+                due[row] = state.proper_ends
+            closed = last or closed
+        alike.setdefault(closed, []).append(row)
     for closed, rows in alike.items():
-        _close_inplace(logits, rows, closed, [states[row].ends for row in rows])
+        ends = [[*states[row].ends, *states[row].proper_ends] for row in rows]
+        _close_inplace(logits, rows, closed, ends)
     return due
 
 

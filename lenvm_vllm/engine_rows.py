@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from lenvm_vllm.replicas import connect
 from lenvm_vllm.request import LengthTarget, LengthTargetError
 from lenvm_vllm.sampling import OwnSampling
 from lenvm_vllm.settings import load_settings
-from lenvm_vllm.state import RequestState, session_of
+from lenvm_vllm.state import HAS_CALLS, RequestState, session_of
 from lenvm_vllm.tokenizer import tokenizer_of
 from lenvm_vllm.vllm_names import (
     get_pp_group,
@@ -75,7 +76,10 @@ class EngineRows:
             return None
         if target is None:
             return None
-        counter = self._letters.counter(target.unit, not params.skip_special_tokens)
+        calls, markers = bool(params.extra_args.get(HAS_CALLS)), self._markers
+        counter = self._letters.counter(target.unit, not params.skip_special_tokens, calls)
+        if counter is not None and not calls:
+            markers = replace(markers, calls={})  # what looks like one is text
         if counter is None and target.unit != UNITS[0]:
             logger.error("no %s are known; the request goes on without a length", target.unit)
             return None
@@ -87,7 +91,7 @@ class EngineRows:
             prompt_ids=prompt_ids,
             output_ids=output_ids,
             eos_ids=sorted(params.all_stop_token_ids),
-            markers=self._markers,
+            markers=markers,
             counter=counter,
             max_tokens=params.max_tokens,
             temperature=params.temperature,

@@ -3,7 +3,6 @@ each token adds to a length. Made once, at the engine's start."""
 
 import logging
 import re
-from functools import cached_property
 from typing import Any
 
 from lenvm_vllm.characters import Characters
@@ -25,14 +24,15 @@ class Letters:
         """tokenizer: None where vLLM serves none. markers: of what is not in the client's text."""
         self._tokenizer, self._markers = tokenizer, markers
         self._texts: dict[int, str] = {}
+        self._units: dict[tuple[bool, bool], TokenUnits] = {}
         self.sentences, self.characters = None, Characters({})
-        self._without_specials: TokenUnits | None = None
         try:
             if tokenizer is not None:
                 self._texts = texts_of(tokenizer)
                 self.sentences = Sentences(tokenizer, self._texts)
                 self.characters = Characters.of(tokenizer, self._texts)
-                self._without_specials = self._units({})
+                for calls in {False, bool(markers.calls)}:
+                    self._units_of(False, calls)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             logger.warning("length targets: no ends of sentences, words or characters (%s)", why)
@@ -42,26 +42,29 @@ class Letters:
         known = self.sentences
         return bool(text) and known is not None and known.ends(text[:-1], text[-1])
 
-    def counter(self, unit: str, specials: bool) -> Counter | None:
+    def counter(self, unit: str, specials: bool, calls: bool = True) -> Counter | None:
         """Of one text; None where its unit is tokens, or nothing is known of their texts.
 
-        specials: whether special tokens are shown to the client.
+        specials: whether special tokens are shown to the client. calls: whether tool calls are
+        taken out of its text.
         """
-        if unit == UNITS[0] or self._without_specials is None:
+        if unit == UNITS[0] or not self._units:
             return None
-        return Counter(self._with_specials if specials else self._without_specials, unit)
+        return Counter(self._units_of(specials, calls and bool(self._markers.calls)), unit)
 
-    @cached_property
-    def _with_specials(self) -> TokenUnits:
-        return self._units(specials_of(self._tokenizer))
+    def _units_of(self, specials: bool, calls: bool) -> TokenUnits:
+        if (shown := (specials, calls)) not in self._units:
+            self._units[shown] = self._find_units(*shown)
+        return self._units[shown]
 
-    def _units(self, specials: dict[int, str]) -> TokenUnits:
+    def _find_units(self, specials: bool, calls: bool) -> TokenUnits:
         assert self.sentences is not None
         markers = self._markers
-        # Those of several tokens have tokens that are words elsewhere.
-        alone = (m[0] for m in (markers.think_start, markers.think_end) if len(m) == 1)
-        aside = {*alone, *markers.calls}
-        texts = self._texts | specials | dict.fromkeys(aside, "")
+        # The parts of a longer marker may be text.
+        aside = [m[0] for m in (markers.think_start, markers.think_end) if len(m) == 1]
+        aside += markers.calls if calls else ()
+        shown = specials_of(self._tokenizer) if specials else {}
+        texts = self._texts | shown | dict.fromkeys(aside, "")
         word = next((i for i, text in texts.items() if _SPACED.match(text)), None)
         strips = word is not None and not decoded(self._tokenizer, [word]).startswith(" ")
         return TokenUnits(texts, self.characters.pieces, self.sentences.ids, strips)

@@ -27,7 +27,7 @@ from lenvm_vllm.playground import Playground
 from lenvm_vllm.progress import Known
 from lenvm_vllm.request import FIELD, LengthTarget, LengthTargetError, is_prefill, number
 from lenvm_vllm.settings import load_settings
-from lenvm_vllm.state import REQUEST_ID
+from lenvm_vllm.state import HAS_CALLS, REQUEST_ID
 from lenvm_vllm.tokenizer import tokenizer_of
 
 PREDICTED = "lenvm-predicted-tokens"  # response header
@@ -142,6 +142,8 @@ def take(
     if door.refusal:
         raise LengthTargetError(f"{FIELD}: not on {path}: {door.refusal}")
     _check(target, request, door)
+    if request.get("tools") and request.get("tool_choice") not in ("none", {"type": "none"}):
+        params[door.xargs] = {**params[door.xargs], HAS_CALLS: 1}
     return None if _prefills(request) else target
 
 

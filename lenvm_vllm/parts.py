@@ -33,6 +33,11 @@ class Markers:
     think_end: tuple[int, ...] = ()
     calls: dict[int, int | None] = field(default_factory=dict)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a marker of a thinking, at least one."""
+        return max(len(self.think_start), len(self.think_end), 1)
+
 
 def call_markers(tokenizer: Any) -> dict[int, int | None]:
     """Start → end token of the tool calls that a tokenizer has tokens for."""
@@ -79,8 +84,7 @@ class Parts:
     def follow(self, token: int) -> None:
         self.followed += 1
         self.unmarked = False
-        longest = max(len(self._markers.think_start), len(self._markers.think_end), 1)
-        self._tail = [*self._tail, token][-longest:]
+        self._tail = [*self._tail, token][-self._markers.longest :]
         if self._call is not None:
             self.called += 1
             if token == self._call[0]:

@@ -14,7 +14,9 @@ from lenvm_vllm.sampling import OwnSampling
 
 _BEYOND_THE_END = 3  # tokens
 
-REQUEST_ID = "lenvm_request_id"  # key in `vllm_xargs`
+# Keys in `vllm_xargs`: the id that a request came with, and whether its tool calls are taken out
+# of its text.
+REQUEST_ID, HAS_CALLS = "lenvm_request_id", "lenvm_has_calls"
 
 
 def session_of(extra_args: Mapping[str, Any] | None) -> str:
@@ -61,9 +63,12 @@ class RequestState(Completion):
 
     @property
     def room(self) -> int | None:
-        """Words or characters that may come still; None where no rail limits them."""
+        """Words or characters that may come still; None where no rail limits them. A marker that
+        is not whole takes some, as long as it may turn out to be text."""
         last = self.bounds.last
-        return None if last is None or not self._in_text else last - self.amount
+        if self.counter is None or last is None or not self._in_text:
+            return None  # `_in_text` has followed the text
+        return last - self.counter.amount
 
     @property
     def is_limited(self) -> bool:
@@ -124,6 +129,8 @@ class RequestState(Completion):
             return False
         if self.counter is not None and self.counter.is_full(self.room):
             return True
+        if self._thinks and self.parts.closed and self.room is not None and self.room <= 0:
+            return True
         if not self._thinks:
             return not self._is_open and self.rails.forces(self.generated)
         behind = len(self.markers.think_end) - self.parts.closed - 1
@@ -154,7 +161,7 @@ class RequestState(Completion):
     @property
     def gave_way(self) -> bool:
         """Whether a rail was due and its token did not come: a grammar had removed it."""
-        if self.room is not None and self.room < 0:
+        if self.room is not None and self.amount > (self.bounds.last or 0):
             return True
         at, tokens = self._forced or (0, [])
         came = self.output_ids[at : at + 1] if tokens else []

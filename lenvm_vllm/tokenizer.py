@@ -37,4 +37,6 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
     """The text of tokens as vLLM makes it for a client, which cleans up no spaces."""
     fast = getattr(tokenizer, "_tokenizer", None)
     own: Any = fast if hasattr(fast, "decoder") else tokenizer
-    return str(own.decode(ids, skip_special_tokens=True))
+    slow = hasattr(own, "clean_up_tokenization_spaces")  # it would, as its files say
+    kept = {"clean_up_tokenization_spaces": False} if slow else {}
+    return str(own.decode(ids, skip_special_tokens=True, **kept))

@@ -28,6 +28,7 @@ from value_server.contract.units import (
     tokens_per_unit,
 )
 
+_TELLING = 64  # tokens of a prompt that tell how many a word takes
 _WORD = 10  # characters without which no other word begins, of a limit that is not short
 _SHORT = 8  # words of a short one
 _FORBIDDEN = 2**15 - 1  # what a token adds that must not come
@@ -82,7 +83,9 @@ class TokenUnits:
             if token in pieces or _LOST in text:
                 continue
             self._characters[token] = min(len(text), _FORBIDDEN)
-            self._words[:, token] = [follow_words(text, place)[0] for place in _PLACES]
+            self._words[:, token] = [
+                min(follow_words(text, place)[0], _FORBIDDEN) for place in _PLACES
+            ]
             self._goes_on[token] = bool(_GOES_ON.match(text))
         for token, piece in pieces.items():
             self._goes_on[token] = bool(_GOES_ON.match(_text_of(piece)[0] or _stand_in(piece)))
@@ -155,13 +158,14 @@ class Counter:
         self.restart([])
 
     def restart(self, prompt: Sequence[int]) -> None:
-        """A new text behind this prompt, which tells how many tokens a unit may take."""
+        """A new text behind this prompt, whose end tells how many tokens a unit may take."""
         self._begin()
-        for token in prompt:
+        for token in prompt[-_TELLING:]:
             self.follow(token)
         self._prompt = self.tokens, self._whole
         self._begin()
-        self._strips = self._units.strips and not self._prompt[0]
+        texts = self._units.texts
+        self._strips = self._units.strips and not any(texts.get(token) for token in prompt)
 
     def _begin(self) -> None:
         self.tokens = self._whole = 0
@@ -197,6 +201,19 @@ class Counter:
         self.tokens += bool(text)
         words, self._place = follow_words(text, self._place)
         self._whole += len(text) if self._unit == CHARACTERS else words
+
+    def part(self) -> None:
+        """A text of its own begins: no word goes on in it."""
+        self._place = OUT
+
+    @property
+    def saved(self) -> tuple[Any, ...]:
+        """What `restore` takes, to take back what is followed from here on."""
+        return self.tokens, self._whole, self._place, self._strips, self._decoder.getstate()
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        self.tokens, self._whole, self._place, self._strips, decoder = saved
+        self._decoder.setstate(decoder)
 
     def is_full(self, room: int | None) -> bool:
         """Whether nothing may come but the end, with so much room; None: any."""

@@ -74,7 +74,8 @@ def _read_lengths_of_batch_files() -> None:
 
     @functools.wraps(to_sampling_params)
     def with_length(self: Any, *more: Any, **kwargs: Any) -> Any:
-        request = (self.model_extra or {}) | {"vllm_xargs": self.vllm_xargs}
+        tools = {"tools": self.tools, "tool_choice": self.tool_choice}
+        request = (self.model_extra or {}) | {"vllm_xargs": self.vllm_xargs} | tools
         take(request, DOORS[BATCH], BATCH)
         self.vllm_xargs = request["vllm_xargs"]
         return to_sampling_params(self, *more, **kwargs)

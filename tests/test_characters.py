@@ -12,7 +12,7 @@ from lenvm_vllm.client import TimedOut
 from lenvm_vllm.engine_rows import EngineRows
 from lenvm_vllm.request import LengthTarget
 from lenvm_vllm.state import RequestState
-from lenvm_vllm.tokenizer import texts_of
+from lenvm_vllm.tokenizer import decoded, texts_of
 from tests import fakes
 from tests.tiny import tiny_tokenizer
 
@@ -103,3 +103,20 @@ def test_the_rail_stands_where_a_grammar_leaves_no_whole_character() -> None:
     logits = torch.zeros(1, len(TOKENIZER))
     rows.steer_inplace(logits, {0: state})
     assert logits[0].isfinite().nonzero()[:, 0].tolist() == [END]
+
+
+def test_no_space_is_cleaned_up() -> None:
+    """vLLM does not, whatever the files of a slow tokenizer say."""
+
+    class Slow:
+        clean_up_tokenization_spaces = True
+
+        def decode(
+            self,
+            ids: list[int],
+            skip_special_tokens: bool,
+            clean_up_tokenization_spaces: bool | None = None,
+        ) -> str:
+            return "a." if clean_up_tokenization_spaces is not False else "a ."
+
+    assert decoded(Slow(), [1, 2]) == "a ."

@@ -19,6 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from lenvm_vllm.doors import CHAT, DOORS, FORMS, PATHS, TEXT
 from lenvm_vllm.middleware import LengthTargetMiddleware
 from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.state import HAS_CALLS
 from lenvm_vllm.vllm_hooks import MIDDLEWARE, register
 
 KEY = {"Authorization": "Bearer k"}
@@ -165,6 +166,8 @@ def test_the_lengths_of_batch_files(monkeypatch: pytest.MonkeyPatch) -> None:
     found = params(length_target=asked, vllm_xargs={"other": 1}).extra_args
     assert found == {"other": 1} | LengthTarget.parse(asked).to_xargs()
     assert params().extra_args is None
+    tool = {"type": "function", "function": {"name": "look"}}
+    assert params(length_target=9, tools=[tool]).extra_args[HAS_CALLS] == 1
     for wrong in ({"length_target": 0}, {"lengthTarget": 5}, {"vllm_xargs": {"length_bet": 5}}):
         with pytest.raises(ValueError, match="length"):
             params(**wrong)

@@ -14,6 +14,7 @@ from lenvm_vllm.doors import DOORS, GENERATE, INVOCATIONS, MESSAGES, PATHS
 from lenvm_vllm.middleware import LengthTargetMiddleware
 from lenvm_vllm.progress import KEY
 from lenvm_vllm.request import LengthTarget
+from lenvm_vllm.state import HAS_CALLS
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -100,6 +101,20 @@ def test_field_moves_into_xargs(path: str, value: Any) -> None:
 def test_other_xargs_stay() -> None:
     app, _, _ = post({"length_target": 9, "vllm_xargs": {"other": [1, 2]}})
     assert app.asked["vllm_xargs"] == {"other": [1, 2]} | LengthTarget.parse(9).to_xargs()
+
+
+@pytest.mark.parametrize("length", [{"length_target": 9}, {"vllm_xargs": {"length_target": 9}}])
+def test_only_with_tools_calls_are_taken_out_of_a_text(length: dict[str, Any]) -> None:
+    tools = {"tools": [{"type": "function", "function": {"name": "look"}}]}
+    for fields, has_calls in (
+        ({}, False),
+        ({"tools": []}, False),
+        (tools, True),
+        (tools | {"tool_choice": "auto"}, True),
+        (tools | {"tool_choice": "none"}, False),
+    ):
+        app, _, _ = post(length | fields)
+        assert (HAS_CALLS in app.asked["vllm_xargs"]) is has_calls
 
 
 def test_tokens_in_tokens_out_has_sampling_parameters_of_its_own() -> None:

@@ -136,6 +136,18 @@ def test_special_tokens_count_where_they_are_shown() -> None:
         assert counter.amount == len(got.output_text) == characters
 
 
+def test_a_space_is_there_behind_words_however_long_ago() -> None:
+    """A picture is hundreds of special tokens behind the words of a prompt."""
+    tokenizer = real("sentencepiece")
+    prompt, text = [*tokenizer.encode("Say it"), *[END] * 100], tokenizer.encode("hi")[-1:]
+    counter, got = letters("sentencepiece").counter(CHARACTERS, False), client(tokenizer, prompt)
+    assert counter is not None
+    counter.restart(prompt)
+    counter.follow(*text)
+    got.update(text, False)
+    assert counter.amount == len(got.output_text) == len(" hi")
+
+
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("lenvm_vllm.engine_rows.tokenizer_of", lambda config: real(request.param))
@@ -148,26 +160,35 @@ def rows_without_values() -> EngineRows:
 
 
 def write(
-    rows: EngineRows, tokenizer: Any, length: dict[str, Any], seed: int, script: str
+    rows: EngineRows,
+    tokenizer: Any,
+    length: dict[str, Any],
+    seed: int,
+    script: str,
+    max_tokens: int = 600,
+    only: list[int] | None = None,
 ) -> tuple[str, RequestState]:
-    """A text of a model that writes this script in ever new orders and never ends by itself."""
+    """A text of a model that writes this script in ever new orders and never ends by itself; with
+    `only` these tokens, as of a grammar."""
     rng = torch.Generator().manual_seed(seed)
     prompt = tokenizer.encode("Say it:")
-    made = SamplingParams(extra_args=LengthTarget.parse(length).to_xargs(), max_tokens=600)
+    made = SamplingParams(extra_args=LengthTarget.parse(length).to_xargs(), max_tokens=max_tokens)
     made.update_from_generation_config({}, END)
     state = rows.open(made, prompt, [])
     assert state is not None
     liked = torch.tensor(tokenizer.encode(script, add_special_tokens=False))
     got = client(tokenizer, prompt)
-    while END not in state.output_ids and len(state.output_ids) < 600:
+    while END not in state.output_ids and len(state.output_ids) < max_tokens:
         logits = torch.randn(1, len(tokenizer), generator=rng)
         logits[0, liked] += 12
         logits[0, END] = -5
+        if only is not None:
+            shut = torch.ones(len(tokenizer), dtype=torch.bool).index_fill(0, torch.tensor(only), 0)
+            logits[0, shut] = -torch.inf
         rows.steer_inplace(logits, {0: state})
         token = int(torch.multinomial(logits[0].softmax(-1), 1, generator=rng))
         state.output_ids.append(token)
         got.update([token], token == END)
-    assert state.output_ids[-1] == END
     rows.close(state)
     return str(got.output_text), state
 
@@ -196,6 +217,34 @@ def test_no_limit_is_passed(name: str, unit: str, script: str) -> None:
             assert least <= count(text, unit) <= most
             assert "\ufffd" not in text
             assert not state.gave_way
+            assert state.output_ids[-1] == END
+
+
+@pytest.mark.parametrize("name", ["byte-level"], indirect=True)
+@pytest.mark.parametrize(
+    ("length", "fields"),
+    [
+        # max_tokens comes before the lower rail, whose end is held back.
+        ({"characters": 10, "tolerance": 0}, {"max_tokens": 3}),
+        # What is allowed makes no text that has both rails.
+        ({"characters": 9, "tolerance": 0}, {"only": [" hello", "END"]}),
+        ({"characters": 8, "tolerance": 0}, {"only": [" hello", "END", "你"]}),
+        # A grammar has no end where the limit is, but tokens that are no other word.
+        ({"words": 3, "mode": "at_most"}, {"max_tokens": 12, "only": [" hello", "llo"]}),
+    ],
+)
+def test_the_upper_rail_goes_first(
+    name: str, length: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    tokenizer = real(name)
+    if words := fields.get("only"):
+        found = [[END] if w == "END" else tokenizer.encode(w) for w in words]
+        fields = fields | {"only": [token for ids in found for token in ids]}
+    unit = next(iter(length))
+    for seed in range(8):
+        text, _ = write(rows_without_values(), tokenizer, length, seed, " international", **fields)
+        assert count(text, unit) <= length[unit]
+        assert "\ufffd" not in text
 
 
 def step(
