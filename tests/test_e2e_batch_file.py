@@ -10,13 +10,19 @@ import pytest
 from lenvm_vllm.processes import VLLM_SERVE, free_port
 from tests.servers import BARE_FLAG
 from tests.tiny_llm import tiny_llm
+from value_server.contract.units import count
 
 pytestmark = pytest.mark.e2e
 
 
 def test_a_file_of_requests(tmp_path: Path) -> None:
     """Without a value server, so inside its rails alone."""
-    targets = {"exact": {"tokens": 30, "tolerance": 0}, "wrong": 0, "at most": {"words": 9}}
+    targets = {
+        "exact": {"tokens": 30, "tolerance": 0},
+        "words": {"words": 9, "tolerance": 0},
+        "wrong": 0,
+        "no unit": {"sentences": 9},
+    }
     asked = [
         {
             **{"custom_id": name, "method": "POST", "url": "/v1/chat/completions"},
@@ -40,9 +46,11 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
     }
     run = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    lines = [json.loads(line) for line in found.read_text().splitlines()]
+    lines = [json.loads(line) for line in found.read_text().split("\n") if line]
     answers = {line["custom_id"]: line for line in lines}
     assert answers["exact"]["response"]["body"]["usage"]["completion_tokens"] == 30
-    for name, named in (("wrong", "length_target.tokens"), ("at most", "length_target.words")):
+    text = answers["words"]["response"]["body"]["choices"][0]["message"]["content"]
+    assert count(text, "words") == 9
+    for name, named in (("wrong", "length_target.tokens"), ("no unit", "length_target.sentences")):
         assert answers[name]["response"]["status_code"] == 400
         assert named in str(answers[name]["error"])
