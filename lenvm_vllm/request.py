@@ -107,15 +107,15 @@ class LengthTarget(BaseModel):
     def _mode_has_its_numbers(self) -> Self:
         given = [name for name in ("beta", *_NUMBERS) if getattr(self, name) is not None]
         needed = self._numbers()
-        for name in needed:
-            if name not in given:
-                raise ValueError(f"{name}: required by mode {self.mode!r}")
         for name in given:
             if name not in needed:
                 beside = f" beside {needed[0]}" if _NUMBERS.get(name) != self.unit else ""
                 raise ValueError(
                     f"{name}: mode {self.mode!r} takes none{beside}, got {getattr(self, name)!r}"
                 )
+        for name in needed:
+            if name not in given:
+                raise ValueError(f"{name}: required by mode {self.mode!r}")
         low, high = self.limits
         if low > high:
             raise ValueError(f"min_{self.unit}: {low} is above max_{self.unit} {high}")

@@ -156,7 +156,7 @@ def test_a_prefill(client: httpx.Client, path: str) -> None:
     "fields",
     [
         {"length_target": "80 words"},
-        {"length_target": {"words": 80}},
+        {"length_target": {"sentences": 8}},
         {"length_target": {"tokens": 80, "tolerance": 10}},
         {"lengthTarget": 80},
         {"target_length": 80},

@@ -196,7 +196,7 @@ def test_bad_beta(beta: Any) -> None:
         ({"tokens": None}, "length_target.tokens: required"),
         ({"mode": "tilt"}, "length_target.beta: required by mode 'tilt'"),
         ({"mode": "tilt", "beta": 1, "tokens": 7}, "length_target.tokens: .* takes none, got 7"),
-        ({"mode": "range", "words": 7}, "length_target.min_words: required by mode 'range'"),
+        ({"mode": "range", "words": 7}, "length_target.words: mode 'range' takes none, got 7"),
         ({"mode": "range", "max_words": 7}, "length_target.min_words: required"),
         ({"tokens": 7, "words": 5}, "length_target.words: .* takes none beside tokens, got 5"),
         ({"characters": 7, "max_words": 5}, "length_target.max_words: .* none beside .* got 5"),
