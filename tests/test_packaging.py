@@ -120,7 +120,11 @@ def test_a_checkout_that_is_not_installed(built: tuple[Path, Path], tmp_path: Pa
     env = Fresh(tmp_path / "env", built[0], "server")
     pip = [sys.executable, "-m", "pip", "--python", str(env.python)]
     subprocess.run([*pip, "uninstall", "-q", "-y", "lenvm-vllm"], check=True)
-    doctor = env.run("python", "-m", "lenvm_vllm.cli", "doctor", PYTHONPATH=str(ROOT))
+    checkout = tmp_path / "checkout"  # this one may be installed, and then says so in itself
+    for package in ("lenvm_vllm", "value_server"):
+        shutil.copytree(ROOT / package, checkout / package)
+    shutil.copy(ROOT / "pyproject.toml", checkout)
+    doctor = env.run("python", "-m", "lenvm_vllm.cli", "doctor", PYTHONPATH=str(checkout))
     assert (doctor.returncode, "Traceback" in doctor.stderr) == (1, False), doctor.stderr
     state, part, told = rows(doctor.stdout)[0]
     assert (state, part) == ("wrong", "lenvm-vllm")
