@@ -3,7 +3,7 @@
 import json
 import logging
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lenvm_vllm import vllm_hooks
@@ -53,12 +53,15 @@ class Answers:
         request = json.loads((await receive())["body"])
         key = uuid.uuid4().hex
         asked = keyed(request, key)
+        # An echo of the prompt is none of the text.
+        echo = request.get("prompt") if request.get("echo") else None
+        before = echo if isinstance(echo, str) else ""
         if not scope["path"].rstrip("/").endswith(_WITHOUT_IDS) and not request.get("echo"):
             asked["return_token_ids"] = True
         if request.get("stream") is True:
             told = Told(
                 send,
-                tell=lambda text: self._tell(text, self._outcome(text, key)),
+                tell=lambda text: self._tell(text, self._outcome(text, key, before)),
                 step=lambda ids: self.known.step(key, ids, len(ids)),
                 every=self.target.progress,
                 unit=self.target.unit,
@@ -71,7 +74,7 @@ class Answers:
             await respond(send, sampled.start, sampled.body)
             return
         for index, text in enumerate(texts_of(sampled.answer)):
-            outcome = sampled.outcomes.get(index) or self._outcome(text, key)
+            outcome = sampled.outcomes.get(index) or self._outcome(text, key, before)
             self._tell(text, outcome, sampled.tokens, sampled.endings)
             if sampled.tokens and vllm_hooks.logs_answers:  # vLLM logs what was sampled for it
                 name = sampled.answer.get("id")
@@ -86,8 +89,9 @@ class Answers:
         start, body, answer = await ask(self.app, scope, request, receive)
         return Sampled(start, body, answer)
 
-    def _outcome(self, text: Text, key: str) -> Outcome:
-        return text.outcome(self.known, key)
+    def _outcome(self, text: Text, key: str, before: str) -> Outcome:
+        outcome = text.outcome(self.known, key)
+        return replace(outcome, text=outcome.text.removeprefix(before))
 
     def _tell(self, text: Text, outcome: Outcome, sampled: int = 0, endings: int = 1) -> None:
         """Put its RESULT into a text's own object."""

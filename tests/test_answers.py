@@ -88,6 +88,13 @@ def test_each_choice_has_its_own() -> None:
     assert (ends, reasons) == (["cut", "natural", "whole"], ["length", "stop", "stop"])
 
 
+def test_an_echo_is_not_counted() -> None:
+    told = Told(4, content="two words and three")
+    answer = json.loads(ask(App([told]), "/v1/completions", echo=True, prompt="two words"))
+    result = answer["choices"][0]["length_result"]
+    assert (result["words"], result["characters"]) == (2, len(" and three"))
+
+
 def test_an_echo_keeps_its_prompt() -> None:
     """With token ids vLLM would leave the prompt out of the text."""
     app = App([CUT])
