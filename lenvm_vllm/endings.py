@@ -36,7 +36,7 @@ logger = logging.getLogger("vllm.lenvm")
 ROUND = 4  # endings that are sampled side by side
 TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
 NARROW = 0.5  # of the tolerance is theirs: with several at hand the target may be met closer
-ROOM = {"tokens": 4, WORDS: 3, CHARACTERS: 16}  # of it that they keep
+ROOM = {UNITS[0]: 4, WORDS: 3, CHARACTERS: 16}  # of it that they keep, in the target's unit
 NEAR = 0.25  # of the tolerance, or a token, that a good ending may miss its target by
 _CUT = ENDS.index("cut")
 _CONTEXT = 8  # tokens before a text that may tell how it is decoded
@@ -142,8 +142,8 @@ class Endings(Answers):
     ) -> None:
         assert self.bounds is not None
         best, nearer = draft.outcome.faults(self.target), narrowed(self.target)
-        counts = self.target.unit == UNITS[0]
-        cut = min(draft.sampled, self.target.limits[1] if counts else draft.sampled) - TAIL
+        most = self.target.limits[1] if self.target.unit == UNITS[0] else draft.sampled
+        cut = min(draft.sampled, most) - TAIL
         while draft.endings < self.endings and not self._is_good(*best):
             async with self.bounds.rounds:
                 if self.bounds.waiting() > 0:

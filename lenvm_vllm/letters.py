@@ -1,5 +1,6 @@
 """The served model's tokens as text: where sentences end, which characters are cut, and what
-each token adds to a length. Made once, at the engine's start."""
+each token adds to a length. Made at the engine's start; where special tokens are shown, at the
+first request that shows them."""
 
 import logging
 import re

@@ -33,7 +33,7 @@ _WORD = 10  # characters without which no other word begins, of a limit that is 
 _SHORT = 8  # words of a short one
 _FORBIDDEN = 2**15 - 1  # what a token adds that must not come
 _PLACES = (OUT, IN, IDEOGRAPH, MARKS)
-_GOES_ON = regex.compile(r"[\p{L}\p{N}\p{M}'\u2019_-]")  # within a word
+_IN_WORD = regex.compile(r"[\p{L}\p{N}\p{M}'\u2019_-]")  # within a word
 _FEW = 0.05  # of a vocabulary
 _LOST = "\ufffd"  # stands for bytes that are no character
 _IDEOGRAPH, _LETTER = "\u4e00", "a"
@@ -86,9 +86,9 @@ class TokenUnits:
             self._words[:, token] = [
                 min(follow_words(text, place)[0], _FORBIDDEN) for place in _PLACES
             ]
-            self._goes_on[token] = bool(_GOES_ON.match(text))
+            self._goes_on[token] = bool(_IN_WORD.match(text))
         for token, piece in pieces.items():
-            self._goes_on[token] = bool(_GOES_ON.match(_text_of(piece)[0] or _stand_in(piece)))
+            self._goes_on[token] = bool(_IN_WORD.match(_text_of(piece)[0] or _stand_in(piece)))
         for token in closing:
             text = texts[token]
             self._closes[token] = text == text.rstrip() and ends_sentence(f"word{text}")
