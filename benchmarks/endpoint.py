@@ -14,7 +14,7 @@ from openai import APIError, AsyncOpenAI
 from tqdm import tqdm
 
 from benchmarks.rows import Rows
-from lenvm_vllm.answers import SAMPLED
+from lenvm_vllm.api.answers import SAMPLED
 
 TIMEOUT_S = 3600
 RETRIES = 4

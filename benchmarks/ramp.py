@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from lenvm_vllm.sentences import ends_sentence
+from lenvm_vllm.text.sentences import ends_sentence
 
 FIELD = "ramp_tokens"
 STRENGTH = 10.0  # nats at the target: more than a sentence's end lacks of certainty

@@ -21,17 +21,17 @@ from cyclopts import App
 from jinja2 import Environment, FileSystemLoader
 from transformers import AutoTokenizer
 
-from benchmarks import control
 from benchmarks.estimates import Estimate
-from benchmarks.grid import grid_rows
+from benchmarks.evidence import control
+from benchmarks.evidence.grid import grid_rows
+from benchmarks.evidence.prediction import model_rows
+from benchmarks.evidence.texts import Text, choose, read_texts
+from benchmarks.evidence.tradeoff import point_rows
 from benchmarks.pictures import plot_control, plot_grid, plot_tradeoff
-from benchmarks.prediction import model_rows
 from benchmarks.rows import SETTINGS_FILE, Rows
 from benchmarks.servers import value_served
 from benchmarks.tables import table
-from benchmarks.texts import Text, choose, read_texts
-from benchmarks.tradeoff import point_rows
-from lenvm_vllm.demo import CHECKPOINT, MODEL
+from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from value_server.contract.units import UNITS
 
 app = App(help=__doc__)

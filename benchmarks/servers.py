@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint
-from lenvm_vllm.demo import ROOT, native_dtype
-from lenvm_vllm.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
+from lenvm_vllm.commands.demo import ROOT, native_dtype
+from lenvm_vllm.commands.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
 
 PROCESSORS = ("lenvm_vllm", "benchmarks.ramp:Ramp")
 

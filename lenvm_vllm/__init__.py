@@ -7,7 +7,7 @@ __all__ = ["LenvmLogitsProcessor"]
 
 def __getattr__(name: str) -> Any:
     if name == "LenvmLogitsProcessor":
-        from lenvm_vllm.processor import LenvmLogitsProcessor
+        from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 
         return LenvmLogitsProcessor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ def _vllm_version(distribution_name: str) -> str:
 
 def main() -> None:
     importlib.metadata.version = _vllm_version
-    from lenvm_vllm.vllm_names import vllm_command
+    from lenvm_vllm.host.names import vllm_command
 
     vllm_command()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.bare import hide_compilers
+from tests.support.bare import hide_compilers
 
 settings.register_profile(
     "repeatable",

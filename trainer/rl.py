@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.scan import backward_scan
 from value_server.contract.values import check_gamma, value_from_logit
-from value_server.model import ValueModel
+from value_server.model.value_model import ValueModel
 
 
 def completion_logits(

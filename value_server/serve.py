@@ -16,17 +16,17 @@ import uvicorn
 from cyclopts import Parameter
 from fastapi import FastAPI
 
-from value_server.app import create_app
 from value_server.contract.listen import check_port, check_socket
-from value_server.engine import Engine
-from value_server.linear import compute_dtype, weight_dtype
-from value_server.logs import configure
-from value_server.memory import keep_freed_memory
-from value_server.model import ValueModel
-from value_server.served import Served
+from value_server.engine.engine import Engine
+from value_server.engine.linear import compute_dtype, weight_dtype
+from value_server.engine.memory import keep_freed_memory
+from value_server.engine.served import Served
+from value_server.http.app import create_app
+from value_server.http.logs import configure
+from value_server.http.text import Texts, tokenizer_source
+from value_server.http.traces import trace
+from value_server.model.value_model import ValueModel
 from value_server.settings import ServerSettings
-from value_server.text import Texts, tokenizer_source
-from value_server.traces import trace
 
 log = logging.getLogger(__name__)
 

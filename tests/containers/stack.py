@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from lenvm_vllm.processes import free_port
+from lenvm_vllm.commands.processes import free_port
 from tests.containers.shell import CommandError, run, say
 
 PROJECT = "lenvm-check"

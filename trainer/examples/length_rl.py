@@ -23,7 +23,7 @@ from trainer.rl import (
     linear_schedule,
 )
 from value_server.contract.checkpoint import LenvmConfig
-from value_server.model import ValueHead, ValueModel
+from value_server.model.value_model import ValueHead, ValueModel
 
 GAMMA = 0.95
 END, WANTED, VOCABULARY = 0, 3, 12

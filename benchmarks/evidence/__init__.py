@@ -1,0 +1,1 @@
+"""What it is good for: length control, prediction, training choices."""

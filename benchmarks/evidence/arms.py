@@ -1,0 +1,83 @@
+"""The ways to get a text of a wished length that LIFEBench compares; all of them also say it.
+
+prompt      saying it alone
+limits      max_tokens and min_tokens; of tokens only
+ramp        end-of-sequence gets likelier as the target nears (benchmarks/ramp.py), no model;
+            of tokens only
+greedy      length_target by the paper's rule, rails off
+project     length_target by the smallest change, rails off
+single      the same with guard rails, one ending
+railed      length_target as it is by default: with other endings where the first is not good
+
+The last four take other options of length_target behind a colon: `railed:tolerance=0.05`,
+`project:max_kl=0.4,every=2`.
+"""
+
+import json
+from typing import Any
+
+from benchmarks.endpoint import Endpoint
+from lenvm_vllm.target.request import LengthTarget, LengthTargetError
+from value_server.contract.units import UNITS
+
+WITHOUT_RAILS = {"tolerance": None}
+TARGETED: dict[str, dict[str, Any]] = {
+    "greedy": {**WITHOUT_RAILS, "policy": "greedy"},
+    "project": {**WITHOUT_RAILS, "policy": "project"},
+    "single": {"endings": 1},
+    "railed": {},
+}
+ARMS = ("prompt", "limits", "ramp", *TARGETED)
+# What an arm needs of its server, and a request that only such a server refuses.
+PROBES: dict[str, tuple[dict[str, Any], str]] = {
+    "ramp": ({"vllm_xargs": {"ramp_tokens": 0}}, "benchmarks.ramp:Ramp"),
+    **dict.fromkeys(TARGETED, ({"length_target": {"tokens": 0}}, "lenvm_vllm")),
+}
+
+
+def fields(arm: str, mode: str, amount: int, unit: str = UNITS[0]) -> dict[str, Any] | None:
+    """What a request of this arm adds; None where it has no means for the mode or the unit."""
+    if arm == "prompt":
+        return {}
+    if arm in ("limits", "ramp"):
+        return _in_tokens(arm, mode, amount) if unit == UNITS[0] else None
+    name, _, options = arm.partition(":")
+    return {"length_target": {"mode": mode, unit: amount, **TARGETED[name], **_options(options)}}
+
+
+def _in_tokens(arm: str, mode: str, tokens: int) -> dict[str, Any] | None:
+    if arm == "ramp":
+        return None if mode == "at_least" else {"vllm_xargs": {"ramp_tokens": tokens}}
+    least = {} if mode == "at_most" else {"min_tokens": tokens - 1}  # vLLM counts without the end
+    return least if mode == "at_least" else {**least, "max_tokens": tokens}
+
+
+def _options(text: str) -> dict[str, Any]:
+    """`a=1,b=x` as an object; values are JSON where they can be."""
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def check_arms(arms: tuple[str, ...], endpoint: Endpoint, unit: str = UNITS[0]) -> None:
+    """Raises ValueError for an arm that is unknown or that the server cannot do."""
+    for arm in arms:
+        name, colon, _ = arm.partition(":")
+        if name not in ARMS or (colon and name not in TARGETED):
+            raise ValueError(f"arms: {arm!r}, must be one of {', '.join(ARMS)}")
+        if colon:
+            try:
+                LengthTarget.parse((fields(arm, "equal_to", 100, unit) or {})["length_target"])
+            except LengthTargetError as error:
+                raise ValueError(f"arms: {arm!r}: {error}") from error
+        probe, processor = PROBES.get(name, (None, ""))
+        if probe and not endpoint.refuses(probe):
+            raise ValueError(
+                f"arms: {arm!r} needs a vLLM started with --logits-processors {processor}, which "
+                f"{endpoint.url} is not"
+            )

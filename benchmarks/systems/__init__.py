@@ -1,0 +1,1 @@
+"""What it costs, and whether it holds: speed, load, faults, limits."""

@@ -1,0 +1,102 @@
+"""The routes of vLLM on which a length target is taken, and where it goes there.
+
+A test walks over the routes of vLLM's own application: one that writes text is here.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lenvm_vllm.target.request import number
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"  # Anthropic's form
+BATCH = f"{CHAT}/batch"
+INVOCATIONS = "/invocations"  # SageMaker's name for a chat or a text completion
+GENERATE = "/inference/v1/generate"  # token ids in, token ids out
+
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first one counts
+_TEXT_LIMIT = 16  # of a text completion that sets none, since OpenAI's first
+
+
+@dataclass(frozen=True)
+class Door:
+    """A kind of request.
+
+    params: its part that holds the sampling parameters; None: the request itself.
+    xargs: name there of what reaches the engine's plugins.
+    choices: whether several answers, or endings of one, may be sampled for one that is returned.
+    ranked: whether its requests have a priority.
+    writes: whether a text is written here.
+    tells: whether its answers have a form in which they can tell of their length.
+    refusal: why no length can be asked for; empty where it can.
+    limit: the most tokens of a request that sets no limit; None: the model's context.
+    """
+
+    params: str | None = None
+    xargs: str = "vllm_xargs"
+    choices: bool = False
+    ranked: bool = True
+    writes: bool = True
+    tells: bool = True
+    refusal: str = ""
+    limit: int | None = None
+
+    @property
+    def holder(self) -> str:
+        """Path of what reaches the engine's plugins."""
+        return f"{self.params}.{self.xargs}" if self.params else self.xargs
+
+    def params_of(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The sampling parameters: the object itself, to read and to change."""
+        params = request if self.params is None else request.get(self.params)
+        return params if isinstance(params, dict) else {}
+
+    def limit_of(self, request: dict[str, Any]) -> int | None:
+        """The most tokens that the answer may have; None where only the model's context ends it."""
+        params = self.params_of(request)
+        if all(params.get(name) is None for name in _LIMITS):
+            return self.limit
+        return next((n for name in _LIMITS if (n := whole(params, name)) is not None), None)
+
+
+def whole(params: dict[str, Any], name: str) -> int | None:
+    """A number of the request, as vLLM reads it; None for anything else, which is left to it."""
+    return value if type(value := number(params.get(name))) is int else None
+
+
+_CHAT = Door(choices=True)
+_TEXT = Door(choices=True, limit=_TEXT_LIMIT)
+_PREPARED = Door(writes=False, tells=False, ranked=False)
+_SCORES = Door(writes=False, refusal="it writes no text")
+_COHERE = Door(refusal="it hands nothing on to the plugins of vLLM")
+
+DOORS = {
+    CHAT: _CHAT,
+    TEXT: _TEXT,
+    BATCH: Door(),
+    RESPONSES: Door(),
+    MESSAGES: Door(ranked=False),
+    GENERATE: Door(params="sampling_params", xargs="extra_args", tells=False),
+    # They make requests for GENERATE of the others.
+    f"{CHAT}/render": _PREPARED,
+    f"{TEXT}/render": replace(_PREPARED, limit=_TEXT_LIMIT),
+    f"{RESPONSES}/render": _PREPARED,
+    f"{MESSAGES}/render": _PREPARED,
+    "/generative_scoring": _SCORES,
+    "/v1/systemone": _SCORES,
+    "/v1/decisions": Door(writes=False, ranked=False, refusal="it writes no text"),  # of 0.33
+    "/cohere/v2/chat": _COHERE,
+    "/cohere/v2/chat/render": _COHERE,
+}
+PATHS = (*DOORS, INVOCATIONS)
+# These take a form with a recording, and their text has the length of what was said.
+FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations")
+
+
+def door_at(path: str, request: dict[str, Any]) -> Door:
+    """The door of a request to one of PATHS."""
+    if path == INVOCATIONS:
+        return _CHAT if "messages" in request else _TEXT
+    return DOORS[path]

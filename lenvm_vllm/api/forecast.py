@@ -1,0 +1,137 @@
+"""How long an answer will be, asked before it is written: for the client, and for the queue.
+
+Under vLLM's `--scheduling-policy priority` the request with the lowest number goes first. All
+numbers are of one scale, in tokens:
+
+    aging · seconds since 1970  +  tokens of the answer  +  the client's own priority, or 0
+
+The shortest answer goes first. Alone that would let a long one wait for ever while short ones
+keep coming, so that what arrives later starts with `aging` tokens a second more: after
+(long - short) / aging seconds nothing new overtakes any more. The clock is one that all API
+servers of an engine share, and a client's own priority moves a request by so many tokens, or
+by so many / aging seconds, in whatever hour it comes.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from lenvm_vllm.api.fields import sole, text_of
+from lenvm_vllm.settings import Settings
+from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.values.endpoint import async_http_client
+from value_server.contract.units import PRIOR, UNITS
+from value_server.contract.wire import PREDICT_PATH
+
+_PAUSE_S = 5.0  # after a failure
+_MEMORY = 0.9  # of the mean that stands for what could not be asked
+_FURTHEST = 2**63 - 1  # the highest priority that vLLM takes; the lowest is less by one
+
+
+@dataclass
+class _Server:
+    http: httpx.AsyncClient
+    silent_until: float = -math.inf
+
+
+class Forecast:
+    """One per API server process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        date: Callable[[], float] = time.time,
+    ) -> None:
+        """Connects to nothing yet. date: seconds since 1970."""
+        options = settings.connection
+        self._servers = deque(
+            _Server(async_http_client(url, transport=transport, **options)) for url in settings.url
+        )
+        self._aging = settings.aging
+        self._clock = clock
+        self._date = date
+        self._mean: float | None = None
+
+    async def tokens(self, request: dict[str, Any], target: LengthTarget | None) -> int | None:
+        """Completion tokens to expect; None where nobody knows. Never raises.
+
+        request: the JSON body of any of the endpoints, without its length target.
+        """
+        if target is None or target.scope != "completion" or target.mode == "tilt":
+            return await self._predict(request)
+        low, high = tokens_of(target).limits
+        if low == high and target.mode not in ("at_most", "at_least"):
+            return low
+        natural = await self._predict(request)
+        if target.mode == "at_most":
+            return high if natural is None else min(natural, high)
+        if target.mode == "at_least":
+            return low if natural is None else max(natural, low)
+        return high if natural is None else min(max(natural, low), high)
+
+    def priority(self, tokens: int | None, own: int = 0) -> int:
+        """The place of a request that comes now. What is not known counts as the mean so far.
+
+        own: what the client gave; it is added.
+        """
+        if tokens is not None:
+            old = float(tokens) if self._mean is None else self._mean
+            self._mean = _MEMORY * old + (1 - _MEMORY) * tokens
+        expected = tokens if tokens is not None else self._mean or 0
+        place = round(self._aging * self._date() + expected) + own
+        return max(-_FURTHEST, min(place, _FURTHEST))
+
+    async def _predict(self, request: dict[str, Any]) -> int | None:
+        """The answer of the first server that has one; each request begins with another."""
+        if (prompt := _prompt_of(request)) is None:
+            return None
+        self._servers.rotate(-1)
+        for server in list(self._servers):
+            if self._clock() < server.silent_until:
+                continue
+            try:
+                reply = await server.http.post(PREDICT_PATH, json=prompt)
+                if reply.status_code >= 500:
+                    reply.raise_for_status()
+                return max(1, round(reply.json()["predicted_tokens"])) if reply.is_success else None
+            except (httpx.HTTPError, ValueError, KeyError, TypeError, OverflowError):
+                server.silent_until = self._clock() + _PAUSE_S
+        return None
+
+
+def tokens_of(target: LengthTarget) -> LengthTarget:
+    """The target in tokens, as many as its words or characters take in plain English."""
+    unit = target.unit
+    return target if unit == UNITS[0] else target.in_tokens(lambda n: 1 + round(n * PRIOR[unit]))
+
+
+def _prompt_of(request: dict[str, Any]) -> dict[str, Any] | None:
+    """What `/v1/predict` takes; None for what is not one prompt of plain text."""
+    messages = request.get("messages", request.get("input"))
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if isinstance(messages, list):
+        system = text_of(request.get("system", request.get("instructions")))
+        first = [] if system is None else [{"role": "system", "content": system}]
+        plain = [_plain(message) for message in messages]
+        return {"messages": [*first, *plain]} if plain and None not in plain else None
+    prompt = sole(request.get("prompt", request.get("token_ids")))
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
+    return {"token_ids": prompt} if ids else None
+
+
+def _plain(message: Any) -> dict[str, Any] | None:
+    """A message with its text for its content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return None
+    text = text_of(message.get("content"))
+    return None if text is None else message | {"content": text}

@@ -1,0 +1,59 @@
+"""What becomes of a guided request on its way into the engine.
+
+The one place that every door leads through, with the model's configuration, the length of the
+prompt, and a copy of the parameters that is the engine's own.
+"""
+
+from typing import Any
+
+from lenvm_vllm.host.sampling import take_from
+from lenvm_vllm.target.admission import check_admission, only_prefills, resolved
+from lenvm_vllm.target.rails import needed_by, rails_of
+from lenvm_vllm.target.request import LengthTarget, LengthTargetError
+
+
+def take_in(config: Any, request: Any) -> None:
+    """Prepare an EngineCoreRequest; one without a length target stays as it is.
+
+    Raises LengthTargetError, which vLLM answers with HTTP 400.
+    """
+    params = request.sampling_params
+    if params is None or (target := LengthTarget.from_extra_args(params.extra_args)) is None:
+        return
+    target = resolved(target, config)
+    params.extra_args = {**params.extra_args, **target.to_xargs()}
+    _check_context(target, len(request.prompt_token_ids or ()), params, config)
+    check_admission(
+        target,
+        params.max_tokens,
+        params.min_tokens,
+        params.ignore_eos,
+        params.thinking_token_budget,
+        shows_stop=params.include_stop_str_in_output,
+        config=config,
+    )
+    if not only_prefills(config):
+        _hold_stop_strings(params, target)
+    # Model Runner V2 penalises before the plugin has its turn.
+    take_from(params, penalties=not config.use_v2_model_runner)
+
+
+def _check_context(target: LengthTarget, prompt: int, params: Any, config: Any) -> None:
+    """The context ends a text as max_tokens does. Raises LengthTargetError."""
+    room = config.model_config.max_model_len - prompt
+    least = needed_by(target).behind(target.prefix_tokens).first
+    if least > room and not only_prefills(config):
+        raise LengthTargetError(
+            f"length_target: {least} tokens at least, a prompt of {prompt} leaves {room}"
+        )
+    params.max_tokens = min(params.max_tokens, room)
+
+
+def _hold_stop_strings(params: Any, target: LengthTarget) -> None:
+    """No stop string before the lower rail: vLLM looks for them behind `min_tokens` tokens.
+
+    Of an answer whose thinking is still to come it holds them as long as the answer would have.
+    """
+    if params.stop:
+        least = rails_of(target).behind(target.prefix_tokens).first - 1
+        params.min_tokens = min(max(params.min_tokens, least), params.max_tokens)

@@ -1,0 +1,1 @@
+"""In vLLM's engine: what each step does to the guided requests."""

@@ -1,0 +1,74 @@
+"""Model Runner V1: rows are told as changes of the batch, tokens as live lists."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lenvm_vllm.engine.guide import Client
+from lenvm_vllm.engine.rows import EngineRows
+from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.host.names import MoveDirectionality, V1LogitsProcessor
+
+# Steps that an unscheduled request is waited for, of each pipeline stage.
+_AWAY = 8
+
+
+class V1Processor(V1LogitsProcessor):
+    def __init__(
+        self, vllm_config: Any, device: Any, is_pin_memory: bool, client: Client | None = None
+    ) -> None:
+        self._rows = EngineRows(vllm_config, client)
+        self._states: dict[int, RequestState] = {}
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        self._patience = _AWAY * stages if stages > 1 else 0
+        self._step = 0
+        # Requests that are away, each known by its list of tokens, and the step they left at.
+        self._away: dict[int, tuple[RequestState, int]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the batch: removed, then added (also on an occupied index), then moved."""
+        self._step += 1
+        self._forget()
+        if batch_update is None:
+            return
+        for index in batch_update.removed:
+            self._leave(self._states.pop(index, None))
+        for index, params, prompt_ids, output_ids in batch_update.added:
+            self._leave(self._states.pop(index, None))
+            state, _ = self._away.pop(id(output_ids), (None, 0))
+            if state is None:
+                state = self._rows.open(params, prompt_ids, output_ids)
+            if state is not None:
+                self._states[index] = state
+        for source, destination, direction in batch_update.moved:
+            moved, displaced = self._states.pop(source, None), self._states.pop(destination, None)
+            if moved is not None:
+                self._states[destination] = moved
+            if direction == MoveDirectionality.SWAP and displaced is not None:
+                self._states[source] = displaced
+            else:
+                self._leave(displaced)
+
+    def _leave(self, state: RequestState | None) -> None:
+        """A request left the batch: it is over, or, with a pipeline, has no turn in this step.
+
+        vLLM does not tell which; one that comes back comes with the same list of tokens.
+        """
+        if state is None or self._patience == 0 or state.is_over:
+            self._rows.close(state)
+        else:
+            self._away[id(state.output_ids)] = state, self._step
+
+    def _forget(self) -> None:
+        """Close those that have been away for too long."""
+        late = [key for key, (_, at) in self._away.items() if self._step - at > self._patience]
+        for key in late:
+            self._rows.close(self._away.pop(key)[0])
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """logits: (batch, V) float32, changed in place."""
+        self._rows.steer_inplace(logits, self._states)
+        return logits

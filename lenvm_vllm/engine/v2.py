@@ -1,0 +1,73 @@
+"""Model Runner V2: requests live in slots, rows come in any order, tokens stand on the device.
+
+vLLM does not tell that a request ended: its slot goes to another one. Until then its session
+stays with the value server, which lets idle ones go first.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lenvm_vllm.engine.guide import Client
+from lenvm_vllm.engine.rows import EngineRows
+from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.host.names import V2LogitsProcessor
+
+
+class V2Processor(V2LogitsProcessor):
+    def __init__(self, vllm_config: Any, req_states: Any, client: Client | None = None) -> None:
+        """req_states: vLLM's buffers, by slot; read only."""
+        self._rows = EngineRows(vllm_config, client)
+        self._slots = req_states
+        self._states: dict[int, RequestState] = {}
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Whether this request is guided. The slot may still hold one that has ended."""
+        if (ended := self._states.pop(req_idx, None)) is not None:
+            self._read_last(req_idx, ended)
+            self._rows.close(ended)
+        if (state := self._rows.open(sampling_params, [], [])) is not None:
+            self._states[req_idx] = state
+        return state is not None
+
+    def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        """logits: (rows, V) float32, one row a request, changed in place."""
+        # The host knows how long a text is before the device has its last token. A prompt of
+        # which only a part is computed has a row, too, but no token comes of it.
+        batch = zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=False)
+        lengths = {
+            row: (slot, length)
+            for row, (slot, length) in enumerate(batch)
+            if slot in self._states and length >= self._slots.prefill_len.np[slot]
+        }
+        self._read_tokens(list(lengths.values()))
+        states = {row: self._states[slot] for row, (slot, _) in lengths.items()}
+        self._rows.steer_inplace(logits, states)
+        return logits
+
+    def _read_tokens(self, texts: list[tuple[int, int]]) -> None:
+        """Bring the states of (slot, length) up to date, by one copy from the device."""
+        news = [(slot, range(self._states[slot].length, length)) for slot, length in texts]
+        index = [(slot, position) for slot, new in news for position in new]
+        tokens = self._gather(np.array(index, dtype=np.int64).reshape(-1, 2))
+        for slot, new in news:
+            state, prompt_len = self._states[slot], int(self._slots.prompt_len.np[slot])
+            own = [next(tokens) for _ in new]
+            split = max(0, prompt_len - new.start)
+            assert state.prompt_ids is not None
+            state.prompt_ids += own[:split]
+            state.output_ids += own[split:]
+
+    def _read_last(self, slot: int, state: RequestState) -> None:
+        """The token after which no step asked for more; it stands until the slot is written."""
+        if 0 < state.length < self._slots.all_token_ids.gpu.shape[1]:
+            state.output_ids += self._gather(np.array([[slot, state.length]]))
+
+    def _gather(self, index: NDArray[np.int64]) -> Any:
+        """Iterator over the tokens at (slot, position)."""
+        texts = self._slots.all_token_ids.gpu
+        at = torch.from_numpy(index).to(texts.device)
+        return iter(texts[at[:, 0], at[:, 1]].tolist())

@@ -1,0 +1,1 @@
+"""What the plugin leans on: names of vLLM's, and the machine."""

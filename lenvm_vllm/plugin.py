@@ -1,0 +1,147 @@
+"""What the plugin changes in vLLM; the names it leans on stand in `host/names.py`.
+
+vLLM runs `register` in each of its processes before it reads its arguments. Where the operator
+wrote `--logits-processors lenvm_vllm` it completes the bare name, and adds the middleware for
+the request field through vLLM's own `--middleware`.
+"""
+
+import functools
+import logging
+from typing import Any
+
+from lenvm_vllm.host import served
+
+logger = logging.getLogger("vllm.lenvm")
+
+BARE = "lenvm_vllm"
+PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
+MIDDLEWARE = "lenvm_vllm.plugin.AtTheRoutes"
+
+
+def register() -> None:
+    """Idempotent; loads nothing of the plugin but this file."""
+    from lenvm_vllm.host.names import EngineArgs
+    from lenvm_vllm.telemetry.metrics import share_folder
+
+    if getattr(EngineArgs, "_lenvm_registered", False):
+        return
+    EngineArgs._lenvm_registered = True
+    from_cli_args = EngineArgs.from_cli_args.__func__
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(from_cli_args)
+    def with_middleware(cls: type, args: Any) -> Any:
+        served.logs_answers = bool(getattr(args, "enable_log_outputs", False))
+        args.logits_processors = complete_names(getattr(args, "logits_processors", None))
+        middleware = getattr(args, "middleware", None)
+        named = PROCESSOR in (args.logits_processors or ())
+        if named and middleware is not None:
+            share_folder()
+            if MIDDLEWARE not in middleware:
+                args.middleware = [*middleware, MIDDLEWARE]
+        if named and hasattr(args, "input_file"):
+            _read_lengths_of_batch_files()
+        return from_cli_args(cls, args)
+
+    @functools.wraps(create_engine_config)
+    def with_full_names(self: Any, *more: Any, **kwargs: Any) -> Any:
+        self.logits_processors = complete_names(self.logits_processors)
+        served.config = create_engine_config(self, *more, **kwargs)
+        if _is_loaded(self.logits_processors):
+            watch_intake()
+            warn_of_logprobs(served.config.device_config.device_type)
+        return served.config
+
+    EngineArgs.from_cli_args = classmethod(with_middleware)
+    EngineArgs.create_engine_config = with_full_names
+
+
+def _read_lengths_of_batch_files() -> None:
+    """`vllm run-batch` has no routes to stand at; there the field is read with the request."""
+    from lenvm_vllm.api.doors import BATCH, DOORS
+    from lenvm_vllm.api.middleware import take
+    from lenvm_vllm.host.names import ChatCompletionRequest
+
+    to_sampling_params = ChatCompletionRequest.to_sampling_params
+    if hasattr(to_sampling_params, "__wrapped__"):
+        return
+
+    @functools.wraps(to_sampling_params)
+    def with_length(self: Any, *more: Any, **kwargs: Any) -> Any:
+        tools = {"tools": self.tools, "tool_choice": self.tool_choice}
+        request = (self.model_extra or {}) | {"vllm_xargs": self.vllm_xargs} | tools
+        take(request, DOORS[BATCH], BATCH)
+        self.vllm_xargs = request["vllm_xargs"]
+        return to_sampling_params(self, *more, **kwargs)
+
+    ChatCompletionRequest.to_sampling_params = with_length
+
+
+class AtTheRoutes:
+    """What `--middleware` names: it puts the middleware right before the routes of the app.
+
+    vLLM would put it outside of its own authentication and CORS, and of the operator's other
+    middleware. There it would answer clients that have no key, and read what others have
+    compressed.
+    """
+
+    def __init__(self, app: Any) -> None:
+        from lenvm_vllm.settings import load_settings
+
+        load_settings(served.config and served.config.additional_config)  # errors are told now
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """The first call is the lifespan's, before any request."""
+        from lenvm_vllm.api.middleware import LengthTargetMiddleware
+
+        router = scope["app"].router
+        if not isinstance(router.middleware_stack, LengthTargetMiddleware):
+            router.middleware_stack = LengthTargetMiddleware(router.middleware_stack)
+        await self._app(scope, receive, send)
+
+
+def warn_of_logprobs(device: str) -> None:
+    """vLLM compiles a function for them, and its engine does not survive where that fails."""
+    from lenvm_vllm.host.machine import COMPILE_OFF, compiles, has_compiler
+
+    if device == "cpu" and compiles() and not has_compiler():
+        logger.warning(
+            "no C++ compiler here: a request with logprobs would end vLLM's engine; "
+            "set %s=1, or install g++",
+            COMPILE_OFF,
+        )
+
+
+def watch_intake() -> None:
+    """Each request of an engine with the plugin passes `intake.take_in`. Idempotent."""
+    from lenvm_vllm.api.intake import take_in
+    from lenvm_vllm.host.names import InputProcessor
+
+    process_inputs = InputProcessor.process_inputs
+    if hasattr(process_inputs, "_lenvm"):
+        return
+
+    @functools.wraps(process_inputs)
+    def with_targets(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        if _is_loaded(self.vllm_config.model_config.logits_processors):
+            take_in(self.vllm_config, request)
+        return request
+
+    with_targets._lenvm = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = with_targets
+
+
+def complete_names(names: list[Any] | None) -> list[Any] | None:
+    """`lenvm_vllm` becomes `lenvm_vllm:LenvmLogitsProcessor`, once; other names stay."""
+    if names is None:
+        return None
+    full = [PROCESSOR if name == BARE else name for name in names]
+    return [name for i, name in enumerate(full) if name != PROCESSOR or i == full.index(PROCESSOR)]
+
+
+def _is_loaded(names: list[Any] | None) -> bool:
+    """Whether they name our processor, or hold its class."""
+    own = PROCESSOR.rpartition(":")[2]
+    return any(name == PROCESSOR or getattr(name, "__name__", "") == own for name in names or ())

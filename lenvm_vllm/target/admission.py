@@ -1,0 +1,138 @@
+"""Whether a request can have the length that it asks for; asked before anything is generated.
+
+Asked twice: by the middleware, whose answer is an HTTP 400 also for a stream, and on the way
+into the engine, where the limits are known that vLLM itself filled in.
+"""
+
+from typing import Any
+
+from lenvm_vllm.settings import Settings, load_settings
+from lenvm_vllm.target.rails import LEAST, Rails, bounds_of, check_limits, needed_by
+from lenvm_vllm.target.request import LengthTarget, LengthTargetError
+from lenvm_vllm.text.parts import Markers, call_markers
+from value_server.contract.units import UNITS
+
+
+def resolved(target: LengthTarget, config: Any) -> LengthTarget:
+    """The target with the scope that it has where it names none: `answer` where the served model
+    thinks, for a limit that counted the thinking could end inside it.
+
+    config: the VllmConfig, None where it is not known. Raises LengthTargetError.
+    """
+    named = "scope" in target.model_fields_set or target.prefix_tokens
+    if named or config is None or config.reasoning_config is None:
+        return target
+    if not markers_of(config, load_settings(config.additional_config)).think_end:
+        return target
+    for name in ("best_of", "endings"):
+        if (getattr(target, name) or 1) > 1:
+            raise LengthTargetError(
+                f"length_target.{name}: {getattr(target, name)} compares whole completions, but "
+                "this model thinks, and the scope is 'answer' unless it is 'completion' by name"
+            )
+    return target.model_copy(update={"scope": "answer"})
+
+
+def only_prefills(config: Any) -> bool:
+    """Whether this vLLM prepares answers for others to write: the prefill pod of a disaggregated
+    pair, or the encoder of one. Of the one token that it writes nobody reads."""
+    kv = getattr(config, "kv_transfer_config", None)
+    ec = getattr(config, "ec_transfer_config", None)
+    roles = getattr(kv, "kv_role", None), getattr(ec, "ec_role", None)
+    return "kv_producer" in roles or "ec_producer" in roles
+
+
+def check_admission(
+    target: LengthTarget,
+    max_tokens: int | None,
+    min_tokens: int,
+    ignore_eos: bool,
+    thinking_token_budget: int | None = None,
+    *,
+    shows_stop: bool = False,
+    config: Any = None,
+) -> None:
+    """The limits are those of the request itself. Raises LengthTargetError.
+
+    shows_stop: whether what ends the text is shown in it.
+    config: the VllmConfig; None where it is not known yet, and asked about later.
+    """
+    target = resolved(target, config)
+    if only_prefills(config):
+        max_tokens, min_tokens = None, 0
+    if config is not None and config.speculative_config is not None:
+        # A row of a draft token belongs to a text that may never be; nothing guides it.
+        raise LengthTargetError("length_target: not available with speculative decoding")
+    if target.scope != "completion":
+        # vLLM's min_tokens counts the whole completion, so it contradicts no part of it.
+        min_tokens = 0
+        settings = load_settings(config and config.additional_config)
+        if config is not None and not markers_of(config, settings).think_end:
+            raise LengthTargetError(
+                f"length_target.scope: {target.scope!r} needs to know the tokens that end the "
+                "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
+            )
+    whole = needed_by(target)
+    _check_room(target, whole)
+    _check_unit(target, min_tokens, shows_stop, config)
+    if whole.last is not None and target.prefix_tokens >= max(1, whole.last):
+        raise LengthTargetError(
+            f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
+            f"that has at most {whole.last}"
+        )
+    rails = whole.behind(target.prefix_tokens)
+    if config is not None and rails.first >= config.model_config.max_model_len:
+        raise LengthTargetError(
+            f"length_target: {rails.first} tokens at least, prompt and completion together have "
+            f"{config.model_config.max_model_len}"
+        )
+    check_limits(rails, max_tokens, min_tokens, ignore_eos)
+    # vLLM's budget counts the tokens before the marker, and forces that whatever we say.
+    budget = thinking_token_budget if target.scope == "thinking" else None
+    if budget is not None and budget + 1 < rails.first:
+        raise LengthTargetError(
+            f"thinking_token_budget: {budget} tokens before the marker contradict length_target, "
+            f"whose thinking has at least {rails.first} tokens, the marker included"
+        )
+
+
+def _check_room(target: LengthTarget, rails: Rails) -> None:
+    """Raises LengthTargetError for a text that could only be empty."""
+    most = target.limits[1] if rails.last is None else rails.last
+    free = target.mode in ("tilt", "at_least") or target.unit != UNITS[0]
+    if free or target.scope == "thinking" or most >= LEAST:
+        return
+    name = "max_tokens" if target.mode == "range" else "tokens"
+    raise LengthTargetError(
+        f"length_target.{name}: {target.limits[1]} leaves no room for a word, the end is a token"
+    )
+
+
+def _check_unit(target: LengthTarget, min_tokens: int, shows_stop: bool, config: Any) -> None:
+    """Raises LengthTargetError where words or characters cannot be counted, or kept."""
+    if target.unit == UNITS[0]:
+        return
+    name, given = f"length_target.{target.unit}", target.limits[1]
+    if config is not None and config.model_config.skip_tokenizer_init:
+        raise LengthTargetError(f"{name}: {given} needs a tokenizer, this vLLM has none")
+    if shows_stop:
+        raise LengthTargetError(
+            f"include_stop_str_in_output: true contradicts {name}, which does not count the stop"
+        )
+    if min_tokens > 1 and bounds_of(target).last is not None:
+        raise LengthTargetError(
+            f"min_tokens: {min_tokens} contradicts {name}, a limit in another unit; "
+            f"mode 'range' takes min_{target.unit}"
+        )
+
+
+def markers_of(vllm_config: Any, settings: Settings, tokenizer: Any = None) -> Markers:
+    """What divides the completions of the served model, as far as settings and vLLM know it.
+
+    tokenizer: tells the markers of tool calls.
+    """
+    reasoning = vllm_config.reasoning_config
+    end = settings.thinking_end_ids or (reasoning and reasoning.natural_reasoning_end_token_ids)
+    start = reasoning and reasoning.reasoning_start_token_ids
+    calls = {} if tokenizer is None else call_markers(tokenizer)
+    return Markers(tuple(start or ()) if end else (), tuple(end or ()), calls)

@@ -1,0 +1,1 @@
+"""What the engine tells the API server: counts, and how far each text is."""

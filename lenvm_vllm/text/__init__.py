@@ -1,0 +1,1 @@
+"""The served model's tokens as text: parts, sentences, words, characters."""

@@ -1,0 +1,71 @@
+"""The served model's tokens as text: where sentences end, which characters are cut, and what
+each token adds to a length. Made at the engine's start; where special tokens are shown, at the
+first request that shows them."""
+
+import logging
+import re
+from typing import Any
+
+from lenvm_vllm.text.characters import Characters
+from lenvm_vllm.text.parts import Markers
+from lenvm_vllm.text.sentences import Sentences
+from lenvm_vllm.text.tokenizer import decoded, specials_of, texts_of
+from lenvm_vllm.text.units import Counter, TokenUnits
+from value_server.contract.units import UNITS
+
+logger = logging.getLogger("vllm.lenvm")
+
+_SPACED = re.compile(r" \w")
+
+
+class Letters:
+    """sentences: None of a tokenizer that cannot tell them."""
+
+    def __init__(self, tokenizer: Any, markers: Markers) -> None:
+        """tokenizer: None where vLLM serves none. markers: of what is not in the client's text."""
+        self._tokenizer, self._markers = tokenizer, markers
+        self._texts: dict[int, str] = {}
+        self._units: dict[tuple[bool, bool], TokenUnits] = {}
+        self.sentences, self.characters = None, Characters({})
+        try:
+            if tokenizer is not None:
+                self._texts = texts_of(tokenizer)
+                self.sentences = Sentences(tokenizer, self._texts)
+                self.characters = Characters.of(tokenizer, self._texts)
+                for calls in {False, bool(markers.calls)}:
+                    self._units_of(False, calls)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            logger.warning("length targets: no ends of sentences, words or characters (%s)", why)
+
+    def ends_sentence(self, text: list[int]) -> bool:
+        """Whether a sentence ends where this text does."""
+        known = self.sentences
+        return bool(text) and known is not None and known.ends(text[:-1], text[-1])
+
+    def counter(self, unit: str, specials: bool, calls: bool = True) -> Counter | None:
+        """Of one text; None where its unit is tokens, or nothing is known of their texts.
+
+        specials: whether special tokens are shown to the client. calls: whether tool calls are
+        taken out of its text.
+        """
+        if unit == UNITS[0] or not self._units:
+            return None
+        return Counter(self._units_of(specials, calls and bool(self._markers.calls)), unit)
+
+    def _units_of(self, specials: bool, calls: bool) -> TokenUnits:
+        if (shown := (specials, calls)) not in self._units:
+            self._units[shown] = self._find_units(*shown)
+        return self._units[shown]
+
+    def _find_units(self, specials: bool, calls: bool) -> TokenUnits:
+        assert self.sentences is not None
+        markers = self._markers
+        # The parts of a longer marker may be text.
+        aside = [m[0] for m in (markers.think_start, markers.think_end) if len(m) == 1]
+        aside += markers.calls if calls else ()
+        shown = specials_of(self._tokenizer) if specials else {}
+        texts = self._texts | shown | dict.fromkeys(aside, "")
+        word = next((i for i, text in texts.items() if _SPACED.match(text)), None)
+        strips = word is not None and not decoded(self._tokenizer, [word]).startswith(" ")
+        return TokenUnits(texts, self.characters.pieces, self.sentences.ids, strips)

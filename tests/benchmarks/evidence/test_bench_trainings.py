@@ -1,0 +1,177 @@
+"""Predictions with intervals, and grids of small trainings that are stopped and go on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.evidence import ablations, censoring, prediction, scaling
+from benchmarks.evidence.ablations import runs_of
+from benchmarks.evidence.prediction import figures_of
+from benchmarks.evidence.scaling import subset
+from benchmarks.evidence.small import SmallLora, SmallRecipe
+from tests.support.tiny_llm import tiny_llm
+from trainer.data import Rollout
+from trainer.evaluation.figures import summarise
+from trainer.rollouts.rollout import write_shard
+from trainer.training.objective import Objective
+
+GAMMA = 0.99
+TINY = SmallRecipe(max_steps=2, tokens_per_step=128, max_length=128, warmup_steps=1, bf16=False)
+
+
+def rollouts(prompts: int, samples: int = 2) -> list[Rollout]:
+    chance = np.random.default_rng(0)
+    return [
+        Rollout(
+            f"p{i}",
+            ("math", "code")[i % 2],
+            chance.integers(0, 256, 4),
+            chance.integers(0, 256, chance.integers(3, 40)),
+            finished=bool(chance.random() < 0.8),
+        )
+        for i in range(prompts)
+        for _ in range(samples)
+    ]
+
+
+def test_figures_are_those_of_lenvm_evaluate() -> None:
+    texts = rollouts(20)
+    chance = np.random.default_rng(1)
+    logits = [chance.normal(0, 1, 4 + len(r.completion_ids)) for r in texts]
+    mine, theirs = figures_of(texts, logits, GAMMA, 64), summarise(texts, logits, GAMMA, 64)
+    for domain, mre in theirs["mre"].items():
+        figure = mine[f"mre {domain}"]
+        assert figure.value == pytest.approx(mre)
+        assert figure.low < figure.value < figure.high
+        assert figure.n == 10
+    assert mine["r2"].value == pytest.approx(theirs["r2"])
+    assert mine["loss"].low < mine["loss"].value < mine["loss"].high
+
+
+# ---- grids
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With model/ and rollouts.parquet."""
+    folder = tmp_path_factory.mktemp("grid")
+    tiny_llm(folder / "model")
+    rows = [
+        {
+            **{"prompt_id": r.prompt_id, "domain": r.domain, "prompt": ""},
+            **{"prompt_ids": r.prompt_ids.tolist(), "completion_ids": r.completion_ids.tolist()},
+            "finish_reason": "stop" if r.finished else "length",
+        }
+        for r in rollouts(60)
+    ]
+    write_shard(rows, folder / "rollouts.parquet", {})
+    return folder
+
+
+def prompts_of(path: Path) -> list[str]:
+    return list(map(str, pq.read_table(path)["prompt_id"].to_pylist()))
+
+
+def test_smaller_data_are_part_of_larger_ones(folder: Path, tmp_path: Path) -> None:
+    source = folder / "rollouts.parquet"
+    half, quarter = (subset(source, s, None, tmp_path / f"{s}.parquet") for s in (0.5, 0.25))
+    assert {*prompts_of(quarter)} < {*prompts_of(half)} < {*prompts_of(source)}
+    single = prompts_of(subset(source, 1.0, 1, tmp_path / "single.parquet"))
+    assert sorted(single) == sorted({*prompts_of(source)})
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("benchmark", [ablations, censoring, scaling])
+def test_an_option_that_is_given_leaves_the_others_small(benchmark: Any) -> None:
+    where = ["--rollouts", "r", "--model", "m"]
+    _, bound, _ = benchmark.app.parse_args([*where, "--max-steps", "3", "--lora.alpha", "8"])
+    assert bound.arguments["recipe"] == SmallRecipe(max_steps=3)
+    assert bound.arguments["lora"] == SmallLora(alpha=8)
+
+
+def test_scaling_goes_on_and_its_checkpoints_are_compared(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> dict[str, Any]:
+        scaling.main(
+            rollouts=folder / "rollouts.parquet",
+            model=str(folder / "model"),
+            depths=(1, 2),
+            shares=(0.5,),
+            samples=(),
+            recipe=TINY,
+            holdout=0.2,
+            output=tmp_path,
+        )
+        return last_line(capsys)
+
+    first = run()
+    settings = [(row["axis"], row["setting"]) for row in first["runs"]]
+    assert settings == [("layers", "1"), ("layers", "2"), ("prompts", "50%")]
+    assert len({row["figures"]["loss"]["n"] for row in first["runs"]}) == 1  # the same prompts
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/value_head.safetensors")}
+    assert len(weights) == 3
+    shutil.rmtree(tmp_path / "layers-2")
+    (tmp_path / "layers-1" / "figures.json").unlink()  # trained, and killed before the figures
+    assert run() == first
+    again = {path.parent.name for path in weights if path.stat().st_mtime_ns != weights[path]}
+    assert again == {"layers-2"}
+
+    prediction.main(
+        rollouts=folder / "rollouts.parquet",
+        checkpoint=(tmp_path / "layers-2", tmp_path / "layers-1"),
+        base_model=str(folder / "model"),
+        dtype="float32",
+        output=tmp_path / "prediction",
+    )
+    models = last_line(capsys)["models"]
+    assert list(models)[:2] == ["layers-2", "layers-1"]
+    assert {"training mean", "prompt length"} < models.keys()
+    assert {"mre code", "mre math", "loss", "r2"} == models["layers-1"].keys()
+    with pytest.raises(ValueError, match=r"checkpoint: .*different names"):
+        prediction.main(rollouts=folder, checkpoint=(tmp_path / "a", tmp_path / "b" / "a"))
+
+
+def test_ablations_on_one_axis(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablations.main(
+        rollouts=folder / "rollouts.parquet",
+        model=str(folder / "model"),
+        axes=("reference", "weighting"),
+        num_layers=1,
+        recipe=TINY,
+        holdout=0.2,
+        output=tmp_path,
+    )
+    runs = last_line(capsys)["runs"]
+    assert [row["setting"] for row in runs] == ["paper", "trajectory"]
+    assert all(np.isfinite(row["figures"]["loss"]["value"]) for row in runs)
+
+
+def test_each_ablation_changes_one_thing() -> None:
+    runs = runs_of(Path("r"), ablations.AXES, Objective(), TINY, 100.0)
+    assert len({run.name for run in runs}) == len(runs)
+    assert {run.axis for run in runs} == {*ablations.AXES}
+    for run in runs[1:]:
+        ((name, changed),) = run.options.items()
+        changed.check()
+        reference = Objective() if name == "objective" else TINY
+        different = [k for k, v in vars(changed).items() if v != getattr(reference, k)]
+        assert different[0].startswith(run.axis.split()[0]) or run.axis == "precision"
+
+
+def test_settings_that_cannot_be(folder: Path) -> None:
+    where: dict[str, Any] = {"rollouts": folder, "model": str(folder / "model")}
+    with pytest.raises(ValueError, match=r"depths: \(3,\), must be within 1 to 2"):
+        scaling.main(**where, depths=(3,))
+    with pytest.raises(ValueError, match="axes: 'size', must be one of reference"):
+        ablations.main(**where, axes=("size",))

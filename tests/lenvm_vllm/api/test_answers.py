@@ -1,0 +1,261 @@
+"""What a client is told of a guided answer, in the form of each route, streaming or not."""
+
+import asyncio
+import json
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lenvm_vllm.api.answers import Answers
+from lenvm_vllm.api.asgi import replay, request_of
+from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.telemetry.metrics import FOLDER
+from lenvm_vllm.telemetry.progress import KEY, VALUED, Known, Progress
+from tests.support.engine_side import CHAT, App, Told, tell
+
+TARGET = LengthTarget(tokens=10)
+CUT = Told(11, 0.01, forced=True)
+
+
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+
+
+class Saying:
+    """Answers with `parts`, as a stream or not, and tells of the texts in `told`."""
+
+    def __init__(self, kind: bytes, parts: list[bytes], *told: Told) -> None:
+        self.kind, self.parts, self.told = kind, parts, told
+        self.engine = Progress()
+        self.asked: Any = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked = json.loads((await receive())["body"]) or self.asked
+        for told in self.told:
+            tell(self.engine, self.asked["vllm_xargs"][KEY], told)
+        headers = [(b"content-type", self.kind)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in self.parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def ask(
+    app: Any, path: str, predicted: int | None = None, every: int = 16, **request: Any
+) -> bytes:
+    sent: list[Any] = []
+    target = TARGET.model_copy(update={"progress": every})
+
+    async def receive() -> Any:
+        body = json.dumps({"vllm_xargs": TARGET.to_xargs()} | request).encode()
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+    asyncio.run(Answers(app, target, Known(), predicted)(scope, receive, send))
+    return b"".join(message["body"] for message in sent[1:])
+
+
+def test_what_a_result_says() -> None:
+    answer = json.loads(ask(App([CUT]), CHAT, predicted=250))
+    assert answer["choices"][0]["length_result"] == {
+        "target": {"mode": "equal_to", "tokens": 10},
+        "tokens": 11,
+        "words": 1,
+        "characters": 10,
+        "end": "cut",
+        "forced": True,
+        "passed_rail": False,
+        "steps": 11,
+        "steered_steps": 10,
+        "endings": 1,
+        "sampled_tokens": 11,
+        "predicted_tokens": 250,
+    }
+
+
+def test_each_choice_has_its_own() -> None:
+    texts = CUT, Told(10, letter="b"), Told(12, 0.01, ".")
+    answer = json.loads(ask(App(texts), CHAT, n=3))
+    ends = [choice["length_result"]["end"] for choice in answer["choices"]]
+    reasons = [choice["finish_reason"] for choice in answer["choices"]]
+    assert (ends, reasons) == (["cut", "natural", "whole"], ["length", "stop", "stop"])
+
+
+def test_an_echo_is_not_counted() -> None:
+    told = Told(4, content="two words and three")
+    answer = json.loads(ask(App([told]), "/v1/completions", echo=True, prompt="two words"))
+    result = answer["choices"][0]["length_result"]
+    assert (result["words"], result["characters"]) == (2, len(" and three"))
+
+
+def test_an_echo_keeps_its_prompt() -> None:
+    """With token ids vLLM would leave the prompt out of the text."""
+    app = App([CUT])
+    ask(app, "/v1/completions", echo=True)
+    assert "return_token_ids" not in app.asked[0][1]
+
+
+def response(status: str = "completed") -> dict[str, Any]:
+    output = [{"type": "message", "content": [{"type": "output_text", "text": "a" * 10}]}]
+    return {
+        "object": "response",
+        "status": status,
+        "output": output,
+        "usage": {"output_tokens": 11},
+        "incomplete_details": None,
+    }
+
+
+def test_responses_have_a_status_instead() -> None:
+    app = Saying(b"application/json", [json.dumps(response()).encode()], CUT)
+    answer = json.loads(ask(app, "/v1/responses"))
+    assert answer["status"] == "incomplete"
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert answer["length_result"]["end"] == "cut"
+    assert "return_token_ids" not in app.asked
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    content = [{"type": "text", "text": "It is over."}]
+    whole = {"type": "message", "content": content, "usage": {"output_tokens": 11}}
+    return whole | {"stop_reason": "end_turn"} | fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "end"),
+    [
+        ({}, "end_turn", "whole"),
+        ({"content": [{"type": "text", "text": "It is"}]}, "max_tokens", "cut"),
+        ({"stop_reason": "stop_sequence"}, "stop_sequence", "natural"),
+    ],
+)
+def test_messages_have_a_stop_reason(fields: dict[str, Any], reason: str, end: str) -> None:
+    app = Saying(b"application/json", [json.dumps(message(**fields)).encode()], CUT)
+    answer = json.loads(ask(app, "/v1/messages"))
+    assert (answer["stop_reason"], answer["length_result"]["end"]) == (reason, end)
+
+
+def events(*chunks: Any, name: bool = False) -> list[bytes]:
+    """As vLLM writes them."""
+    return [
+        (f"event: {chunk['type']}\n" if name else "").encode()
+        + f"data: {json.dumps(chunk)}\n\n".encode()
+        for chunk in chunks
+    ]
+
+
+def chunk(ids: list[int], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish, "token_ids": ids}
+    return {"id": "r", "choices": [choice]}
+
+
+def stream(told: Told) -> list[bytes]:
+    first = chunk([], {"role": "assistant", "content": ""}) | {"prompt_token_ids": [65, 66]}
+    body = [chunk([i], {"content": told.letter}) for i in told.ids[:-1]]
+    hidden = chunk([], {})  # a control token, of which vLLM says nothing without token ids
+    last = chunk([0], {"content": ""}, told.finish)
+    return [*events(first, *body, hidden, last), b"data: [DONE]\n\n"]
+
+
+def choices_of(body: bytes) -> list[Any]:
+    parts = body.decode().split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    return [json.loads(part.removeprefix("data: "))["choices"][0] for part in parts[:-2]]
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_the_last_chunk_of_a_stream_tells_it(size: int) -> None:
+    whole = b"".join(stream(CUT))
+    parts = [whole[at : at + size] for at in range(0, len(whole), size)]
+    app = Saying(b"text/event-stream; charset=utf-8", parts, CUT)
+    body = ask(app, CHAT, stream=True)
+    *others, last = choices_of(body)
+    assert "".join(choice["delta"]["content"] for choice in others) == "a" * 10
+    assert all(choice["token_ids"] is None for choice in (*others, last))
+    assert all("length_result" not in choice for choice in others)
+    assert (last["finish_reason"], last["length_result"]["end"]) == ("length", "cut")
+    assert json.loads(body.split(b"\n\n")[0].removeprefix(b"data: "))["prompt_token_ids"] is None
+
+
+@pytest.mark.parametrize(("every", "where"), [(16, []), (11, []), (4, [4, 8]), (0, [])])
+def test_a_stream_tells_how_far_it_is(every: int, where: list[int]) -> None:
+    """Of eleven tokens the last one has the result instead."""
+
+    class Running(Saying):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            self.asked = json.loads((await receive())["body"])
+            row = self.engine.open(self.asked["vllm_xargs"][KEY])
+            for index in range(11):
+                self.engine.tell(
+                    rows=[row or 0],
+                    index=[index],
+                    counted=[index + 1],
+                    token=[97 if index else -1],
+                    p_end=[math.nan],
+                    expected=[100.0 - index],
+                    flags=[VALUED],
+                    steps=[index + 1],
+                    steered=[index + 1],
+                )
+            await super().__call__(scope, replay([request_of(b"{}")], receive), send)
+
+    app = Running(b"text/event-stream", stream(CUT))
+    choices = choices_of(ask(app, CHAT, stream=True, every=every))
+    told = [choice["length_progress"] for choice in choices if "length_progress" in choice]
+    assert told == [{"tokens": n, "expected": 101.0 - n, "p_end": None} for n in where]
+
+
+def test_token_ids_that_the_client_asked_for_stay() -> None:
+    app = Saying(b"text/event-stream", stream(Told(10)), Told(10))
+    choices = choices_of(ask(app, CHAT, stream=True, return_token_ids=True))
+    assert [i for choice in choices for i in choice["token_ids"]] == Told(10).ids
+    assert choices[-1]["length_result"]["end"] == "natural"
+    assert {} in [choice["delta"] for choice in choices]
+
+
+def test_a_stream_whose_tokens_are_hidden() -> None:
+    """A thinking that the client does not want to see takes its token ids along."""
+    parts = [part.replace(b'"token_ids": [', b'"hidden": [') for part in stream(CUT)]
+    last = choices_of(ask(Saying(b"text/event-stream", parts, CUT), CHAT, stream=True))[-1]
+    assert (last["length_result"]["end"], last["length_result"]["tokens"]) == ("cut", 11)
+
+
+def test_streams_of_the_other_routes() -> None:
+    delta = {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "It is"}}
+    end = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
+    end |= {"usage": {"output_tokens": 11}}
+    app = Saying(b"text/event-stream", events(delta, end, name=True), CUT)
+    first, last, _ = ask(app, "/v1/messages", stream=True).decode().split("\n\n")
+    assert first.encode() + b"\n\n" == events(delta, name=True)[0]
+    told = json.loads(last.split("data: ")[1])
+    assert told["delta"] == {"stop_reason": "max_tokens"}
+    assert told["length_result"]["end"] == "cut"
+
+    end = {"type": "response.completed", "response": response()}
+    app = Saying(b"text/event-stream", events(end, name=True), CUT)
+    (last, _) = ask(app, "/v1/responses", stream=True).decode().split("\n\n")
+    assert last.startswith("event: response.incomplete\ndata: ")
+    told = json.loads(last.split("data: ")[1])
+    assert (told["type"], told["response"]["status"]) == ("response.incomplete", "incomplete")
+    assert told["response"]["length_result"]["forced"] is True
+
+
+def test_an_engine_elsewhere_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER)
+    (choice,) = json.loads(ask(App([CUT]), CHAT))["choices"]
+    assert choice["finish_reason"] == "stop"
+    told = choice["length_result"]
+    assert (told["tokens"], told["end"], told["forced"]) == (11, None, None)
+
+
+def test_keys_are_not_guessed() -> None:
+    app = App([CUT])
+    ask(app, CHAT)
+    assert uuid.UUID(hex=app.asked[0][1]["vllm_xargs"][KEY]).version == 4

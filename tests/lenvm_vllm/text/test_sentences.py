@@ -1,0 +1,84 @@
+"""Where a sentence ends, and which tokens end one."""
+
+from typing import Any
+
+import pytest
+
+from lenvm_vllm.text.letters import texts_of
+from lenvm_vllm.text.sentences import Sentences, ends_sentence
+from tests.support.tiny import tiny_tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It ends.",
+        'He said "no."',
+        "Really?**",
+        "完了。",
+        "كيف حالك؟",
+        "यह अंत है।",
+        "Այո։",  # noqa: RUF001
+        "ጨርሷል።",
+        "ပြီးပါပြီ။",
+        "ចប់ហើយ។",
+        "Τι κάνεις;",  # noqa: RUF001
+        "เสร็จแล้ว ",
+        "ສຳເລັດແລ້ວ\n",
+        "```python\nx = 1\n```",
+        "  ```\n```",
+        "(so.)  \n",
+        "</b> Yes!</p>",
+        "In the year 1999.",
+        "1. First.",
+        "- He met Dr. Who.",
+        "wait...",
+    ],
+)
+def test_sentence_ends(text: str) -> None:
+    assert ends_sentence(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "It goes on and", "Firstly,", "a. b", "- item", "3.5", "x = 1;", "εδώ, "),
+        *("1.", "Steps:\n3.", "Steps:\n  12.", "- a.", "**4.**", "\nIV.", "> 2."),
+        *("He met Mr.", "with Prof.", "(e.g.", "see Fig.", "z.B.", "by J.", "by J. R."),
+        *("```", "Code:\n```", "```\nx\n```\nand\n```", "the `x", "x = 1\n```"),
+        *("เสร็จแล้ว", "word ", "word\n"),
+    ],
+)
+def test_no_sentence_ends(text: str) -> None:
+    assert not ends_sentence(text)
+
+
+def sentences() -> tuple[Any, Sentences]:
+    tokenizer = tiny_tokenizer()
+    return tokenizer, Sentences(tokenizer, texts_of(tokenizer))
+
+
+def test_tokens_that_may_end_a_sentence() -> None:
+    tokenizer, found = sentences()
+    assert found.ids == sorted(found.ids)
+    assert set(tokenizer.encode('.!?") ', add_special_tokens=False)) <= set(found.ids)
+    assert not set(tokenizer.encode("so,([", add_special_tokens=False)) & set(found.ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("It ends.", True),
+        ("Steps:\n3.", False),
+        ('He said "no."', True),
+        ('He said "', False),
+        ("It ends.\n", False),  # the next one begins
+        ("เสร็จแล้ว ", True),
+        ("x" * 100 + "\n3.", False),
+        ("x" * 100 + "3.", True),
+    ],
+)
+def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
+    tokenizer, found = sentences()
+    *before, token = tokenizer.encode(text, add_special_tokens=False)
+    assert found.ends(before, token) is ends

@@ -1,0 +1,491 @@
+"""Rollouts with a vLLM made by hand: it answers a prompt with its own bytes."""
+
+import gzip
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import datasets
+import httpx
+import pyarrow.parquet as pq
+import pytest
+
+from trainer.data import read_rollouts
+from trainer.rollouts.prompts import PRESETS, Hub, Prompt, read_prompts
+from trainer.rollouts.rollout import SCHEMA, rollout
+from trainer.rollouts.samplers import Sampling, ServerSampler
+
+LINES = [
+    {"prompt": "one", "id": 7, "domain": "news"},
+    {"prompt": "zwei ü"},
+    {"prompt": "three", "id": "x", "more": []},
+]
+PROMPTS = [Prompt("7", "news", "one"), Prompt("1", "", "zwei ü"), Prompt("x", "", "three")]
+
+
+def write_prompts(path: Path, rows: Sequence[Any] = LINES) -> Path:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.jsonl.gz"])
+def test_read_prompts(name: str, tmp_path: Path) -> None:
+    assert list(read_prompts(write_prompts(tmp_path / name))) == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"a\.jsonl: line 2: "),
+        ("", r"a\.jsonl: line 2: "),
+        ("[]", r"a\.jsonl: line 2: prompt: missing or not a text"),
+        ('{"text": "hi"}', r"a\.jsonl: line 2: prompt: missing or not a text"),
+        ('{"prompt": 3}', r"a\.jsonl: line 2: prompt: missing or not a text"),
+        ('{"prompt": null}', r"a\.jsonl: line 2: prompt: missing or not a text"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "good"}}\n{line}\n')
+    with pytest.raises(ValueError, match=message):
+        list(read_prompts(tmp_path / "a.jsonl"))
+
+
+@dataclass
+class Completion:
+    token_ids: Sequence[int]
+    finish_reason: str
+
+
+@dataclass
+class Output:
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+
+
+@dataclass
+class FakeVllm(ModuleType):
+    """Completion k of a prompt repeats its bytes and ends with k; one of over 5 tokens is cut.
+
+    chats: the texts of every call. After `calls_left` calls the next one fails.
+    """
+
+    models: list[dict[str, Any]] = field(default_factory=list)
+    samplings: list[dict[str, Any]] = field(default_factory=list)
+    chats: list[list[str]] = field(default_factory=list)
+    calls_left: int = 1000
+
+    def LLM(self, **options: Any) -> "FakeVllm":  # noqa: N802
+        self.models.append(options)
+        return self
+
+    def SamplingParams(self, **options: Any) -> dict[str, Any]:  # noqa: N802
+        self.samplings.append(options)
+        return options
+
+    @property
+    def model_config(self) -> SimpleNamespace:
+        return SimpleNamespace(max_model_len=self.models[-1]["max_model_len"] or 1000)
+
+    def get_tokenizer(self) -> "FakeVllm":
+        return self
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_options: bool) -> dict[str, Any]:
+        return {"input_ids": [1, *chat[0]["content"].encode(), 2]}
+
+    def chat(
+        self, chats: list[list[dict[str, str]]], sampling: dict[str, Any], use_tqdm: bool
+    ) -> list[Output]:
+        if self.calls_left == 0:
+            raise KilledError
+        self.calls_left -= 1
+        assert all([message["role"] for message in chat] == ["user"] for chat in chats)
+        texts = [chat[0]["content"] for chat in chats]
+        self.chats.append(texts)
+        return [
+            Output([1, *text.encode(), 2], [answer(text, k) for k in range(sampling["n"])])
+            for text in texts
+        ]
+
+
+def answer(text: str, k: int) -> Completion:
+    ids = (*text.encode(), k)  # vLLM gives a tuple or its own sequence
+    return Completion(ids, "stop" if len(ids) <= 5 else "length")
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
+    fake = FakeVllm()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    return fake
+
+
+def rows_of(*files: Path) -> list[dict[str, Any]]:
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def test_tokens_and_finish_reasons_are_kept(vllm: FakeVllm, tmp_path: Path) -> None:
+    rollout(write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="org/m", n=2)
+    (file,) = (tmp_path / "out").iterdir()
+    assert pq.read_schema(file).equals(SCHEMA)
+    rows = rows_of(file)
+    assert rows == [
+        {
+            "prompt_id": prompt.id,
+            "domain": prompt.domain,
+            "prompt": prompt.text,
+            "prompt_ids": [1, *prompt.text.encode(), 2],
+            "completion_ids": list(answer(prompt.text, k).token_ids),
+            "finish_reason": "stop" if prompt.text == "one" else "length",
+        }
+        for prompt in PROMPTS
+        for k in range(2)
+    ]
+    read = read_rollouts(tmp_path / "out")
+    assert [r.completion_ids.tolist() for r in read] == [row["completion_ids"] for row in rows]
+    assert [r.finished for r in read] == [True] * 2 + [False] * 4
+
+
+def test_the_models_own_distribution_is_sampled(vllm: FakeVllm, tmp_path: Path) -> None:
+    """Another temperature or a cut tail would teach the lengths of another model."""
+    rollout(
+        write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="org/m", max_tokens=9, seed=3
+    )
+    assert vllm.samplings == [{"n": 2, "temperature": 1.0, "top_p": 1.0, "max_tokens": 9}]
+    assert vllm.models == [{"model": "org/m", "max_model_len": None, "dtype": "auto", "seed": 3}]
+
+
+def many(tmp_path: Path, count: int = 10) -> Path:
+    return write_prompts(tmp_path / "p.jsonl", [{"prompt": f"p{i}"} for i in range(count)])
+
+
+def test_shards_hold_the_prompts_in_order(vllm: FakeVllm, tmp_path: Path) -> None:
+    rollout(many(tmp_path), tmp_path / "out", model="m", n=1, shard_size=4, limit=9)
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"part-0000{i}.parquet" for i in range(3)]
+    assert [len(rows_of(file)) for file in files] == [4, 4, 1]
+    assert [row["prompt"] for row in rows_of(*files)] == [f"p{i}" for i in range(9)]
+
+
+def test_a_stopped_run_goes_on_with_the_first_missing_shard(vllm: FakeVllm, tmp_path: Path) -> None:
+    prompts, out = many(tmp_path), tmp_path / "out"
+    vllm.calls_left = 2
+    with pytest.raises(KilledError):
+        rollout(prompts, out, model="m", n=1, shard_size=4)
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+    assert sorted(file.name for file in before) == ["part-00000.parquet", "part-00001.parquet"]
+
+    vllm.calls_left = 2
+    rollout(prompts, out, model="m", n=1, shard_size=4)
+    assert vllm.chats[2:] == [["p8", "p9"]]
+    for file, content in before.items():
+        assert (file.read_bytes(), file.stat().st_mtime_ns) == content
+    assert [r.prompt_id for r in read_rollouts(out)] == [str(i) for i in range(10)]
+
+
+def test_a_hole_is_filled(vllm: FakeVllm, tmp_path: Path) -> None:
+    prompts, out = many(tmp_path), tmp_path / "out"
+    rollout(prompts, out, model="m", shard_size=4)
+    (out / "part-00001.parquet").unlink()
+    rollout(prompts, out, model="m", shard_size=4)
+    assert vllm.chats[3:] == [["p4", "p5", "p6", "p7"]]
+
+
+def test_a_shard_exists_only_whole(
+    vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(_table: Any, where: Path) -> None:
+        where.write_bytes(b"PAR1")
+        raise OSError("no space left")
+
+    prompts, out = many(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            rollout(prompts, out, model="m")
+    assert not list(out.glob("*.parquet"))
+    rollout(prompts, out, model="m")
+    assert [file.name for file in out.iterdir()] == ["part-00000.parquet"]
+
+
+def test_nothing_left_to_do_loads_no_model(vllm: FakeVllm, tmp_path: Path) -> None:
+    for _ in range(2):
+        rollout(many(tmp_path), tmp_path / "out", model="m")
+    assert len(vllm.models) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shard_size", 0),
+        ("limit", 0),
+        ("limit", -1),
+        ("n", 0),
+        ("max_tokens", 0),
+        ("temperature", -0.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("concurrency", 0),
+        ("plot", "a.txt"),
+        ("template", "no place"),
+        ("template", "{prompt} {other}"),
+        ("template", "{prompt} }"),
+    ],
+)
+def test_a_bad_argument_is_named(name: str, value: Any, vllm: FakeVllm, tmp_path: Path) -> None:
+    options: dict[str, Any] = {name: Path(value) if name == "plot" else value}
+    with pytest.raises(ValueError, match=f"^{name}: {re.escape(repr(value))}, "):
+        rollout(many(tmp_path), tmp_path / "out", model="m", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_prompts_load_no_model(vllm: FakeVllm, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", [*LINES, {}])
+    with pytest.raises(ValueError, match="line 4: prompt"):
+        rollout(prompts, tmp_path / "out", model="m")
+    assert not vllm.models
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_prompts(vllm: FakeVllm, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^prompts: .* must be a file with prompts"):
+        rollout(write_prompts(tmp_path / "p.jsonl", []), tmp_path / "out", model="m")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model", "other"), ("n", 1), ("max_tokens", 9), ("top_p", 0.9)]
+)
+def test_shards_sampled_otherwise_are_not_mixed(
+    name: str, value: Any, vllm: FakeVllm, tmp_path: Path
+) -> None:
+    prompts = many(tmp_path)
+    rollout(prompts, tmp_path / "out", model="m", shard_size=4)
+    (tmp_path / "out" / "part-00002.parquet").unlink()
+    with pytest.raises(ValueError, match=rf"^{name}: .*part-00000\.parquet was sampled with"):
+        rollout(prompts, tmp_path / "out", **{"model": "m", "shard_size": 4, name: value})
+
+
+def test_shards_of_other_prompts_are_not_taken_for_these(vllm: FakeVllm, tmp_path: Path) -> None:
+    rollout(many(tmp_path), tmp_path / "out", model="m", shard_size=4)
+    for change in ({"shard_size": 5}, {"template": "{prompt}!"}):
+        with pytest.raises(ValueError, match=r"^prompts: .*part-00000"):
+            rollout(many(tmp_path), tmp_path / "out", model="m", **{"shard_size": 4} | change)
+
+
+def test_shards_are_a_data_set(vllm: FakeVllm, tmp_path: Path) -> None:
+    rollout(many(tmp_path), tmp_path / "out", model="m", n=2, shard_size=4)
+    files = [str(file) for file in sorted((tmp_path / "out").iterdir())]
+    loaded = datasets.Dataset.from_parquet(files, cache_dir=str(tmp_path / "cache"))
+    assert loaded.num_rows == 20
+    assert loaded[0]["completion_ids"] == [*b"p0", 0]
+
+
+def test_prompts_that_are_too_long_are_left_out_and_told(
+    vllm: FakeVllm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bug guarded against: one long prompt, and its shard can never be sampled."""
+    prompts = write_prompts(tmp_path / "p.jsonl")  # of 5, 9 and 7 tokens
+    rollout(prompts, tmp_path / "out", model="m", max_model_len=7)
+    assert vllm.chats == [["one"]]
+    assert {r.prompt_id for r in read_rollouts(tmp_path / "out")} == {"7"}
+    assert "part-00000.parquet: 2 prompts are too long for m, left out" in capsys.readouterr().out
+
+
+def test_a_template_stands_around_each_prompt(vllm: FakeVllm, tmp_path: Path) -> None:
+    template = "In {{one}} word: {prompt}?"
+    rollout(write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="m", template=template)
+    assert vllm.chats == [
+        ["In {one} word: one?", "In {one} word: zwei ü?", "In {one} word: three?"]
+    ]
+
+
+def test_it_ends_with_the_lengths(
+    vllm: FakeVllm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of "one" two completions of 4 tokens; the other prompts, of 8 and 6, are cut."""
+    prompts, out = write_prompts(tmp_path / "p.jsonl"), tmp_path / "out"
+    rollout(prompts, out, model="m", plot=tmp_path / "p.svg")
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {
+        "": {"completions": 4, "tokens": 28, "cut": 4, "mean": 7.0, **dict.fromkeys(PERCENTILES)},
+        "news": {"completions": 2, "tokens": 8, "cut": 0, "mean": 4.0}
+        | dict.fromkeys(PERCENTILES, 4.0),
+        "all": {"completions": 6, "tokens": 36, "cut": 4, "mean": 6.0}
+        | dict.fromkeys(PERCENTILES, 4.0),
+    }
+    assert [line.split("|")[1].strip() for line in table] == ["domain", "---", "", "news", "all"]
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+PERCENTILES = ("p50", "p90", "p99")
+
+# --- presets ------------------------------------------------------------------------------
+
+PROBLEM = {
+    "description": "Add two numbers.",
+    "input_format": "Two numbers.",
+    "output_format": "",
+    "examples": [{"input": "1 2", "output": "3"}],
+    "note": None,
+}
+ASSEMBLED = (
+    "Add two numbers.\n\nInput\n\nTwo numbers.\n\nExample input\n\n1 2\n\nExample output\n\n3"
+)
+HUB: dict[str, list[dict[str, Any]]] = {
+    "nvidia/OpenCodeReasoning-2": [
+        {"question": "-", "dataset": "taco", "split": "train", "index": "1"},
+        {"question": "-", "dataset": "taco", "split": "train", "index": "1"},
+        {"question": "-", "dataset": "code_contests", "split": "train", "index": "0"},
+        {"question": "-", "dataset": "open-r1/codeforces", "split": "train", "index": "0"},
+        {"question": "-", "dataset": "unknown", "split": "train", "index": "0"},
+        {"question": "Told here.", "dataset": "apps", "split": "train", "index": "7"},
+    ],
+    "BAAI/TACO": [{"question": "zero"}, {"question": "Sort a list."}],
+    "deepmind/code_contests": [{"description": ""}],
+    "open-r1/codeforces": [PROBLEM],
+    "allenai/WildChat": [
+        {"conversation": [{"role": "user", "content": "Hi {you}"}, {"role": "assistant"}]},
+        {"conversation": [{"role": "assistant", "content": "Yes?"}]},
+    ],
+    "zwhe99/DeepMath-103K": [{"question": "1 + 1?"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "domain", "questions"),
+    [
+        ("opencodereasoning-2-python", "code", ["Sort a list.", ASSEMBLED, "Told here."]),
+        ("wildchat", "instruct", ["Hi {you}"]),
+        ("deepmath-103k", "math", ["1 + 1?"]),
+    ],
+)
+def test_presets_read_rows_of_their_data_sets(
+    preset: str, domain: str, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_options: HUB[name])
+    prompts = list(read_prompts(Path(preset)))
+    template = PRESETS[preset].template
+    assert [p.text for p in prompts] == [template.format(prompt=text) for text in questions]
+    assert {p.domain for p in prompts} == {domain}
+    assert len({p.id for p in prompts}) == len(prompts)
+    plain = [p.text for p in read_prompts(Path(preset), "{prompt}")]
+    assert plain == questions
+
+
+def test_any_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(*names: Any, **options: Any) -> list[dict[str, Any]]:
+        asked.append((names, options))
+        return [{"question": "1 + 1?", "domain": "math", "answer": "2"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub = Hub(subset="main", split="test")
+    prompts = list(read_prompts(Path("hub:org/name"), "{prompt}!", "question", hub))
+    assert prompts == [Prompt("0", "math", "1 + 1?!")]
+    assert asked == [(("org/name", "main"), {"split": "test", "streaming": True})]
+    with pytest.raises(ValueError, match=r"^hub:org/name: row 1: prompt: missing or not a text"):
+        list(read_prompts(Path("hub:org/name")))
+
+
+# --- servers ------------------------------------------------------------------------------
+
+SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=9)
+
+
+def server(*answers: httpx.Response | Exception) -> tuple[ServerSampler, list[dict[str, Any]]]:
+    """A sampler whose server gives these answers in turn, then completions; and its requests."""
+    requests: list[dict[str, Any]] = []
+    queue = list(answers)
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        requests.append({"path": request.url.path, "key": request.headers["authorization"]} | body)
+        if queue:
+            answer = queue.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        text = body["messages"][0]["content"]
+        choices = [
+            {"token_ids": [*text.encode(), k], "finish_reason": "stop"} for k in range(body["n"])
+        ]
+        return httpx.Response(200, json={"prompt_token_ids": [1, 2], "choices": choices})
+
+    sampler = ServerSampler(
+        "http://host/v1/", "m", api_key="k", concurrency=3, transport=httpx.MockTransport(handle)
+    )
+    sampler.pause = 0
+    return sampler, requests
+
+
+def test_a_server_is_asked_for_token_ids() -> None:
+    sampler, requests = server()
+    sampled = sampler.sample(PROMPTS, SAMPLING)
+    assert [s and s.prompt_ids for s in sampled] == [[1, 2]] * 3
+    assert [s and s.completions for s in sampled] == [
+        [([*prompt.text.encode(), k], "stop") for k in range(2)] for prompt in PROMPTS
+    ]
+    for request in requests:
+        assert (request["path"], request["key"]) == ("/v1/chat/completions", "Bearer k")
+        assert request["return_token_ids"] is True
+        assert (request["n"], request["max_tokens"], request["model"]) == (2, 9, "m")
+        assert (request["top_k"], request["repetition_penalty"]) == (0, 1.0)
+
+
+def test_passing_failures_are_repeated() -> None:
+    failures = [httpx.Response(503), httpx.ConnectError("refused"), httpx.Response(429)]
+    sampler, requests = server(*failures)
+    assert len(sampler.sample(PROMPTS[:1], SAMPLING)) == 1
+    assert len(requests) == 4
+
+
+def test_a_server_that_finds_a_prompt_too_long() -> None:
+    text = "This model's maximum context length is 9 tokens. However, your prompt ..."
+    sampler, requests = server(httpx.Response(400, text=text))
+    sampler.concurrency = 1
+    first, second = sampler.sample(PROMPTS[:2], SAMPLING)
+    assert first is None
+    assert second is not None
+    assert len(requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "message", "calls"),
+    [
+        ([httpx.Response(400, text="no such model")], "400 no such model", 1),
+        ([httpx.Response(500, text="oom")] * 4, "500 oom", 4),
+        ([httpx.ReadTimeout("slow")] * 4, "ReadTimeout", 4),
+        (
+            [httpx.Response(200, json={"choices": [{"finish_reason": "stop"}]})],
+            "without token ids; it has to know return_token_ids",
+            1,
+        ),
+    ],
+)
+def test_what_a_server_cannot_do_is_named(answers: list[Any], message: str, calls: int) -> None:
+    sampler, requests = server(*answers)
+    with pytest.raises(ValueError, match=rf"^server: http://host/v1/.*{message}"):
+        sampler.sample(PROMPTS[:1], SAMPLING)
+    assert len(requests) == calls
+
+
+def test_rollouts_from_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM is not even imported."""
+    sampler, requests = server()
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(
+        "trainer.rollouts.rollout.ServerSampler", lambda *_args, **_options: sampler
+    )
+    rollout(many(tmp_path), tmp_path / "out", model="m", server="http://host/v1", shard_size=4)
+    assert len(requests) == 10
+    assert len(read_rollouts(tmp_path / "out")) == 20

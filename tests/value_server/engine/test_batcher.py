@@ -1,0 +1,188 @@
+"""The batcher: callers who leave, a queue that is full, and what a job is told of its times."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import tiny
+from tests.support.blocked import SECONDS, BlockedEngine, wait_until
+from value_server.engine.batcher import Batcher
+from value_server.engine.errors import BusyError, ModelError, RequestError
+from value_server.engine.job import Job, JobResult, StepRow
+
+
+@pytest.fixture
+def engine() -> BlockedEngine:
+    return BlockedEngine(prefill_tokens=64)
+
+
+@pytest.fixture
+def batcher(engine: BlockedEngine) -> Iterator[Batcher]:
+    batcher = Batcher(engine, max_waiting=8)
+    batcher.start()
+    yield batcher
+    engine.allow()
+    batcher.stop()
+    engine.cache.check_integrity()
+
+
+def step(name: str, tokens: list[int], start: int = 0) -> Job:
+    return Job([StepRow(name, start, tokens, [1, 2])])
+
+
+def naive(text: list[int]) -> list[float]:
+    model = tiny.tiny_model(max_position=1024)
+    with torch.inference_mode():
+        return [model(torch.tensor([[*text, c]]))[0, -1].item() for c in (1, 2)]
+
+
+def test_caller_who_leaves_while_waiting_is_not_computed(
+    engine: BlockedEngine, batcher: Batcher
+) -> None:
+    first = batcher.submit(step("a", [1]))
+    engine.wait_for_pass()
+    gone = batcher.submit(step("b", [5] * 20))
+    last = batcher.submit(step("c", [6]))
+    assert gone.cancel()
+    engine.allow()
+    first.result(SECONDS)
+    last.result(SECONDS)
+    assert set(engine.cache.sessions) == {"a", "c"}
+    assert engine.forwarded == 6
+    again = batcher.submit(step("b", [5] * 20)).result(SECONDS)
+    np.testing.assert_allclose(again.logits, naive([5] * 20), atol=1e-4)
+    assert batcher.depth == 0
+
+
+def test_caller_who_leaves_during_a_prefill_stops_it_after_its_pass(
+    engine: BlockedEngine, batcher: Batcher
+) -> None:
+    text = [i % 200 for i in range(400)]
+    gone = batcher.submit(step("a", text))
+    engine.wait_for_pass()
+    engine.allow(1)
+    engine.wait_for_pass()
+    assert gone.cancel()
+    engine.allow(1)
+    other = batcher.submit(step("b", [7]))  # behind the drop: the engine has seen it by then
+    engine.allow()
+    other.result(SECONDS)
+    assert engine.forwarded == 2 * 64 + 3
+    assert not engine.cache.sessions["a"].pinned
+    # What was computed of the session is used by its next request.
+    again = batcher.submit(step("a", text)).result(SECONDS)
+    np.testing.assert_allclose(again.logits, naive(text), atol=1e-4)
+    assert engine.forwarded == 400 + 2 + 3
+
+
+def test_one_of_two_samples_leaves_and_the_other_goes_on(
+    engine: BlockedEngine, batcher: Batcher
+) -> None:
+    """The pass takes shared slots from one row only; the other must take them over."""
+    text = [i % 200 for i in range(400)]
+    gone, stays = batcher.submit(step("a", text)), batcher.submit(step("b", text))
+    engine.wait_for_pass()
+    engine.allow(2)
+    engine.wait_for_pass()
+    engine.wait_for_pass()
+    assert gone.cancel()
+    engine.allow()
+    np.testing.assert_allclose(stays.result(SECONDS).logits, naive(text), atol=1e-4)
+    assert engine.forwarded == 402
+
+
+def test_queue_never_holds_more_than_it_may(engine: BlockedEngine, batcher: Batcher) -> None:
+    """64 callers at the same instant for 8 places."""
+    begin = threading.Barrier(64)
+    deepest = 0
+
+    def call(number: int) -> "Future[JobResult] | BusyError":
+        nonlocal deepest
+        begin.wait()
+        try:
+            future = batcher.submit(step(f"s{number}", [3]))
+        except BusyError as error:
+            return error
+        finally:
+            deepest = max(deepest, batcher.depth)
+        return future
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(call, range(64)))
+    served = [a for a in answers if isinstance(a, Future)]
+    assert len(served) == 8
+    assert deepest == 8
+    engine.allow()
+    for future in served:
+        assert np.isfinite(future.result(SECONDS).logits).all()
+    batcher.submit(step("again", [3])).result(SECONDS)
+    assert batcher.depth == 0
+
+
+def test_who_left_takes_no_place(engine: BlockedEngine, batcher: Batcher) -> None:
+    futures = [batcher.submit(step(f"s{i}", [3])) for i in range(8)]
+    with pytest.raises(BusyError, match="8 requests"):
+        batcher.submit(step("more", [3]))
+    for future in futures:
+        future.cancel()
+    engine.allow()
+    wait_until(lambda: batcher.depth == 0)
+    batcher.submit(step("more", [3])).result(SECONDS)
+
+
+def test_times_tell_prefill_from_compute(engine: BlockedEngine, batcher: Batcher) -> None:
+    engine.allow()
+    long, short = step("a", [9] * 200), step("b", [9])
+    batcher.submit(long).result(SECONDS)
+    batcher.submit(short).result(SECONDS)
+    assert engine.passes == 5  # 64 + 64 + 64 + (8 and the candidates), and the short one
+    assert long.prefill_seconds > 0
+    assert long.compute_seconds > 0
+    assert long.queue_seconds > 0
+    assert short.prefill_seconds == 0
+    assert short.compute_seconds > 0
+
+
+def test_nothing_is_left_hanging_at_a_stop(engine: BlockedEngine) -> None:
+    batcher = Batcher(engine)
+    batcher.start()
+    futures = [batcher.submit(step("a", [1] * 400)), batcher.submit(step("a", [2]))]
+    engine.wait_for_pass()
+    stop = threading.Thread(target=batcher.stop)
+    stop.start()
+    wait_until(lambda: not batcher._inbox.empty() and batcher._stopping)
+    engine.allow()
+    stop.join(SECONDS)
+    for future in futures:
+        with pytest.raises(BusyError, match="shutting down"):
+            future.result(0)
+    with pytest.raises(BusyError, match="shutting down"):
+        batcher.submit(step("b", [1]))
+
+
+def test_error_in_an_admission_fails_its_job_only(engine: BlockedEngine, batcher: Batcher) -> None:
+    update = engine.cache.update
+
+    def failing(name: str, *rest: object, **more: object) -> object:
+        if name == "bad":
+            raise RuntimeError("a bug")
+        return update(name, *rest, **more)  # type: ignore[arg-type]
+
+    engine.cache.update = failing  # type: ignore[assignment, method-assign]
+    engine.allow()
+    futures = [batcher.submit(step(name, [1])) for name in ("good", "bad", "better")]
+    with pytest.raises(ModelError, match="internal error"):
+        futures[1].result(SECONDS)
+    for future in (futures[0], futures[2]):
+        assert np.isfinite(future.result(SECONDS).logits).all()
+    assert batcher.depth == 0
+
+
+def test_what_can_never_be_served_takes_no_place(batcher: Batcher) -> None:
+    with pytest.raises(RequestError, match="1025 tokens"):
+        batcher.submit(step("a", [1] * 1024))
+    assert batcher.depth == 0

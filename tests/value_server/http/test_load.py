@@ -1,0 +1,161 @@
+"""Clients who leave and clients who are too many, over a real socket, with an engine that waits."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+
+from tests.support import tiny
+from tests.support.blocked import SECONDS, BlockedEngine, wait_until
+from value_server.contract import wire
+from value_server.http.app import create_app
+from value_server.http.text import Texts
+
+
+@dataclass(frozen=True)
+class Served:
+    engine: BlockedEngine
+    url: str
+    client: httpx.Client
+
+    def figure(self, line: str) -> float:
+        """A number of /metrics, 0 if it is not there yet."""
+        for found in self.client.get("/metrics").text.splitlines():
+            if found.startswith(line + " "):
+                return float(found.split()[-1])
+        return 0.0
+
+    def leave(self, path: str, **body: object) -> None:
+        """Send a request, close the connection half a second later, wait till that is noticed."""
+        left = 'lenvm_errors_total{type="client_gone"}'
+        before = self.figure(left)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{self.url}{path}", timeout=httpx.Timeout(SECONDS, read=0.5), **body)  # type: ignore[arg-type]
+        wait_until(lambda: self.figure(left) == before + 1)
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    engine = BlockedEngine(prefill_tokens=64)
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(engine, Texts(None), max_waiting=8), log_level="warning")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        wait_until(lambda: server.started)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            with httpx.Client(base_url=url, timeout=SECONDS) as client:
+                yield Served(engine, url, client)
+        finally:
+            engine.allow()
+            server.should_exit = True
+            thread.join(SECONDS)
+    engine.cache.check_integrity()
+
+
+def body(name: str, tokens: list[int]) -> bytes:
+    return wire.encode(
+        wire.StepRequest(
+            sessions=[name],
+            starts=[0],
+            token_counts=[len(tokens)],
+            tokens=wire.pack_ids(tokens),
+            candidate_counts=[2],
+            candidates=wire.pack_ids([1, 2]),
+        )
+    )
+
+
+def check_step(served: Served, name: str, tokens: list[int]) -> None:
+    reply = served.client.post(wire.STEP_PATH, content=body(name, tokens)).raise_for_status()
+    model = tiny.tiny_model(max_position=1024)
+    with torch.inference_mode():
+        expected = [model(torch.tensor([[*tokens, c]]))[0, -1].item() for c in (1, 2)]
+    got = wire.unpack_logits(wire.decode_reply(reply.content, 2).logits)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", [wire.STEP_PATH, wire.PREDICT_PATH, wire.VALUES_PATH])
+def test_client_who_leaves_stops_its_prefill(served: Served, path: str) -> None:
+    text = [i % 200 for i in range(400)]
+    if path == wire.STEP_PATH:
+        served.leave(path, content=body("a", text))
+    else:
+        served.leave(path, json={"token_ids": text})
+    served.engine.allow()  # the pass that had begun
+    check_step(served, "b", [7])
+    assert served.engine.forwarded == 64 + 3
+    assert served.engine.passes == 2
+    sessions = served.engine.cache.sessions
+    assert not any(session.pinned for session in sessions.values())
+    check_step(served, "a", text)
+
+
+def test_client_who_leaves_the_queue_is_never_computed(served: Served) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(check_step, served, "a", [1])
+        served.engine.wait_for_pass()
+        served.leave(wire.STEP_PATH, content=body("b", [5] * 20))
+        served.leave(wire.PREDICT_PATH, json={"token_ids": [5] * 20})
+        served.engine.allow()
+        first.result(SECONDS)
+    check_step(served, "c", [6])
+    assert served.engine.forwarded == 6
+    assert set(served.engine.cache.sessions) == {"127.0.0.1 a", "127.0.0.1 c"}
+    check_step(served, "b", [5] * 20)
+
+
+def test_who_finds_the_queue_full_is_told_at_once(served: Served) -> None:
+    """40 requests for 8 places: 32 answers come before the engine does anything at all."""
+
+    def post(number: int) -> tuple[httpx.Response, float]:
+        content = body(f"s{number}", [number])
+        reply = httpx.post(f"{served.url}{wire.STEP_PATH}", content=content, timeout=SECONDS)
+        return reply, time.monotonic()
+
+    with ThreadPoolExecutor(40) as pool:
+        futures = [pool.submit(post, number) for number in range(40)]
+        wait_until(lambda: sum(future.done() for future in futures) == 32)
+        assert served.client.get("/ready").status_code == 200
+        opened = time.monotonic()
+        served.engine.allow()
+        answers = [future.result(SECONDS) for future in futures]
+    refused = [(reply, at) for reply, at in answers if reply.status_code == 503]
+    assert len(refused) == 32
+    for reply, at in refused:
+        assert at < opened
+        assert reply.headers["retry-after"] == "1"
+        assert reply.json()["error"]["type"] == "busy"
+    for reply, _ in answers:
+        if reply.status_code != 503:
+            assert np.isfinite(wire.unpack_logits(wire.decode_reply(reply.content, 2).logits)).all()
+    assert served.figure('lenvm_errors_total{type="busy"}') == 32
+    check_step(served, "later", [3])
+
+
+def test_metrics_split_a_step(served: Served) -> None:
+    served.engine.allow()
+    check_step(served, "a", [9] * 200)
+    check_step(served, "b", [9] * 200)
+    for part in ("step", "encode", "queue", "prefill", "compute"):
+        assert served.figure(f"lenvm_{part}_seconds_count") == 2
+    parts = [f"lenvm_{p}_seconds_sum" for p in ("encode", "queue", "prefill", "compute")]
+    assert 0 < sum(map(served.figure, parts)) <= served.figure("lenvm_step_seconds_sum")
+    assert served.figure("lenvm_prefill_seconds_sum") > 0
+    assert served.figure("lenvm_prefix_tokens_total") == 400
+    assert served.figure("lenvm_prefix_hits_total") == 200
+    assert served.figure("lenvm_tokens_forwarded_total") == 202
+    assert served.figure("lenvm_tokens_saved_total") == 202
+    assert served.figure("lenvm_evictions_total") == 0
+    assert served.figure("lenvm_sessions") == 2
+    assert served.figure("lenvm_slots_used") == 202

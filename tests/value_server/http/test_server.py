@@ -1,0 +1,313 @@
+"""The value server as its clients see it: a real process, a real socket, a tiny checkpoint."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from transformers import GPTJConfig, GPTJModel
+
+from lenvm_vllm.commands.predict import predict
+from tests.support import tiny
+from value_server.contract import wire
+from value_server.contract.checkpoint import tokenizer_fingerprint
+from value_server.contract.values import length_from_logit
+from value_server.model.value_model import ValueHead, ValueModel
+
+ROOT = Path(__file__).parents[3]
+TOKEN = "secret"
+
+
+def launch(*args: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from lenvm_vllm.commands.cli import main; main()", "serve", *args],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_ready(client: httpx.Client, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if process.poll() is not None:
+            raise AssertionError(process.stderr.read() if process.stderr else "")
+        try:
+            if client.get("/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("server did not come up")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path) -> Iterator[httpx.Client]:
+    port = free_port()
+    process = launch(
+        str(checkpoint),
+        *("--port", str(port), "--dtype", "float32", "--slots", "400", "--threads", "1"),
+        *("--max-candidates", "20", "--max-body-bytes", "20000"),
+        LENVM_TOKEN=TOKEN,
+    )
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    base = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=base, headers=headers, timeout=60) as client:
+            wait_ready(client, process)
+            yield client
+            assert process.poll() is None, "the server died during the tests"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+def step_body(*rows: tuple[str, int, list[int], list[int]], **options: Any) -> bytes:
+    """rows: (session, start, tokens, candidates)."""
+    return wire.encode(
+        wire.StepRequest(
+            sessions=[r[0] for r in rows],
+            starts=[r[1] for r in rows],
+            token_counts=[len(r[2]) for r in rows],
+            tokens=wire.pack_ids([t for r in rows for t in r[2]]),
+            candidate_counts=[len(r[3]) for r in rows],
+            candidates=wire.pack_ids([c for r in rows for c in r[3]]),
+            **options,
+        )
+    )
+
+
+def step(client: httpx.Client, *rows: tuple[str, int, list[int], list[int]]) -> wire.StepReply:
+    reply = client.post(wire.STEP_PATH, content=step_body(*rows)).raise_for_status()
+    return wire.decode_reply(reply.content, sum(len(r[3]) for r in rows))
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    error = reply.json()["error"]
+    assert set(error) == {"type", "message", "field"}
+    assert error["message"]
+    found: dict[str, Any] = error
+    return found
+
+
+def naive(ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return tiny.tiny_model()(torch.tensor([ids]))[0]
+
+
+def test_step_scores_and_closes(client: httpx.Client) -> None:
+    first = step(client, ("a", 0, [1, 2, 3], [4, 5]), ("b", 0, [9], [4]))
+    expected = [naive([1, 2, 3, 4])[-1], naive([1, 2, 3, 5])[-1], naive([9, 4])[-1]]
+    np.testing.assert_allclose(wire.unpack_logits(first.logits), expected, atol=1e-4)
+    second = step(client, ("a", 3, [5], [6]))
+    expected = [naive([1, 2, 3, 5, 6])[-1]]
+    np.testing.assert_allclose(wire.unpack_logits(second.logits), expected, atol=1e-4)
+    client.post(wire.STEP_PATH, content=step_body(closed=["a", "never-seen"])).raise_for_status()
+    assert step(client, ("a", 4, [6], [7]), ("b", 1, [4], [5])).unknown == [0]
+
+
+def test_delete_session(client: httpx.Client) -> None:
+    step(client, ("gone", 0, [1], [2]))
+    assert client.delete(f"{wire.SESSIONS_PATH}/gone").status_code == 204
+    reply = client.delete(f"{wire.SESSIONS_PATH}/gone")
+    assert reply.status_code == 404
+    assert error_of(reply)["type"] == "unknown_session"
+
+
+def test_model_info(client: httpx.Client) -> None:
+    info = client.get(wire.MODEL_PATH).json()
+    assert info["gamma"] == tiny.GAMMA
+    assert info["version"] == wire.WIRE_VERSION
+    assert (info["vocab_size"], info["max_position"], info["max_candidates"]) == (258, 512, 20)
+    assert info["tokenizer_fingerprint"] == tokenizer_fingerprint(tiny.tiny_tokenizer())
+
+
+def test_predict_and_values(client: httpx.Client) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    messages = [{"role": "user", "content": "hello"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    plain = tokenizer("hello")["input_ids"]
+    bodies = [
+        ({"messages": messages}, ids),
+        ({"prompt": "hello"}, plain),
+        ({"token_ids": ids}, ids),
+    ]
+    for body, tokens in bodies:
+        lengths = length_from_logit(naive(tokens).double(), tiny.GAMMA)
+        one = client.post(wire.PREDICT_PATH, json=body).raise_for_status().json()
+        assert one.pop("predicted_tokens") == pytest.approx(lengths[-1].item(), rel=1e-3)
+        assert one.keys() == {"predicted_words", "predicted_characters"}
+        assert all(amount >= 0 for amount in one.values())
+        every = client.post(wire.VALUES_PATH, json=body).raise_for_status().json()
+        assert every == {"predicted_tokens": pytest.approx(lengths.tolist(), rel=1e-3)}
+
+
+def test_the_predict_command(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LENVM_URL", str(client.base_url))
+    monkeypatch.setenv("LENVM_TOKEN", TOKEN)
+    known = client.post(wire.PREDICT_PATH, json={"prompt": "hello"}).json()
+    predict("hello", raw=True)
+    units = ("tokens", "words", "characters")
+    lines = [f"{known[f'predicted_{unit}']:.1f} {unit}" for unit in units]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+BAD_STEPS = [
+    (b"\xc1 no msgpack", 400, None),
+    (step_body(("a", 0, [1], [2]), version=99), 400, "version"),
+    (step_body(("a", 0, [1], [2]), ("a", 0, [1], [2])), 400, "sessions"),
+    (step_body(("a", 0, [258], [2])), 422, "tokens"),
+    (step_body(("a", 0, [1], [-1])), 422, "candidates"),
+    (step_body(("a", 0, [1], [2] * 21)), 422, "candidate_counts"),
+    (step_body(("a", 0, [1] * 512, [2])), 422, "tokens"),
+    (step_body(("a", 0, [1] * 410, [2])), 503, None),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "field"), BAD_STEPS)
+def test_bad_steps(client: httpx.Client, body: bytes, status: int, field: str | None) -> None:
+    reply = client.post(wire.STEP_PATH, content=body)
+    assert reply.status_code == status
+    assert error_of(reply)["field"] == field
+    assert ("retry-after" in reply.headers) == (status == 503)
+    assert not step(client, ("after", 0, [1], [2])).unknown
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "field"),
+    [
+        ("{", 400, "body"),
+        ("[]", 422, None),
+        ("{}", 422, None),
+        ('{"prompt": "a", "token_ids": [1]}', 422, None),
+        ('{"prompt": 3}', 422, "prompt"),
+        ('{"prompt": ""}', 422, "prompt"),
+        ('{"token_ids": []}', 422, "token_ids"),
+        ('{"token_ids": [999]}', 422, "token_ids"),
+        ('{"token_ids": [99999999999999999999]}', 422, "token_ids"),
+        ('{"messages": [{"role": 1}]}', 422, "messages"),
+        ('{"promt": "a"}', 422, "promt"),
+        (json.dumps({"token_ids": [1] * 600}), 422, "token_ids"),
+    ],
+)
+def test_bad_predictions(
+    client: httpx.Client, content: str, status: int, field: str | None
+) -> None:
+    for path in (wire.PREDICT_PATH, wire.VALUES_PATH):
+        headers = {"Content-Type": "application/json"}
+        reply = client.post(path, content=content, headers=headers)
+        assert reply.status_code == status, reply.text
+        assert error_of(reply)["field"] == field
+
+
+def test_oversized_body_declared_or_streamed(client: httpx.Client) -> None:
+    def stream() -> Iterator[bytes]:
+        for _ in range(30):
+            yield b"x" * 1000
+
+    for body in (b"x" * 30_000, stream()):
+        try:
+            reply = client.post(wire.STEP_PATH, content=body)
+        except httpx.WriteError:
+            continue  # the server closed the connection before it had all of it
+        assert reply.status_code == 413
+        assert error_of(reply)["type"] == "body_too_large"
+    assert client.get("/health").status_code == 200
+
+
+def test_token_is_asked_for(client: httpx.Client) -> None:
+    for given in ({"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sécret"}, {}):
+        headers = {k: v.encode() for k, v in given.items()}
+        with httpx.Client(base_url=client.base_url, headers=headers) as other:
+            for path in (wire.MODEL_PATH, "/metrics", "/docs"):
+                reply = other.get(path)
+                assert reply.status_code == 401
+                assert error_of(reply)["type"] == "unauthorized"
+            assert other.get("/health").status_code == 200
+            assert other.get("/ready").status_code == 200
+
+
+def test_unknown_paths_and_methods(client: httpx.Client) -> None:
+    for reply, status in ((client.get("/nothing"), 404), (client.get(wire.STEP_PATH), 405)):
+        assert reply.status_code == status
+        error_of(reply)
+
+
+def test_metrics(client: httpx.Client) -> None:
+    step(client, ("m", 0, [1, 2], [3]))
+    step(client, ("m", 2, [3], [4]))
+    text = client.get("/metrics").text
+    for name in ("step_seconds", "pass_tokens", "sessions", "slots_used", "tokens_saved", "errors"):
+        assert f"lenvm_{name}" in text
+    assert float(text.split("lenvm_tokens_saved_total ")[-1].split()[0]) >= 1
+
+
+def test_unix_socket(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process = launch(str(checkpoint), "--uds", str(path), "--slots", "400")
+    try:
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(transport=transport, base_url="http://lenvm") as client:
+            wait_ready(client, process)
+            assert step(client, ("a", 0, [1], [2])).unknown == []
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+def broken(folder: Path, how: str) -> Path:
+    tiny.tiny_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if how == "gamma":
+        del config["lenvm"]["gamma"]
+    elif how == "fingerprint":
+        config["lenvm"]["tokenizer_fingerprint"] = "other"
+    elif how == "weights":
+        (folder / "value_head.safetensors").write_bytes(b"rubbish")
+    elif how == "lenvm":
+        del config["lenvm"]
+    elif how == "GPTJModel":
+        shape = GPTJConfig(vocab_size=258, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+        ValueModel(GPTJModel(shape), ValueHead(32), tiny.tiny_model().lenvm).save(folder)
+        return folder
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how", ["gamma", "fingerprint", "weights", "lenvm", "missing", "GPTJModel"]
+)
+def test_unusable_checkpoint_is_one_line(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "nowhere" if how == "missing" else broken(tmp_path, how)
+    process = launch(str(folder), "--port", "0")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert str(folder) in line
+    if how in ("gamma", "fingerprint", "lenvm", "GPTJModel"):
+        assert how in line

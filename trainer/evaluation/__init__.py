@@ -1,0 +1,1 @@
+"""How well a value model predicts."""

@@ -1,0 +1,1 @@
+"""Samples of prompts: the only labels a value model needs."""

@@ -1,0 +1,140 @@
+"""Prompts to sample completions of: from JSON lines, or from a hub data set, by a preset or not."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.rollouts.codereasoning import question_of
+
+HUB = "hub:"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    id: str
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A hub data set. `text` gives a row's prompt, None where it has none."""
+
+    data: str
+    split: str
+    domain: str
+    template: str
+    text: Callable[[Mapping[str, Any]], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Where in a hub data set the prompts are.
+
+    Parameters
+    ----------
+    subset
+        Its configuration, where it has several.
+    split
+        Its split.
+    """
+
+    subset: str | None = None
+    split: str = "train"
+
+
+def _first_turn(row: Mapping[str, Any]) -> str | None:
+    turn = row["conversation"][0]
+    return turn["content"] if turn["role"] == "user" else None
+
+
+# The data sets that the paper trains on; the wording is ours.
+PRESETS = {
+    "opencodereasoning-2-python": Preset(
+        "nvidia/OpenCodeReasoning-2",
+        "python",
+        "code",
+        "Solve this programming problem step by step, then give the whole solution in one block "
+        "of Python code.\n\n{prompt}",
+        question_of,
+    ),
+    "wildchat": Preset("allenai/WildChat", "train", "instruct", "{prompt}", _first_turn),
+    "deepmath-103k": Preset(
+        "zwhe99/DeepMath-103K",
+        "train",
+        "math",
+        "Solve this problem step by step and put the final answer in \\boxed{{}}.\n\n{prompt}",
+        lambda row: row["question"],
+    ),
+}
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError unless `template` has a place for the prompt and for nothing else."""
+    try:
+        filled = template.format(prompt="\0")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"template: {template!r}, {error!r}; {{{{ and }}}} write braces"
+        ) from error
+    if "\0" not in filled:
+        raise ValueError(f"template: {template!r}, must contain {{prompt}}")
+
+
+def read_prompts(
+    source: Path, template: str | None = None, column: str = "prompt", hub: Hub = Hub()
+) -> Iterator[Prompt]:
+    """Prompts of a JSONL file, plain or gzip, of the data set hub:NAME, or of a preset's.
+
+    `column` holds the text in the first two; `template` wraps each, by default that of the
+    preset. Raises ValueError naming the line and the missing field.
+    """
+    name = str(source)
+    preset = PRESETS.get(name)
+    template = template or (preset.template if preset else "{prompt}")
+    if preset:
+        prompts = _of_preset(name, preset)
+    elif name.startswith(HUB):
+        prompts = _of_rows(name, "row", _hub_rows(name.removeprefix(HUB), hub), column)
+    else:
+        prompts = _of_rows(name, "line", _file_rows(source), column)
+    for prompt in prompts:
+        yield Prompt(prompt.id, prompt.domain, template.format(prompt=prompt.text))
+
+
+def _of_rows(source: str, what: str, rows: Iterable[Any], column: str) -> Iterator[Prompt]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise ValueError(f"{source}: {what} {number + 1}: {column}: missing or not a text")
+        yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row[column])
+
+
+def _hub_rows(name: str, hub: Hub) -> Iterable[Any]:
+    from datasets import load_dataset
+
+    return load_dataset(name, hub.subset, split=hub.split, streaming=True)
+
+
+def _file_rows(path: Path) -> Iterator[Any]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number + 1}: {error}") from error
+
+
+def _of_preset(name: str, preset: Preset) -> Iterator[Prompt]:
+    """Each text once: some of the sets repeat a question with every answer."""
+    from datasets import load_dataset
+
+    seen: set[int] = set()
+    for number, row in enumerate(load_dataset(preset.data, split=preset.split, streaming=True)):
+        text = preset.text(row)
+        if text and hash(text) not in seen:
+            seen.add(hash(text))
+            yield Prompt(f"{name}-{number}", preset.domain, text)

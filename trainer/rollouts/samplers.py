@@ -1,0 +1,144 @@
+"""Who samples: vLLM in this process, or a server of the OpenAI API. Token ids are kept exactly."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import httpx
+
+from trainer.rollouts.prompts import Prompt
+
+ATTEMPTS = 4
+TIMEOUT = httpx.Timeout(30, read=3600)
+TOO_LONG = "maximum context length"  # in vLLM's refusal
+# vLLM's server would take these from the model's generation_config.json.
+NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    n: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """prompt_ids: (P,). completions: of each the ids with end-of-sequence, and finish_reason."""
+
+    prompt_ids: list[int]
+    completions: list[tuple[list[int], str]]
+
+
+class Sampler(Protocol):
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
+        """Completions of each prompt, as the user's only message; None where it is too long."""
+
+
+class OfflineSampler:
+    """vLLM's offline class; `options` are its own."""
+
+    def __init__(self, **options: Any) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**options)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
+        from vllm import SamplingParams
+
+        chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+        fits = [self._fits(chat) for chat in chats]
+        fitting = [chat for chat, fit in zip(chats, fits, strict=True) if fit]
+        params = SamplingParams(**asdict(sampling))
+        outputs = self.llm.chat(fitting, params, use_tqdm=False) if fitting else []
+        sampled = iter(
+            Sampled(
+                list(output.prompt_token_ids),
+                [(list(c.token_ids), c.finish_reason) for c in output.outputs],
+            )
+            for output in outputs
+        )
+        return [next(sampled) if fit else None for fit in fits]
+
+    def _fits(self, chat: list[dict[str, str]]) -> bool:
+        """Whether the prompt leaves room for a token; vLLM would refuse all of its shard."""
+        tokenizer = self.llm.get_tokenizer()
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        return len(ids["input_ids"]) < int(self.llm.model_config.max_model_len)
+
+
+class ServerSampler:
+    """`POST {url}/chat/completions` of a server that returns token ids, as vLLM's does.
+
+    At most `concurrency` requests are open at once. A request that fails for a passing reason is
+    repeated, which takes a minute at most. Raises ValueError for an answer without token ids.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str = "none",
+        concurrency: int = 64,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.client = httpx.Client(
+            base_url=url.rstrip("/"),
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=TIMEOUT,
+            limits=httpx.Limits(max_connections=concurrency),
+            transport=transport,
+        )
+        self.model = model
+        self.concurrency = concurrency
+        self.pause = 3.0
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(lambda prompt: self._one(prompt, sampling), prompts))
+
+    def _one(self, prompt: Prompt, sampling: Sampling) -> Sampled | None:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt.text}],
+            "return_token_ids": True,
+            **NO_DEFAULTS,
+            **asdict(sampling),
+        }
+        answer = self._post(body)
+        if answer is None:
+            return None
+        prompt_ids = answer.get("prompt_token_ids")
+        completions = [(c.get("token_ids"), c["finish_reason"]) for c in answer["choices"]]
+        if not prompt_ids or any(not ids for ids, _ in completions):
+            raise ValueError(
+                f"server: {self.client.base_url} answers without token ids; it has to know "
+                "return_token_ids, as vLLM does"
+            )
+        return Sampled(prompt_ids, completions)
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer; None where the prompt is too long."""
+        for attempt in range(ATTEMPTS):
+            last = attempt + 1 == ATTEMPTS
+            try:
+                answer = self.client.post("/chat/completions", json=body)
+            except httpx.TransportError as error:
+                if last:
+                    raise ValueError(f"server: {self.client.base_url}: {error!r}") from error
+            else:
+                if answer.is_success:
+                    return dict(answer.json())
+                if answer.status_code == 400 and TOO_LONG in answer.text:
+                    return None
+                passing = answer.status_code >= 500 or answer.status_code == 429
+                if last or not passing:
+                    raise ValueError(
+                        f"server: {self.client.base_url}: {answer.status_code} {answer.text[:500]}"
+                    )
+            time.sleep(self.pause * 2**attempt)
+        raise AssertionError("unreachable")

@@ -1,0 +1,133 @@
+"""How training runs: steps, batches, precision."""
+
+from dataclasses import asdict, dataclass
+from os import getenv
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from cyclopts import Parameter
+from transformers import TrainingArguments
+
+from trainer.checks import check, check_choice
+from value_server.model.value_model import default_dtype
+
+Batches = Literal["shuffled", "grouped"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The optimizer's steps; the paper's own as defaults.
+
+    Parameters
+    ----------
+    learning_rate
+        Of AdamW, at its highest; a cosine takes it to 0.
+    epochs
+        Passes over the data.
+    max_steps
+        Ends training early; -1 leaves it to the epochs.
+    tokens_per_step
+        Tokens of one optimizer step of all processes, in packs of max_length.
+    max_length
+        Tokens of a pack; a longer text loses its tail, its labels stay true.
+    batches
+        All texts shuffled, or those of a prompt grouped side by side.
+    warmup_steps
+        Steps in which the learning rate rises from 0.
+    bf16
+        Mixed precision in bfloat16; by default where the device has it natively.
+    fp16
+        Mixed precision in float16, for GPUs without bfloat16.
+    gradient_checkpointing
+        Compute activations again in the backward pass, to save memory.
+    save_steps
+        Steps between two saves to OUTPUT/steps, which goes when training is done.
+    seed
+        Of the head, the packs and their order.
+    """
+
+    learning_rate: float = 2e-5
+    epochs: float = 2.0
+    max_steps: int = -1
+    tokens_per_step: int = 16384
+    max_length: int = 3000
+    batches: Batches = "shuffled"
+    warmup_steps: int = 50
+    bf16: bool | None = None
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong."""
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        check(self.epochs > 0, "epochs", self.epochs, "above 0")
+        steps = self.max_steps
+        check(steps > 0 or steps == -1, "max_steps", steps, "above 0, or -1")
+        check(self.max_length > 1, "max_length", self.max_length, "above 1")
+        check(
+            self.tokens_per_step >= self.max_length,
+            "tokens_per_step",
+            self.tokens_per_step,
+            f"at least max_length {self.max_length}",
+        )
+        check_choice("batches", self.batches, get_args(Batches))
+        check(not (self.fp16 and self.bf16), "fp16", self.fp16, "left out beside bf16")
+        on_gpu = torch.cuda.is_available()
+        check(not self.fp16 or on_gpu, "fp16", self.fp16, "left out without a GPU")
+        check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        check(self.save_steps > 0, "save_steps", self.save_steps, "above 0")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether training is in bfloat16."""
+        if self.bf16 is not None or self.fp16:
+            return bool(self.bf16)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_dtype(device) == torch.bfloat16
+
+    def facts(self) -> dict[str, Any]:
+        """What shapes the result."""
+        facts = asdict(self) | {"bf16": self.mixed}
+        del facts["save_steps"]
+        return facts
+
+    def arguments(self, steps: Path) -> TrainingArguments:
+        """For transformers; `steps` is the folder of saved steps.
+
+        Raises ValueError if the packs of a step cannot be shared among the processes.
+        """
+        packs, processes = self.tokens_per_step // self.max_length, int(getenv("WORLD_SIZE", "1"))
+        check(
+            packs % processes == 0,
+            "tokens_per_step",
+            self.tokens_per_step,
+            f"a multiple of max_length {self.max_length} times {processes} processes",
+        )
+        arguments = TrainingArguments(
+            output_dir=str(steps),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=packs // processes,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=self.warmup_steps,
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps,
+            train_sampling_strategy="random" if self.batches == "shuffled" else "sequential",
+            bf16=self.mixed,
+            fp16=self.fp16,
+            logging_steps=1,
+            save_steps=self.save_steps,
+            save_total_limit=1,
+            remove_unused_columns=False,
+            report_to="none",
+            ddp_find_unused_parameters=False,
+            use_cpu=not torch.cuda.is_available(),
+            seed=self.seed,
+        )
+        if arguments.n_gpu > 1:  # many GPUs are many processes: a row of packs cannot be split
+            arguments._n_gpu = 1
+        return arguments

@@ -1,0 +1,97 @@
+"""The training loop: transformers' Trainer with the value loss.
+
+Loss: the weighted mean of the token losses over a global batch; with equal weights the paper's
+Eq. 9.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import Trainer
+
+from trainer.training.losses import token_losses
+from trainer.training.objective import Objective
+from value_server.contract.targets import Readout
+
+TRAINED_FILE = "trained.safetensors"
+
+
+class ValueTrainer(Trainer):
+    """Averages the loss over all weights of a global batch; a step saves what trains."""
+
+    def __init__(self, *args: Any, objective: Objective, readout: Readout, **kwargs: Any) -> None:
+        model = kwargs.get("model") or args[0]
+        model._no_split_modules = list(model.backbone._no_split_modules or [])  # units of FSDP
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:  # its own policy would round the weights of the head
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        self.objective = objective
+        self.readout = readout
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the sum of weights itself
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        with self._autocast():
+            raw = model(inputs["input_ids"], position_ids=inputs["position_ids"], raw=True)
+        losses = token_losses(
+            raw,
+            inputs["labels"],
+            inputs["is_cut"],
+            inputs["position_ids"],
+            self.objective,
+            self.readout,
+        )
+        loss = (losses * inputs["weights"]).sum()
+        if num_items_in_batch is None:
+            loss = loss / inputs["weights"].sum()
+        else:
+            # The sum is that of all processes, their gradients are averaged.
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        return (loss, raw) if return_outputs else loss
+
+    def _autocast(self) -> torch.autocast:
+        """Mixed precision; accelerate leaves it to FSDP where that is in use."""
+        half = torch.float16 if self.args.fp16 else torch.bfloat16
+        mixed = self.args.fp16 or self.args.bf16
+        return torch.autocast(self.args.device.type, half, enabled=mixed)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor | None:
+        """The weights of a global batch: transformers would count its labels."""
+        if not batch_samples:
+            return None
+        total = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum()
+        gathered: Tensor = self.accelerator.gather(total.to(device))
+        return gathered.sum()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What trains; `state_dict` holds whole weights where the parameters are sharded."""
+        folder = Path(output_dir or self.args.output_dir or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = state_dict if self.is_fsdp_enabled else self._trained()
+        save_file(
+            {name: weights[name].detach().cpu().contiguous() for name in self._trained()},
+            folder / TRAINED_FILE,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Every process reads the file and keeps its own share, which may be all."""
+        set_model_state_dict(
+            self.accelerator.unwrap_model(self.model),
+            load_file(Path(resume_from_checkpoint) / TRAINED_FILE),
+            options=StateDictOptions(full_state_dict=True, strict=False),
+        )

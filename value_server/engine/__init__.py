@@ -1,0 +1,1 @@
+"""Many sessions, one forward pass: batches, the cache, attention."""

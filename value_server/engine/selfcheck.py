@@ -1,0 +1,134 @@
+"""Whether the engine gives what plain transformers gives, asked of every backbone at its start.
+
+Some backbones run in the engine without an error and give wrong scores: attention that does not
+go through transformers' attention interface, that looks ahead, that works on chunks, or is none.
+So one short text is computed twice, plainly before the engine changes the backbone, and in two
+passes after it, and the hidden states are compared:
+
+    text     [ 0 .................. FIRST ) [ FIRST .... TEXT ) candidates
+    engine     pass 1                         pass 2 ──────────────────────
+    plain      one pass, causal, no cache; a row for each candidate
+
+The text is shorter than a sliding window. That windows are kept to is seen from what the
+attention is told.
+
+Legend: H hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from value_server.contract.checkpoint import CheckpointError
+from value_server.engine.attention import NAME, register, slot_attention
+from value_server.model.value_model import ValueModel
+
+TEXT, FIRST = 24, 16
+CANDIDATES = (0, 1)
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def text(vocab_size: int) -> list[int]:
+    """The ids of the text."""
+    return [(7919 * i + 17) % vocab_size for i in range(TEXT)]
+
+
+@contextmanager
+def named(model: ValueModel) -> Iterator[None]:
+    """Whatever fails inside is a CheckpointError with the name of the backbone."""
+    name = f"architecture {type(model.backbone).__name__} ({model.config.model_type})"
+    try:
+        yield
+    except Exception as error:  # models of a hundred authors raise what they like
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+@torch.inference_mode()
+def plain(model: ValueModel) -> Tensor:
+    """(TEXT + candidates, H) hidden states, by transformers' own attention."""
+    kinds = set(getattr(model.config, "layer_types", None) or LAYER_TYPES)
+    if not kinds <= LAYER_TYPES:
+        raise ValueError(f"layers of type {', '.join(sorted(kinds - LAYER_TYPES))}")
+    backbone = model.backbone
+    backbone.set_attn_implementation("eager")  # the one that leaves nothing out
+    ids = text(backbone.get_input_embeddings().weight.shape[0])
+    rows = torch.tensor([[*ids, c] for c in CANDIDATES], device=backbone.device)
+    hidden: Tensor = backbone(input_ids=rows, use_cache=False).last_hidden_state
+    return torch.cat([hidden[0, :TEXT], hidden[:, TEXT]]).float()  # (2, TEXT + 1, H)
+
+
+class Watch:
+    """What a forward pass in the engine did. windows: layer → window that its attention kept."""
+
+    def __init__(self) -> None:
+        self.windows: dict[int, int | None] = {}
+        self._hidden: list[Tensor] = []
+
+    @contextmanager
+    def on(self, model: ValueModel) -> Iterator[None]:
+        """Look on while the engine runs `model`."""
+
+        def attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            self.windows[int(module.layer_idx)] = kwargs.get("sliding_window")
+            return slot_attention(module, *args, **kwargs)
+
+        hook = model.head.register_forward_pre_hook(lambda _, given: self._hidden.append(given[0]))
+        AttentionInterface.register(NAME, attention)
+        try:
+            yield
+        finally:
+            register()
+            hook.remove()
+
+    def compare(self, model: ValueModel, expected: Tensor) -> None:
+        """Raises ValueError unless the passes gave `expected`, what `plain` returned."""
+        config = model.config
+        if len(self.windows) != config.num_hidden_layers:
+            raise ValueError(
+                f"{len(self.windows)} of {config.num_hidden_layers} layers use the attention "
+                "interface of transformers"
+            )
+        told = sum(window is not None for window in self.windows.values())
+        if told < _windowed_layers(config):
+            raise ValueError("its attention is not told its sliding window")
+        found = torch.cat(self._hidden).float()
+        expected = expected[: len(found)]  # a server may allow one candidate only
+        error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+        # The median, as one position may go to another expert by a rounding error.
+        worst = max(part.median().item() for part in error.split([FIRST, len(error) - FIRST]))
+        limit = 0.01 + 16 * torch.finfo(model.backbone.dtype).eps
+        if not worst <= limit:
+            raise ValueError(
+                f"its hidden states differ from plain transformers by {worst:.1%}, "
+                f"more than {limit:.1%}"
+            )
+
+
+def _windowed_layers(config: Any) -> int:
+    """How many layers have a sliding window that a text can outgrow."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    return int(kinds.count("sliding_attention") if kinds else config.num_hidden_layers)
+
+
+def max_position(model: ValueModel) -> int:
+    """Positions of the backbone. Raises CheckpointError if they depend on the text's length."""
+    config = model.backbone.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        raise CheckpointError("its config has no max_position_embeddings")
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]  # one per layer type
+    for part in nested or [rope]:
+        kind = part.get("rope_type", "default")
+        if kind == "dynamic":
+            raise CheckpointError(f"rope_type: {kind!r} changes keys as a text grows: no cache")
+        if kind == "longrope":
+            limit = min(limit, part["original_max_position_embeddings"])
+    return int(limit)

@@ -1,0 +1,129 @@
+"""What the server counts, in a Prometheus registry of its own.
+
+    lenvm_step_seconds
+    ├ lenvm_encode_seconds    bytes to rows, and logits to bytes
+    ├ lenvm_queue_seconds     wait for the first pass
+    ├ lenvm_prefill_seconds   passes up to the last one: the step brought a long text
+    ├ lenvm_compute_seconds   its last pass, which scores the candidates
+    └ the rest                from thread to thread and back
+
+Each counts once for every answered step, so their averages add up.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from value_server.engine.engine import Engine
+from value_server.engine.job import Job
+
+SECONDS = (
+    0.0001,
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+)
+COUNTS = tuple(float(2**n) for n in range(13))
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self, engine: Callable[[], Engine]) -> None:
+        """engine: that of new sessions."""
+        self.registry = CollectorRegistry()
+        self._step = self._seconds("step", "Time of a step request in the server.")
+        self._encode = self._seconds("encode", "Decoding and encoding of a step.")
+        self._queue = self._seconds("queue", "Wait of a step for its first forward pass.")
+        self._prefill = self._seconds("prefill", "Forward passes of a step before its last one.")
+        self._compute = self._seconds("compute", "Last forward pass of a step.")
+        self._pass = self._seconds("pass", "Time of a forward pass.")
+        self._pass_queries = self._counts("tokens", "Tokens and candidates in a forward pass.")
+        self._pass_jobs = self._counts("requests", "Requests in a forward pass.")
+        self.errors = Counter(
+            "lenvm_errors", "Requests refused or failed.", ["type"], registry=self.registry
+        )
+        self.registry.register(_EngineFigures(engine))
+
+    def on_pass(self, queries: int, jobs: int, seconds: float) -> None:
+        """See Batcher."""
+        self._pass.observe(seconds)
+        self._pass_queries.observe(queries)
+        self._pass_jobs.observe(jobs)
+
+    def on_step(self, job: Job, encode_seconds: float, seconds: float) -> None:
+        """A step was answered, `seconds` after its body was there."""
+        self._step.observe(seconds)
+        self._encode.observe(encode_seconds)
+        self._queue.observe(job.queue_seconds)
+        self._prefill.observe(job.prefill_seconds)
+        self._compute.observe(job.compute_seconds)
+
+    def listen(self, host: str, port: int, cert: Path | None, key: Path | None) -> int:
+        """Show the figures, and nothing else, on a port of their own; the port (another for 0).
+
+        https where a certificate is given. Raises OSError where the port is not to be had.
+        """
+        cert_file, key_file = (str(path) if path else None for path in (cert, key))
+        try:
+            server, _thread = start_http_server(port, host, self.registry, cert_file, key_file)
+        except OSError as error:
+            raise OSError(f"metrics_port: {host}:{port}: {error.strerror}") from error
+        return int(server.server_port)
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self.registry)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
+
+    def _counts(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_pass_{name}", text, buckets=COUNTS, registry=self.registry)
+
+
+class _EngineFigures(Collector):
+    """Figures that the engine keeps itself, read when somebody asks."""
+
+    def __init__(self, engine: Callable[[], Engine]) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges, and counters, whose names get `_total`."""
+        engine = self._engine()
+        cache = engine.cache
+        for name, text, value in (
+            ("sessions", "Sessions held.", len(cache.sessions)),
+            ("slots_used", "KV slots in use.", cache.used),
+            ("slots", "KV slots in all.", cache.size),
+        ):
+            yield GaugeMetricFamily(f"lenvm_{name}", text, value)
+        for name, text, value in (
+            ("evictions", "Idle sessions that lost their slots to others.", cache.evictions),
+            ("expirations", "Sessions dropped because nobody used them.", cache.expirations),
+            ("prefix_tokens", "Tokens of texts sent from their start.", cache.prefix_tokens),
+            ("prefix_hits", "Of these, tokens that were held already.", cache.prefix_hits),
+            ("tokens_forwarded", "Tokens and candidates through the model.", engine.forwarded),
+            ("tokens_saved", "Tokens and candidates held already.", engine.saved),
+        ):
+            yield CounterMetricFamily(f"lenvm_{name}", text, value)

@@ -1,0 +1,155 @@
+"""From what a person sends (messages, text or ids) to token ids, and from tokens to words."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from value_server.contract.checkpoint import CheckpointError, tokenizer_fingerprint
+from value_server.contract.units import CHARACTERS, WORDS, count, tokens_per_unit
+from value_server.engine.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+
+class TextRequest(BaseModel):
+    """Exactly one of `messages` (chat template), `prompt` (plain text) and `token_ids`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    token_ids: list[int] | None = None
+
+    @property
+    def given(self) -> str:
+        """Name of the field that is set."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "TextRequest":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of messages, prompt and token_ids, got {given or 'none'}"
+            )
+        return self
+
+
+class Prediction(BaseModel):
+    """How long the completion behind a prompt will be.
+
+    predicted_tokens: end-of-sequence included. The others: of its text; null where the server
+    has no tokenizer.
+    """
+
+    predicted_tokens: float
+    predicted_words: float | None
+    predicted_characters: float | None
+
+
+class Texts:
+    """Turns text requests into ids. Without a tokenizer only `token_ids` can be served."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # fast tokenizers do not like two threads
+
+    @classmethod
+    def load(cls, source: str, fingerprint: str) -> "Texts":
+        """The tokenizer of `source` (hub name or folder), if it has one.
+
+        Raises CheckpointError if it is not the one that the model was trained with.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            log.warning("no tokenizer in %s, predict takes token ids only: %s", source, error)
+            return cls(None)
+        found = tokenizer_fingerprint(tokenizer)
+        if found != fingerprint:
+            raise CheckpointError(
+                f"tokenizer of {source} has fingerprint {found}, "
+                f"the checkpoint was trained with {fingerprint}"
+            )
+        return cls(tokenizer)
+
+    def ids(self, request: TextRequest) -> list[int]:
+        """Token ids, at least one. Raises RequestError naming the field."""
+        name = request.given
+        if request.token_ids is not None:
+            ids = request.token_ids
+        elif self._tokenizer is None:
+            raise RequestError(f"{name}: this server has no tokenizer, send token_ids", name)
+        elif request.messages is not None:
+            ids = self._chat(request.messages)
+        else:
+            with self._lock:
+                ids = self._tokenizer(request.prompt)["input_ids"]
+        if not ids:
+            raise RequestError(f"{name}: no tokens in it", name)
+        return ids
+
+    def prediction(self, request: TextRequest, tokens: float) -> Prediction:
+        """The answer to this prompt in all units, if it has so many `tokens`.
+
+        A word of it is taken to have as many as one of the prompt's own text, in whose language
+        it probably is; the shorter the prompt, the more the prior counts.
+        """
+        text = self._own_text(request)
+        if text is None or self._tokenizer is None:
+            words = characters = None
+        else:
+            with self._lock:
+                known = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            words, characters = (
+                max(0.0, tokens - 1) / tokens_per_unit(unit, known, count(text, unit))
+                for unit in (WORDS, CHARACTERS)
+            )
+        return Prediction(
+            predicted_tokens=tokens, predicted_words=words, predicted_characters=characters
+        )
+
+    def _own_text(self, request: TextRequest) -> str | None:
+        """A prompt's text without the chat template's; of token ids without special tokens."""
+        if request.token_ids is None:
+            return request.prompt or "\n".join(_said(request.messages or []))
+        if self._tokenizer is None:
+            return None
+        with self._lock:
+            return str(self._tokenizer.decode(request.token_ids, skip_special_tokens=True))
+
+    def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        assert self._tokenizer is not None
+        try:
+            with self._lock:
+                encoded = self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True
+                )
+        except Exception as error:  # templates are programs: they raise what they like
+            raise RequestError(
+                f"messages: the chat template refuses them: {error}", "messages"
+            ) from error
+        return list(encoded["input_ids"])
+
+
+def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The texts of messages, those of parts as well; what is none has told the template enough."""
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        for part in parts:
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                yield part["text"]
+
+
+def tokenizer_source(checkpoint: Path, base_model: str) -> str:
+    """The checkpoint's own tokenizer if it brings one, else the base model's."""
+    own = (checkpoint / "tokenizer.json").exists() or (
+        checkpoint / "tokenizer_config.json"
+    ).exists()
+    return str(checkpoint) if own else base_model
