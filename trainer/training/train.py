@@ -197,7 +197,7 @@ def train(
         if tensorboard and first
         else [],
     )
-    trainer.training.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes, if sharded
     if first:
         if trainer.is_fsdp_enabled:
