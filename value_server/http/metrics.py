@@ -10,7 +10,7 @@
 Each counts once for every answered step, so their averages add up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from prometheus_client import (
@@ -26,31 +26,14 @@ from prometheus_client.registry import Collector
 from value_server.engine.engine import Engine
 from value_server.engine.job import Job
 
-SECONDS = (
-    0.0001,
-    0.0002,
-    0.0005,
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    2.0,
-    5.0,
-)
+SECONDS = tuple(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5))
 COUNTS = tuple(float(2**n) for n in range(13))
 
 
 class Metrics:
     """Counters of one server."""
 
-    def __init__(self, engine: Callable[[], Engine]) -> None:
-        """engine: that of new sessions."""
+    def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self._step = self._seconds("step", "Time of a step request in the server.")
         self._encode = self._seconds("encode", "Decoding and encoding of a step.")
@@ -105,13 +88,12 @@ class Metrics:
 class _EngineFigures(Collector):
     """Figures that the engine keeps itself, read when somebody asks."""
 
-    def __init__(self, engine: Callable[[], Engine]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """Gauges, and counters, whose names get `_total`."""
-        engine = self._engine()
-        cache = engine.cache
+        engine, cache = self._engine, self._engine.cache
         for name, text, value in (
             ("sessions", "Sessions held.", len(cache.sessions)),
             ("slots_used", "KV slots in use.", cache.used),
