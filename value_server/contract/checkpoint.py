@@ -1,4 +1,11 @@
-"""What a checkpoint says of itself: the `lenvm` block in its config.json."""
+"""What a checkpoint holds. ValueModel.save and .load (model/value_model.py) write and read it.
+
+config.json                    the backbone's config with the block `lenvm`, a LenvmConfig
+value_head.safetensors         the head
+model*.safetensors             the backbone, where `weights` is "full"
+adapter_*                      the peft adapter, where it is "adapter"
+tokenizer.json and the like    where it brings its own; else the base model's is taken
+"""
 
 import hashlib
 import json

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from value_server.engine import selfcheck
 from value_server.engine.attention import NAME, Pass, groups_of, register
-from value_server.engine.cache import CacheFullError, Limits, SlotCache
+from value_server.engine.cache import CacheFullError, SlotCache
 from value_server.engine.errors import BusyError, ModelError, RequestError
 from value_server.engine.job import Job, JobResult, Row
 from value_server.engine.linear import compile_inplace, pack_inplace
@@ -67,8 +67,7 @@ class Engine:
         self.max_candidates = max_candidates
         self.pass_tokens = pass_tokens
         self.prefill_tokens = prefill_tokens
-        limits = Limits(client_sessions or max_sessions, client_slots or slots)
-        self.cache = SlotCache(slots, max_sessions, session_ttl, now, limits)
+        self.cache = SlotCache(slots, max_sessions, session_ttl, now, client_sessions, client_slots)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there

@@ -6,14 +6,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive
 
 from value_server.contract import wire
 from value_server.contract.values import length_from_logit
@@ -29,9 +28,7 @@ from value_server.engine.job import Job, JobResult, Row
 from value_server.http.metrics import Metrics
 from value_server.http.text import Prediction, TextRequest, Texts
 
-T = TypeVar("T")
-
-PATIENCE_SECONDS = 0.1  # a step is faster: only after it is it worth looking whether anybody waits
+LOOK_SECONDS = 0.2  # between looks whether anybody still waits; a step is faster
 
 router = APIRouter()
 
@@ -46,9 +43,18 @@ class Shared:
     info: wire.ModelInfo
 
     async def run(self, job: Job, http: Request) -> JobResult:
-        """The job's result. Raises RequestError, ClientGoneError if nobody waits for it."""
+        """The job's result. Raises RequestError; ClientGoneError, the job cancelled, if the client
+        leaves."""
         future = asyncio.wrap_future(self.batcher.submit(job))
-        return await while_connected(future, http.receive)
+        try:
+            while True:
+                done, _ = await asyncio.wait([future], timeout=LOOK_SECONDS)
+                if done:
+                    return future.result()
+                if await http.is_disconnected():
+                    raise ClientGoneError("the client has left")
+        finally:
+            future.cancel()  # nothing, if it is done
 
     async def lengths(self, request: TextRequest, http: Request) -> list[float]:
         """Tokens to expect after each token of the text."""
@@ -151,34 +157,6 @@ async def is_ready(http: Request) -> Response:
 async def show_metrics(http: Request) -> Response:
     """Prometheus text format."""
     return Response(shared(http).metrics.render(), media_type="text/plain; version=0.0.4")
-
-
-async def while_connected(
-    future: "asyncio.Future[T]", receive: Receive, patience: float = PATIENCE_SECONDS
-) -> T:
-    """The future's result. Raises ClientGoneError, the future cancelled, if the client leaves.
-
-    `receive` has given the whole body already, so that all it can still tell is a disconnect.
-    """
-    try:
-        done, _ = await asyncio.wait([future], timeout=patience)
-        if not done:
-            gone = asyncio.ensure_future(_disconnect(receive))
-            either: list[asyncio.Future[Any]] = [future, gone]
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                gone.cancel()
-        if not future.done():
-            raise ClientGoneError("the client has left")
-        return future.result()
-    finally:
-        future.cancel()  # nothing, if it is done
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def model_info(engine: Engine) -> wire.ModelInfo:

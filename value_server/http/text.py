@@ -28,11 +28,11 @@ class TextRequest(BaseModel):
     @property
     def given(self) -> str:
         """Name of the field that is set."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return next(name for name, value in self if value is not None)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "TextRequest":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        given = [name for name, value in self if value is not None]
         if len(given) != 1:
             raise ValueError(
                 f"give exactly one of messages, prompt and token_ids, got {given or 'none'}"
@@ -100,10 +100,9 @@ class Texts:
         A word of it is taken to have as many as one of the prompt's own text, in whose language
         it probably is; the shorter the prompt, the more the prior counts.
         """
-        text = self._own_text(request)
-        if text is None or self._tokenizer is None:
-            words = characters = None
-        else:
+        words = characters = None
+        if self._tokenizer is not None:
+            text = self._own_text(request)
             with self._lock:
                 known = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
             words, characters = (
@@ -114,12 +113,11 @@ class Texts:
             predicted_tokens=tokens, predicted_words=words, predicted_characters=characters
         )
 
-    def _own_text(self, request: TextRequest) -> str | None:
+    def _own_text(self, request: TextRequest) -> str:
         """A prompt's text without the chat template's; of token ids without special tokens."""
         if request.token_ids is None:
             return request.prompt or "\n".join(_said(request.messages or []))
-        if self._tokenizer is None:
-            return None
+        assert self._tokenizer is not None
         with self._lock:
             return str(self._tokenizer.decode(request.token_ids, skip_special_tokens=True))
 
@@ -149,7 +147,5 @@ def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 def tokenizer_source(checkpoint: Path, base_model: str) -> str:
     """The checkpoint's own tokenizer if it brings one, else the base model's."""
-    own = (checkpoint / "tokenizer.json").exists() or (
-        checkpoint / "tokenizer_config.json"
-    ).exists()
-    return str(checkpoint) if own else base_model
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return str(checkpoint) if any((checkpoint / n).exists() for n in names) else base_model

@@ -72,9 +72,13 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("alone", [0, 64], ids=["groups", "alone"])
 @pytest.mark.parametrize("name", SERVED)
-def test_served_as_by_plain_transformers(name: str) -> None:
+def test_served_as_by_plain_transformers(
+    name: str, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt of many windows, then a step that goes on from the cache."""
+    monkeypatch.setattr("value_server.engine.attention.ALONE_QUERIES", alone)
     served, model = Engine(build(*SERVED[name]), slots=256), build(*SERVED[name])
     served.warm_up()
     prompt = [i * i % 50 for i in range(90)]

@@ -51,7 +51,7 @@ def run_all(served: Engine, jobs: list[Job]) -> None:
         served.release(job)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_scores_do_not_depend_on_company_order_or_history(seed: int, reference: ValueModel) -> None:
     rng = random.Random(seed)
     served = engine(
