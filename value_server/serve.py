@@ -125,7 +125,8 @@ def load(checkpoint: Path, settings: ServerSettings) -> Engine:
     keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = _device(settings.device)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if settings.device == "auto" else settings.device)
     dtype = weight_dtype(settings.dtype, device)
     model = ValueModel.load(checkpoint, settings.base_model, compute_dtype(dtype, device))
     engine = Engine(
@@ -143,9 +144,3 @@ def load(checkpoint: Path, settings: ServerSettings) -> Engine:
     )
     engine.warm_up()
     return engine
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

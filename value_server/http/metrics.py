@@ -30,10 +30,11 @@ SECONDS = tuple(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2
 COUNTS = tuple(float(2**n) for n in range(13))
 
 
-class Metrics:
-    """Counters of one server."""
+class Metrics(Collector):
+    """Figures of one server: those that it is told, and those that the engine keeps itself."""
 
     def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.registry = CollectorRegistry()
         self._step = self._seconds("step", "Time of a step request in the server.")
         self._encode = self._seconds("encode", "Decoding and encoding of a step.")
@@ -46,7 +47,7 @@ class Metrics:
         self.errors = Counter(
             "lenvm_errors", "Requests refused or failed.", ["type"], registry=self.registry
         )
-        self.registry.register(_EngineFigures(engine))
+        self.registry.register(self)
 
     def on_pass(self, queries: int, jobs: int, seconds: float) -> None:
         """See Batcher."""
@@ -74,25 +75,8 @@ class Metrics:
             raise OSError(f"metrics_port: {host}:{port}: {error.strerror}") from error
         return int(server.server_port)
 
-    def render(self) -> bytes:
-        """The text format of Prometheus."""
-        return generate_latest(self.registry)
-
-    def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(f"lenvm_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
-
-    def _counts(self, name: str, text: str) -> Histogram:
-        return Histogram(f"lenvm_pass_{name}", text, buckets=COUNTS, registry=self.registry)
-
-
-class _EngineFigures(Collector):
-    """Figures that the engine keeps itself, read when somebody asks."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
     def collect(self) -> Iterator[Metric]:
-        """Gauges, and counters, whose names get `_total`."""
+        """What the engine keeps: gauges, and counters, whose names get `_total`."""
         engine, cache = self._engine, self._engine.cache
         for name, text, value in (
             ("sessions", "Sessions held.", len(cache.sessions)),
@@ -109,3 +93,13 @@ class _EngineFigures(Collector):
             ("tokens_saved", "Tokens and candidates held already.", engine.saved),
         ):
             yield CounterMetricFamily(f"lenvm_{name}", text, value)
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self.registry)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
+
+    def _counts(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_pass_{name}", text, buckets=COUNTS, registry=self.registry)
