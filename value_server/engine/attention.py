@@ -133,11 +133,16 @@ def groups_of(rows: Sequence[Row], padding: int, device: torch.device) -> list[G
 
 @dataclass(frozen=True)
 class Pass:
-    """What the attention function needs to know; handed through the model as a keyword."""
+    """What the attention function needs to know; handed through the model as a keyword.
+
+    written: (Q,) slot of each query.
+    windows: layer → its sliding window, for the attention to note.
+    """
 
     pool: KVPool
-    written: Tensor  # (Q,) slot of each query
+    written: Tensor
     groups: Sequence[Group]
+    windows: dict[int, int | None]
 
 
 def slot_attention(
@@ -157,7 +162,9 @@ def slot_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with {name!r} is not supported")
-    keys, values = lenvm_pass.pool.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    lenvm_pass.windows[layer] = sliding_window
+    keys, values = lenvm_pass.pool.layer(layer, key, value)
     keys.index_copy_(1, lenvm_pass.written, key[0])
     values.index_copy_(1, lenvm_pass.written, value[0])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -167,6 +174,5 @@ def slot_attention(
     return out[None], None
 
 
-def register() -> None:
-    """Make the attention known to transformers. No mask function goes with it: none is built."""
-    AttentionInterface.register(NAME, slot_attention)
+# No mask function goes with it: none is built.
+AttentionInterface.register(NAME, slot_attention)

@@ -15,9 +15,10 @@ from itertools import chain
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from value_server.engine import selfcheck
-from value_server.engine.attention import NAME, Pass, groups_of, register
+from value_server.engine.attention import NAME, Pass, groups_of
 from value_server.engine.cache import CacheFullError, SlotCache
 from value_server.engine.errors import BusyError, ModelError, RequestError
 from value_server.engine.job import Job, JobResult, Row
@@ -50,7 +51,6 @@ class Engine:
         compiled: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        register()
         self.model = model.eval()
         with selfcheck.named(model):
             self._plain = selfcheck.plain(model)
@@ -71,6 +71,7 @@ class Engine:
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there
+        self._windows: dict[int, int | None] = {}  # see attention.Pass
         self._z = np.zeros(slots, dtype=np.float32)
         self._token = np.frombuffer(self.cache.token, dtype=np.int32)
         self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
@@ -150,7 +151,7 @@ class Engine:
             input_ids=on_device(ids, self.device)[None],  # (1, Q)
             position_ids=on_device(positions, self.device)[None],
             use_cache=False,
-            lenvm_pass=Pass(self.pool, on_device(written, self.device), groups),
+            lenvm_pass=Pass(self.pool, on_device(written, self.device), groups, self._windows),
         )
         z = self.model.head(output.last_hidden_state[0])  # (Q, H) → (Q,)
         self._z[written] = z.float().cpu().numpy()
@@ -210,9 +211,13 @@ class Engine:
         self.cache.prefix_tokens = self.cache.prefix_hits = 0
 
     def _check_backbone(self, session: str) -> None:
-        watch, ids, first = selfcheck.Watch(), selfcheck.text(self.vocab_size), selfcheck.FIRST
-        with watch.on(self.model):
+        ids, first = selfcheck.text(self.vocab_size), selfcheck.FIRST
+        hidden: list[Tensor] = []
+        hook = self.model.head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+        try:
             self.run(Job([Row(session, 0, ids[:first])]))
             candidates = selfcheck.CANDIDATES[: self.max_candidates]
             self.run(Job([Row(session, first, ids[first:], candidates)]))
-        watch.compare(self.model, self._plain)
+        finally:
+            hook.remove()
+        selfcheck.compare(self.model, self._plain, torch.cat(hidden), self._windows)
