@@ -20,7 +20,7 @@ from value_server.engine.linear import compute_dtype, weight_dtype
 from value_server.engine.memory import keep_freed_memory
 from value_server.http.app import create_app
 from value_server.http.telemetry import configure_logs, trace
-from value_server.http.text import Texts, tokenizer_source
+from value_server.http.text import Texts
 from value_server.model.value_model import ValueModel
 from value_server.settings import ServerSettings
 
@@ -110,10 +110,10 @@ def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
     tokens = settings.tokens  # a file that cannot be read is told before the model is loaded
     engine = load(checkpoint, settings)
     lenvm = engine.model.lenvm
-    source = tokenizer_source(checkpoint, settings.base_model or lenvm.base_model)
+    base_model = settings.base_model or lenvm.base_model
     return create_app(
         engine,
-        Texts.load(source, lenvm.tokenizer_fingerprint),
+        Texts.load(checkpoint, base_model, lenvm.tokenizer_fingerprint),
         tokens=tokens,
         max_body_bytes=settings.max_body_bytes,
         max_waiting=settings.max_waiting,

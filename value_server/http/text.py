@@ -60,11 +60,15 @@ class Texts:
         self._lock = threading.Lock()  # fast tokenizers do not like two threads
 
     @classmethod
-    def load(cls, source: str, fingerprint: str) -> "Texts":
-        """The tokenizer of `source` (hub name or folder), if it has one.
+    def load(cls, checkpoint: Path, base_model: str, fingerprint: str) -> "Texts":
+        """The checkpoint's own tokenizer if it brings one, else that of the base model (hub name
+        or folder), if that has one.
 
         Raises CheckpointError if it is not the one that the model was trained with.
         """
+        names = ("tokenizer.json", "tokenizer_config.json")
+        own = any((checkpoint / name).exists() for name in names)
+        source = str(checkpoint) if own else base_model
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -143,9 +147,3 @@ def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
         for part in parts:
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 yield part["text"]
-
-
-def tokenizer_source(checkpoint: Path, base_model: str) -> str:
-    """The checkpoint's own tokenizer if it brings one, else the base model's."""
-    names = ("tokenizer.json", "tokenizer_config.json")
-    return str(checkpoint) if any((checkpoint / n).exists() for n in names) else base_model
