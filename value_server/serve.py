@@ -1,12 +1,9 @@
 """`lenvm serve`: load a checkpoint, listen."""
 
-import asyncio
-import functools
 import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -17,14 +14,13 @@ from cyclopts import Parameter
 from fastapi import FastAPI
 
 from value_server.contract.listen import check_port, check_socket
+from value_server.engine.batcher import Batcher
 from value_server.engine.engine import Engine
 from value_server.engine.linear import compute_dtype, weight_dtype
 from value_server.engine.memory import keep_freed_memory
-from value_server.engine.served import Served
 from value_server.http.app import create_app
-from value_server.http.logs import configure
-from value_server.http.text import Texts, tokenizer_source
-from value_server.http.traces import trace
+from value_server.http.telemetry import configure_logs, trace
+from value_server.http.text import Texts
 from value_server.model.value_model import ValueModel
 from value_server.settings import ServerSettings
 
@@ -48,7 +44,7 @@ def serve(
         Folder of a value model, as `lenvm train` writes it.
     """
     settings = settings or ServerSettings()
-    configure(settings.log_format)
+    configure_logs(settings.log_format)
     signal.signal(signal.SIGTERM, _stop)  # until the server has its own; process 1 has no default
     if settings.uds:
         check_socket(settings.uds)
@@ -58,12 +54,22 @@ def serve(
         app = build_app(checkpoint, settings)
         trace(app)
         if settings.metrics_port is not None:
-            files = settings.tls_cert, settings.tls_key
-            app.state.metrics.listen(settings.host, settings.metrics_port, *files)
+            app.state.shared.metrics.listen(
+                settings.host, settings.metrics_port, settings.tls_cert, settings.tls_key
+            )
     except Exception as error:  # a dozen libraries read a model, each with its own errors
         log.debug("load failed", exc_info=error)
-        sys.exit(f"error: cannot serve {checkpoint}: {_one_line(error)}")
-    config = uvicorn.Config(
+        reason = " ".join(str(error).split()) or repr(error)
+        sys.exit(f"error: cannot serve {checkpoint}: {reason}")
+    ValueServer(_config(app, settings), app.state.shared.batcher, settings.drain_s).run()
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -75,73 +81,39 @@ def serve(
         timeout_keep_alive=3600,  # the plugin keeps its connection between requests
         timeout_graceful_shutdown=LAST_S,
     )
-    again = functools.partial(load, checkpoint, settings)
-    server = ValueServer(config, app.state.served, settings.drain_s, again)
-    signal.signal(signal.SIGHUP, server.reload)
-    server.run()
-
-
-def _stop(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 class ValueServer(uvicorn.Server):
-    """SIGTERM: refuse what comes, finish what runs, and end. SIGHUP: load the checkpoint again.
+    """SIGTERM: refuse what comes, finish what runs, and end. A second one, or SIGINT: at once."""
 
-    A second SIGTERM, or SIGINT, ends at once. A checkpoint that cannot be served changes nothing.
-    """
-
-    def __init__(
-        self, config: uvicorn.Config, served: Served, drain_s: float, load: Callable[[], Engine]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, batcher: Batcher, drain_s: float) -> None:
         super().__init__(config)
-        self._served, self._drain_s, self._load = served, drain_s, load
+        self._batcher, self._drain_s = batcher, drain_s
         self._end = float("inf")
-        self._asked = False
-        self._switch: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig != signal.SIGTERM or self._served.draining:
+        if sig != signal.SIGTERM or self._batcher.draining:
             super().handle_exit(sig, frame)
             return
-        log.info("SIGTERM: finishing %d requests", self._served.depth)
-        self._served.drain()
+        log.info("SIGTERM: finishing %d requests", self._batcher.depth)
+        self._batcher.drain()
         self._end = time.monotonic() + self._drain_s
-
-    def reload(self, *_: object) -> None:
-        """Load the checkpoint again, some time soon."""
-        self._asked = True
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; asked ten times a second."""
-        if self._asked:
-            self._asked = False
-            self._begin_switch()
-        drained = time.monotonic() >= self._end and self._served.depth == 0
+        drained = time.monotonic() >= self._end and self._batcher.depth == 0
         return await super().on_tick(counter) or drained
-
-    def _begin_switch(self) -> None:
-        if self._switch is not None and not self._switch.done():
-            log.error("SIGHUP: sessions are still on the checkpoint before this one")
-            return
-        self._switch = asyncio.create_task(self._load_and_switch())
-
-    async def _load_and_switch(self) -> None:
-        try:
-            await self._served.switch(await asyncio.to_thread(self._load))
-        except Exception as error:
-            log.error("SIGHUP: the checkpoint stays as it is: %s", _one_line(error))
 
 
 def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:
     """Load everything, warm it up and put it together. Raises what loading raises."""
-    tokens = settings.tokens
+    tokens = settings.tokens  # a file that cannot be read is told before the model is loaded
     engine = load(checkpoint, settings)
     lenvm = engine.model.lenvm
-    source = tokenizer_source(checkpoint, settings.base_model or lenvm.base_model)
+    base_model = settings.base_model or lenvm.base_model
     return create_app(
         engine,
-        Texts.load(source, lenvm.tokenizer_fingerprint),
+        Texts.load(checkpoint, base_model, lenvm.tokenizer_fingerprint),
         tokens=tokens,
         max_body_bytes=settings.max_body_bytes,
         max_waiting=settings.max_waiting,
@@ -153,7 +125,8 @@ def load(checkpoint: Path, settings: ServerSettings) -> Engine:
     keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = _device(settings.device)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if settings.device == "auto" else settings.device)
     dtype = weight_dtype(settings.dtype, device)
     model = ValueModel.load(checkpoint, settings.base_model, compute_dtype(dtype, device))
     engine = Engine(
@@ -171,13 +144,3 @@ def load(checkpoint: Path, settings: ServerSettings) -> Engine:
     )
     engine.warm_up()
     return engine
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or repr(error)

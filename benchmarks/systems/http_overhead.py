@@ -22,7 +22,7 @@ from lenvm_vllm.values.client import ValueClient
 from value_server.contract import wire
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.engine.engine import Engine
-from value_server.engine.job import Job, StepRow
+from value_server.engine.job import Job, Row
 from value_server.model.value_model import ValueHead, ValueModel
 
 app = App(help=__doc__)
@@ -66,7 +66,7 @@ def engine_ms(sessions: int, candidates: list[int]) -> float:
 
     def step(number: int) -> None:
         start, tokens = (len(PROMPT) + number - 1, candidates[:1]) if number else (0, PROMPT)
-        engine.run(Job([StepRow(name, start, tokens, candidates) for name in names]))
+        engine.run(Job([Row(name, start, tokens, candidates) for name in names]))
 
     return p50_ms(step)
 

@@ -35,7 +35,7 @@ from transformers.utils import logging
 from benchmarks.systems.http_overhead import overhead_ms
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.engine.engine import Engine
-from value_server.engine.job import Job, StepRow
+from value_server.engine.job import Job, Row
 from value_server.engine.linear import compute_dtype, weight_dtype
 from value_server.engine.memory import keep_freed_memory
 from value_server.model.value_model import ValueHead, ValueModel, load_backbone
@@ -119,11 +119,11 @@ class Ours:
             for slot in session.path:
                 engine.cache.ready[slot] = 1
             engine.cache.unpin(session)
-        engine.run(Job([StepRow(name, prefix, [], self.candidates) for name in self.names]))
+        engine.run(Job([Row(name, prefix, [], self.candidates) for name in self.names]))
 
     def step(self) -> None:
         emitted = [self.candidates[0]]
-        rows = [StepRow(name, self.length, emitted, self.candidates) for name in self.names]
+        rows = [Row(name, self.length, emitted, self.candidates) for name in self.names]
         self.engine.run(Job(rows))
         self.length += 1
 
@@ -236,11 +236,11 @@ def measure(
 def memory(engine: Engine) -> dict[str, float]:
     """KV of one session, and of 64 samples of its prompt of 1,000 tokens, in slots."""
     prompt = [i % 1000 for i in range(1000)]
-    engine.run(Job([StepRow("one", 0, prompt)]))
+    engine.run(Job([Row("one", 0, prompt)]))
     one = engine.cache.used
     names = [f"n{i}" for i in range(63)]
     for name in names:
-        engine.run(Job([StepRow(name, 0, prompt)]))
+        engine.run(Job([Row(name, 0, prompt)]))
     many = engine.cache.used
     for name in ["one", *names]:
         engine.cache.close(name)

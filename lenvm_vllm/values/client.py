@@ -6,7 +6,7 @@ ValueServerError
 ├── TimedOut        no answer in time
 ├── Refused         an HTTP status that is an error
 ├── BadReply        an answer that cannot be read
-├── Mismatch        values of another tokenizer or protocol
+├── Mismatch        values of another tokenizer, protocol or model than it told of
 └── CircuitOpen     failed a moment ago: not asked
 """
 
@@ -53,7 +53,7 @@ class BadReply(ValueServerError):
 
 
 class Mismatch(ValueServerError):
-    """The server's values are not for this model's tokens."""
+    """The server's values are not for this model's tokens, or not of the model that it told of."""
 
 
 class CircuitOpen(ValueServerError):
@@ -148,6 +148,8 @@ class ValueClient:
         message = wire.decode_reply(body, sum(request.candidate_counts))
         if any(not 0 <= row < rows for row in message.unknown):
             raise BadReply(f"unknown: rows {message.unknown} of {rows}")
+        if self._info is not None and message.model_id != self._info.model_id:
+            raise Mismatch("model_id: the server was started anew, with another model or limits")
         logits = wire.unpack_logits(message.logits)
         missing = np.repeat(np.isin(np.arange(rows), message.unknown), request.candidate_counts)
         if not np.isfinite(logits[~missing]).all():

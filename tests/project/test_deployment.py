@@ -189,8 +189,7 @@ def test_environments_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dashboard_and_autoscaler_name_metrics_that_exist() -> None:
-    figures = Metrics(lambda: engine)
-    engine = Engine(tiny_model(), slots=64)
+    figures = Metrics(Engine(tiny_model(), slots=64))
     exposed = set(re.findall(r"^(lenvm_\w+)", figures.render().decode(), re.MULTILINE))
     exposed |= {f"lenvm_{name}_total" for name in HELP}
     figures.errors.labels("busy").inc()

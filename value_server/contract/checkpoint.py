@@ -1,15 +1,22 @@
-"""What a checkpoint says of itself: the `lenvm` block in its config.json."""
+"""What a checkpoint holds. ValueModel.save and .load (model/value_model.py) write and read it.
+
+config.json                    the backbone's config with the block `lenvm`, a LenvmConfig
+value_head.safetensors         the head
+model*.safetensors             the backbone, where `weights` is "full"
+adapter_*                      the peft adapter, where it is "adapter"
+tokenizer.json and the like    where it brings its own; else the base model's is taken
+"""
 
 import hashlib
 import json
 import math
 import stat
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgspec
 
-from value_server.contract.targets import TARGETS, Readout, Target
+from value_server.contract.targets import Readout, Target
 from value_server.contract.values import check_gamma
 
 CONFIG_FILE = "config.json"
@@ -39,14 +46,12 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     weights: str
     num_layers: int
     tokenizer_fingerprint: str
-    target: str = "discounted_return"
+    target: Target = "discounted_return"
     target_scale: float = 1.0
     training: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        if self.target not in TARGETS:
-            raise ValueError(f"target: unknown value {self.target!r}")
         if not 0 < self.target_scale < math.inf:
             raise ValueError(f"target_scale: {self.target_scale!r}, must be above 0")
         if self.weights not in ("full", "adapter", "head"):
@@ -55,7 +60,7 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     @property
     def readout(self) -> Readout:
         """How the head's raw output becomes a value."""
-        return Readout(cast(Target, self.target), self.gamma, self.target_scale)
+        return Readout(self.target, self.gamma, self.target_scale)
 
 
 def read_config(checkpoint: Path) -> LenvmConfig:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MEDIA_TYPE = "application/msgpack"
 
 STEP_PATH = "/v1/step"
@@ -24,7 +24,11 @@ SESSIONS_PATH = "/v1/sessions"
 
 
 class WireError(ValueError):
-    """A message that cannot be decoded or contradicts itself; names the field."""
+    """A message that cannot be decoded or contradicts itself, in `field`, if that is known."""
+
+    def __init__(self, problem: str, field: str | None = None) -> None:
+        super().__init__(f"{field}: {problem}" if field else problem)
+        self.field = field
 
 
 class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -51,21 +55,27 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StepReply(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """logits: K float32 z in the order of the request, NaN in rows listed in `unknown`.
+    """model_id: of the ModelInfo by which the logits have to be read.
+    logits: K float32 z in the order of the request, NaN in rows listed in `unknown`.
 
     unknown: indices of rows whose session is not held as far as its `starts`: send the whole
         text again with start 0.
     """
 
     version: int = WIRE_VERSION
+    model_id: str = ""
     logits: bytes
     unknown: list[int] = []
 
 
 class ModelInfo(msgspec.Struct, kw_only=True):
-    """What `GET /v1/model` tells about the served value model."""
+    """What `GET /v1/model` tells about the served value model.
+
+    model_id: another one where any of the other facts is another.
+    """
 
     version: int = WIRE_VERSION
+    model_id: str = ""
     gamma: float
     base_model: str
     tokenizer_fingerprint: str
@@ -114,13 +124,13 @@ def decode_request(data: bytes) -> StepRequest:
     _check_version(request.version)
     rows = len(request.sessions)
     if len(set(request.sessions)) != rows:
-        raise WireError("sessions: an id occurs twice")
+        raise WireError("an id occurs twice", "sessions")
     for name in ("starts", "token_counts", "candidate_counts"):
         numbers = getattr(request, name)
         if len(numbers) != rows:
-            raise WireError(f"{name}: {len(numbers)} entries for {rows} sessions")
+            raise WireError(f"{len(numbers)} entries for {rows} sessions", name)
         if any(n < 0 for n in numbers):
-            raise WireError(f"{name}: negative entry {min(numbers)}")
+            raise WireError(f"negative entry {min(numbers)}", name)
     _check_ids("tokens", request.tokens, sum(request.token_counts))
     _check_ids("candidates", request.candidates, sum(request.candidate_counts))
     return request
@@ -139,15 +149,15 @@ def decode_reply(data: bytes, candidates: int) -> StepReply:
         raise WireError(f"step reply: {error}") from error
     _check_version(reply.version)
     if len(reply.logits) != 4 * candidates:
-        raise WireError(f"logits: {len(reply.logits)} bytes for {candidates} candidates")
+        raise WireError(f"{len(reply.logits)} bytes for {candidates} candidates", "logits")
     return reply
 
 
 def _check_version(version: int) -> None:
     if version != WIRE_VERSION:
-        raise WireError(f"version: got {version}, this side speaks {WIRE_VERSION}")
+        raise WireError(f"got {version}, this side speaks {WIRE_VERSION}", "version")
 
 
 def _check_ids(name: str, data: bytes, count: int) -> None:
     if len(data) != 4 * count:
-        raise WireError(f"{name}: {len(data)} bytes, the counts say {4 * count}")
+        raise WireError(f"{len(data)} bytes, the counts say {4 * count}", name)

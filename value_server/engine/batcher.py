@@ -1,16 +1,17 @@
 """One thread owns the engine; everything that waits goes into its next forward pass.
 
 A job whose future is cancelled, because its caller has left, is not computed any further.
+
+    submit ─▶ inbox ─▶ waiting ─admit─▶ active ─advance, pass by pass─▶ answered
 """
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from value_server.engine.engine import Engine
 from value_server.engine.errors import BusyError, ModelError, RequestError
@@ -19,13 +20,6 @@ from value_server.engine.job import Job, JobResult
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # between looks for abandoned sessions
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    job: Job
-    future: "Future[JobResult]" = field(default_factory=Future)
-    submitted: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
@@ -43,11 +37,11 @@ class Batcher:
         self.engine = engine
         self.max_waiting = max_waiting
         self.on_pass = on_pass
-        self._inbox: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self._waiting: list[_Entry] = []
-        self._active: list[_Entry] = []
-        self._lock = threading.Lock()  # over these two
-        self._stopping = False
+        self.draining = False  # what runs is finished, what comes is refused
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: the last
+        self._waiting: list[Job] = []
+        self._active: list[Job] = []
+        self._lock = threading.Lock()  # over `_taken` and what goes into the inbox
         self._taken = 0
         self._left = 0  # the engine's thread alone counts it
         self._stopped = False
@@ -56,23 +50,21 @@ class Batcher:
     def start(self) -> None:
         self._thread.start()
 
+    def drain(self) -> None:
+        """Refuse what comes from now on, and finish what is there. For signal handlers: no lock."""
+        self.draining = True
+
     def stop(self) -> None:
         """Finish the current pass, fail what waits, end the thread."""
         with self._lock:
-            self._stopping = True
+            self.draining = True
             self._inbox.put(None)
         self._thread.join()
 
-    def forget(self, name: str) -> None:
-        """Close a session some time soon; nobody waits for it, and it is never refused."""
-        with self._lock:
-            self._taken += 1
-            self._inbox.put(_Entry(Job([], [name])))
-
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether jobs are served."""
+        return self._thread.is_alive() and not self.draining
 
     @property
     def depth(self) -> int:
@@ -84,16 +76,24 @@ class Batcher:
 
         The future fails with BusyError, ModelError or nothing else. To cancel it is to leave.
         """
-        self.engine.check(job.steps)
-        entry = _Entry(job)
+        self.engine.check(job.rows)
         with self._lock:  # else two callers could share the last place
-            if self._stopping:
+            if self.draining:
                 raise BusyError("the server is shutting down")
             if self.depth >= self.max_waiting:
                 raise BusyError(f"{self.max_waiting} requests wait already")
-            self._taken += 1
-            self._inbox.put(entry)
-        return entry.future
+            self._put(job)
+        return job.future
+
+    def forget(self, name: str) -> None:
+        """Close a session some time soon; nobody waits for it, and it is never refused."""
+        with self._lock:
+            self._put(Job([], [name]))
+
+    def _put(self, job: Job) -> None:
+        job.submitted = time.perf_counter()
+        self._taken += 1
+        self._inbox.put(job)
 
     def _loop(self) -> None:
         while not self._stopped:
@@ -107,62 +107,54 @@ class Batcher:
             except Exception:
                 # Not the model (that is handled below): a bug of ours. Serve on without the jobs.
                 log.exception("value engine: unexpected error")
-                self._fail(list(self._active), ModelError("internal error of the value engine"))
-        for entry in self._active + self._waiting:
-            _fail_future(entry, BusyError("the server is shutting down"))
+                for job in list(self._active):
+                    self._end(job, ModelError("internal error of the value engine"))
+        for job in [*self._active, *self._waiting]:
+            self._end(job, BusyError("the server is shutting down"))
 
     def _receive(self) -> None:
         """Take everything out of the inbox; wait for something if there is nothing to do."""
-        try:
+        with suppress(queue.Empty):
             idle = not (self._active or self._waiting)
-            entry = self._inbox.get(block=idle, timeout=IDLE_SECONDS)
+            job = self._inbox.get(block=idle, timeout=IDLE_SECONDS)
             while True:
-                if entry is None:
+                if job is None:
                     self._stopped = True
                 else:
-                    self._waiting.append(entry)
-                entry = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+                    self._waiting.append(job)
+                job = self._inbox.get_nowait()
 
     def _forsake(self) -> None:
         """Drop the jobs whose callers have left."""
-        for entry in [e for e in self._waiting if e.future.cancelled()]:
-            self._waiting.remove(entry)
-            self._left += 1
-        for entry in [e for e in self._active if e.future.cancelled()]:
-            self._drop(entry)
+        for job in [*self._waiting, *self._active]:
+            if job.future.cancelled():
+                self._end(job, BusyError("its caller has left"))
 
     def _admit(self) -> None:
         """Waiting → active, in order; a job waits while an earlier one touches its sessions."""
-        touched = {name for entry in self._active for name in entry.job.touched}
-        waiting, self._waiting = self._waiting, []
+        touched = {name for job in self._active for name in job.touched}
         full = False
-        for entry in waiting:
-            if full or not touched.isdisjoint(entry.job.touched):
-                self._waiting.append(entry)
-            else:
-                full = not self._try_admit(entry)
-            touched |= entry.job.touched
+        for job in list(self._waiting):
+            if not full and touched.isdisjoint(job.touched):
+                full = not self._try_admit(job)
+            touched |= job.touched
+        self._answer()
 
-    def _try_admit(self, entry: _Entry) -> bool:
+    def _try_admit(self, job: Job) -> bool:
         """False: no slots now, but active jobs will give some back."""
         try:
-            self.engine.admit(entry.job)
+            self.engine.admit(job)
         except BusyError as error:
             if self._active:
-                self._waiting.append(entry)
                 return False
-            self._refuse(entry, error)
-            return True
+            self._end(job, error)
         except Exception:
             log.exception("value engine: cannot admit a job")
-            self.engine.release(entry.job)
-            self._refuse(entry, ModelError("internal error of the value engine"))
-            return True
-        entry.job.queue_seconds = time.perf_counter() - entry.submitted
-        self._active.append(entry)
-        self._finish()
+            self._end(job, ModelError("internal error of the value engine"))
+        else:
+            job.queue_seconds = time.perf_counter() - job.submitted
+            self._waiting.remove(job)
+            self._active.append(job)
         return True
 
     def _advance(self) -> None:
@@ -171,51 +163,41 @@ class Batcher:
             self._forward(self._active)
         except Exception as error:
             log.warning("value engine: a pass of %d jobs failed: %r", len(self._active), error)
-            for entry in list(self._active):
+            for job in list(self._active):
                 try:
-                    self._forward([entry])
+                    self._forward([job])
                 except Exception as own_error:
                     log.exception("value engine: forward pass failed")
-                    self._fail([entry], ModelError(f"the forward pass failed: {own_error}"))
-        self._finish()
+                    self._end(job, ModelError(f"the forward pass failed: {own_error}"))
+        self._answer()
 
-    def _forward(self, entries: list[_Entry]) -> None:
+    def _forward(self, jobs: Sequence[Job]) -> None:
         begin = time.perf_counter()
-        queries = self.engine.advance([entry.job for entry in entries])
+        queries = self.engine.advance(jobs)
         seconds = time.perf_counter() - begin
-        self.on_pass(queries, len(entries), seconds)
-        for entry in entries:
-            entry.job.prefill_seconds += entry.job.compute_seconds
-            entry.job.compute_seconds = seconds
+        self.on_pass(queries, len(jobs), seconds)
+        for job in jobs:
+            job.prefill_seconds += job.compute_seconds
+            job.compute_seconds = seconds
 
-    def _finish(self) -> None:
+    def _answer(self) -> None:
         """Answer the active jobs that are done."""
-        for entry in [e for e in self._active if self.engine.is_done(e.job)]:
+        for job in [job for job in self._active if self.engine.is_done(job)]:
             try:
-                result = self.engine.result(entry.job)
+                self._end(job, self.engine.result(job))
             except RequestError as error:
-                self._fail([entry], error)
-                continue
-            self._drop(entry)
-            with suppress(InvalidStateError):  # the caller has left
-                entry.future.set_result(result)
+                self._end(job, error)
 
-    def _refuse(self, entry: _Entry, error: RequestError) -> None:
-        """Fail a job that was not admitted."""
+    def _end(self, job: Job, outcome: JobResult | RequestError) -> None:
+        """The job, waiting or active, is over."""
+        if job in self._active:
+            self._active.remove(job)
+            self.engine.release(job)
+        else:
+            self._waiting.remove(job)
         self._left += 1
-        _fail_future(entry, error)
-
-    def _fail(self, entries: list[_Entry], error: RequestError) -> None:
-        for entry in entries:
-            self._drop(entry)
-            _fail_future(entry, error)
-
-    def _drop(self, entry: _Entry) -> None:
-        self._active.remove(entry)
-        self._left += 1
-        self.engine.release(entry.job)
-
-
-def _fail_future(entry: _Entry, error: RequestError) -> None:
-    with suppress(InvalidStateError):  # the caller has left
-        entry.future.set_exception(error)
+        with suppress(InvalidStateError):  # the caller has left
+            if isinstance(outcome, RequestError):
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome)

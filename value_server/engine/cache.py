@@ -51,20 +51,11 @@ class Session:
         return len(self.path) + len(self.candidates)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one client's sessions may hold together; beyond it the client's own oldest goes.
-
-    slots: shared ones are counted for each session.
-    """
-
-    sessions: int
-    slots: int
-
-
 class SlotCache:
     """`slots` places for tokens, at most `max_sessions` sessions, dropped after `ttl` idle seconds.
 
+    client_sessions, client_slots: what one client's sessions may hold together, slots that are
+    shared counted for each; beyond it the client's own oldest goes. None: all there is.
     `now` is a clock in seconds. Not thread-safe: one thread owns it.
     """
 
@@ -74,13 +65,15 @@ class SlotCache:
         max_sessions: int,
         ttl: float,
         now: Callable[[], float],
-        limits: Limits | None = None,
+        client_sessions: int | None = None,
+        client_slots: int | None = None,
     ) -> None:
-        self.limits = limits or Limits(max_sessions, slots)
         self.size = slots
         self.max_sessions = max_sessions
         self.ttl = ttl
         self.now = now
+        self.client_sessions = client_sessions or max_sessions
+        self.client_slots = client_slots or slots
         self.sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self.evictions = 0
         self.expirations = 0
@@ -142,14 +135,13 @@ class SlotCache:
         self._release(session.path)
         return True
 
-    def expire(self) -> int:
-        """Forget the sessions that nobody has used for `ttl` seconds; how many there were."""
+    def expire(self) -> None:
+        """Forget the sessions that nobody has used for `ttl` seconds."""
         limit = self.now() - self.ttl
         old = [n for n, s in self.sessions.items() if s.used_at < limit and not s.pinned]
         for name in old:
             self.close(name)
         self.expirations += len(old)
-        return len(old)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless free + owned = all and every owner is counted."""
@@ -174,10 +166,10 @@ class SlotCache:
                 raise RuntimeError(f"slot {slot}: {count} owners, {self._owners[slot]} counted")
 
     def _open(self, name: str, client: str) -> Session:
-        if self.limits.sessions < self.max_sessions:
-            own = sum(1 for session in self.sessions.values() if session.client == client)
-            if own >= self.limits.sessions:
-                self._evict(f"a client's {self.limits.sessions} sessions are in use", client)
+        if self.client_sessions < self.max_sessions:
+            own = sum(session.client == client for session in self.sessions.values())
+            if own >= self.client_sessions:
+                self._evict(f"a client's {self.client_sessions} sessions are in use", client)
         if len(self.sessions) >= self.max_sessions:
             self._evict(f"all {self.max_sessions} sessions are in use")
         session = self.sessions[name] = Session(client=client)
@@ -185,13 +177,13 @@ class SlotCache:
 
     def _keep_limits(self, session: Session, size: int) -> None:
         """Make room for `size` slots of the session among those of its client."""
-        if self.limits.slots >= self.size:
+        if self.client_slots >= self.size:
             return  # the pool itself is the limit
         while True:
             own = sum(s.size for s in self.sessions.values() if s.client == session.client)
-            if own - session.size + size <= self.limits.slots:
+            if own - session.size + size <= self.client_slots:
                 return
-            self._evict(f"a client's {self.limits.slots} slots are in use", session.client)
+            self._evict(f"a client's {self.client_slots} slots are in use", session.client)
 
     def _move(
         self, session: Session, start: int, tokens: Sequence[int], candidates: Sequence[int]

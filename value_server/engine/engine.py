@@ -15,20 +15,17 @@ from itertools import chain
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from value_server.engine import selfcheck
-from value_server.engine.alone import Alone
-from value_server.engine.attention import NAME, KVPool, Part, Pass, Row, register
-from value_server.engine.cache import CacheFullError, Limits, SlotCache
+from value_server.engine.attention import NAME, Pass, groups_of
+from value_server.engine.cache import CacheFullError, SlotCache
 from value_server.engine.errors import BusyError, ModelError, RequestError
-from value_server.engine.groups import group_rows
-from value_server.engine.job import Job, JobResult, StepRow
+from value_server.engine.job import Job, JobResult, Row
 from value_server.engine.linear import compile_inplace, pack_inplace
-from value_server.engine.memory import on_device
-from value_server.engine.scheduler import Chunk, JobRow, is_done, next_chunks
+from value_server.engine.memory import KVPool, on_device
+from value_server.engine.scheduler import is_done, next_pass
 from value_server.model.value_model import ValueModel
-
-ALONE_QUERIES = 64  # a row with more is worth a group on a CPU, too
 
 
 class Engine:
@@ -54,7 +51,6 @@ class Engine:
         compiled: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        register()
         self.model = model.eval()
         with selfcheck.named(model):
             self._plain = selfcheck.plain(model)
@@ -71,27 +67,27 @@ class Engine:
         self.max_candidates = max_candidates
         self.pass_tokens = pass_tokens
         self.prefill_tokens = prefill_tokens
-        limits = Limits(client_sessions or max_sessions, client_slots or slots)
-        self.cache = SlotCache(slots, max_sessions, session_ttl, now, limits)
+        self.cache = SlotCache(slots, max_sessions, session_ttl, now, client_sessions, client_slots)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there
+        self._windows: dict[int, int | None] = {}  # see attention.Pass
         self._z = np.zeros(slots, dtype=np.float32)
         self._token = np.frombuffer(self.cache.token, dtype=np.int32)
         self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
 
-    def check(self, steps: Sequence[StepRow]) -> None:
+    def check(self, rows: Sequence[Row]) -> None:
         """Raises RequestError for what no state of the server could answer."""
-        self._check_ids("tokens", [step.tokens for step in steps])
-        self._check_ids("candidates", [step.candidates for step in steps])
-        for step in steps:
-            if len(step.candidates) > self.max_candidates:
+        self._check_ids("tokens", [row.tokens for row in rows])
+        self._check_ids("candidates", [row.candidates for row in rows])
+        for row in rows:
+            if len(row.candidates) > self.max_candidates:
                 raise RequestError(
-                    f"candidate_counts: {len(step.candidates)} candidates for one session, "
+                    f"candidate_counts: {len(row.candidates)} candidates for one session, "
                     f"at most {self.max_candidates}",
                     "candidate_counts",
                 )
-            length = step.start + len(step.tokens) + bool(step.candidates)
+            length = row.start + len(row.tokens) + bool(row.candidates)
             if length > self.max_position:
                 raise RequestError(
                     f"tokens: the text would be {length} tokens long with a candidate, "
@@ -111,28 +107,31 @@ class Engine:
         """Give the job its slots. Raises BusyError; the job may be admitted again later."""
         for name in job.closed:
             job.found += self.cache.close(name)
-        job.rows = []
         created = self.cache.created
+        for row in job.rows:
+            row.session = None
         try:
-            for step in job.steps:
-                session = self.cache.update(*step, client=job.client)
-                job.rows.append(JobRow(session) if session else None)
-        except CacheFullError as error:
+            for row in job.rows:
+                row.session = self.cache.update(
+                    row.name, row.start, row.tokens, row.candidates, job.client
+                )
+        except Exception as error:
             self.release(job)
-            raise BusyError(f"{error}: try again") from error
-        held = [step for step, row in zip(job.steps, job.rows, strict=True) if row]
-        asked = sum(len(step.tokens) + len(step.candidates) for step in held)
+            if isinstance(error, CacheFullError):
+                raise BusyError(f"{error}: try again") from error
+            raise
+        asked = sum(len(row.tokens) + len(row.candidates) for row in job.rows if row.session)
         self.saved += asked - (self.cache.created - created)
 
     def release(self, job: Job) -> None:
         """The job is over, well or not: its sessions may be evicted again."""
         for row in job.rows:
-            if row:
+            if row.session:
                 self.cache.unpin(row.session)
 
     def is_done(self, job: Job) -> bool:
         """Whether `result` has everything."""
-        return all(is_done(self.cache, row) for row in job.rows if row)
+        return all(is_done(self.cache, row.session) for row in job.rows if row.session)
 
     @torch.inference_mode()
     def advance(self, jobs: Sequence[Job]) -> int:
@@ -140,19 +139,19 @@ class Engine:
 
         Whatever it raises, no slot counts as computed that is not, and the pass may be repeated.
         """
-        rows = [row for job in jobs for row in job.rows if row]
-        chunks = next_chunks(self.cache, rows, self.pass_tokens, self.prefill_tokens)
-        if not chunks:
+        waiting = chain.from_iterable(job.rows for job in jobs)
+        rows = next_pass(self.cache, waiting, self.pass_tokens, self.prefill_tokens)
+        if not rows:
             return 0
-        flat, positions = _flatten(chunks)
-        written = np.concatenate([row.written for row in flat])
-        lenvm_pass = Pass(self.pool, on_device(written, self.device), self._parts(flat))
-        ids = on_device(self._token[written].astype(np.int64), self.device)
+        written = np.concatenate([row.slots(row.begin) for row in rows])
+        positions = np.concatenate([row.positions for row in rows])
+        ids = self._token[written].astype(np.int64)
+        groups = groups_of(rows, self.pool.padding, self.device)
         output = self.model.backbone(
-            input_ids=ids[None],  # (1, Q)
+            input_ids=on_device(ids, self.device)[None],  # (1, Q)
             position_ids=on_device(positions, self.device)[None],
             use_cache=False,
-            lenvm_pass=lenvm_pass,
+            lenvm_pass=Pass(self.pool, on_device(written, self.device), groups, self._windows),
         )
         z = self.model.head(output.last_hidden_state[0])  # (Q, H) → (Q,)
         self._z[written] = z.float().cpu().numpy()
@@ -160,40 +159,34 @@ class Engine:
         self.forwarded += len(written)
         return len(written)
 
-    def _parts(self, rows: Sequence[Row]) -> list[Part]:
-        few = ALONE_QUERIES if self.device.type == "cpu" else 0
-        alone = [Alone(row, self.pool.padding) for row in rows if row.queries <= few]
-        many = [row for row in rows if row.queries > few]
-        return [*alone, *group_rows(many, self.pool.padding, self.device)]
-
     def result(self, job: Job) -> JobResult:
         """The logits of a finished job.
 
         Raises ModelError if one is not a finite number; the sessions of the job are then gone.
         """
-        logits, unknown, texts = [], [], []
-        for index, (step, row) in enumerate(zip(job.steps, job.rows, strict=True)):
-            if row is None:
-                unknown.append(index)
-                logits.append(np.full(len(step.candidates), np.nan, dtype=np.float32))
+        logits = [np.empty(0, dtype=np.float32)]
+        texts = []
+        for row in job.rows:
+            if row.session is None:
+                logits.append(np.full(len(row.candidates), np.nan, dtype=np.float32))
                 continue
             logits.append(self._logits(row.session.candidates, job))
             if job.texts:
                 texts.append(self._logits(row.session.path, job))
-        flat = np.concatenate(logits) if logits else np.empty(0, dtype=np.float32)
-        return JobResult(flat, unknown, texts)
+        unknown = [index for index, row in enumerate(job.rows) if row.session is None]
+        return JobResult(np.concatenate(logits), unknown, texts)
 
     def _logits(self, slots: Sequence[int], job: Job) -> NDArray[np.float32]:
         z: NDArray[np.float32] = self._z[np.array(slots, dtype=np.int64)]
         if not np.isfinite(z).all():
-            for step in job.steps:
-                self.cache.close(step.session)
+            for row in job.rows:
+                self.cache.close(row.name)
             raise ModelError("the model gave a logit that is not a finite number")
         return z
 
     def run(self, job: Job) -> JobResult:
         """Serve one job alone."""
-        self.check(job.steps)
+        self.check(job.rows)
         self.admit(job)
         try:
             while not self.is_done(job):
@@ -212,28 +205,19 @@ class Engine:
             self._check_backbone(name)
         length = min(self.prefill_tokens, self.max_position - 1, self.cache.size // 2)
         for candidates in ([0], [0, 1][: self.max_candidates]):
-            self.run(Job([StepRow(name, 0, [0] * length, candidates)]))
+            self.run(Job([Row(name, 0, [0] * length, candidates)]))
         self.cache.close(name)
         self.forwarded = self.saved = 0
         self.cache.prefix_tokens = self.cache.prefix_hits = 0
 
     def _check_backbone(self, session: str) -> None:
-        watch, ids, first = selfcheck.Watch(), selfcheck.text(self.vocab_size), selfcheck.FIRST
-        with watch.on(self.model):
-            self.run(Job([StepRow(session, 0, ids[:first])]))
+        ids, first = selfcheck.text(self.vocab_size), selfcheck.FIRST
+        hidden: list[Tensor] = []
+        hook = self.model.head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+        try:
+            self.run(Job([Row(session, 0, ids[:first])]))
             candidates = selfcheck.CANDIDATES[: self.max_candidates]
-            self.run(Job([StepRow(session, first, ids[first:], candidates)]))
-        watch.compare(self.model, self._plain)
-
-
-def _flatten(chunks: Sequence[Chunk]) -> tuple[list[Row], NDArray[np.int64]]:
-    """Rows of the pass, and the (Q,) position of each query."""
-    rows, positions, first = [], [], 0
-    for chunk in chunks:
-        path = np.array(chunk.row.session.path[: chunk.end], dtype=np.int64)
-        candidates = np.array(chunk.candidates, dtype=np.int64)
-        rows.append(Row(first, path, chunk.end - chunk.start, candidates))
-        positions.append(np.arange(chunk.start, chunk.end))
-        positions.append(np.full(len(chunk.candidates), chunk.end))
-        first += chunk.queries
-    return rows, np.concatenate(positions)
+            self.run(Job([Row(session, first, ids[first:], candidates)]))
+        finally:
+            hook.remove()
+        selfcheck.compare(self.model, self._plain, torch.cat(hidden), self._windows)

@@ -1,64 +1,72 @@
-"""What the engine is asked and what it answers.
+"""What the engine is asked, how far it has come with it, and what it answers. No torch.
 
-Legend: K candidates, T tokens.
+Legend: K candidates, T tokens, n queries of a row in one pass, S slots that they see.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from value_server.engine.scheduler import JobRow
-
-
-class StepRow(NamedTuple):
-    """One session's part of a request; see contract.wire.StepRequest."""
-
-    session: str
-    start: int
-    tokens: Sequence[int]
-    candidates: Sequence[int] = ()
+from value_server.engine.cache import Session
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """One request.
+class Row:
+    """One session's part of a step, from the wire to the attention.
 
-    texts: whether the values of the whole texts are wanted, too.
-    client: whose sessions they are.
-    rows: one for each of `steps`, filled in by `admit`; None is unknown.
-    found: how many of the sessions to close there were.
-    queue_seconds, prefill_seconds, compute_seconds: set by the Batcher; the wait for its first
-        pass, the passes up to the last one, and the last one.
+        text   [0 ..... begin)  [begin ... end)  [end ...   candidates, each behind the whole text
+                computed         this pass        later     `scored` are those of this pass
+
+    name, start, tokens, candidates: what is asked; see contract.wire.StepRequest.
+    session: its slots, from admission on; None is unknown.
+    begin, end, scored: its share of the next pass, which the scheduler sets; `scored` are slots.
+    first: where its queries begin among those of the pass.
     """
 
-    steps: Sequence[StepRow]
-    closed: Sequence[str] = ()
-    texts: bool = False
-    client: str = ""
-    rows: list[JobRow | None] = field(default_factory=list)
-    found: int = 0
-    queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    compute_seconds: float = 0.0
-
-    def only(self, rows: Sequence[int], closed: Sequence[str]) -> "Job":
-        """A job of these rows, and of these sessions to close."""
-        return Job([self.steps[row] for row in rows], closed, self.texts, self.client)
-
-    def follow(self, part: "Job") -> None:
-        """A part of this job is done: its figures, where they are larger, are those of the job."""
-        self.found += part.found if part is not self else 0
-        self.queue_seconds = max(self.queue_seconds, part.queue_seconds)
-        self.prefill_seconds = max(self.prefill_seconds, part.prefill_seconds)
-        self.compute_seconds = max(self.compute_seconds, part.compute_seconds)
+    name: str
+    start: int
+    tokens: Sequence[int]
+    candidates: Sequence[int] = ()
+    session: Session | None = None
+    begin: int = 0
+    end: int = 0
+    scored: Sequence[int] = ()
+    first: int = 0
 
     @property
-    def touched(self) -> set[str]:
-        """Sessions that no other job may use at the same time."""
-        return {step.session for step in self.steps}.union(self.closed)
+    def queries(self) -> int:
+        """n, tokens and candidates of the pass."""
+        return self.end - self.begin + len(self.scored)
+
+    @property
+    def place(self) -> slice:
+        """Of its queries in the pass."""
+        return slice(self.first, self.first + self.queries)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """(n,) position of each query in the text; all candidates stand behind its end."""
+        return np.minimum(np.arange(self.begin, self.begin + self.queries), self.end)
+
+    def slots(self, first: int) -> NDArray[np.int64]:
+        """(S,) slots of the text from token `first` to `end`, then of the scored candidates."""
+        assert self.session is not None
+        path = np.array(self.session.path[first : self.end], dtype=np.int64)
+        return np.concatenate([path, np.array(self.scored, dtype=np.int64)])
+
+    def mask(self, first: int, window: int | None) -> NDArray[np.bool_]:
+        """(n, S) which query sees which of `slots(first)`.
+
+        A token sees the text up to itself, a candidate all of it and itself. window: tokens that
+        a layer looks back at most, itself included.
+        """
+        gap = self.positions[:, None] - np.arange(first, self.end)
+        seen = (gap >= 0) if window is None else (gap >= 0) & (gap < window)
+        own = np.eye(self.queries, len(self.scored), self.begin - self.end, dtype=bool)
+        return np.concatenate([seen, own], axis=1)
 
 
 @dataclass(frozen=True)
@@ -71,3 +79,31 @@ class JobResult:
     logits: NDArray[np.float32]
     unknown: list[int]
     texts: list[NDArray[np.float32]]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request, and its answer in `future`; to cancel that is to leave.
+
+    closed: sessions to forget; found: how many of them there were.
+    texts: whether the values of the whole texts are wanted, too.
+    client: whose sessions they are.
+    queue_seconds, prefill_seconds, compute_seconds: set by the Batcher; the wait for its first
+        pass, the passes up to the last one, and the last one.
+    """
+
+    rows: Sequence[Row]
+    closed: Sequence[str] = ()
+    texts: bool = False
+    client: str = ""
+    found: int = 0
+    future: "Future[JobResult]" = field(default_factory=Future)
+    submitted: float = 0.0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    @property
+    def touched(self) -> set[str]:
+        """Sessions that no other job may use at the same time."""
+        return {row.name for row in self.rows}.union(self.closed)

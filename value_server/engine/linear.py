@@ -17,6 +17,7 @@ Legend: M rows, I inputs, O outputs.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +54,13 @@ def pack_inplace(backbone: nn.Module, dtype: torch.dtype) -> None:
     """
     for parent in list(backbone.modules()):
         for names in SIBLINGS:
-            group = [getattr(parent, name, None) for name in names]
-            if all(type(linear) is nn.Linear for linear in group):
-                fused = _Fused([linear for linear in group if linear is not None], dtype)
+            linears = [
+                child for name in names if type(child := getattr(parent, name, None)) is nn.Linear
+            ]
+            if len(linears) == len(names):
+                fused = _Fused(linears, dtype)
                 for index, name in enumerate(names):
-                    setattr(parent, name, _Part(fused, index))
+                    setattr(parent, name, _Packed(partial(fused.part, index)))
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, _Packed(_product(child.weight, child.bias, dtype)))
@@ -110,18 +113,18 @@ class _Fused:
 
     def __init__(self, linears: list[nn.Linear], dtype: torch.dtype) -> None:
         self._sizes = [linear.out_features for linear in linears]
+        weight = torch.cat([linear.weight for linear in linears])
         bias = None
         if any(linear.bias is not None for linear in linears):
-            none = [linear.weight.new_zeros(linear.out_features) for linear in linears]
+            zeros = weight.new_zeros(max(self._sizes))
             bias = torch.cat(
-                [z if m.bias is None else m.bias for m, z in zip(linears, none, strict=True)]
+                [zeros[: m.out_features] if m.bias is None else m.bias for m in linears]
             )
-        weight = torch.cat([linear.weight for linear in linears])
         self._product = _product(weight, bias, dtype)
         self._input: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
 
-    def part(self, x: Tensor, index: int) -> Tensor:
+    def part(self, index: int, x: Tensor) -> Tensor:
         """(..., I) → (..., O of layer `index`), a view."""
         if x is not self._input:
             self._input, self._parts = x, self._product(x).split(self._sizes, dim=-1)
@@ -131,32 +134,19 @@ class _Fused:
         return part
 
 
-class _Part(nn.Module):
-    def __init__(self, fused: _Fused, index: int) -> None:
-        super().__init__()
-        self._fused, self._index = fused, index
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._fused.part(x, self._index)
-
-
 def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """x → x W' + b by the fastest kernel for weight (O, I) and its device."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.enabled:
-        return _onednn(weight, bias)
-    if weight.device.type == "cpu" and dtype == torch.float16:
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    if weight.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkl.is_available():
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu and dtype == torch.bfloat16 and torch.backends.mkldnn.enabled:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if on_cpu and dtype == torch.float16:
+        half = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, half)
+    if on_cpu and dtype == torch.float32 and torch.backends.mkl.is_available():
         return _mkl(weight, bias)
     return lambda x: nn.functional.linear(x, weight, bias)
-
-
-def _onednn(weight: Tensor, bias: Tensor | None) -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, packed, bias, "none", [], "")
 
 
 def _mkl(weight: Tensor, bias: Tensor | None) -> Product:

@@ -1,4 +1,4 @@
-"""Memory: what a pass has freed, and the way to the device."""
+"""Memory: keys and values of all slots, what a pass has freed, and the way to the device."""
 
 import ctypes
 import sys
@@ -9,6 +9,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
+
+class KVPool:
+    """Keys and values per layer, (Hkv, slots + 1, D) each; made at a layer's first use.
+
+    The last slot is the padding: it stays zero.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.padding = slots
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's pool; `key` and `value` (1, Hkv, Q, D) tell its shape."""
+        if index not in self._layers:
+            self._layers[index] = (self._new(key), self._new(value))
+        return self._layers[index]
+
+    def _new(self, like: Tensor) -> Tensor:
+        return like.new_zeros(like.shape[1], self.padding + 1, like.shape[3])
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Over all layers that were used."""
+        pools = [pool for layer in self._layers.values() for pool in layer]
+        return sum(p.element_size() * p.shape[0] * p.shape[2] for p in pools)
 
 
 def keep_freed_memory() -> None:

@@ -21,10 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from value_server.contract.checkpoint import CheckpointError
-from value_server.engine.attention import NAME, register, slot_attention
 from value_server.model.value_model import ValueModel
 
 TEXT, FIRST = 24, 16
@@ -61,51 +59,33 @@ def plain(model: ValueModel) -> Tensor:
     return torch.cat([hidden[0, :TEXT], hidden[:, TEXT]]).float()  # (2, TEXT + 1, H)
 
 
-class Watch:
-    """What a forward pass in the engine did. windows: layer → window that its attention kept."""
+def compare(
+    model: ValueModel, expected: Tensor, found: Tensor, windows: dict[int, int | None]
+) -> None:
+    """Raises ValueError unless the engine gave what `plain` returned.
 
-    def __init__(self) -> None:
-        self.windows: dict[int, int | None] = {}
-        self._hidden: list[Tensor] = []
-
-    @contextmanager
-    def on(self, model: ValueModel) -> Iterator[None]:
-        """Look on while the engine runs `model`."""
-
-        def attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-            self.windows[int(module.layer_idx)] = kwargs.get("sliding_window")
-            return slot_attention(module, *args, **kwargs)
-
-        hook = model.head.register_forward_pre_hook(lambda _, given: self._hidden.append(given[0]))
-        AttentionInterface.register(NAME, attention)
-        try:
-            yield
-        finally:
-            register()
-            hook.remove()
-
-    def compare(self, model: ValueModel, expected: Tensor) -> None:
-        """Raises ValueError unless the passes gave `expected`, what `plain` returned."""
-        config = model.config
-        if len(self.windows) != config.num_hidden_layers:
-            raise ValueError(
-                f"{len(self.windows)} of {config.num_hidden_layers} layers use the attention "
-                "interface of transformers"
-            )
-        told = sum(window is not None for window in self.windows.values())
-        if told < _windowed_layers(config):
-            raise ValueError("its attention is not told its sliding window")
-        found = torch.cat(self._hidden).float()
-        expected = expected[: len(found)]  # a server may allow one candidate only
-        error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-        # The median, as one position may go to another expert by a rounding error.
-        worst = max(part.median().item() for part in error.split([FIRST, len(error) - FIRST]))
-        limit = 0.01 + 16 * torch.finfo(model.backbone.dtype).eps
-        if not worst <= limit:
-            raise ValueError(
-                f"its hidden states differ from plain transformers by {worst:.1%}, "
-                f"more than {limit:.1%}"
-            )
+    found: (n, H) hidden states, in the order of `expected`, perhaps without the last ones.
+    windows: layer → window that its attention was told.
+    """
+    config = model.config
+    if len(windows) != config.num_hidden_layers:
+        raise ValueError(
+            f"{len(windows)} of {config.num_hidden_layers} layers use the attention "
+            "interface of transformers"
+        )
+    told = sum(window is not None for window in windows.values())
+    if told < _windowed_layers(config):
+        raise ValueError("its attention is not told its sliding window")
+    expected = expected[: len(found)]  # a server may allow one candidate only
+    error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # The median, as one position may go to another expert by a rounding error.
+    worst = max(part.median().item() for part in error.split([FIRST, len(error) - FIRST]))
+    limit = 0.01 + 16 * torch.finfo(model.backbone.dtype).eps
+    if not worst <= limit:
+        raise ValueError(
+            f"its hidden states differ from plain transformers by {worst:.1%}, "
+            f"more than {limit:.1%}"
+        )
 
 
 def _windowed_layers(config: Any) -> int:

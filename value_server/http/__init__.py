@@ -1,1 +1,2 @@
-"""The routes, and what stands in front of them."""
+"""The HTTP side: the application with its errors (app), routes, the guard in front of them, texts
+to tokens (text), metrics, and logs and traces (telemetry)."""

@@ -20,7 +20,7 @@ class Guard:
 
     Reads the whole body, at most `max_body_bytes` of it whatever its headers say, and replays it;
     what the application receives after it is what the client does next, a disconnect.
-    `answer` makes the response to an error.
+    `refuse` makes the response to an error.
     """
 
     def __init__(
@@ -29,11 +29,11 @@ class Guard:
         *,
         tokens: Sequence[str],
         max_body_bytes: int,
-        answer: Callable[[RequestError, Request], Response],
+        refuse: Callable[[Request, RequestError], Response],
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
-        self.answer = answer
+        self.refuse = refuse
         self._expected = [f"Bearer {token}".encode() for token in tokens]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,7 +44,7 @@ class Guard:
             client = self._client(scope)
             body = await self._read(scope, receive)
         except RequestError as error:
-            await self.answer(error, Request(scope))(scope, receive, send)
+            await self.refuse(Request(scope), error)(scope, receive, send)
             return
         if body is not None:
             scope = {**scope, "state": {**scope.get("state", {}), "client": client}}

@@ -10,7 +10,7 @@
 Each counts once for every answered step, so their averages add up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from prometheus_client import (
@@ -26,31 +26,15 @@ from prometheus_client.registry import Collector
 from value_server.engine.engine import Engine
 from value_server.engine.job import Job
 
-SECONDS = (
-    0.0001,
-    0.0002,
-    0.0005,
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    2.0,
-    5.0,
-)
+SECONDS = tuple(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5))
 COUNTS = tuple(float(2**n) for n in range(13))
 
 
-class Metrics:
-    """Counters of one server."""
+class Metrics(Collector):
+    """Figures of one server: those that it is told, and those that the engine keeps itself."""
 
-    def __init__(self, engine: Callable[[], Engine]) -> None:
-        """engine: that of new sessions."""
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.registry = CollectorRegistry()
         self._step = self._seconds("step", "Time of a step request in the server.")
         self._encode = self._seconds("encode", "Decoding and encoding of a step.")
@@ -63,7 +47,7 @@ class Metrics:
         self.errors = Counter(
             "lenvm_errors", "Requests refused or failed.", ["type"], registry=self.registry
         )
-        self.registry.register(_EngineFigures(engine))
+        self.registry.register(self)
 
     def on_pass(self, queries: int, jobs: int, seconds: float) -> None:
         """See Batcher."""
@@ -91,27 +75,9 @@ class Metrics:
             raise OSError(f"metrics_port: {host}:{port}: {error.strerror}") from error
         return int(server.server_port)
 
-    def render(self) -> bytes:
-        """The text format of Prometheus."""
-        return generate_latest(self.registry)
-
-    def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(f"lenvm_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
-
-    def _counts(self, name: str, text: str) -> Histogram:
-        return Histogram(f"lenvm_pass_{name}", text, buckets=COUNTS, registry=self.registry)
-
-
-class _EngineFigures(Collector):
-    """Figures that the engine keeps itself, read when somebody asks."""
-
-    def __init__(self, engine: Callable[[], Engine]) -> None:
-        self._engine = engine
-
     def collect(self) -> Iterator[Metric]:
-        """Gauges, and counters, whose names get `_total`."""
-        engine = self._engine()
-        cache = engine.cache
+        """What the engine keeps: gauges, and counters, whose names get `_total`."""
+        engine, cache = self._engine, self._engine.cache
         for name, text, value in (
             ("sessions", "Sessions held.", len(cache.sessions)),
             ("slots_used", "KV slots in use.", cache.used),
@@ -127,3 +93,13 @@ class _EngineFigures(Collector):
             ("tokens_saved", "Tokens and candidates held already.", engine.saved),
         ):
             yield CounterMetricFamily(f"lenvm_{name}", text, value)
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self.registry)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_{name}_seconds", text, buckets=SECONDS, registry=self.registry)
+
+    def _counts(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lenvm_pass_{name}", text, buckets=COUNTS, registry=self.registry)

@@ -28,11 +28,11 @@ class TextRequest(BaseModel):
     @property
     def given(self) -> str:
         """Name of the field that is set."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return next(name for name, value in self if value is not None)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "TextRequest":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        given = [name for name, value in self if value is not None]
         if len(given) != 1:
             raise ValueError(
                 f"give exactly one of messages, prompt and token_ids, got {given or 'none'}"
@@ -60,11 +60,15 @@ class Texts:
         self._lock = threading.Lock()  # fast tokenizers do not like two threads
 
     @classmethod
-    def load(cls, source: str, fingerprint: str) -> "Texts":
-        """The tokenizer of `source` (hub name or folder), if it has one.
+    def load(cls, checkpoint: Path, base_model: str, fingerprint: str) -> "Texts":
+        """The checkpoint's own tokenizer if it brings one, else that of the base model (hub name
+        or folder), if that has one.
 
         Raises CheckpointError if it is not the one that the model was trained with.
         """
+        names = ("tokenizer.json", "tokenizer_config.json")
+        own = any((checkpoint / name).exists() for name in names)
+        source = str(checkpoint) if own else base_model
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -100,10 +104,9 @@ class Texts:
         A word of it is taken to have as many as one of the prompt's own text, in whose language
         it probably is; the shorter the prompt, the more the prior counts.
         """
-        text = self._own_text(request)
-        if text is None or self._tokenizer is None:
-            words = characters = None
-        else:
+        words = characters = None
+        if self._tokenizer is not None:
+            text = self._own_text(request)
             with self._lock:
                 known = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
             words, characters = (
@@ -114,12 +117,11 @@ class Texts:
             predicted_tokens=tokens, predicted_words=words, predicted_characters=characters
         )
 
-    def _own_text(self, request: TextRequest) -> str | None:
+    def _own_text(self, request: TextRequest) -> str:
         """A prompt's text without the chat template's; of token ids without special tokens."""
         if request.token_ids is None:
             return request.prompt or "\n".join(_said(request.messages or []))
-        if self._tokenizer is None:
-            return None
+        assert self._tokenizer is not None
         with self._lock:
             return str(self._tokenizer.decode(request.token_ids, skip_special_tokens=True))
 
@@ -145,11 +147,3 @@ def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
         for part in parts:
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 yield part["text"]
-
-
-def tokenizer_source(checkpoint: Path, base_model: str) -> str:
-    """The checkpoint's own tokenizer if it brings one, else the base model's."""
-    own = (checkpoint / "tokenizer.json").exists() or (
-        checkpoint / "tokenizer_config.json"
-    ).exists()
-    return str(checkpoint) if own else base_model

@@ -36,6 +36,8 @@ from value_server.model.text_part import text_part
 log = logging.getLogger(__name__)
 
 VOCABULARY_HEAD = "lm_head."
+# What transformers, peft and safetensors raise, or warn of, where files do not fit.
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UserWarning)
 
 
 class ValueHead(nn.Module):
@@ -145,14 +147,7 @@ class ValueModel(nn.Module):
                     backbone = PeftModel.from_pretrained(backbone, checkpoint).merge_and_unload()
             head = ValueHead(backbone.config.hidden_size)
             head.load_state_dict(load_file(checkpoint / HEAD_FILE))
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            SafetensorError,
-            UserWarning,
-        ) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
         return cls(backbone.to(dtype), head, lenvm).eval()
 
@@ -184,7 +179,7 @@ def load_backbone(
             )
         _check(report, source, num_layers)
         return text_part(backbone)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{source}: backbone does not load: {error}") from error
 
 

@@ -15,7 +15,7 @@ from lenvm_vllm.commands.doctor.finding import Finding
 from lenvm_vllm.commands.processes import free_port
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
-from tests.value_server.http.test_security import served
+from tests.support.value_servers import served
 
 ROOT = Path(__file__).parents[3]
 DOCTOR = (sys.executable, "-m", "lenvm_vllm.commands.cli", "doctor")

@@ -17,7 +17,7 @@ from lenvm_vllm.commands.doctor.finding import Finding
 from lenvm_vllm.commands.processes import free_port
 from tests.support.fakes import INFO
 from tests.support.tiny import tiny_checkpoint, tiny_tokenizer
-from tests.value_server.http.test_security import served
+from tests.support.value_servers import served
 
 
 @pytest.fixture(scope="module")

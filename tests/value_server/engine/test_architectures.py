@@ -13,7 +13,7 @@ import transformers as tf
 from tests.support import tiny
 from value_server.contract.checkpoint import CheckpointError
 from value_server.engine.engine import Engine
-from value_server.engine.job import Job, StepRow
+from value_server.engine.job import Job, Row
 from value_server.model.value_model import ValueHead, ValueModel
 
 WINDOW = 7
@@ -72,14 +72,18 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("alone", [0, 64], ids=["groups", "alone"])
 @pytest.mark.parametrize("name", SERVED)
-def test_served_as_by_plain_transformers(name: str) -> None:
+def test_served_as_by_plain_transformers(
+    name: str, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt of many windows, then a step that goes on from the cache."""
+    monkeypatch.setattr("value_server.engine.attention.ALONE_QUERIES", alone)
     served, model = Engine(build(*SERVED[name]), slots=256), build(*SERVED[name])
     served.warm_up()
     prompt = [i * i % 50 for i in range(90)]
-    first = served.run(Job([StepRow("a", 0, prompt, [1, 2, 3])]))
-    second = served.run(Job([StepRow("a", 90, [2, 9], [5, 6, 7])]))
+    first = served.run(Job([Row("a", 0, prompt, [1, 2, 3])]))
+    second = served.run(Job([Row("a", 90, [2, 9], [5, 6, 7])]))
     for result, text, candidates in (
         (first, prompt, (1, 2, 3)),
         (second, [*prompt, 2, 9], (5, 6, 7)),

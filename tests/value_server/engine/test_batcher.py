@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import tiny
 from tests.support.blocked import SECONDS, BlockedEngine, wait_until
+from tests.support.value_servers import naive
 from value_server.engine.batcher import Batcher
 from value_server.engine.errors import BusyError, ModelError, RequestError
-from value_server.engine.job import Job, JobResult, StepRow
+from value_server.engine.job import Job, JobResult, Row
 
 
 @pytest.fixture
@@ -31,13 +31,11 @@ def batcher(engine: BlockedEngine) -> Iterator[Batcher]:
 
 
 def step(name: str, tokens: list[int], start: int = 0) -> Job:
-    return Job([StepRow(name, start, tokens, [1, 2])])
+    return Job([Row(name, start, tokens, [1, 2])])
 
 
-def naive(text: list[int]) -> list[float]:
-    model = tiny.tiny_model(max_position=1024)
-    with torch.inference_mode():
-        return [model(torch.tensor([[*text, c]]))[0, -1].item() for c in (1, 2)]
+def expected(text: list[int]) -> list[torch.Tensor]:
+    return [naive([*text, c], max_position=1024)[-1] for c in (1, 2)]
 
 
 def test_caller_who_leaves_while_waiting_is_not_computed(
@@ -54,7 +52,7 @@ def test_caller_who_leaves_while_waiting_is_not_computed(
     assert set(engine.cache.sessions) == {"a", "c"}
     assert engine.forwarded == 6
     again = batcher.submit(step("b", [5] * 20)).result(SECONDS)
-    np.testing.assert_allclose(again.logits, naive([5] * 20), atol=1e-4)
+    np.testing.assert_allclose(again.logits, expected([5] * 20), atol=1e-4)
     assert batcher.depth == 0
 
 
@@ -75,7 +73,7 @@ def test_caller_who_leaves_during_a_prefill_stops_it_after_its_pass(
     assert not engine.cache.sessions["a"].pinned
     # What was computed of the session is used by its next request.
     again = batcher.submit(step("a", text)).result(SECONDS)
-    np.testing.assert_allclose(again.logits, naive(text), atol=1e-4)
+    np.testing.assert_allclose(again.logits, expected(text), atol=1e-4)
     assert engine.forwarded == 400 + 2 + 3
 
 
@@ -91,7 +89,7 @@ def test_one_of_two_samples_leaves_and_the_other_goes_on(
     engine.wait_for_pass()
     assert gone.cancel()
     engine.allow()
-    np.testing.assert_allclose(stays.result(SECONDS).logits, naive(text), atol=1e-4)
+    np.testing.assert_allclose(stays.result(SECONDS).logits, expected(text), atol=1e-4)
     assert engine.forwarded == 402
 
 
@@ -154,7 +152,7 @@ def test_nothing_is_left_hanging_at_a_stop(engine: BlockedEngine) -> None:
     engine.wait_for_pass()
     stop = threading.Thread(target=batcher.stop)
     stop.start()
-    wait_until(lambda: not batcher._inbox.empty() and batcher._stopping)
+    wait_until(lambda: not batcher._inbox.empty() and batcher.draining)
     engine.allow()
     stop.join(SECONDS)
     for future in futures:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from benchmarks.systems.fuzz import check_step, describe, server, step_bodies
-from tests.value_server.http.test_server import step
+from tests.support.value_servers import step
 
 quick = settings(suppress_health_check=list(HealthCheck), max_examples=150)
 

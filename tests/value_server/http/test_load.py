@@ -1,7 +1,5 @@
 """Clients who leave and clients who are too many, over a real socket, with an engine that waits."""
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +8,10 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 import pytest
-import torch
 import uvicorn
 
-from tests.support import tiny
 from tests.support.blocked import SECONDS, BlockedEngine, wait_until
+from tests.support.value_servers import as_client, in_thread, naive, step, step_body
 from value_server.contract import wire
 from value_server.http.app import create_app
 from value_server.http.text import Texts
@@ -45,43 +42,25 @@ class Served:
 @pytest.fixture
 def served() -> Iterator[Served]:
     engine = BlockedEngine(prefill_tokens=64)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(engine, Texts(None), max_waiting=8), log_level="warning")
-    )
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        wait_until(lambda: server.started)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    app = create_app(engine, Texts(None), max_waiting=8)
+    with (
+        in_thread(uvicorn.Server(uvicorn.Config(app, log_level="warning"))) as (url, _),
+        as_client(url) as client,
+    ):
         try:
-            with httpx.Client(base_url=url, timeout=SECONDS) as client:
-                yield Served(engine, url, client)
+            yield Served(engine, url, client)
         finally:
             engine.allow()
-            server.should_exit = True
-            thread.join(SECONDS)
     engine.cache.check_integrity()
 
 
 def body(name: str, tokens: list[int]) -> bytes:
-    return wire.encode(
-        wire.StepRequest(
-            sessions=[name],
-            starts=[0],
-            token_counts=[len(tokens)],
-            tokens=wire.pack_ids(tokens),
-            candidate_counts=[2],
-            candidates=wire.pack_ids([1, 2]),
-        )
-    )
+    return step_body((name, 0, tokens, [1, 2]))
 
 
 def check_step(served: Served, name: str, tokens: list[int]) -> None:
-    reply = served.client.post(wire.STEP_PATH, content=body(name, tokens)).raise_for_status()
-    model = tiny.tiny_model(max_position=1024)
-    with torch.inference_mode():
-        expected = [model(torch.tensor([[*tokens, c]]))[0, -1].item() for c in (1, 2)]
-    got = wire.unpack_logits(wire.decode_reply(reply.content, 2).logits)
+    got = wire.unpack_logits(step(served.client, (name, 0, tokens, [1, 2])).logits)
+    expected = [naive([*tokens, c], max_position=1024)[-1] for c in (1, 2)]
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 

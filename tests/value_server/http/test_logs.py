@@ -1,11 +1,9 @@
 """One request in the logs and traces of both processes."""
 
 import json
-import signal
-from pathlib import Path
+from typing import Any
 
 import httpx
-import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -15,16 +13,9 @@ from lenvm_vllm.engine.state import session_of
 from lenvm_vllm.target.request import REQUEST_ID
 from lenvm_vllm.values.client import ValueClient
 from tests.lenvm_vllm.api.test_middleware import call, chunk
-from tests.support.collector import collecting
-from tests.support.tiny import tiny_checkpoint
-from tests.value_server.http.test_security import served
-from tests.value_server.http.test_server import free_port, launch, step_body, wait_ready
+from tests.support.blocked import wait_until
+from tests.support.value_servers import Server, step_body
 from value_server.contract import wire
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_the_id_of_a_request_goes_along() -> None:
@@ -40,37 +31,36 @@ def test_the_id_of_a_request_goes_along() -> None:
     assert len({session_of(None), session_of({})}) == 2
 
 
-def test_json_lines_name_the_requests(checkpoint: Path) -> None:
-    port = free_port()
-    process = launch(str(checkpoint), "--port", str(port), "--log-format", "json")
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        wait_ready(client, process)
-        client.post(wire.STEP_PATH, content=step_body(("order-66.ab", 0, [999], [1])))
-        client.post(wire.PREDICT_PATH, json={}, headers={"X-Request-Id": "order-67"})
-    process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=30)
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+def test_json_lines_name_the_requests(server: Server, client: httpx.Client) -> None:
+    client.post(wire.STEP_PATH, content=step_body(("order-66.ab", 0, [999], [1])))
+    client.post(wire.PREDICT_PATH, json={}, headers={"X-Request-Id": "order-67"})
+    log = server.log.read_text().splitlines()
+    lines = [json.loads(line) for line in log if line.startswith("{")]
     assert {"time", "level", "logger", "message"} <= set(lines[0])
     assert any(line["logger"] == "uvicorn.error" for line in lines)
-    step, predict = (line for line in lines if "status" in line)
+    step, predict = [line for line in lines if "status" in line][-2:]
     assert (step["status"], step["field"], step["requests"]) == (422, "tokens", ["order-66.ab"])
     assert (predict["type"], predict["requests"]) == ("invalid_request", ["order-67"])
 
 
-def test_a_step_is_one_trace(checkpoint: Path) -> None:
+def test_a_step_is_one_trace(server: Server) -> None:
     ours = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(ours))
     trace.set_tracer_provider(provider)
-    with collecting() as collector:
-        with served(checkpoint, **collector.environment) as (url, _):
-            message = wire.decode_request(step_body(("order-66.ab", 0, [1], [2])))
-            assert ValueClient(url, timeout_s=60).step(message)[1] == []
-        ((found, process),) = collector.spans()  # all are sent by its end
+    message = wire.decode_request(step_body(("order-66.ab", 0, [1], [2])))
+    client = ValueClient(server.url, timeout_s=60, token=server.tokens[0])
+    assert client.step(message)[1] == []
     (span,) = ours.get_finished_spans()
     assert span.attributes is not None
     assert span.attributes["lenvm.requests"] == ("order-66.ab",)
+
+    def same_trace() -> list[tuple[Any, str]]:
+        spans = server.spans.spans()
+        return [s for s in spans if int.from_bytes(s[0].trace_id, "big") == span.context.trace_id]
+
+    wait_until(lambda: bool(same_trace()))
+    ((found, process),) = same_trace()
     assert found.name == f"POST {wire.STEP_PATH}"
-    assert int.from_bytes(found.trace_id, "big") == span.context.trace_id
     assert int.from_bytes(found.parent_span_id, "big") == span.context.span_id
     assert "lenvm-value-server" in process

@@ -1,73 +1,37 @@
-"""How a value server ends, and how it changes its checkpoint: nobody's session is dropped."""
+"""How a value server ends, and comes back: nobody's request is dropped, nobody's value misread."""
 
-import logging
-import shutil
+import contextlib
 import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import msgspec
-import numpy as np
 import pytest
 import torch
 import uvicorn
 
+from lenvm_vllm.commands.processes import free_port
+from lenvm_vllm.values.client import CircuitOpen, Mismatch, ValueClient
+from lenvm_vllm.values.replicas import Replicas
 from tests.support.blocked import SECONDS, BlockedEngine, wait_until
-from tests.support.tiny import GAMMA, tiny_checkpoint, tiny_model
-from tests.value_server.http.test_security import served
-from tests.value_server.http.test_server import naive, step, step_body
+from tests.support.tiny import tiny_model
+from tests.support.value_servers import as_client, in_thread, naive, served, step, step_body
 from value_server.contract import wire
-from value_server.contract.values import logit_in_gamma
+from value_server.contract.values import length_from_logit
 from value_server.engine.engine import Engine
 from value_server.http.app import create_app
 from value_server.http.text import Texts
 from value_server.serve import ValueServer
 
-OTHER_GAMMA = 0.999
-
-
-@contextmanager
-def in_thread(
-    engine: Engine, load: Callable[[], Engine], drain_s: float = 0.0
-) -> Iterator[tuple[ValueServer, httpx.Client, threading.Thread]]:
-    app = create_app(engine, Texts(None))
-    config = uvicorn.Config(app, log_level="warning")
-    server = ValueServer(config, app.state.served, drain_s, load)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        wait_until(lambda: server.started)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        try:
-            with httpx.Client(base_url=url, timeout=SECONDS, trust_env=False) as client:
-                yield server, client, thread
-        finally:
-            server.should_exit = True
-            thread.join(SECONDS)
-
-
-def other_engine(gamma: float = OTHER_GAMMA, **options: int) -> Engine:
-    """Another checkpoint for the same tokenizer, trained with another gamma."""
-    model = tiny_model(seed=1, **options)
-    model.lenvm = msgspec.structs.replace(model.lenvm, gamma=gamma)
-    return Engine(model, slots=400)
-
-
-def scores(seed: int, text: list[int], candidates: list[int]) -> torch.Tensor:
-    model = tiny_model(seed)
-    with torch.inference_mode():
-        return torch.stack([model(torch.tensor([[*text, c]]))[0, -1] for c in candidates])
-
 
 def test_what_runs_is_finished_and_what_comes_is_refused() -> None:
     engine = BlockedEngine()
+    app = create_app(engine, Texts(None))
+    server = ValueServer(uvicorn.Config(app, log_level="warning"), app.state.shared.batcher, 0)
     with (
-        in_thread(engine, lambda: engine) as (server, client, thread),
+        in_thread(server) as (url, thread),
+        as_client(url) as client,
         ThreadPoolExecutor(1) as pool,
     ):
         running = pool.submit(client.post, wire.STEP_PATH, content=step_body(("a", 0, [1], [2])))
@@ -88,82 +52,54 @@ def test_what_runs_is_finished_and_what_comes_is_refused() -> None:
         assert not thread.is_alive()
 
 
-def test_sessions_end_where_they_began_and_new_ones_begin_on_the_new_checkpoint() -> None:
-    first = Engine(tiny_model(), slots=400)
-    with in_thread(first, other_engine) as (server, client, _):
-        step(client, ("old", 0, [1, 2], [3]))
-        server.reload()
-        wait_until(lambda: server._served.engine is not first)
-        assert client.get(wire.MODEL_PATH).json()["gamma"] == GAMMA
-        reply = step(client, ("old", 2, [3], [4, 5]), ("new", 0, [6, 7], [8]), ("no", 5, [1], [2]))
-        assert reply.unknown == [2]
-        new = logit_in_gamma(scores(1, [6, 7], [8]).double(), OTHER_GAMMA, GAMMA)
-        expected = torch.cat([scores(0, [1, 2, 3], [4, 5]), new.float()])
-        got = wire.unpack_logits(reply.logits)
-        np.testing.assert_allclose(got[:3], expected, atol=1e-3)
-        assert np.isnan(got[3])
-
-        server.reload()  # not yet
-        assert step(client, ("old", 3, [4], [5])).unknown == []
-        client.post(wire.STEP_PATH, content=step_body(closed=["old"])).raise_for_status()
-        wait_until(lambda: server._served._before is None)
-        assert step(client, ("new", 2, [8], [9])).unknown == []
-        lengths = client.post(wire.PREDICT_PATH, json={"token_ids": [6, 7, 8]}).json()
-        z = scores(1, [6, 7], [8]).double()
-        assert lengths["predicted_tokens"] == pytest.approx(
-            (torch.nn.functional.softplus(z) / -np.log(OTHER_GAMMA)).item(), rel=1e-3
-        )
+def test_signals_of_a_real_server_on_a_unix_socket(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with served(checkpoint, "--drain-s", "600", uds=path) as (_, process):
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(transport=transport, base_url="http://lenvm", timeout=60) as client:
+            assert step(client, ("a", 0, [1], [2])).unknown == []
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: client.get("/ready").status_code == 503)
+            assert client.get("/health").status_code == 200
+            process.send_signal(signal.SIGTERM)  # at once
+            assert process.wait(SECONDS) == 128 + signal.SIGTERM
 
 
-def test_a_text_sent_again_leaves_the_old_checkpoint() -> None:
-    first = Engine(tiny_model(), slots=400)
-    with in_thread(first, other_engine) as (server, client, _):
-        step(client, ("a", 0, [1, 2], [3]))
-        server.reload()
-        wait_until(lambda: server._served.engine is not first)
-        step(client, ("a", 0, [1, 2, 3], [4]))
-        wait_until(lambda: server._served._before is None)
-        assert step(client, ("a", 3, [4], [5])).unknown == []
+def is_back(replicas: Replicas) -> bool:
+    with contextlib.suppress(CircuitOpen, Mismatch):  # not yet
+        replicas.model(lambda: None)
+    return bool(replicas.live)
 
 
-@pytest.mark.parametrize(
-    ("load", "message"),
-    [
-        (lambda: other_engine(max_position=100), "max_position: 100 in the new"),
-        (lambda: 1 / 0, "division by zero"),
-    ],
-)
-def test_a_checkpoint_that_cannot_follow_changes_nothing(
-    load: Callable[[], Engine], message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = Engine(tiny_model(), slots=400)
-    with in_thread(first, load) as (server, client, _), caplog.at_level(logging.ERROR):
-        server.reload()
-        wait_until(lambda: message in caplog.text)
-        assert step(client, ("a", 0, [1], [2])).unknown == []
-        assert server._served.engine is first
+def test_a_plugin_reads_another_checkpoint_rightly() -> None:
+    """The server is replaced between two steps, so that no call fails: the client just connects
+    again. The other checkpoint is of another gamma, by which its values would be lengths ten
+    times as long."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    replicas = Replicas({url: ValueClient(url, timeout_s=SECONDS, backoff_s=(0.0, 0.0))})
 
+    def server(seed: int, gamma: float) -> uvicorn.Server:
+        model = tiny_model(seed)
+        model.lenvm = msgspec.structs.replace(model.lenvm, gamma=gamma)
+        app = create_app(Engine(model, slots=400), Texts(None))
+        return uvicorn.Server(uvicorn.Config(app, log_level="warning"))
 
-def test_signals_of_a_real_server(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path / "model")
-    with served(folder, "--dtype", "float32", "--drain-s", "600") as (url, process):
-        client = httpx.Client(base_url=url, timeout=60, trust_env=False)
-        step(client, ("old", 0, [1, 2], [3]))
-        shutil.rmtree(folder)
-        tiny_checkpoint(folder, seed=1)
-        process.send_signal(signal.SIGHUP)
-        expected = scores(1, [1, 2], [3])
-        names = iter(f"s{i}" for i in range(10_000))
+    def ask(start: int, tokens: list[int]) -> tuple[float, list[int]]:
+        gamma = replicas.model(lambda: None).gamma
+        z, unknown = replicas.step(wire.decode_request(step_body(("a", start, tokens, [4]))))
+        return length_from_logit(torch.from_numpy(z).double(), gamma).item(), unknown
 
-        def switched() -> bool:
-            z = wire.unpack_logits(step(client, (next(names), 0, [1, 2], [3])).logits)
-            return bool(np.allclose(z, expected, atol=1e-3))
+    def expected(seed: int, gamma: float, text: list[int]) -> float:
+        return length_from_logit(naive(text, seed=seed)[-1].double(), gamma).item()
 
-        wait_until(switched)
-        old = wire.unpack_logits(step(client, ("old", 2, [3], [4])).logits)
-        np.testing.assert_allclose(old, [naive([1, 2, 3, 4])[-1]], atol=1e-3)
-        process.send_signal(signal.SIGTERM)
-        wait_until(lambda: client.get("/ready").status_code == 503)
-        assert client.get("/health").status_code == 200
-        process.send_signal(signal.SIGTERM)  # at once
-        assert process.wait(SECONDS) == 128 + signal.SIGTERM
+    with in_thread(server(0, 0.99), port):
+        assert ask(0, [1, 2]) == (pytest.approx(expected(0, 0.99, [1, 2, 4]), rel=1e-3), [])
+    with in_thread(server(1, 0.999), port):
+        with pytest.raises(Mismatch, match="started anew"):  # a step inside the rails alone
+            ask(2, [4])
+        wait_until(lambda: is_back(replicas))
+        assert ask(2, [4])[1] == [0]  # so the guide sends the whole text
+        length, unknown = ask(0, [1, 2, 4])
+    assert unknown == []
+    assert length == pytest.approx(expected(1, 0.999, [1, 2, 4, 4]), rel=1e-3)

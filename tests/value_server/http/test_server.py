@@ -1,12 +1,7 @@
 """The value server as its clients see it: a real process, a real socket, a tiny checkpoint."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,94 +9,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 from transformers import GPTJConfig, GPTJModel
 
 from lenvm_vllm.commands.predict import predict
+from lenvm_vllm.commands.processes import VALUE_SERVER
 from tests.support import tiny
+from tests.support.value_servers import Server, naive, step, step_body
 from value_server.contract import wire
 from value_server.contract.checkpoint import tokenizer_fingerprint
 from value_server.contract.values import length_from_logit
 from value_server.model.value_model import ValueHead, ValueModel
-
-ROOT = Path(__file__).parents[3]
-TOKEN = "secret"
-
-
-def launch(*args: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from lenvm_vllm.commands.cli import main; main()", "serve", *args],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_ready(client: httpx.Client, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        if process.poll() is not None:
-            raise AssertionError(process.stderr.read() if process.stderr else "")
-        try:
-            if client.get("/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError("server did not come up")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def client(checkpoint: Path) -> Iterator[httpx.Client]:
-    port = free_port()
-    process = launch(
-        str(checkpoint),
-        *("--port", str(port), "--dtype", "float32", "--slots", "400", "--threads", "1"),
-        *("--max-candidates", "20", "--max-body-bytes", "20000"),
-        LENVM_TOKEN=TOKEN,
-    )
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    base = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=base, headers=headers, timeout=60) as client:
-            wait_ready(client, process)
-            yield client
-            assert process.poll() is None, "the server died during the tests"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-
-
-def step_body(*rows: tuple[str, int, list[int], list[int]], **options: Any) -> bytes:
-    """rows: (session, start, tokens, candidates)."""
-    return wire.encode(
-        wire.StepRequest(
-            sessions=[r[0] for r in rows],
-            starts=[r[1] for r in rows],
-            token_counts=[len(r[2]) for r in rows],
-            tokens=wire.pack_ids([t for r in rows for t in r[2]]),
-            candidate_counts=[len(r[3]) for r in rows],
-            candidates=wire.pack_ids([c for r in rows for c in r[3]]),
-            **options,
-        )
-    )
-
-
-def step(client: httpx.Client, *rows: tuple[str, int, list[int], list[int]]) -> wire.StepReply:
-    reply = client.post(wire.STEP_PATH, content=step_body(*rows)).raise_for_status()
-    return wire.decode_reply(reply.content, sum(len(r[3]) for r in rows))
+from value_server.serve import serve
+from value_server.settings import ServerSettings
 
 
 def error_of(reply: httpx.Response) -> dict[str, Any]:
@@ -110,11 +29,6 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
     assert error["message"]
     found: dict[str, Any] = error
     return found
-
-
-def naive(ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return tiny.tiny_model()(torch.tensor([ids]))[0]
 
 
 def test_step_scores_and_closes(client: httpx.Client) -> None:
@@ -168,7 +82,7 @@ def test_the_predict_command(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LENVM_URL", str(client.base_url))
-    monkeypatch.setenv("LENVM_TOKEN", TOKEN)
+    monkeypatch.setenv("LENVM_TOKEN", Server.tokens[0])
     known = client.post(wire.PREDICT_PATH, json={"prompt": "hello"}).json()
     predict("hello", raw=True)
     units = ("tokens", "words", "characters")
@@ -266,19 +180,6 @@ def test_metrics(client: httpx.Client) -> None:
     assert float(text.split("lenvm_tokens_saved_total ")[-1].split()[0]) >= 1
 
 
-def test_unix_socket(checkpoint: Path, tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    process = launch(str(checkpoint), "--uds", str(path), "--slots", "400")
-    try:
-        transport = httpx.HTTPTransport(uds=str(path))
-        with httpx.Client(transport=transport, base_url="http://lenvm") as client:
-            wait_ready(client, process)
-            assert step(client, ("a", 0, [1], [2])).unknown == []
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-
-
 def broken(folder: Path, how: str) -> Path:
     tiny.tiny_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -301,13 +202,24 @@ def broken(folder: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     "how", ["gamma", "fingerprint", "weights", "lenvm", "missing", "GPTJModel"]
 )
-def test_unusable_checkpoint_is_one_line(how: str, tmp_path: Path) -> None:
+def test_unusable_checkpoint_is_one_line(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("value_server.serve.configure_logs", lambda _: None)
+    monkeypatch.setattr("value_server.serve.signal.signal", lambda *_: None)
     folder = tmp_path / "nowhere" if how == "missing" else broken(tmp_path, how)
-    process = launch(str(folder), "--port", "0")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "Traceback" not in errors
-    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert str(folder) in line
+    with pytest.raises(SystemExit) as ended:
+        serve(folder, settings=ServerSettings(port=0))
+    error = str(ended.value)
+    assert error.startswith(f"error: cannot serve {folder}: ")
+    assert "\n" not in error
     if how in ("gamma", "fingerprint", "lenvm", "GPTJModel"):
-        assert how in line
+        assert how in error
+
+
+def test_a_process_that_cannot_serve_says_why_and_ends(tmp_path: Path) -> None:
+    command = [*VALUE_SERVER, str(tmp_path / "nowhere"), "--port", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: cannot serve {tmp_path / 'nowhere'}: ")
+    assert "Traceback" not in run.stderr

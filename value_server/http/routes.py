@@ -1,0 +1,203 @@
+"""The routes, and what they share: one `Shared` an application, made in app.py."""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from value_server.contract import wire
+from value_server.contract.values import length_from_logit
+from value_server.engine.batcher import Batcher
+from value_server.engine.engine import Engine
+from value_server.engine.errors import (
+    BusyError,
+    ClientGoneError,
+    RequestError,
+    UnknownSessionError,
+)
+from value_server.engine.job import Job, JobResult, Row
+from value_server.http.metrics import Metrics
+from value_server.http.text import Prediction, TextRequest, Texts
+
+LOOK_SECONDS = 0.2  # between looks whether anybody still waits; a step is faster
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the routes of one application share."""
+
+    batcher: Batcher
+    metrics: Metrics
+    texts: Texts
+    info: wire.ModelInfo
+
+    async def run(self, job: Job, http: Request) -> JobResult:
+        """The job's result. Raises RequestError; ClientGoneError, the job cancelled, if the client
+        leaves."""
+        future = asyncio.wrap_future(self.batcher.submit(job))
+        try:
+            while True:
+                done, _ = await asyncio.wait([future], timeout=LOOK_SECONDS)
+                if done:
+                    return future.result()
+                if await http.is_disconnected():
+                    raise ClientGoneError("the client has left")
+        finally:
+            future.cancel()  # nothing, if it is done
+
+    async def lengths(self, request: TextRequest, http: Request) -> list[float]:
+        """Tokens to expect after each token of the text."""
+        ids = await run_in_threadpool(self.texts.ids, request)
+        name = own(http, f"text-{uuid.uuid4()}")
+        job = Job([Row(name, 0, ids)], texts=True, client=http.state.client)
+        try:
+            result = await self.run(job, http)
+        except RequestError as error:
+            if error.field != "tokens":
+                raise
+            message = error.message.replace("tokens", request.given, 1)  # as the client calls them
+            raise RequestError(message, request.given) from error
+        finally:
+            self.batcher.forget(name)
+        z = torch.from_numpy(result.texts[0])
+        lengths: list[float] = length_from_logit(z.double(), self.info.gamma).tolist()
+        return lengths
+
+
+def shared(http: Request) -> Shared:
+    """Of the application that the request came to."""
+    found: Shared = http.app.state.shared
+    return found
+
+
+@router.post(wire.STEP_PATH)
+async def step(http: Request) -> Response:
+    """Score candidates. Body and answer: msgpack, see value_server/contract/wire.py."""
+    server = shared(http)
+    body = await http.body()
+    begin = time.perf_counter()
+    message = wire.decode_request(body)
+    http.state.sessions = message.sessions
+    closed = [own(http, name) for name in message.closed]
+    job = Job(list(rows_of(message, http)), closed, client=http.state.client)
+    decoded = time.perf_counter()
+    result = await server.run(job, http)
+    answered = time.perf_counter()
+    reply = wire.StepReply(
+        model_id=server.info.model_id,
+        logits=wire.pack_logits(result.logits),
+        unknown=result.unknown,
+    )
+    content = wire.encode(reply)
+    end = time.perf_counter()
+    server.metrics.on_step(job, decoded - begin + end - answered, end - begin)
+    return Response(content, media_type=wire.MEDIA_TYPE)
+
+
+@router.post(wire.PREDICT_PATH)
+async def predict(request: TextRequest, http: Request) -> Prediction:
+    """The length to expect after this prompt, in tokens, words and characters."""
+    tokens = (await shared(http).lengths(request, http))[-1]
+    return await run_in_threadpool(shared(http).texts.prediction, request, tokens)
+
+
+@router.post(wire.VALUES_PATH)
+async def token_values(request: TextRequest, http: Request) -> dict[str, list[float]]:
+    """Tokens to expect after each token of this text."""
+    return {"predicted_tokens": await shared(http).lengths(request, http)}
+
+
+@router.delete(wire.SESSIONS_PATH + "/{name}", status_code=204)
+async def close(name: str, http: Request) -> None:
+    """Forget a session."""
+    job = Job([], [own(http, name)])
+    await shared(http).run(job, http)
+    if not job.found:
+        raise UnknownSessionError(f"no session {name!r}", "id")
+
+
+@router.get(wire.MODEL_PATH)
+async def model(http: Request) -> dict[str, Any]:
+    """Facts of the value model and limits of the server."""
+    server = shared(http)
+    if server.batcher.draining:  # else a plugin would think that it is back
+        raise BusyError("the server is shutting down")
+    facts: dict[str, Any] = msgspec.to_builtins(server.info)
+    return facts
+
+
+@router.get("/health")
+async def health() -> Response:
+    """200 while the server answers."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def is_ready(http: Request) -> Response:
+    """200 while step requests are served; before that the model loads and nobody listens."""
+    batcher = shared(http).batcher
+    if not batcher.alive:
+        why = "shutting down" if batcher.draining else "the engine's thread does not run"
+        return error_response(503, "not_ready", why, None)
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def show_metrics(http: Request) -> Response:
+    """Prometheus text format."""
+    return Response(shared(http).metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def model_info(engine: Engine) -> wire.ModelInfo:
+    """What `GET /v1/model` tells."""
+    lenvm = engine.model.lenvm
+    info = wire.ModelInfo(
+        gamma=lenvm.gamma,
+        base_model=lenvm.base_model,
+        tokenizer_fingerprint=lenvm.tokenizer_fingerprint,
+        vocab_size=engine.vocab_size,
+        max_position=engine.max_position,
+        max_sessions=engine.cache.max_sessions,
+        max_candidates=engine.max_candidates,
+    )
+    digest = hashlib.blake2b(msgspec.json.encode(info), digest_size=8).hexdigest()
+    return msgspec.structs.replace(info, model_id=digest)
+
+
+def error_response(status: int, kind: str, message: str, field: str | None) -> Response:
+    """The one form of an error: {"error": {"type", "message", "field"}}."""
+    content = {"error": {"type": kind, "message": message, "field": field}}
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse(content, status, headers)
+
+
+def own(http: Request, session: str) -> str:
+    """The session's name among those of all clients: nobody reaches another's."""
+    return f"{http.state.client} {session}"
+
+
+def rows_of(message: wire.StepRequest, http: Request) -> Iterator[Row]:
+    """The message's flat arrays, cut up."""
+    tokens = wire.unpack_ids(message.tokens).tolist()
+    candidates = wire.unpack_ids(message.candidates).tolist()
+    t = k = 0
+    for name, start, n, m in zip(
+        message.sessions,
+        message.starts,
+        message.token_counts,
+        message.candidate_counts,
+        strict=True,
+    ):
+        yield Row(own(http, name), start, tokens[t : t + n], candidates[k : k + m])
+        t, k = t + n, k + m
