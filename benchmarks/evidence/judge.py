@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.endpoint import Endpoint, Job
 from benchmarks.estimates import Sample, estimate
-from benchmarks.rows import Rows
+from trainer.rows import Rows
 
 QUESTION = """\
 Two writers answered the same request. Which answer is better written: to the point, coherent, \

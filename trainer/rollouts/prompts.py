@@ -3,10 +3,14 @@
 import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cyclopts import Parameter
+
+from trainer.checks import check
 from trainer.rollouts.codereasoning import question_of
 
 HUB = "hub:"
@@ -32,18 +36,50 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """Where in a hub data set the prompts are.
-
-    Parameters
-    ----------
-    subset
-        Its configuration, where it has several.
-    split
-        Its split.
-    """
+    """Where in a hub data set the prompts are."""
 
     subset: str | None = None
+    """Its configuration, where it has several."""
     split: str = "train"
+    """Its split."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which prompts of a source are taken, and with what around them."""
+
+    template: str | None = None
+    """Text around each {prompt}; by default that of a preset, or none."""
+    column: str = "prompt"
+    """Column of a file or data set that holds the prompt, if another."""
+    hub: Hub = Hub()
+    limit: int | None = None
+    """Use only the first so many prompts."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong."""
+        check(self.limit is None or self.limit > 0, "limit", self.limit, "above 0")
+        if self.template is not None:
+            check_template(self.template)
+
+    def read(self, source: Path) -> Iterator[Prompt]:
+        """Prompts of a JSONL file, plain or gzip, of the data set hub:NAME, or of a preset's.
+
+        Raises ValueError naming the line and the missing field.
+        """
+        name = str(source)
+        template = self.template or "{prompt}"
+        if preset := PRESETS.get(name):
+            template = self.template or preset.template
+            prompts = _of_preset(name, preset)
+        elif name.startswith(HUB):
+            rows = _hub_rows(name.removeprefix(HUB), self.hub)
+            prompts = _of_rows(name, "row", rows, self.column)
+        else:
+            prompts = _of_rows(name, "line", _file_rows(source), self.column)
+        for prompt in islice(prompts, self.limit):
+            yield replace(prompt, text=template.format(prompt=prompt.text))
 
 
 def _first_turn(row: Mapping[str, Any]) -> str | None:
@@ -82,27 +118,6 @@ def check_template(template: str) -> None:
         ) from error
     if "\0" not in filled:
         raise ValueError(f"template: {template!r}, must contain {{prompt}}")
-
-
-def read_prompts(
-    source: Path, template: str | None = None, column: str = "prompt", hub: Hub = Hub()
-) -> Iterator[Prompt]:
-    """Prompts of a JSONL file, plain or gzip, of the data set hub:NAME, or of a preset's.
-
-    `column` holds the text in the first two; `template` wraps each, by default that of the
-    preset. Raises ValueError naming the line and the missing field.
-    """
-    name = str(source)
-    preset = PRESETS.get(name)
-    template = template or (preset.template if preset else "{prompt}")
-    if preset:
-        prompts = _of_preset(name, preset)
-    elif name.startswith(HUB):
-        prompts = _of_rows(name, "row", _hub_rows(name.removeprefix(HUB), hub), column)
-    else:
-        prompts = _of_rows(name, "line", _file_rows(source), column)
-    for prompt in prompts:
-        yield Prompt(prompt.id, prompt.domain, template.format(prompt=prompt.text))
 
 
 def _of_rows(source: str, what: str, rows: Iterable[Any], column: str) -> Iterator[Prompt]:

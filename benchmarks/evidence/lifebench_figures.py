@@ -8,8 +8,13 @@ import numpy as np
 
 from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.evidence.arms import fields
-from benchmarks.evidence.lengths import deviation, score
-from benchmarks.evidence.quality import distinct, ends_naturally, repetition
+from benchmarks.evidence.measures import (
+    deviation,
+    distinct,
+    ends_naturally,
+    repetition,
+    score,
+)
 from lenvm_vllm.api.endings import narrowed
 from lenvm_vllm.target.rails import bounds_of
 from lenvm_vllm.target.request import LengthTarget
