@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from benchmarks.estimates import Estimate
 
 FIGURES_FILE = "figures.json"
 
 
 def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FIGURES_FILE).write_text(json.dumps(figures) + "\n")
+    (folder / FIGURES_FILE).write_text(json.dumps(figures, default=asdict) + "\n")
 
 
-def read_figures(folder: Path) -> dict[str, Any] | None:
-    """None where there are none yet."""
-    path = folder / FIGURES_FILE
-    return dict(json.loads(path.read_text())) if path.exists() else None
+def read_figures(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / FIGURES_FILE).read_text(), object_hook=_estimate))
+
+
+def _estimate(content: dict[str, Any]) -> Any:
+    return Estimate(**content) if content.keys() == {"value", "low", "high", "n"} else content

@@ -106,7 +106,7 @@ def sections_of(runs: Path, docs: Path) -> dict[Path, Section]:
         for path in sorted(runs.glob(f"{kind}*/{FIGURES_FILE}")):
             folder = path.parent
             picture = docs / f"{folder.name}.png"
-            tables = reader(read_figures(folder) or {}, picture)
+            tables = reader(read_figures(folder), picture)
             settings = folder / SETTINGS_FILE
             facts = json.loads(settings.read_text()) if settings.exists() else {}
             about = ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -32,7 +33,7 @@ def _cell(value: Any) -> str:
 
 
 def show(text: str, result: Mapping[str, Any], only_json: bool) -> None:
-    """`text`, unless only JSON is asked for, and the result as the last line."""
+    """`text`, unless only JSON is asked for, and the result, JSON and dataclasses, as a line."""
     if not only_json:
         print(text)
-    print(json.dumps(result))
+    print(json.dumps(result, default=asdict))

@@ -11,7 +11,7 @@ from benchmarks.endpoint import Job
 from benchmarks.evidence.arms import check_arms
 from benchmarks.servers import digest, endpoint_at
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
-from trainer.checks import check
+from trainer.checks import check_positive
 from trainer.rows import Rows
 from value_server.contract.units import UNITS
 
@@ -54,7 +54,7 @@ class Served:
 
         arms: that the server has to know. Raises ValueError for one that it does not.
         """
-        check(self.concurrency > 0, "concurrency", self.concurrency, "above 0")
+        check_positive(concurrency=self.concurrency)
         stored = Rows(output / "answers.jsonl")
         if any(job.key not in stored for job in jobs):
             with endpoint_at(

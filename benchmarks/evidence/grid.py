@@ -10,10 +10,9 @@ from typing import Any
 from cyclopts import Parameter
 from tqdm import tqdm
 
-from benchmarks.estimates import Estimate
 from benchmarks.evidence.prediction import columns, intervals
 from benchmarks.evidence.small import SmallTraining
-from benchmarks.figures import read_figures, write_figures
+from benchmarks.figures import FIGURES_FILE, read_figures, write_figures
 from trainer.data import finished_lengths
 from trainer.evaluation.figures import length_errors
 from trainer.evaluation.predict import Reading
@@ -71,13 +70,11 @@ class Grid:
         show(table(table_rows(rows)), result, self.only_json)
 
     def _row(self, run: Run, gamma: float, folder: Path) -> dict[str, Any]:
-        figures = read_figures(folder)
-        if figures is None:
+        if not (folder / FIGURES_FILE).exists():
             with contextlib.redirect_stdout(sys.stderr):  # of its log
                 train(run.rollouts, folder, training=run.training)
-            figures = self._evaluate(run.training, gamma, folder)
-            write_figures(folder, figures)
-        return {"axis": run.axis, "setting": run.setting, **figures}
+            write_figures(folder, self._evaluate(run.training, gamma, folder))
+        return {"axis": run.axis, "setting": run.setting, **read_figures(folder)}
 
     def _evaluate(self, training: SmallTraining, gamma: float, folder: Path) -> dict[str, Any]:
         reading = Reading(
@@ -95,7 +92,7 @@ class Grid:
                 "completions": facts["completions"],
                 "cut": facts["cut"],
                 "length_error": length_errors(finished, gamma)["0.0"],
-                "figures": {name: asdict(e) for name, e in intervals(texts).items()},
+                "figures": intervals(texts),
             }
 
 
@@ -104,7 +101,7 @@ def table_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"axis": run["axis"], "setting": run["setting"]}
         | {"completions": run["completions"], "cut": run["cut"]}
-        | columns({name: Estimate(**figure) for name, figure in run["figures"].items()})
+        | columns(run["figures"])
         | {"length error": f"{run['length_error']:.0%}"}
         for run in runs
     ]

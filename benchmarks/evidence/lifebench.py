@@ -24,7 +24,7 @@ from benchmarks.evidence.likelihood import score_rows
 from benchmarks.evidence.measures import MODES
 from benchmarks.evidence.tasks import OWN, Task, read_tasks, stratified
 from benchmarks.figures import write_figures
-from trainer.checks import check, check_choice
+from trainer.checks import check, check_choice, check_positive
 from trainer.output import OnlyJson, show, table
 from trainer.rows import Rows
 from trainer.settings import keep_settings
@@ -65,8 +65,7 @@ class Plan:
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
-        check(self.limit > 0, "limit", self.limit, "above 0")
-        check(self.max_tokens > 0, "max_tokens", self.max_tokens, "above 0")
+        check_positive(limit=self.limit, max_tokens=self.max_tokens)
         for mode in self.modes:
             check_choice("modes", mode, MODES)
         check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")

@@ -8,7 +8,6 @@ evaluate` has them, here with intervals. All are compared under the gamma of the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,9 @@ def columns(figures: Figures) -> dict[str, Any]:
     }
 
 
-def table_rows(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table_rows(models: Mapping[str, Figures]) -> list[dict[str, Any]]:
     """A row of a table for each model."""
-    return [
-        {"model": name, **columns({key: Estimate(**figure) for key, figure in own.items()})}
-        for name, own in models.items()
-    ]
+    return [{"model": name, **columns(figures)} for name, figures in models.items()]
 
 
 @app.default
@@ -83,10 +79,7 @@ def main(
     reading.check()
     gamma = read_config(checkpoint[0]).gamma
     with predictors(checkpoint, rollouts, reading, gamma, holdout=holdout) as found:
-        models = {
-            name: {key: asdict(e) for key, e in intervals(texts).items()}
-            for name, texts in found.items()
-        }
+        models = {name: intervals(texts) for name, texts in found.items()}
         result = {"gamma": gamma, "rollouts": rollouts.name, "models": models}
         write_figures(output, result)
         show(table(table_rows(models)), result, reading.only_json)

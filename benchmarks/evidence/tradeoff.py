@@ -30,7 +30,7 @@ from benchmarks.evidence.tasks import stratified
 from benchmarks.evidence.tradeoff_figures import points_of, summary, table_rows
 from benchmarks.figures import write_figures
 from benchmarks.pictures import plot_tradeoff
-from trainer.checks import check
+from trainer.checks import check, check_positive
 from trainer.output import OnlyJson, show, table
 from trainer.rows import Rows
 from trainer.settings import keep_settings
@@ -66,8 +66,7 @@ class Plan:
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
-        for name in ("limit", "samples", "max_tokens"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        check_positive(limit=self.limit, samples=self.samples, max_tokens=self.max_tokens)
         check(all(budget > 0 for budget in self.budgets), "budgets", self.budgets, "above 0")
 
     def settings(self) -> dict[str, Any]:

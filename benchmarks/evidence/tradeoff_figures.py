@@ -1,13 +1,12 @@
 """Figures of the trade-off: accuracy and tokens of each arm at each of its dials."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-from benchmarks.estimates import Estimate, Sample, estimate
+from benchmarks.estimates import Sample, estimate
 
 OURS = ("tilt", "at_most", "few+at_most")
-NAMES, ENDS = ("accuracy", "tokens"), ("low", "high")
+NAMES = ("accuracy", "tokens")
 
 
 def points_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -18,9 +17,7 @@ def points_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups = [row["id"] for row in own]
         accuracy = estimate(Sample([100.0 * row["right"] for row in own], groups))
         tokens = estimate(Sample([row["length"] for row in own], groups))
-        points.append(
-            {"arm": arm, "dial": dial, "accuracy": asdict(accuracy), "tokens": asdict(tokens)}
-        )
+        points.append({"arm": arm, "dial": dial, "accuracy": accuracy, "tokens": tokens})
     return points
 
 
@@ -28,9 +25,9 @@ def summary(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The last line. Shares of the free accuracy at the largest budget whose hard cut keeps at
     most a third of it; ours is its best point that needs no more tokens than that cut."""
     flat = [
-        {"arm": p["arm"], "dial": p["dial"], "n": p["accuracy"]["n"]}
-        | {name: round(p[name]["value"], 2) for name in NAMES}
-        | {f"{name}_ci": [round(p[name][end], 2) for end in ENDS] for name in NAMES}
+        {"arm": p["arm"], "dial": p["dial"], "n": p["accuracy"].n}
+        | {name: round(p[name].value, 2) for name in NAMES}
+        | {f"{name}_ci": p[name].interval(2) for name in NAMES}
         for p in points
     ]
     (free,) = (p for p in flat if p["arm"] == "free")
@@ -51,8 +48,7 @@ def summary(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def table_rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row of a table for each point."""
     return [
-        {"arm": p["arm"], "dial": p["dial"]}
-        | {"pass@1, %": Estimate(**p["accuracy"]), "tokens": Estimate(**p["tokens"])}
-        | {"n": p["accuracy"]["n"]}
+        {"arm": p["arm"], "dial": p["dial"], "pass@1, %": p["accuracy"], "tokens": p["tokens"]}
+        | {"n": p["accuracy"].n}
         for p in points
     ]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ def test_both_pages_have_the_same_runs_and_their_pictures() -> None:
 def test_a_section_whose_run_is_not_here_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figure = asdict(Estimate(0.5, 0.4, 0.6, 9))
+    figure = Estimate(0.5, 0.4, 0.6, 9)
     for name in ("scaling", "ablations-small"):
         run = {"axis": "layers", "setting": "2", "completions": 9, "cut": 1, "length_error": 0.25}
         run["figures"] = {"mre math": figure, "loss": figure, "r2": figure}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trainer.checks import check
+from trainer.checks import check, check_positive
 from trainer.data import Rollout, read_rollouts
 from trainer.evaluation.journal import close_journal, open_journal
 from trainer.evaluation.predict import Reading, predict_all
@@ -63,9 +63,7 @@ def tokens(
     cloud
         Picture of two word clouds to write, as .png, .svg or .pdf; needs `wordcloud`.
     """
-    check(min_count > 0, "min_count", min_count, "above 0")
-    check(top > 0, "top", top, "above 0")
-    check(limit is None or limit > 0, "limit", limit, "above 0")
+    check_positive(min_count=min_count, top=top, limit=limit)
     reading.check()
     check_picture("cloud", cloud)
     model = reading.load(checkpoint)

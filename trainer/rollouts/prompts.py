@@ -10,7 +10,7 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from trainer.checks import check
+from trainer.checks import check_positive
 from trainer.rollouts.codereasoning import question_of
 
 HUB = "hub:"
@@ -59,7 +59,7 @@ class Selection:
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
-        check(self.limit is None or self.limit > 0, "limit", self.limit, "above 0")
+        check_positive(limit=self.limit)
         if self.template is not None:
             check_template(self.template)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trainer.checks import check
+from trainer.checks import check, check_positive
 from trainer.data import read_rollouts
 from trainer.output import show
 from trainer.plots import check_picture, plot_lengths
@@ -52,7 +52,7 @@ def rollout(
     plot
         Picture of the lengths to write, as .png, .svg or .pdf.
     """
-    check(shard_size > 0, "shard_size", shard_size, "above 0")
+    check_positive(shard_size=shard_size)
     check_picture("plot", plot)
     for options in (selection, sampling, engine):
         options.check()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import httpx
 from cyclopts import Parameter
 
-from trainer.checks import check
+from trainer.checks import check, check_positive
 from trainer.rollouts.prompts import Prompt
 
 ATTEMPTS = 4
@@ -36,8 +36,7 @@ class Sampling:
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
-        check(self.n > 0, "n", self.n, "above 0")
-        check(self.max_tokens > 0, "max_tokens", self.max_tokens, "above 0")
+        check_positive(n=self.n, max_tokens=self.max_tokens)
         check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
 
@@ -74,7 +73,7 @@ class Engine:
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
-        check(self.concurrency > 0, "concurrency", self.concurrency, "above 0")
+        check_positive(concurrency=self.concurrency)
 
     def sampler(self, model: str) -> Sampler:
         """Ready to sample."""

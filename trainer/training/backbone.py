@@ -7,7 +7,7 @@ import torch
 from cyclopts import Parameter
 from transformers import AutoConfig
 
-from trainer.checks import check, check_choice
+from trainer.checks import check, check_choice, check_positive
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.model.value_model import ValueHead, ValueModel, load_backbone
 
@@ -43,8 +43,7 @@ class Backbone:
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_choice("tune", self.tune, WEIGHTS)
-        check(self.lora.rank > 0, "lora.rank", self.lora.rank, "above 0")
-        check(self.lora.alpha > 0, "lora.alpha", self.lora.alpha, "above 0")
+        check_positive(**{"lora.rank": self.lora.rank, "lora.alpha": self.lora.alpha})
         (depth, _), layers = load_shape(self.model), self.num_layers
         fits = layers is None or 1 <= layers <= depth
         check(fits, "num_layers", layers, f"1 to {depth}, as {self.model} has")

@@ -9,7 +9,7 @@ import torch
 from cyclopts import Parameter
 from transformers import TrainingArguments
 
-from trainer.checks import check, check_choice
+from trainer.checks import check, check_choice, check_positive
 from value_server.model.value_model import default_dtype
 
 Batches = Literal["shuffled", "grouped"]
@@ -47,8 +47,9 @@ class Recipe:
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
-        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        check(self.epochs > 0, "epochs", self.epochs, "above 0")
+        check_positive(
+            learning_rate=self.learning_rate, epochs=self.epochs, save_steps=self.save_steps
+        )
         steps = self.max_steps
         check(steps > 0 or steps == -1, "max_steps", steps, "above 0, or -1")
         check(self.max_length > 1, "max_length", self.max_length, "above 1")
@@ -63,7 +64,6 @@ class Recipe:
         on_gpu = torch.cuda.is_available()
         check(not self.fp16 or on_gpu, "fp16", self.fp16, "left out without a GPU")
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
-        check(self.save_steps > 0, "save_steps", self.save_steps, "above 0")
 
     @property
     def mixed(self) -> bool:

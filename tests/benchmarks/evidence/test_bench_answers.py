@@ -183,6 +183,6 @@ def test_a_judge_sees_both_orders(tmp_path: Path) -> None:
         key = f"railed/equal_to/32/7/{first}"
         verdicts.add({"key": key, "arm": "railed", "id": "7", "first": first, "text": "A"})
     judge = Judge(url="http://nowhere/v1", model="none")
-    assert judge.compare(rows, verdicts)["railed"]["value"] == 50.0
+    assert judge.compare(rows, verdicts)["railed"].value == 50.0
     lines = (tmp_path / "verdicts.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["A", "A"]

@@ -195,12 +195,12 @@ def test_words_are_counted_on_the_text_whatever_the_arm() -> None:
     rows[0]["text"], rows[1]["text"] = "one two three.", "十个字的一段中文。正好"
     found = cells([judged(row, {"nll": 1.0, "p_end": 0.5}, WORDS) for row in rows])
     whole = {cell["arm"]: cell["figures"] for cell in found if cell.keys() == {"arm", "figures"}}
-    assert whole["prompt"]["length"]["value"] == 3
-    assert whole["prompt"]["ld"]["value"] == 70.0
-    assert whole["railed"]["length"]["value"] == 10
-    assert whole["railed"]["ls"]["value"] == 100.0
-    assert whole["railed"]["cost"]["value"] == 2.0  # in tokens, as ever
-    assert whole["railed"]["unforced_share"]["value"] == 100.0
+    assert whole["prompt"]["length"].value == 3
+    assert whole["prompt"]["ld"].value == 70.0
+    assert whole["railed"]["length"].value == 10
+    assert whole["railed"]["ls"].value == 100.0
+    assert whole["railed"]["cost"].value == 2.0  # in tokens, as ever
+    assert whole["railed"]["unforced_share"].value == 100.0
 
 
 # ---- words from tokens

@@ -140,9 +140,9 @@ def test_scaling_goes_on_and_its_checkpoints_are_compared(
 def test_ablations_on_one_axis(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ablations.main(grid=grid_of(folder), axes=("reference", "weighting"), output=tmp_path)
+    ablations.main(grid=grid_of(folder), axes=("weighting",), output=tmp_path)
     runs = last_line(capsys)["runs"]
-    assert [row["setting"] for row in runs] == ["paper", "trajectory"]
+    assert [row["setting"] for row in runs] == ["trajectory"]
     assert all(np.isfinite(row["figures"]["loss"]["value"]) for row in runs)
 
 

@@ -12,8 +12,6 @@ from trainer.training.backbone import LoraShape, Tune
 from trainer.training.steps import last_step
 from trainer.training.value_trainer import ValueTrainer
 
-TUNES: list[Tune] = ["full", "lora", "head"]
-
 
 class KilledError(Exception):
     pass
@@ -38,39 +36,40 @@ def run_until(step: int, *args: Any, **options: Any) -> None:
             run(*args, **options)
 
 
-@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize(("tune", "stops"), [("full", (3,)), ("head", (1, 4))])
 def test_a_stopped_run_ends_as_if_it_had_not_been(
-    tune: Tune, base: Path, data: Path, tmp_path: Path, history: list[dict[str, Any]]
+    tune: Tune,
+    stops: tuple[int, ...],
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    history: list[dict[str, Any]],
 ) -> None:
+    """Also twice, and before the first save; `lora` see tests/trainer/test_killed.py."""
     run(data, tmp_path / "whole", base, tune=tune)
+    for step in stops:
+        run_until(step, data, tmp_path / "out", base, tune=tune)
+    last = last_step(tmp_path / "out" / "steps")
+    assert last == tmp_path / "out" / "steps" / f"checkpoint-{stops[-1] // 2 * 2}"
     history.clear()
-    run_until(3, data, tmp_path / "out", base, tune=tune)
-    assert last_step(tmp_path / "out" / "steps") == tmp_path / "out" / "steps" / "checkpoint-2"
     run(data, tmp_path / "out", base, tune=tune)
-    assert len([entry for entry in history if "loss" in entry]) == 3  # it did go on from step 2
+    done = [entry for entry in history if "loss" in entry]
+    assert len(done) == 5 - stops[-1] // 2 * 2  # it did go on from the last save
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_finished_run_is_not_repeated(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Unless its settings are others."""
     out = tmp_path / "out"
-    run(data, out, base)
+    run(data, out, base, max_steps=1)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    run(data, out, base)
+    run(data, out, base, max_steps=1)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert f"{out}: finished before" in capsys.readouterr().out
-    for options in ({"resume": False}, {"seed": 1}):
-        run(data, out, base, **options)
-        assert min(path.stat().st_mtime_ns for path in out.iterdir()) > max(before.values())
-
-
-def test_stopped_twice_and_before_the_first_save(base: Path, data: Path, tmp_path: Path) -> None:
-    run(data, tmp_path / "whole", base)
-    for step in (1, 4):
-        run_until(step, data, tmp_path / "out", base)
-    run(data, tmp_path / "out", base)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    run(data, out, base, max_steps=1, seed=1)
+    assert min(path.stat().st_mtime_ns for path in out.iterdir()) > max(before.values())
 
 
 def test_a_step_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
@@ -139,7 +138,13 @@ def test_another_backbone_is_named(stopped: Path, base: Path, data: Path, tmp_pa
 def test_without_resume_it_starts_anew(
     stopped: Path, base: Path, data: Path, tmp_path: Path
 ) -> None:
+    """Also where a run has finished."""
     out = shutil.copytree(stopped, tmp_path / "out")
-    run(data, out, base, seed=7, resume=False)
-    run(data, tmp_path / "fresh", base, seed=7)
-    assert contents(out) == contents(tmp_path / "fresh")
+    run(data, out, base, seed=7, max_steps=2, resume=False)
+    finished = contents(out)
+    run(data, tmp_path / "fresh", base, seed=7, max_steps=2)
+    assert finished == contents(tmp_path / "fresh")
+    made = (out / "config.json").stat().st_mtime_ns
+    run(data, out, base, seed=7, max_steps=2, resume=False)
+    assert (out / "config.json").stat().st_mtime_ns > made
+    assert contents(out) == finished
