@@ -54,14 +54,21 @@ class Grid:
     def run(self, runs: Sequence[Run], gamma: float, output: Path, **facts: Any) -> None:
         """Train and evaluate, print a table and, as the last line, one JSON object.
 
-        gamma: to compare all under. facts: of the JSON object. A run with figures is not trained
-        again, one that was stopped goes on.
+        gamma: to compare all under. facts: what else shapes the runs. A run with figures is not
+        trained again, one that was stopped goes on.
         """
         backbone = self.training.backbone
-        names = {"model": Path(backbone.model).name, "rollouts": self.rollouts.name}
-        shape = {"num_layers": backbone.num_layers, "tune": backbone.tune}
-        lora = {"lora": asdict(backbone.lora)}
-        keep_settings(output, {**names, **shape, **lora, **self.training.facts()})
+        settings = {
+            "model": Path(backbone.model).name,
+            "rollouts": self.rollouts.name,
+            "num_layers": backbone.num_layers,
+            "tune": backbone.tune,
+            "lora": asdict(backbone.lora),
+            "gamma": gamma,
+            **self.training.facts(),
+            **facts,
+        }
+        keep_settings(output, settings)
         rows = [
             self._row(run, gamma, output / run.name) for run in tqdm(runs, "runs", file=sys.stderr)
         ]
