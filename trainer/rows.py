@@ -1,8 +1,24 @@
-"""Results as JSON lines that a run which was stopped goes on from."""
+"""JSON lines: data to read, and results that a run which was stopped goes on from."""
 
+import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a file, plain or gzip. Raises ValueError naming the line that holds no object."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number}: expected an object, got {row!r}")
+            yield row
 
 
 class Rows(dict[str, dict[str, Any]]):

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from cyclopts import App
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.evidence.tasks import read_lines
 from lenvm_vllm.commands.demo import MODEL
 from trainer.checks import check
 from trainer.output import OnlyJson, show, table
+from trainer.rows import read_rows
 from value_server.contract.units import CHARACTERS, PRIOR, WORDS, count
 from value_server.http.text import TextRequest, Texts
 
@@ -53,7 +53,7 @@ def of_rollouts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Answ
 
 def of_lifebench(path: Path) -> Iterator[Answer]:
     """The answers that `benchmarks.evidence.lifebench` keeps, by language."""
-    for row in read_lines(path):
+    for row in read_rows(path):
         tokens = row["length"] + (row["finish"] != "stop")
         yield Answer(f"lifebench {row['language']}", row["request"], row["text"], tokens)
 

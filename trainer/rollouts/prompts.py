@@ -1,7 +1,5 @@
 """Prompts to sample completions of: from JSON lines, or from a hub data set, by a preset or not."""
 
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,6 +10,7 @@ from cyclopts import Parameter
 
 from trainer.checks import check_positive
 from trainer.rollouts.codereasoning import question_of
+from trainer.rows import read_rows
 
 HUB = "hub:"
 
@@ -77,7 +76,7 @@ class Selection:
             rows = _hub_rows(name.removeprefix(HUB), self.hub)
             prompts = _of_rows(name, "row", rows, self.column)
         else:
-            prompts = _of_rows(name, "line", _file_rows(source), self.column)
+            prompts = _of_rows(name, "line", read_rows(source), self.column)
         for prompt in islice(prompts, self.limit):
             yield replace(prompt, text=template.format(prompt=prompt.text))
 
@@ -122,7 +121,7 @@ def check_template(template: str) -> None:
 
 def _of_rows(source: str, what: str, rows: Iterable[Any], column: str) -> Iterator[Prompt]:
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        if not isinstance(row.get(column), str):
             raise ValueError(f"{source}: {what} {number + 1}: {column}: missing or not a text")
         yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row[column])
 
@@ -131,16 +130,6 @@ def _hub_rows(name: str, hub: Hub) -> Iterable[Any]:
     from datasets import load_dataset
 
     return load_dataset(name, hub.subset, split=hub.split, streaming=True)
-
-
-def _file_rows(path: Path) -> Iterator[Any]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number + 1}: {error}") from error
 
 
 def _of_preset(name: str, preset: Preset) -> Iterator[Prompt]:

@@ -20,7 +20,7 @@ def test_read_prompts(name: str, tmp_path: Path) -> None:
     [
         ("{", r"a\.jsonl: line 2: "),
         ("", r"a\.jsonl: line 2: "),
-        ("[]", r"a\.jsonl: line 2: prompt: missing or not a text"),
+        ("[]", r"a\.jsonl: line 2: expected an object, got \[\]"),
         ('{"text": "hi"}', r"a\.jsonl: line 2: prompt: missing or not a text"),
         ('{"prompt": 3}', r"a\.jsonl: line 2: prompt: missing or not a text"),
         ('{"prompt": null}', r"a\.jsonl: line 2: prompt: missing or not a text"),
