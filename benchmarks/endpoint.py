@@ -13,8 +13,8 @@ import httpx
 from openai import APIError, AsyncOpenAI
 from tqdm import tqdm
 
-from benchmarks.rows import Rows
 from lenvm_vllm.api.answers import SAMPLED
+from trainer.rows import Rows
 
 TIMEOUT_S = 3600
 RETRIES = 4

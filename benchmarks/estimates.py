@@ -39,6 +39,12 @@ class Estimate:
     high: float
     n: int
 
+    def scaled(self, factor: float) -> "Estimate":
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
+
+    def interval(self, digits: int) -> list[float]:
+        return [round(self.low, digits), round(self.high, digits)]
+
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 

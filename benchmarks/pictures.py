@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks.estimates import Estimate
 
 DPI = 100
 
@@ -21,7 +24,7 @@ def plot_control(found: Sequence[Mapping[str, Any]], path: Path, unit: str) -> N
         _with_bars(left, x, [c["figures"]["ls"] for c in own], arm)
         (whole,) = (c for c in cells if c["arm"] == arm and c.keys() == {"arm", "mode", "figures"})
         if "ppl_ratio" in whole["figures"]:
-            at = [whole["figures"]["ppl_ratio"]["value"]]
+            at = [whole["figures"]["ppl_ratio"].value]
             _with_bars(right, at, [whole["figures"]["unforced_share"]], arm)
     left.set(xscale="log", xlabel=f"target, {unit}", ylabel="length score")
     left.set_xticks(ticks := sorted({c["target"] for c in cells if "target" in c}), map(str, ticks))
@@ -38,8 +41,8 @@ def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for arm in dict.fromkeys(p["arm"] for p in points):
-        own = sorted((p for p in points if p["arm"] == arm), key=lambda p: p["tokens"]["value"])
-        x = [p["tokens"]["value"] for p in own]
+        own = sorted((p for p in points if p["arm"] == arm), key=lambda p: p["tokens"].value)
+        x = [p["tokens"].value for p in own]
         _with_bars(axis, x, [p["accuracy"] for p in own], arm)
     axis.set(xlabel="mean completion tokens", ylabel="pass@1, %")
     axis.legend()
@@ -60,9 +63,7 @@ def plot_grid(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _with_bars(
-    axis: Axes, x: Sequence[Any], figures: Sequence[Mapping[str, float]], label: str
-) -> None:
+def _with_bars(axis: Axes, x: Sequence[Any], figures: Sequence[Estimate], label: str) -> None:
     """Values over x with their intervals."""
-    bars = [[abs(f[end] - f["value"]) for f in figures] for end in ("low", "high")]
-    axis.errorbar(x, [f["value"] for f in figures], bars, fmt="o-", capsize=2, label=label)
+    bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+    axis.errorbar(x, [f.value for f in figures], np.abs(bars), fmt="o-", capsize=2, label=label)

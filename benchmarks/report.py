@@ -1,4 +1,4 @@
-"""From the folders of the harnesses to the tables of docs/benchmarks.md and one HTML page.
+"""From the folders of the harnesses to docs/figures.md and one HTML page, docs/report.html.
 
     python -m benchmarks.report
 
@@ -11,8 +11,7 @@ import base64
 import contextlib
 import json
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,29 @@ from cyclopts import App
 from jinja2 import Environment, FileSystemLoader
 from transformers import AutoTokenizer
 
-from benchmarks.estimates import Estimate
-from benchmarks.evidence import control
-from benchmarks.evidence.grid import grid_rows
-from benchmarks.evidence.prediction import model_rows
+from benchmarks.evidence import grid, lifebench_figures, prediction, tradeoff_figures
 from benchmarks.evidence.texts import Text, choose, read_texts
-from benchmarks.evidence.tradeoff import point_rows
+from benchmarks.figures import FIGURES_FILE, read_figures
 from benchmarks.pictures import plot_control, plot_grid, plot_tradeoff
-from benchmarks.rows import SETTINGS_FILE, Rows
 from benchmarks.servers import value_served
-from benchmarks.tables import table
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
+from trainer.output import table
+from trainer.rows import Rows
+from trainer.settings import SETTINGS_FILE
 from value_server.contract.units import UNITS
 
 app = App(help=__doc__)
-BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 SECTION = re.compile(r"<!-- section: (\S+) -->\n(.*?)\n<!-- /section -->", re.DOTALL)
-PAGE = Path(__file__).with_name("report.html")  # an empty one
-DOC_TABLES = ("By mode",)  # the others are in the HTML page
+SHORT = "By mode"  # of several tables the one that is in figures.md too
+Tables = dict[str, list[dict[str, Any]]]
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=lambda name: "section.html" in (name or ""),
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.filters["encoded"] = lambda path: base64.b64encode(path.read_bytes()).decode()
 
 
 @dataclass
@@ -47,88 +51,96 @@ class Section:
 
     title: str
     about: str
-    tables: dict[str, list[dict[str, Any]]]
+    tables: Tables
     pictures: list[Path] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
 
+    def markdown(self) -> str:
+        parts = [f"### {self.title}", self.about]
+        parts += [f"![{self.title}]({picture.name})" for picture in self.pictures]
+        kept = {SHORT: self.tables[SHORT]} if SHORT in self.tables else self.tables
+        parts += [f"{caption}:\n\n{table(rows)}" for caption, rows in kept.items() if rows]
+        return "\n\n".join(part for part in parts if part)
 
-def lifebench(figures: dict[str, Any], picture: Path) -> dict[str, Any]:
+    def html(self) -> str:
+        """With its pictures inside."""
+        return TEMPLATES.get_template("section.html.j2").render(section=self).strip()
+
+
+def of_lifebench(figures: dict[str, Any], picture: Path) -> Tables:
     plot_control(figures["cells"], picture, figures.get("unit", UNITS[0]))
-    return control.tables(figures["cells"])
+    return lifebench_figures.tables(figures["cells"])
 
 
-def tradeoff(figures: dict[str, Any], picture: Path) -> dict[str, Any]:
+def of_tradeoff(figures: dict[str, Any], picture: Path) -> Tables:
     plot_tradeoff(figures["measured"], picture)
-    return {"Accuracy and tokens": point_rows(figures["measured"])}
+    return {"Accuracy and tokens": tradeoff_figures.table_rows(figures["measured"])}
 
 
-def prediction(figures: dict[str, Any], picture: Path) -> dict[str, Any]:
-    models = {
-        name: {key: Estimate(**figure) for key, figure in own.items()}
-        for name, own in figures["models"].items()
-    }
-    return {f"Under gamma {figures['gamma']:.5g}": model_rows(models)}
+def of_prediction(figures: dict[str, Any], picture: Path) -> Tables:
+    return {f"Under gamma {figures['gamma']:.5g}": prediction.table_rows(figures["models"])}
 
 
-def grid(figures: dict[str, Any], picture: Path) -> dict[str, Any]:
+def of_grid(figures: dict[str, Any], picture: Path) -> Tables:
     plot_grid(figures["runs"], picture)
-    return {"One change at a time": grid_rows(figures["runs"])}
+    return {"One change at a time": grid.table_rows(figures["runs"])}
 
 
-READERS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
-    "lifebench": lifebench,
-    "tradeoff": tradeoff,
-    "prediction": prediction,
-    "scaling": grid,
-    "ablations": grid,
+READERS: dict[str, Callable[[dict[str, Any], Path], Tables]] = {
+    "lifebench": of_lifebench,
+    "tradeoff": of_tradeoff,
+    "prediction": of_prediction,
+    "scaling": of_grid,
+    "ablations": of_grid,
+    "censoring": of_grid,
 }
 
 
 def sections_of(runs: Path, docs: Path) -> dict[Path, Section]:
-    """By its folder the section of every run, in the order of READERS; writes their pictures."""
+    """By its folder the section of every run; writes their pictures.
+
+    Raises ValueError where there is no run.
+    """
     found = {}
     for kind, reader in READERS.items():
-        for path in sorted(runs.glob(f"{kind}*/figures.json")):
+        for path in sorted(runs.glob(f"{kind}*/{FIGURES_FILE}")):
             folder = path.parent
             picture = docs / f"{folder.name}.png"
-            tables = reader(json.loads(path.read_text()), picture)
+            tables = reader(read_figures(folder), picture)
             settings = folder / SETTINGS_FILE
             facts = json.loads(settings.read_text()) if settings.exists() else {}
             about = ", ".join(f"{name} {value}" for name, value in facts.items())
             pictures = [picture] if picture.exists() else []
             found[folder] = Section(folder.name, about, tables, pictures)
+    if not found:
+        raise ValueError(f"runs: {runs} has no folder of {', '.join(READERS)} with {FIGURES_FILE}")
     return found
 
 
-def markdown(section: Section) -> str:
-    parts = [f"### {section.title}", section.about]
-    parts += [f"![{section.title}]({picture.name})" for picture in section.pictures]
-    kept = {c: rows for c, rows in section.tables.items() if c in DOC_TABLES} or section.tables
-    parts += [f"{caption}:\n\n{table(rows)}" for caption, rows in kept.items() if rows]
-    return "\n\n".join(part for part in parts if part)
+def texts_of(
+    folder: Path, count: int, model: str, checkpoint: Path, values_url: str | None
+) -> list[Text]:
+    """Of a run of `lifebench`; a value server is started for values that it does not hold yet."""
+    answers = list(choose([*Rows(folder / "answers.jsonl").values()], count))
+    values = Rows(folder / "values.jsonl")
+    known = all(answer["key"] in values for answer in answers)
+    with contextlib.ExitStack() as stack:
+        if not known and not values_url:
+            values_url = stack.enter_context(value_served(model, checkpoint, folder))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return read_texts(answers, values, values_url or "", tokenizer)
 
 
-def html(section: Section) -> str:
-    """With its pictures inside."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    environment.filters["encoded"] = lambda path: base64.b64encode(path.read_bytes()).decode()
-    return environment.get_template("section.html.j2").render(section=section).strip()
+def write(document: Path, sections: Mapping[str, str]) -> list[str]:
+    """These sections and the others that the document has, in the order of READERS.
 
-
-def insert(document: Path, texts: dict[str, str]) -> list[str]:
-    """Put the sections between the marks, in the order of READERS; returns the titles of all.
-
-    Raises ValueError where the document has no marks.
+    Returns the titles of all. What stands around them is in templates/.
     """
-    before, begin, rest = document.read_text().partition(BEGIN)
-    known, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs: {document} has no lines {BEGIN} and {END}")
-    sections = dict(SECTION.findall(known)) | texts
-    titles = sorted(sections, key=lambda title: (_kind(title), title))
-    marked = [f"<!-- section: {t} -->\n{sections[t]}\n<!-- /section -->" for t in titles]
-    document.write_text("\n\n".join([f"{before}{BEGIN}", *marked, f"{END}{after}"]))
+    known = dict(SECTION.findall(document.read_text())) if document.exists() else {}
+    texts = {**known, **sections}
+    titles = sorted(texts, key=lambda title: (_kind(title), title))
+    template = TEMPLATES.get_template(f"{document.name}.j2")
+    document.write_text(template.render(sections={title: texts[title] for title in titles}))
     return titles
 
 
@@ -146,14 +158,14 @@ def main(
     values_url: str | None = None,
     texts: int = 3,
 ) -> None:
-    """Write docs/benchmarks.md's tables, the pictures and docs/report.html; end with a JSON line.
+    """Write docs/figures.md, the pictures and docs/report.html; end with a JSON line.
 
     Parameters
     ----------
     runs
         Folder of the harnesses' output folders.
     docs
-        Folder of benchmarks.md, which has two lines for the text to stand between.
+        Folder to write to.
     model
         Hub name or folder of the model that wrote the texts of `lifebench`.
     checkpoint
@@ -164,26 +176,14 @@ def main(
         Requests whose answers the page shows, of each arm.
     """
     found = sections_of(runs, docs)
-    if not found:
-        raise ValueError(f"runs: {runs} has no folder of {', '.join(READERS)} with figures.json")
     shown = runs / "lifebench"
     if texts and shown in found:
-        answers = list(choose([*Rows(shown / "answers.jsonl").values()], texts))
-        values = Rows(shown / "values.jsonl")
-        known = all(answer["key"] in values for answer in answers)
-        with contextlib.ExitStack() as stack:
-            if not known and not values_url:
-                values_url = stack.enter_context(value_served(model, checkpoint, shown))
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            found[shown].texts = read_texts(answers, values, values_url or "", tokenizer)
-    sections = [*found.values()]
-    insert(docs / "benchmarks.md", {s.title: markdown(s) for s in sections})
+        found[shown].texts = texts_of(shown, texts, model, checkpoint, values_url)
+    sections = found.values()
+    write(docs / "figures.md", {s.title: s.markdown() for s in sections})
     page = docs / "report.html"
-    kept = dict(SECTION.findall(page.read_text())) if page.exists() else {}
-    shutil.copyfile(PAGE, page)  # so that the page's own frame is told in one place
-    titles = insert(page, kept | {s.title: html(s) for s in sections})
-    result = {"sections": titles, "bytes": page.stat().st_size}
-    print(json.dumps(result))
+    titles = write(page, {s.title: s.html() for s in sections})
+    print(json.dumps({"sections": titles, "bytes": page.stat().st_size}))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,12 @@ def check(ok: bool, field: str, value: object, rule: str) -> None:
         raise ValueError(f"{field}: {value!r}, must be {rule}")
 
 
+def check_positive(**values: float | None) -> None:
+    """Raises ValueError unless all that are given are above 0."""
+    for field, value in values.items():
+        check(value is None or value > 0, field, value, "above 0")
+
+
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     choices = list(choices)

@@ -106,6 +106,11 @@ def split(rollouts: Sequence[Rollout], holdout: float) -> tuple[list[Rollout], l
     return parts
 
 
+def finished_lengths(rollouts: Sequence[Rollout]) -> list[int]:
+    """Tokens of each completion that was not cut."""
+    return [len(r.completion_ids) for r in rollouts if r.finished]
+
+
 def make_example(rollout: Rollout, max_length: int) -> Example:
     """Labels of one rollout: last prompt token → R, k-th completion token → R - k.
 

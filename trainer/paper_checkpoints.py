@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trainer.checks import check_choice
 from value_server.contract.checkpoint import (
     CONFIG_FILE,
     CONFIG_KEY,
@@ -81,8 +82,8 @@ def import_checkpoint(
             f"gamma: {source} does not tell the discount that it was trained with; "
             "give it (0.997 for the released Qwen2.5 models)"
         )
-    if head is not None and head not in get_args(HeadKind):
-        raise ValueError(f"head: {head!r}, must be one of {', '.join(get_args(HeadKind))}")
+    if head is not None:
+        check_choice("head", head, get_args(HeadKind))
     _check_empty(output)
     theirs = _load_config(source)
     config = text_config(theirs)

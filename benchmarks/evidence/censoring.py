@@ -7,27 +7,21 @@ what is left by each treatment, and all are evaluated on the held-out prompts' c
 were sampled. A run that is done is not done again, one that was stopped goes on.
 """
 
-import json
-import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from benchmarks.evidence.small import SmallLora, SmallRecipe
+from benchmarks.evidence.grid import Grid, Run
 from trainer.checks import check
-from trainer.data import read_rollouts, split
-from trainer.evaluation.evaluate import evaluate
-from trainer.training.objective import Censored, Objective
-from trainer.training.train import Tune, choose_gamma, train
+from trainer.data import finished_lengths
+from trainer.training.objective import Censored
 
 app = App(help=__doc__)
-COLUMNS = ("completions", "cut", "r2", "mean mre", "median error at the prompt's end")
 
 
 def cut_rollouts(rollouts: Path, share: float, output: Path) -> int:
@@ -42,81 +36,29 @@ def cut_rollouts(rollouts: Path, share: float, output: Path) -> int:
     return limit
 
 
-def row_of(checkpoint: Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """What the table shows of a treatment."""
-    facts = json.loads((checkpoint / "config.json").read_text())["lenvm"]["training"]
-    errors = figures["length_error_by_position"]
-    return {
-        "completions": facts["completions"],
-        "cut": facts["cut"],
-        "r2": figures["r2"],
-        "mean mre": float(np.mean([*figures["mre"].values()])),
-        "median error at the prompt's end": errors["0.0"],
-    }
-
-
 @app.default
-def main(
-    *,
-    rollouts: Path,
-    model: str,
-    share: float = 1 / 3,
-    num_layers: int | None = 8,
-    tune: Tune = "lora",
-    lora: SmallLora = SmallLora(),
-    objective: Objective = Objective(),
-    recipe: SmallRecipe = SmallRecipe(),
-    holdout: float = 0.1,
-    output: Path = Path("runs/censoring"),
-    only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
+def main(*, grid: Grid, share: float = 1 / 3, output: Path = Path("runs/censoring")) -> None:
     """Cut, train, evaluate, print a table and, as the last line, one JSON object.
 
     Parameters
     ----------
-    rollouts
-        Parquet file or folder of shards, hardly any of them cut.
-    model
-        Hub name or folder of the backbone.
     share
-        Of the completions to leave unfinished.
-    num_layers
-        Layers of the backbone.
-    tune, lora, objective, recipe, holdout
-        As for `lenvm train`; `censored` is what is compared.
+        Of the completions to leave unfinished; hardly any of the rollouts should be.
     output
-        Folder of the cut rollouts and the checkpoints.
-    only_json
-        Print nothing else.
+        Folder of the cut rollouts, the checkpoints and the figures.
     """
     check(0 < share < 1, "share", share, "between 0 and 1")
-    check(0 < holdout < 1, "holdout", holdout, "between 0 and 1")
+    grid.training.check()
     data = output / "cut.parquet"
-    limit = cut_rollouts(rollouts, share, data)
-    known, _ = split(read_rollouts(data), holdout)
-    gamma = choose_gamma(known, objective, data)
-    rows = {}
+    limit = cut_rollouts(grid.rollouts, share, data)
+    objective = grid.training.objective
+    gamma = objective.discount(finished_lengths(grid.training.part(data)))
+    runs = []
     for censored in get_args(Censored):
-        checkpoint = output / censored
         aim = replace(objective, censored=censored, gamma=gamma, gamma_percentile=None)
-        options: dict[str, Any] = {"num_layers": num_layers, "tune": tune, "lora": lora}
-        with redirect_stdout(sys.stderr):
-            train(
-                *(data, checkpoint),
-                model=model,
-                objective=aim,
-                recipe=recipe,
-                holdout=holdout,
-                **options,
-            )
-            figures = evaluate(checkpoint, rollouts, base_model=model, only_json=True)
-        rows[censored] = row_of(checkpoint, figures)
-    if not only_json:
-        print("| censored | " + " | ".join(COLUMNS) + " |")
-        print("|---" + "|---:" * len(COLUMNS) + "|")
-        for name, row in rows.items():
-            print(f"| {name} | " + " | ".join(f"{row[c]:.3g}" for c in COLUMNS) + " |")
-    print(json.dumps({"limit": limit, "gamma": gamma, "treatments": rows}))
+        training = replace(grid.training, objective=aim)
+        runs.append(Run(axis="censored", setting=censored, rollouts=data, training=training))
+    grid.run(runs, gamma, output, limit=limit)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Which of two texts reads better? Pairs for a judging model, each asked in both orders."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.endpoint import Endpoint, Job
 from benchmarks.estimates import Sample, estimate
-from benchmarks.rows import Rows
+from trainer.rows import Rows
 
 QUESTION = """\
 Two writers answered the same request. Which answer is better written: to the point, coherent, \
@@ -55,9 +55,7 @@ class Judge:
             points = POINTS.get(answer["text"].strip().strip("*.\"'").lower(), 0.5)
             points = points if answer["first"] else 1 - points
             won.setdefault(answer["arm"], []).append((100 * points, answer["id"]))
-        return {
-            arm: asdict(estimate(Sample(*zip(*points, strict=True)))) for arm, points in won.items()
-        }
+        return {arm: estimate(Sample(*zip(*points, strict=True))) for arm, points in won.items()}
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:

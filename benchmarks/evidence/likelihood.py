@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from benchmarks.rows import Rows
+from trainer.rows import Rows
 from value_server.model.value_model import default_dtype
 
 BATCH_TOKENS = 2048  # padding included

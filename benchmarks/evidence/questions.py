@@ -11,7 +11,7 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.parser import StringExtractionConfig
 
-from benchmarks.evidence.tasks import read_lines
+from trainer.rows import read_rows
 
 LETTERS = tuple("ABCDEFGH")
 BOXED_LETTER = re.compile(r"\\boxed\{(?:\\text\{)?\(?([A-H])\)?\}+")
@@ -54,11 +54,11 @@ def read_questions(path: Path) -> list[Question]:
     the line and what it lacks.
     """
     questions = []
-    for number, row in enumerate(read_lines(path), 1):
+    for number, row in enumerate(read_rows(path), 1):
         try:
             questions.append(_question(row, number, path.parent))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"data: {path}, line {number}: {error}") from error
+            raise ValueError(f"{path}: line {number}: {error}") from error
     return questions
 
 

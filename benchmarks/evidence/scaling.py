@@ -2,30 +2,24 @@
 
     python -m benchmarks.evidence.scaling --rollouts rollouts/ --model MODEL
 
-Each axis is varied alone, from the full data and the deepest backbone downwards. All runs have
-the same recipe, gamma and held-out prompts. A run that is done is not done again.
+Each axis is varied alone, from the full data and --num-layers. All runs have the same recipe,
+gamma and held-out prompts. A run that is done is not done again.
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from benchmarks.evidence.grid import Run, grid_rows, run_grid
-from benchmarks.evidence.small import SmallLora, SmallRecipe
-from benchmarks.rows import keep_settings
-from benchmarks.tables import table
+from benchmarks.evidence.grid import Grid, Run
 from trainer.checks import check
-from trainer.data import read_rollouts, split
-from trainer.training.objective import Objective
-from trainer.training.train import Tune, choose_gamma, load_shape
+from trainer.training.backbone import load_shape
 
 app = App(help=__doc__)
 
@@ -50,93 +44,67 @@ def subset(rollouts: Path, share: float, samples: int | None, output: Path) -> P
 
 
 def runs_of(
-    rollouts: Path,
+    grid: Grid,
     output: Path,
     depths: Sequence[int],
     shares: Sequence[float],
     samples: Sequence[int],
     models: Sequence[str],
-) -> list[Run]:
-    """One run for each setting of each axis."""
-    data = output / "data"
-    deepest = {"num_layers": max(depths)} if depths else {}
-    runs = [
-        Run(axis="layers", setting=str(n), rollouts=rollouts, options={"num_layers": n})
-        for n in depths
-    ]
+) -> Iterator[Run]:
+    """One run for each setting of each axis; smaller data are written to `output`."""
+    backbone = grid.training.backbone
+
+    def run(axis: str, setting: str, rollouts: Path = grid.rollouts, **changes: Any) -> Run:
+        training = replace(grid.training, backbone=replace(backbone, **changes))
+        return Run(axis=axis, setting=setting, rollouts=rollouts, training=training)
+
+    for depth in depths:
+        yield run("layers", str(depth), num_layers=depth)
     for share in shares:
-        part = subset(rollouts, share, None, data / f"prompts-{share:g}.parquet")
-        setting = f"{share:.0%}"
-        runs.append(Run(axis="prompts", setting=setting, rollouts=part, options=deepest))
+        part = subset(grid.rollouts, share, None, output / f"prompts-{share:g}.parquet")
+        yield run("prompts", f"{share:.0%}", part)
     for count in samples:
-        part = subset(rollouts, 1.0, count, data / f"samples-{count}.parquet")
-        runs.append(Run(axis="samples", setting=str(count), rollouts=part, options=deepest))
-    runs += [
-        Run(axis="model", setting=Path(m).name, rollouts=rollouts, options={"model": m})
-        for m in models
-    ]
-    return runs
+        part = subset(grid.rollouts, 1.0, count, output / f"samples-{count}.parquet")
+        yield run("samples", str(count), part)
+    for model in models:
+        yield run("model", Path(model).name, model=model, num_layers=None)
 
 
 @app.default
 def main(
     *,
-    rollouts: Path,
-    model: str,
+    grid: Grid,
     depths: tuple[int, ...] = (2, 4, 8, 16),
     shares: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0),
     samples: tuple[int, ...] = (1, 2),
     models: tuple[str, ...] = (),
-    tune: Tune = "lora",
-    lora: SmallLora = SmallLora(),
-    objective: Objective = Objective(),
-    recipe: SmallRecipe = SmallRecipe(),
-    holdout: float = 0.1,
     output: Path = Path("runs/scaling"),
-    only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train, evaluate, print a table and, as the last line, one JSON object.
 
     Parameters
     ----------
-    rollouts
-        Parquet file or folder of shards, several completions a prompt.
-    model
-        Hub name or folder of the backbone.
     depths
-        Layers of the backbone; data are varied on the deepest.
+        Layers of the backbone, in place of num_layers.
     shares
         Of the prompts.
     samples
         Of each prompt.
     models
         Other backbones of the same tokenizer, each at full depth.
-    tune, lora, objective, recipe, holdout
-        As for `lenvm train`.
     output
         Folder of the checkpoints and figures.
-    only_json
-        Print nothing else.
     """
-    depth, _ = load_shape(model)
+    depth, _ = load_shape(grid.training.backbone.model)
     check(all(1 <= n <= depth for n in depths), "depths", depths, f"within 1 to {depth}")
     check(all(0 < share <= 1 for share in shares), "shares", shares, "above 0, at most 1")
     check(all(n > 0 for n in samples), "samples", samples, "above 0")
-    check(0 < holdout < 1, "holdout", holdout, "between 0 and 1")
-    known, _ = split(read_rollouts(rollouts), holdout)
-    gamma = choose_gamma(known, objective, rollouts)
-    objective = replace(objective, gamma=gamma, gamma_percentile=None)
-    base: dict[str, Any] = {"model": model, "tune": tune, "lora": lora, "objective": objective}
-    base |= {"recipe": recipe, "holdout": holdout}
-    names = {"model": Path(model).name, "rollouts": rollouts.name}
-    keep_settings(output, {name: repr(value) for name, value in base.items()} | names)
-    runs = runs_of(rollouts, output, depths, shares, samples, models)
-    rows = run_grid(runs, rollouts, output, gamma, base)
-    line = json.dumps({"gamma": gamma, "runs": rows})
-    (output / "figures.json").write_text(line + "\n")
-    if not only_json:
-        print(table(grid_rows(rows)))
-    print(line)
+    grid.training.check()
+    gamma = grid.training.objective.discount(grid.lengths())
+    objective = replace(grid.training.objective, gamma=gamma, gamma_percentile=None)
+    grid = replace(grid, training=replace(grid.training, objective=objective))
+    runs = list(runs_of(grid, output / "data", depths, shares, samples, models))
+    grid.run(runs, gamma, output)
 
 
 if __name__ == "__main__":

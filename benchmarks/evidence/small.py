@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from cyclopts import Parameter
 
+from trainer.checks import check
+from trainer.training.backbone import Backbone, LoraShape, Tune
 from trainer.training.recipe import Recipe
-from trainer.training.train import LoraShape
+from trainer.training.train import Training
 
 
 @Parameter(name="*")
@@ -29,3 +31,27 @@ class SmallLora(LoraShape):
     """The adapter of such a training."""
 
     rank: int = 16
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SmallBackbone(Backbone):
+    """The lowest layers, and an adapter."""
+
+    num_layers: int | None = 8
+    tune: Tune = "lora"
+    lora: SmallLora = SmallLora()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SmallTraining(Training):
+    """With more prompts held out."""
+
+    backbone: SmallBackbone
+    recipe: SmallRecipe = SmallRecipe()
+    holdout: float = 0.1
+
+    def check(self) -> None:
+        check(self.holdout > 0, "holdout", self.holdout, "between 0 and 1")
+        super().check()

@@ -4,14 +4,14 @@ It counts an English word as one, and a Chinese character as one: both are what 
 which leaves punctuation out and takes the word as one in a Chinese text as well.
 """
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from trainer.rows import read_rows
 from value_server.contract.units import UNITS, WORDS
 
 T = TypeVar("T")
@@ -53,30 +53,16 @@ class Task:
 def read_tasks(path: Path) -> list[Task]:
     """JSON lines as LIFEBench has them. Raises ValueError naming the line and what it lacks."""
     tasks = []
-    for number, row in enumerate(read_lines(path), 1):
+    for number, row in enumerate(read_rows(path), 1):
         try:
             task = Task(str(row["id"]), row["category"], row["lang"], row["task"])
         except KeyError as error:
-            raise ValueError(f"data: {path}, line {number}: no {error.args[0]!r}") from error
+            raise ValueError(f"{path}: line {number}: no {error.args[0]!r}") from error
         known = TOKENS.get(task.language, ())
         if not known or any(words not in task.text for words, _ in known):
-            raise ValueError(f"data: {path}, line {number}: task: no length in words that is known")
+            raise ValueError(f"{path}: line {number}: task: no length in words that is known")
         tasks.append(task)
     return tasks
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. Raises ValueError naming the line that is none."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"data: {path}, line {number}: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"data: {path}, line {number}: expected an object, got {row!r}")
-        rows.append(row)
-    return rows
 
 
 def stratified(

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.rows import Rows
+from trainer.rows import Rows
 from value_server.contract.wire import VALUES_PATH
 
 

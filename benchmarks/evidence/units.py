@@ -8,23 +8,22 @@ from it and the prompt, as the value server does: what is wrong then is the conv
 alone. Beside it the prior's, and how LIFEBench would count the words.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from cyclopts import App, Parameter
+from cyclopts import App
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.evidence.tasks import read_lines
-from benchmarks.tables import table
 from lenvm_vllm.commands.demo import MODEL
 from trainer.checks import check
+from trainer.output import OnlyJson, show, table
+from trainer.rows import read_rows
 from value_server.contract.units import CHARACTERS, PRIOR, WORDS, count
 from value_server.http.text import TextRequest, Texts
 
@@ -54,7 +53,7 @@ def of_rollouts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Answ
 
 def of_lifebench(path: Path) -> Iterator[Answer]:
     """The answers that `benchmarks.evidence.lifebench` keeps, by language."""
-    for row in read_lines(path):
+    for row in read_rows(path):
         tokens = row["length"] + (row["finish"] != "stop")
         yield Answer(f"lifebench {row['language']}", row["request"], row["text"], tokens)
 
@@ -94,7 +93,7 @@ def main(
     rollouts: Path | None = None,
     answers: Path | None = None,
     model: str = str(MODEL),
-    only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    only_json: OnlyJson = False,
 ) -> None:
     """Count, print a table and, as the last line, one JSON object.
 
@@ -106,8 +105,6 @@ def main(
         answers.jsonl of `benchmarks.evidence.lifebench`, by language.
     model
         Hub name or folder of the model that wrote them.
-    only_json
-        Print nothing else.
     """
     check(bool(rollouts or answers), "rollouts", rollouts, "given, or answers")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -116,9 +113,7 @@ def main(
         for answer in read(path) if path else ():
             by_kind[answer.kind].append(answer)
     figures = {kind: figures_of(own, Texts(tokenizer)) for kind, own in by_kind.items()}
-    if not only_json:
-        print(table(rows_of(figures)))
-    print(json.dumps(figures))
+    show(table(rows_of(figures)), figures, only_json)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from cyclopts import App
 
 from benchmarks.endpoint import Endpoint
 from benchmarks.servers import served
-from benchmarks.tables import table
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from lenvm_vllm.commands.demo_answers import PROMPTS
+from trainer.output import table
 
 app = App(help=__doc__)
 PROMPTS_MORE = (

@@ -24,9 +24,9 @@ from cyclopts import App
 
 from benchmarks.endpoint import Endpoint
 from benchmarks.systems.faults import Server
-from benchmarks.tables import table
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, native_dtype
 from lenvm_vllm.commands.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
+from trainer.output import table
 
 app = App(help=__doc__)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,8 +11,9 @@ import pytest
 from benchmarks import report
 from benchmarks.endpoint import Endpoint
 from benchmarks.evidence import lifebench, tradeoff
+from benchmarks.evidence.answers import Served
 from benchmarks.evidence.arms import ARMS, check_arms
-from benchmarks.evidence.lengths import MODES
+from benchmarks.evidence.measures import MODES
 from benchmarks.servers import served
 from tests.support.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.support.tiny_llm import tiny_llm
@@ -37,16 +39,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def served_in(folder: Path) -> Served:
+    url = (folder / "url").read_text()
+    return Served(model=str(folder / "model"), url=url, checkpoint=folder / "values")
+
+
 def run(folder: Path, capsys: pytest.CaptureFixture[str], limit: int) -> dict[str, dict]:
     capsys.readouterr()
+    data = folder / "tasks.jsonl"
     lifebench.main(
-        data=folder / "tasks.jsonl",
-        model=str(folder / "model"),
-        url=(folder / "url").read_text(),
-        checkpoint=folder / "values",
-        targets=TARGETS,
-        limit=limit,
-        max_tokens=48,
+        plan=lifebench.Plan(data=data, targets=TARGETS, limit=limit, max_tokens=48),
+        served=served_in(folder),
         output=folder / "runs" / "lifebench",
     )
     return json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
@@ -80,10 +83,17 @@ def test_the_last_line_and_a_run_that_goes_on(
 
 def test_lifebench_in_its_own_unit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = folder / "own"
-    same = {"data": folder / "tasks.jsonl", "model": str(folder / "model"), "output": output}
-    same |= {"url": (folder / "url").read_text(), "checkpoint": folder / "values"}
-    own = {"arms": ("prompt", "limits", "single", "railed"), "modes": MODES[:2], "unit": "own"}
-    lifebench.main(**same, **own, targets=(6, 12), limit=2, max_tokens=300)
+    plan = lifebench.Plan(
+        data=folder / "tasks.jsonl",
+        arms=("prompt", "limits", "single", "railed"),
+        modes=MODES[:2],
+        unit="own",
+        targets=(6, 12),
+        limit=2,
+        max_tokens=300,
+    )
+    same = {"served": served_in(folder), "output": output}
+    lifebench.main(plan=plan, **same)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["unit"] == "words"
     assert set(result["arms"]) == {"prompt", "single", "railed"}
@@ -91,7 +101,7 @@ def test_lifebench_in_its_own_unit(folder: Path, capsys: pytest.CaptureFixture[s
         row = json.loads(line)
         assert row["arm"] == "prompt" or count(row["text"], "words") <= 1.1 * row["target"]
     with pytest.raises(ValueError, match=r"unit: .* made with 'own', this run has None"):
-        lifebench.main(**same, max_tokens=300)
+        lifebench.main(plan=replace(plan, unit="tokens"), **same)
 
 
 def test_an_arm_that_the_server_cannot_do(folder: Path) -> None:
@@ -124,19 +134,13 @@ def test_tradeoff_from_data_to_the_last_line(
     data = folder / "questions.jsonl"
     row = json.dumps({"question": "How many?", "answer": "#### 7"})
     data.write_text(f"{row}\n{row}\n")
+    plan = tradeoff.Plan(
+        data=data, betas=(-5.0,), budgets=(8,), limit=2, samples=1, max_tokens=24
+    )
 
     def run() -> str:
         tradeoff.main(
-            data=data,
-            model=str(folder / "model"),
-            url=(folder / "url").read_text(),
-            checkpoint=folder / "values",
-            betas=(-5.0,),
-            budgets=(8,),
-            limit=2,
-            samples=1,
-            max_tokens=24,
-            output=folder / "runs" / "tradeoff",
+            plan=plan, served=served_in(folder), output=folder / "runs" / "tradeoff"
         )
         return capsys.readouterr().out.splitlines()[-1]
 
@@ -155,28 +159,15 @@ def test_tradeoff_from_data_to_the_last_line(
 
 
 def test_report_of_both(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    document = tmp_path / "benchmarks.md"
-    document.write_text(f"# Before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-
     def run(**more: Path) -> str:
         report.main(runs=folder / "runs", docs=tmp_path, model=str(folder / "model"), **more)
         return capsys.readouterr().out.splitlines()[-1]
 
     assert json.loads(run(checkpoint=folder / "values"))["sections"] == ["lifebench", "tradeoff"]
-    text = document.read_text()
-    assert text.startswith("# Before\n")
-    assert text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text
-    assert "### tradeoff" in text
+    assert "### tradeoff" in (tmp_path / "figures.md").read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == {"lifebench.png", "tradeoff.png"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("<ruby>") > 100
     assert "railed: asked for equal to 24, wrote" in page
     run(checkpoint=Path("nowhere"))  # the values are kept
     assert (tmp_path / "report.html").read_text() == page
-    other = {"scaling-elsewhere": "of a run that is not here"}
-    titles = report.insert(document, other)
-    assert titles == ["lifebench", "tradeoff", "scaling-elsewhere"]
-    assert json.loads(run())["sections"] == ["lifebench", "tradeoff"]
-    assert report.insert(document, {}) == titles
-    assert other["scaling-elsewhere"] in document.read_text()

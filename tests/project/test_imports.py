@@ -16,7 +16,11 @@ CONTRACT = ["value_server.contract"]
 PURE = ["lenvm_vllm.steering", "lenvm_vllm.text", "lenvm_vllm.target"]
 PLUGIN = [*PURE, "lenvm_vllm.host", "lenvm_vllm.telemetry", "lenvm_vllm.settings", *CONTRACT]
 SCORES = ["value_server.model", *CONTRACT]
-TRAINER = ["trainer.data", "trainer.checks", "trainer.plots", "trainer.scan", *SCORES]
+TRAINER = [
+    *("trainer.data", "trainer.checks", "trainer.output", "trainer.plots", "trainer.rows"),
+    *("trainer.scan", "trainer.settings"),
+    *SCORES,
+]
 MEASURED = ["lenvm_vllm", "value_server", "trainer", "tests.support.tiny", "tests.support.tiny_llm"]
 ALLOWED = {
     "value_server/contract": [],

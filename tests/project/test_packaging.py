@@ -19,7 +19,7 @@ from tests.lenvm_vllm.commands.test_doctor import rows
 from tests.support.fresh import Fresh
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
-from tests.trainer.training.test_train import toy_rows, write
+from tests.support.training import toy_rows, write
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("lenvm_vllm", "value_server", "trainer")

@@ -19,10 +19,8 @@ import pytest
 import trainer.evaluation.predict
 from lenvm_vllm.commands.cli import app
 from tests.support.tiny import tiny_checkpoint
-from tests.support.tiny_llm import tiny_llm
-from tests.trainer.training.test_train import contents, toy_rows, write
+from tests.support.training import contents, toy_rows, write
 from trainer.data import read_rollouts
-from trainer.evaluation.journal import HEADER
 from trainer.training.steps import last_step
 
 ROOT = Path(__file__).parents[2]
@@ -86,9 +84,8 @@ def test_rollout(server: tuple[str, list[str]], tmp_path: Path) -> None:
     assert [r.prompt_id for r in read_rollouts(tmp_path / "out")[::2]] == [*map(str, range(10))]
 
 
-def test_train(tmp_path: Path) -> None:
+def test_train(base: Path, data: Path, tmp_path: Path) -> None:
     """Three packs a step: amid the fourth of five, after the second was saved."""
-    base, data = tiny_llm(tmp_path / "base"), write(tmp_path / "toy.parquet", toy_rows())
     options = [
         *("--model", base, "--tune", "lora", "--holdout", "0", "--max-steps", "5"),
         *("--tokens-per-step", "192", "--max-length", "64", "--save-steps", "2", "--no-bf16"),
@@ -114,10 +111,10 @@ def test_evaluate(
     whole = capsys.readouterr().out
     before = contents(tmp_path)
     killed(17, *command)
-    kept = sorted(tmp_path.glob("*/predictions-*.part"))
+    kept = sorted(tmp_path.glob("*/predictions-*.jsonl"))
     assert [path.parent for path in kept] == [checkpoint, other]
     with kept[0].open("ab") as file:
-        file.write(HEADER.pack(4, 43) + b"half")
+        file.write(b'{"key": "4", "half')
     predicted: list[Any] = []
     predict = trainer.evaluation.predict.predict
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.output import table
 from value_server.contract.checkpoint import LenvmConfig
 
 CARD_FILE = "README.md"
@@ -34,9 +35,7 @@ def write_card(
         "",
         "## Training",
         "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
+        table([{"setting": name, "value": str(value)} for name, value in facts.items()]),
     ]
     if figures:
         lines += ["", "## Evaluation", "", evaluation_text(figures), "", result_table(figures)]
@@ -55,13 +54,11 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
 
 def result_table(figures: Mapping[str, Any]) -> str:
     """Markdown: the model and each baseline in a row; MRE by domain, R² in u-space."""
-    domains = list(figures["mre"])
-    rows = {"this model": figures, **figures["baselines"]}
-    lines = [
-        "| predictor | " + " | ".join(f"MRE {domain}" for domain in domains) + " | R² |",
-        "|---" + "|---:" * (len(domains) + 1) + "|",
-    ]
-    for name, row in rows.items():
-        errors = " | ".join(f"{row['mre'][domain]:.1%}" for domain in domains)
-        lines.append(f"| {name} | {errors} | {row['r2']:.2f} |")
-    return "\n".join(lines)
+    return table(
+        [
+            {"predictor": name}
+            | {f"MRE {domain}": f"{error:.1%}" for domain, error in row["mre"].items()}
+            | {"R²": f"{row['r2']:.2f}"}
+            for name, row in {"this model": figures, **figures["baselines"]}.items()
+        ]
+    )

@@ -1,11 +1,11 @@
 """Figures of predicted lengths.
 
-Legend: P prompt tokens, R completion tokens, T tokens of a text; u = 1 - gamma^r.
+Legend: P prompt tokens, R completion tokens, T tokens of a text, K its known places: the last
+prompt token and all completion tokens but the last; u = 1 - gamma^r.
 
 MRE (paper, Eq. 13 to 15): over the prompts of a domain the mean of |û - ū| / ū at the last prompt
 token, ū the mean of 1 - gamma^R over the prompt's completions. R²: share of the variance of u
-that the prediction explains, over every token with a known target: the last prompt token and all
-completion tokens but the last, of all finished completions together.
+that the prediction explains, over the known places of all finished completions together.
 
 A completion that max_tokens cut has a lower bound: at least one token more than was seen. In the
 MRE and the calibration it counts at that bound. R² and the errors by position leave it out. In
@@ -14,7 +14,8 @@ error; the variance is then what the best constant prediction leaves.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,100 +30,109 @@ POSITIONS = (0.0, 0.25, 0.5, 0.75)
 CALIBRATION_BINS = 10
 
 
-def summarise(
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """A completion: u (K,) that are known, or bounded where it was cut, and logits z (K,) there."""
+
+    rollout: Rollout
+    u: Floats
+    z: Floats
+
+    @property
+    def guess(self) -> Floats:
+        """(K,) predictions of u."""
+        return 1 / (1 + np.exp(-self.z))
+
+
+def predicted(
     rollouts: Sequence[Rollout],
-    logits: Sequence[NDArray[np.floating[Any]]],
+    logits: Iterable[NDArray[np.floating[Any]]],
     gamma: float,
     max_length: int,
-) -> dict[str, Any]:
-    """The figures of logits z, (T,) each over prompt and completion, as far as `max_length`.
-
-    Raises ValueError if no finished completion is among them.
-    """
-    boundary: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    known: list[tuple[Floats, Floats]] = []  # (u, its prediction), finished completions
-    bounds: list[tuple[Floats, Floats]] = []
-    errors: dict[float, list[float]] = {position: [] for position in POSITIONS}
+) -> list[Predicted]:
+    """Of logits z (T,) over prompt and completion, where the prompt alone fits `max_length`."""
+    texts = []
     for rollout, z in zip(rollouts, logits, strict=True):
-        u, own = known_places(rollout, z, gamma, max_length)
-        if not len(u):
-            continue
-        predicted = 1 / (1 + np.exp(-own))
-        boundary[rollout.domain, rollout.prompt_id].append((float(u[0]), float(predicted[0])))
-        (known if rollout.finished else bounds).append((u, predicted))
-        if rollout.finished:
-            length = len(rollout.completion_ids)
-            for position in POSITIONS:
-                at = int(position * length)
-                if at < len(u):
-                    guess = _length(own[at], gamma)
-                    errors[position].append(abs(guess - (length - at)) / (length - at))
-    if not known:
+        u = known_values(rollout, gamma, max_length)
+        start = len(rollout.prompt_ids) - 1
+        if len(u):
+            own = z[start : start + len(u)].astype(np.float64)
+            texts.append(Predicted(rollout, u, own))
+    return texts
+
+
+def summarise(texts: Sequence[Predicted], gamma: float) -> dict[str, Any]:
+    """All figures. Raises ValueError if no finished completion is among the texts."""
+    finished = [text for text in texts if text.rollout.finished]
+    if not finished:
         raise ValueError("rollouts: no finished completion among them")
+    errors = relative_errors(texts)
     return {
-        "mre": mean_relative_errors(boundary),
-        "r2": explained(known, []),
-        "r2_with_bounds": explained(known, bounds),
-        "length_error_by_position": {
-            str(position): float(np.median(rows)) for position, rows in errors.items() if rows
-        },
-        "calibration": calibration(known + bounds, gamma),
-        "prompts": len(boundary),
-        "completions": sum(map(len, boundary.values())),
-        "cut": len(bounds),
+        "mre": {name: float(np.mean([*own.values()])) for name, own in errors.items()},
+        "r2": explained(*squared_errors(finished)),
+        "r2_with_bounds": explained(*squared_errors(texts)),
+        "length_error_by_position": length_errors(finished, gamma),
+        "calibration": calibration(texts, gamma),
+        "prompts": sum(map(len, errors.values())),
+        "completions": len(texts),
+        "cut": len(texts) - len(finished),
     }
 
 
-def known_places(
-    rollout: Rollout, z: NDArray[np.floating[Any]], gamma: float, max_length: int
-) -> tuple[Floats, Floats]:
-    """(K,) values u that are known or bounded, and the (K,) logits there; see `known_values`."""
-    u = known_values(rollout, gamma, max_length)
-    start = len(rollout.prompt_ids) - 1
-    return u, z[start : start + len(u)].astype(np.float64)
+def relative_errors(texts: Sequence[Predicted]) -> dict[str, dict[str, float]]:
+    """|û - ū| / ū at the last prompt token, by domain and by prompt."""
+    pairs: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for text in texts:
+        own = pairs[text.rollout.domain][text.rollout.prompt_id]
+        own.append((text.u[0], text.guess[0]))
+    errors: dict[str, dict[str, float]] = {}
+    for domain, prompts in sorted(pairs.items()):
+        means = {name: np.mean(own, axis=0) for name, own in prompts.items()}
+        errors[domain] = {n: float(abs(guess - u) / u) for n, (u, guess) in means.items()}
+    return errors
 
 
-def relative_error(pairs: Sequence[tuple[float, float]]) -> float:
-    """|û - ū| / ū of one prompt, from (u, prediction) of its completions."""
-    truth, predicted = np.mean(pairs, axis=0)
-    return float(abs(predicted - truth) / truth)
+def squared_errors(texts: Sequence[Predicted]) -> tuple[Floats, Floats]:
+    """Of the prediction, and of the best constant, at each known place; a bound errs below only."""
+    u = np.concatenate([text.u for text in texts])
+    is_known = np.concatenate([np.full(len(text.u), text.rollout.finished) for text in texts])
 
-
-def mean_relative_errors(
-    boundary: dict[tuple[str, str], list[tuple[float, float]]],
-) -> dict[str, float]:
-    """MRE by domain of (u, prediction) pairs by (domain, prompt)."""
-    errors: dict[str, list[float]] = defaultdict(list)
-    for (domain, _), pairs in boundary.items():
-        errors[domain].append(relative_error(pairs))
-    return {domain: float(np.mean(rows)) for domain, rows in sorted(errors.items())}
-
-
-def explained(
-    known: Sequence[tuple[Floats, Floats]], bounds: Sequence[tuple[Floats, Floats]]
-) -> float:
-    """R² of (u, prediction) arrays, all tokens together; those of `bounds` err below u only."""
-    u, predicted = (np.concatenate(part) for part in zip(*known, *bounds, strict=True))
-    is_known = np.arange(len(u)) < sum(len(values) for values, _ in known)
-
-    def squared_error(prediction: Floats) -> float:
-        counts = is_known | (prediction < u)
-        return float(np.square(u - prediction)[counts].sum())
+    def squared(prediction: Floats) -> Floats:
+        return np.where(is_known | (prediction < u), np.square(u - prediction), 0)
 
     best = u[is_known].mean()
     while (better := u[is_known | (best < u)].mean()) != best:  # rises to the least error
         best = better
-    total = squared_error(np.full_like(u, best))
-    return 1 - squared_error(predicted) / total if total else float("nan")
+    return squared(np.concatenate([text.guess for text in texts])), squared(np.full_like(u, best))
 
 
-def calibration(pairs: Sequence[tuple[Floats, Floats]], gamma: float) -> list[dict[str, float]]:
-    """Tokens in equal parts by prediction: the mean value predicted and found, as lengths."""
-    u, predicted = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    bins = np.array_split(np.argsort(predicted, kind="stable"), CALIBRATION_BINS)
+def explained(error: Floats, spread: Floats) -> float:
+    """R² of `squared_errors`, all places together."""
+    total = spread.sum()
+    return float(1 - error.sum() / total) if total else float("nan")
+
+
+def length_errors(texts: Sequence[Predicted], gamma: float) -> dict[str, float]:
+    """Median of |error| over the tokens to come, by the share of the completion that is written."""
+    errors: dict[str, list[float]] = {str(position): [] for position in POSITIONS}
+    for text in texts:
+        length = len(text.rollout.completion_ids)
+        for position in POSITIONS:
+            at = int(position * length)
+            if at < len(text.u):
+                error = abs(_length(text.z[at], gamma) - (length - at))
+                errors[str(position)].append(error / (length - at))
+    return {position: float(np.median(own)) for position, own in errors.items() if own}
+
+
+def calibration(texts: Sequence[Predicted], gamma: float) -> list[dict[str, float]]:
+    """Places in equal parts by prediction: the mean value predicted and found, as lengths."""
+    u = np.concatenate([text.u for text in texts])
+    guess = np.concatenate([text.guess for text in texts])
+    bins = np.array_split(np.argsort(guess, kind="stable"), CALIBRATION_BINS)
     return [
         {
-            "predicted": _length(_logit(predicted[members].mean()), gamma),
+            "predicted": _length(_logit(guess[members].mean()), gamma),
             "true": _length(_logit(u[members].mean()), gamma),
         }
         for members in bins

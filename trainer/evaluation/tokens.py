@@ -7,19 +7,19 @@ end-of-sequence token has none: it ends.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any
 
 import numpy as np
-from cyclopts import Parameter
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trainer.checks import check, check_choice
+from trainer.checks import check, check_positive
 from trainer.data import Rollout, read_rollouts
-from trainer.evaluation.journal import Journal
-from trainer.evaluation.predict import Precision, load_model, predict_all
+from trainer.evaluation.journal import close_journal, open_journal
+from trainer.evaluation.predict import Reading, predict_all
+from trainer.output import show, table
 from trainer.plots import check_picture, plot_clouds
 
 
@@ -28,24 +28,21 @@ class TokenScore:
     """score: mean over `count` occurrences; error: standard error of that mean."""
 
     id: int
-    text: str
     count: int
     score: float
     error: float
+    text: str = ""
 
 
 def tokens(
     checkpoint: Path,
     rollouts: Path,
     *,
-    base_model: str | None = None,
     limit: int | None = None,
     min_count: int = 20,
     top: int = 20,
-    max_length: int = 3000,
-    dtype: Precision = "auto",
+    reading: Reading = Reading(),
     cloud: Path | None = None,
-    only_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> dict[str, Any]:
     """Score the tokens of ROLLOUTS that lengthen or shorten a text, by CHECKPOINT.
 
@@ -57,55 +54,35 @@ def tokens(
         Folder that `lenvm train` wrote.
     rollouts
         Parquet file or folder of shards.
-    base_model
-        Where backbone and tokenizer lie, if not where the checkpoint says.
     limit
         Use only the first so many completions.
     min_count
         Occurrences that a token needs.
     top
         Tokens at each end of the table.
-    max_length
-        Tokens of a text that are looked at.
-    dtype
-        Of the backbone; auto is that of `lenvm serve`: bfloat16 where the device has it.
     cloud
         Picture of two word clouds to write, as .png, .svg or .pdf; needs `wordcloud`.
-    only_json
-        Print nothing else.
     """
-    for name, value in (("min_count", min_count), ("top", top)):
-        check(value > 0, name, value, "above 0")
-    check(limit is None or limit > 0, "limit", limit, "above 0")
-    check_choice("dtype", dtype, get_args(Precision))
+    check_positive(min_count=min_count, top=top, limit=limit)
+    reading.check()
     check_picture("cloud", cloud)
-    model = load_model(checkpoint, base_model, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base_model or model.lenvm.base_model)
+    model = reading.load(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(reading.base_model or model.lenvm.base_model)
     texts = read_rollouts(rollouts)[:limit]
-    journal = Journal.of(checkpoint, model, texts, max_length)
-    values = predict_all(model, texts, max_length, checkpoint.name, only_json, journal)
+    journal = open_journal(checkpoint, model, texts, reading.max_length)
+    values = predict_all(model, texts, reading, checkpoint.name, journal)
     scored = token_scores(texts, values, model.lenvm.gamma, min_count)
     check(bool(scored), "min_count", min_count, f"at most what {rollouts} has of any token")
-    named = [
-        TokenScore(i, tokenizer.decode([i]), count, score, error)
-        for i, count, score, error in scored
-    ]
-    # A token is at one end only, also where there are few.
-    ends = {
-        "lengthen": [s for s in named[:top] if s.score > 0],
-        "shorten": [s for s in named[::-1][:top] if s.score < 0],
-    }
+    ends = ends_of(scored, top, tokenizer)
     if cloud:
         clouds = {
             end: {s.text: abs(s.score) for s in rows if s.text.strip()}
             for end, rows in ends.items()
         }
         plot_clouds(clouds, cloud)
-    if not only_json:
-        print(score_table(ends))
     result = {end: [asdict(s) for s in rows] for end, rows in ends.items()}
-    print(json.dumps(result))
-    journal.remove()
+    show(score_table(ends), result, reading.only_json)
+    close_journal(journal)
     return result
 
 
@@ -120,8 +97,8 @@ def token_scores(
     logits: Sequence[NDArray[np.floating[Any]]],
     gamma: float,
     min_count: int,
-) -> list[tuple[int, int, float, float]]:
-    """(id, count, mean score, standard error), highest first."""
+) -> list[TokenScore]:
+    """Of tokens that occur at least `min_count` times, highest first; without their text."""
     ids, scores = [], []
     for rollout, z in zip(rollouts, logits, strict=True):
         start = len(rollout.prompt_ids) - 1
@@ -134,17 +111,33 @@ def token_scores(
     means = np.bincount(place, all_scores) / counts
     variances = np.bincount(place, np.square(all_scores - means[place])) / counts
     errors = np.sqrt(variances / counts)
-    order = [int(k) for k in np.argsort(-means, kind="stable") if counts[k] >= min_count]
-    return [(int(unique[k]), int(counts[k]), float(means[k]), float(errors[k])) for k in order]
+    return [
+        TokenScore(int(unique[k]), int(counts[k]), float(means[k]), float(errors[k]))
+        for k in np.argsort(-means, kind="stable")
+        if counts[k] >= min_count
+    ]
+
+
+def ends_of(
+    scored: Sequence[TokenScore], top: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[TokenScore]]:
+    """`top` tokens that lengthen and that shorten, the farthest first; none at both ends."""
+    ends = {
+        "lengthen": [s for s in scored[:top] if s.score > 0],
+        "shorten": [s for s in scored[::-1][:top] if s.score < 0],
+    }
+    return {
+        end: [replace(s, text=tokenizer.decode([s.id])) for s in rows] for end, rows in ends.items()
+    }
 
 
 def score_table(ends: dict[str, list[TokenScore]]) -> str:
     """Markdown: token, occurrences, score in thousandths of u with its standard error."""
-    lines = ["| | token | count | score / 0.001 |", "|---|---|---:|---:|"]
-    for end, rows in ends.items():
-        for s in rows:
-            text = json.dumps(s.text, ensure_ascii=False).replace("|", "\\|")
-            lines.append(
-                f"| {end} | `{text}` | {s.count} | {s.score * 1e3:+.1f} ± {s.error * 1e3:.1f} |"
-            )
-    return "\n".join(lines)
+    return table(
+        [
+            {"end": end, "token": f"`{json.dumps(s.text, ensure_ascii=False)}`", "count": s.count}
+            | {"score / 0.001": f"{s.score * 1e3:+.1f} ± {s.error * 1e3:.1f}"}
+            for end, rows in ends.items()
+            for s in rows
+        ]
+    )

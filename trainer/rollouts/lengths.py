@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data import Rollout
+from trainer.data import Rollout, finished_lengths
+from trainer.output import table
 
 PERCENTILES = (50, 90, 99)
 
@@ -23,7 +24,7 @@ def length_statistics(rollouts: Sequence[Rollout]) -> dict[str, dict[str, Any]]:
 
 def _statistics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     lengths = [len(r.completion_ids) for r in rollouts]
-    finished = [n for n, r in zip(lengths, rollouts, strict=True) if r.finished]
+    finished = finished_lengths(rollouts)
     percentiles = np.percentile(finished, PERCENTILES) if finished else [None] * len(PERCENTILES)
     return {
         "completions": len(lengths),
@@ -36,9 +37,9 @@ def _statistics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 def statistics_table(statistics: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row for each domain."""
-    columns = list(statistics["all"])
-    lines = ["| domain | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
-    for name, row in statistics.items():
-        cells = ["" if row[c] is None else f"{row[c]:,.0f}" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return table(
+        [
+            {"domain": name} | {c: None if v is None else f"{v:,.0f}" for c, v in row.items()}
+            for name, row in statistics.items()
+        ]
+    )

@@ -1,13 +1,16 @@
 """Prompts to sample completions of: from JSON lines, or from a hub data set, by a preset or not."""
 
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cyclopts import Parameter
+
+from trainer.checks import check_positive
 from trainer.rollouts.codereasoning import question_of
+from trainer.rows import read_rows
 
 HUB = "hub:"
 
@@ -32,18 +35,50 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """Where in a hub data set the prompts are.
-
-    Parameters
-    ----------
-    subset
-        Its configuration, where it has several.
-    split
-        Its split.
-    """
+    """Where in a hub data set the prompts are."""
 
     subset: str | None = None
+    """Its configuration, where it has several."""
     split: str = "train"
+    """Its split."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which prompts of a source are taken, and with what around them."""
+
+    template: str | None = None
+    """Text around each {prompt}; by default that of a preset, or none."""
+    column: str = "prompt"
+    """Column of a file or data set that holds the prompt, if another."""
+    hub: Hub = Hub()
+    limit: int | None = None
+    """Use only the first so many prompts."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong."""
+        check_positive(limit=self.limit)
+        if self.template is not None:
+            check_template(self.template)
+
+    def read(self, source: Path) -> Iterator[Prompt]:
+        """Prompts of a JSONL file, plain or gzip, of the data set hub:NAME, or of a preset's.
+
+        Raises ValueError naming the line and the missing field.
+        """
+        name = str(source)
+        template = self.template or "{prompt}"
+        if preset := PRESETS.get(name):
+            template = self.template or preset.template
+            prompts = _of_preset(name, preset)
+        elif name.startswith(HUB):
+            rows = _hub_rows(name.removeprefix(HUB), self.hub)
+            prompts = _of_rows(name, "row", rows, self.column)
+        else:
+            prompts = _of_rows(name, "line", read_rows(source), self.column)
+        for prompt in islice(prompts, self.limit):
+            yield replace(prompt, text=template.format(prompt=prompt.text))
 
 
 def _first_turn(row: Mapping[str, Any]) -> str | None:
@@ -84,30 +119,9 @@ def check_template(template: str) -> None:
         raise ValueError(f"template: {template!r}, must contain {{prompt}}")
 
 
-def read_prompts(
-    source: Path, template: str | None = None, column: str = "prompt", hub: Hub = Hub()
-) -> Iterator[Prompt]:
-    """Prompts of a JSONL file, plain or gzip, of the data set hub:NAME, or of a preset's.
-
-    `column` holds the text in the first two; `template` wraps each, by default that of the
-    preset. Raises ValueError naming the line and the missing field.
-    """
-    name = str(source)
-    preset = PRESETS.get(name)
-    template = template or (preset.template if preset else "{prompt}")
-    if preset:
-        prompts = _of_preset(name, preset)
-    elif name.startswith(HUB):
-        prompts = _of_rows(name, "row", _hub_rows(name.removeprefix(HUB), hub), column)
-    else:
-        prompts = _of_rows(name, "line", _file_rows(source), column)
-    for prompt in prompts:
-        yield Prompt(prompt.id, prompt.domain, template.format(prompt=prompt.text))
-
-
 def _of_rows(source: str, what: str, rows: Iterable[Any], column: str) -> Iterator[Prompt]:
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        if not isinstance(row.get(column), str):
             raise ValueError(f"{source}: {what} {number + 1}: {column}: missing or not a text")
         yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row[column])
 
@@ -116,16 +130,6 @@ def _hub_rows(name: str, hub: Hub) -> Iterable[Any]:
     from datasets import load_dataset
 
     return load_dataset(name, hub.subset, split=hub.split, streaming=True)
-
-
-def _file_rows(path: Path) -> Iterator[Any]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number + 1}: {error}") from error
 
 
 def _of_preset(name: str, preset: Preset) -> Iterator[Prompt]:

@@ -1,5 +1,6 @@
 """Who samples: vLLM in this process, or a server of the OpenAI API. Token ids are kept exactly."""
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import httpx
+from cyclopts import Parameter
 
+from trainer.checks import check, check_positive
 from trainer.rollouts.prompts import Prompt
 
 ATTEMPTS = 4
@@ -17,12 +20,25 @@ TOO_LONG = "maximum context length"  # in vLLM's refusal
 NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-@dataclass(frozen=True, slots=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    n: int
-    temperature: float
-    top_p: float
-    max_tokens: int
+    """What is drawn: by default from the model's own distribution."""
+
+    n: int = 2
+    """Completions per prompt."""
+    max_tokens: int = 1024
+    """Cuts a completion; training drops it or takes it as a lower bound."""
+    temperature: float = 1.0
+    """Of the sampling whose lengths are to be learnt."""
+    top_p: float = 1.0
+    """Of the same sampling."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong."""
+        check_positive(n=self.n, max_tokens=self.max_tokens)
+        check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +52,36 @@ class Sampled:
 class Sampler(Protocol):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
         """Completions of each prompt, as the user's only message; None where it is too long."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Who samples: a server, or vLLM in this process."""
+
+    server: str | None = None
+    """URL of an OpenAI API that returns token ids, with its /v1, to sample from; by default vLLM
+    is loaded. Its key comes from OPENAI_API_KEY."""
+    concurrency: int = 64
+    """Requests that are open at a server at once."""
+    max_model_len: int | None = None
+    """Tokens of prompt and completion that vLLM makes room for; by default the model's own."""
+    dtype: str = "auto"
+    """Of the model's weights, as vLLM names it."""
+    seed: int = 0
+    """Of vLLM's sampling."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong."""
+        check_positive(concurrency=self.concurrency)
+
+    def sampler(self, model: str) -> Sampler:
+        """Ready to sample."""
+        if self.server:
+            key = os.environ.get("OPENAI_API_KEY", "none")
+            return ServerSampler(self.server, model, api_key=key, concurrency=self.concurrency)
+        options = {"max_model_len": self.max_model_len, "dtype": self.dtype, "seed": self.seed}
+        return OfflineSampler(model=model, **options)
 
 
 class OfflineSampler:

@@ -1,12 +1,15 @@
 """What a value model learns: the choices that the paper compares, its own as defaults."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 from cyclopts import Parameter
 
 from trainer.checks import check, check_choice
 from value_server.contract.targets import IN_UNIT_INTERVAL, SCALED, TARGETS, Target
+from value_server.contract.values import gamma_from_length
 
 Loss = Literal["squared", "huber", "bce"]
 Weighting = Literal["token", "trajectory"]
@@ -18,43 +21,29 @@ HUBER_DELTA = 0.1
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the head's output means and how it is fitted.
-
-    Parameters
-    ----------
-    gamma
-        Discount; by default 1 - gamma^L = 0.99 with L a percentile of the finished lengths.
-    gamma_percentile
-        That percentile; by default 99.
-    target
-        What the head predicts: the discounted return, or for comparison a length.
-    target_scale
-        Tokens of one unit of a length; by default 1, of normalised_length the longest label.
-    loss
-        Of one token: squared error, Huber, or binary cross-entropy (less its minimum).
-    huber_delta
-        Error at which Huber turns linear; by default 0.1.
-    weighting
-        Each token counts the same, or each completion.
-    prompt_weight
-        What a prompt's last token, where a forecast is made, counts for in tokens.
-    gae_lambda
-        Below 1 the targets are lambda-returns, made from the model's own later values.
-    censored
-        Completions cut by max_tokens: drop them, take their length as a lower bound, go on from
-        the model's own value at the cut, or take the bound at the end of the prompt alone.
-    """
+    """What the head's output means and how it is fitted."""
 
     gamma: float | None = None
+    """Discount; by default 1 - gamma^L = 0.99 with L a percentile of the finished lengths."""
     gamma_percentile: float | None = None
+    """That percentile; by default 99."""
     target: Target = "discounted_return"
+    """What the head predicts: the discounted return, or for comparison a length."""
     target_scale: float | None = None
+    """Tokens of one unit of a length; by default 1, of normalised_length the longest label."""
     loss: Loss = "squared"
+    """Of one token: squared error, Huber, or binary cross-entropy (less its minimum)."""
     huber_delta: float | None = None
+    """Error at which Huber turns linear; by default 0.1."""
     weighting: Weighting = "token"
+    """Each token counts the same, or each completion."""
     prompt_weight: float = 1.0
+    """What a prompt's last token, where a forecast is made, counts for in tokens."""
     gae_lambda: float = 1.0
+    """Below 1 the targets are lambda-returns, made from the model's own later values."""
     censored: Censored = "drop"
+    """Completions cut by max_tokens: drop them, take their length as a lower bound, go on from
+    the model's own value at the cut, or take the bound at the end of the prompt alone."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong or has no effect."""
@@ -83,6 +72,20 @@ class Objective:
         if self.has_bounds:
             others = f"1 with censored {self.censored}"
             check(self.gae_lambda == 1, "gae_lambda", self.gae_lambda, others)
+
+    def discount(self, lengths: Sequence[int]) -> float:
+        """gamma, as given or from the finished lengths. Raises ValueError if there are none."""
+        if self.gamma is not None:
+            return self.gamma
+        if not lengths:
+            raise ValueError("gamma: the rollouts have no finished completion to take it from")
+        return gamma_from_length(float(np.percentile(lengths, self.gamma_percentile or PERCENTILE)))
+
+    def scale(self, longest: float) -> float:
+        """As given; else the longest label where the output is a share of it, and one token."""
+        if self.target_scale is not None:
+            return self.target_scale
+        return longest if self.target == "normalised_length" else 1.0
 
     @property
     def bootstraps(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from cyclopts import Parameter
 from transformers import TrainingArguments
 
-from trainer.checks import check, check_choice
+from trainer.checks import check, check_choice, check_positive
 from value_server.model.value_model import default_dtype
 
 Batches = Literal["shuffled", "grouped"]
@@ -18,53 +18,38 @@ Batches = Literal["shuffled", "grouped"]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The optimizer's steps; the paper's own as defaults.
-
-    Parameters
-    ----------
-    learning_rate
-        Of AdamW, at its highest; a cosine takes it to 0.
-    epochs
-        Passes over the data.
-    max_steps
-        Ends training early; -1 leaves it to the epochs.
-    tokens_per_step
-        Tokens of one optimizer step of all processes, in packs of max_length.
-    max_length
-        Tokens of a pack; a longer text loses its tail, its labels stay true.
-    batches
-        All texts shuffled, or those of a prompt grouped side by side.
-    warmup_steps
-        Steps in which the learning rate rises from 0.
-    bf16
-        Mixed precision in bfloat16; by default where the device has it natively.
-    fp16
-        Mixed precision in float16, for GPUs without bfloat16.
-    gradient_checkpointing
-        Compute activations again in the backward pass, to save memory.
-    save_steps
-        Steps between two saves to OUTPUT/steps, which goes when training is done.
-    seed
-        Of the head, the packs and their order.
-    """
+    """The optimizer's steps; the paper's own as defaults."""
 
     learning_rate: float = 2e-5
+    """Of AdamW, at its highest; a cosine takes it to 0."""
     epochs: float = 2.0
+    """Passes over the data."""
     max_steps: int = -1
+    """Ends training early; -1 leaves it to the epochs."""
     tokens_per_step: int = 16384
+    """Tokens of one optimizer step of all processes, in packs of max_length."""
     max_length: int = 3000
+    """Tokens of a pack; a longer text loses its tail, its labels stay true."""
     batches: Batches = "shuffled"
+    """All texts shuffled, or those of a prompt grouped side by side."""
     warmup_steps: int = 50
+    """Steps in which the learning rate rises from 0."""
     bf16: bool | None = None
+    """Mixed precision in bfloat16; by default where the device has it natively."""
     fp16: bool = False
+    """Mixed precision in float16, for GPUs without bfloat16."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, to save memory."""
     save_steps: int = 50
+    """Steps between two saves to OUTPUT/steps, which goes when training is done."""
     seed: int = 0
+    """Of the head, the packs and their order."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
-        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        check(self.epochs > 0, "epochs", self.epochs, "above 0")
+        check_positive(
+            learning_rate=self.learning_rate, epochs=self.epochs, save_steps=self.save_steps
+        )
         steps = self.max_steps
         check(steps > 0 or steps == -1, "max_steps", steps, "above 0, or -1")
         check(self.max_length > 1, "max_length", self.max_length, "above 1")
@@ -79,7 +64,6 @@ class Recipe:
         on_gpu = torch.cuda.is_available()
         check(not self.fp16 or on_gpu, "fp16", self.fp16, "left out without a GPU")
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
-        check(self.save_steps > 0, "save_steps", self.save_steps, "above 0")
 
     @property
     def mixed(self) -> bool:

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.endpoint import Endpoint
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.judge import Judge
-from benchmarks.evidence.lifebench import jobs_of
+from benchmarks.evidence.lifebench import Plan
 from benchmarks.evidence.likelihood import batches, score_rows
 from benchmarks.evidence.tasks import OWN, Task, read_tasks, stratified
-from benchmarks.rows import Rows, keep_settings
 from tests.support.tiny_llm import tiny_llm
+from trainer.rows import Rows
+from trainer.settings import keep_settings
 
 ENGLISH = "Do it. It must be {word_count_type} {word_count} words long."
 CHINESE = "你的回答字数必须{word_count_type} {word_count}字。"
@@ -109,14 +110,16 @@ def test_a_larger_limit_goes_on_from_a_smaller_one() -> None:
 
 def test_jobs_are_all_different() -> None:
     tasks = [Task(str(i), "qa", "en", ENGLISH) for i in range(2)]
-    jobs = jobs_of(tasks, ("prompt", "ramp"), ("equal_to", "at_least"), (32, 64), 99)
+    arms, modes = ("prompt", "ramp"), ("equal_to", "at_least")
+    plan = Plan(data=Path(), arms=arms, modes=modes, targets=(32, 64), max_tokens=99)
+    jobs = plan.jobs(tasks)
     assert len({job.key for job in jobs}) == len(jobs) == 2 * (2 * 2 + 2)  # no ramp at least
     assert {job.body["max_tokens"] for job in jobs} == {99}
 
 
 def test_jobs_in_words_ask_for_words_in_every_arm() -> None:
     tasks = [Task("1", "qa", "en", ENGLISH)]
-    jobs = jobs_of(tasks, ARMS, ("equal_to",), (50,), 99, OWN)
+    jobs = Plan(data=Path(), modes=("equal_to",), targets=(50,), unit="own").jobs(tasks)
     assert {job.facts["arm"] for job in jobs} == {*ARMS} - {"limits", "ramp"}
     assert {job.request for job in jobs} == {"Do it. It must be equal to 50 words long."}
     wishes = [job.body["length_target"] for job in jobs if job.facts["arm"] != "prompt"]
@@ -180,6 +183,6 @@ def test_a_judge_sees_both_orders(tmp_path: Path) -> None:
         key = f"railed/equal_to/32/7/{first}"
         verdicts.add({"key": key, "arm": "railed", "id": "7", "first": first, "text": "A"})
     judge = Judge(url="http://nowhere/v1", model="none")
-    assert judge.compare(rows, verdicts)["railed"]["value"] == 50.0
+    assert judge.compare(rows, verdicts)["railed"].value == 50.0
     lines = (tmp_path / "verdicts.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["A", "A"]

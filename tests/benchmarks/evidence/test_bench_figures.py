@@ -10,13 +10,19 @@ import pytest
 
 from benchmarks.estimates import Sample, estimate
 from benchmarks.evidence.arms import ARMS, fields
-from benchmarks.evidence.control import cells, judged, lasts_of, summary, tables
-from benchmarks.evidence.lengths import MODES, deviation, score
-from benchmarks.evidence.quality import distinct, ends_naturally, repetition
+from benchmarks.evidence.lifebench_figures import cells, judged, lasts_of, summary, tables
+from benchmarks.evidence.measures import (
+    MODES,
+    deviation,
+    distinct,
+    ends_naturally,
+    repetition,
+    score,
+)
 from benchmarks.evidence.units import Answer, figures_of, of_lifebench, rows_of
 from benchmarks.ramp import STRENGTH, boost
-from benchmarks.tables import table
 from tests.support.tiny import tiny_tokenizer
+from trainer.output import table
 from value_server.contract.units import WORDS
 from value_server.http.text import Texts
 
@@ -189,12 +195,12 @@ def test_words_are_counted_on_the_text_whatever_the_arm() -> None:
     rows[0]["text"], rows[1]["text"] = "one two three.", "十个字的一段中文。正好"
     found = cells([judged(row, {"nll": 1.0, "p_end": 0.5}, WORDS) for row in rows])
     whole = {cell["arm"]: cell["figures"] for cell in found if cell.keys() == {"arm", "figures"}}
-    assert whole["prompt"]["length"]["value"] == 3
-    assert whole["prompt"]["ld"]["value"] == 70.0
-    assert whole["railed"]["length"]["value"] == 10
-    assert whole["railed"]["ls"]["value"] == 100.0
-    assert whole["railed"]["cost"]["value"] == 2.0  # in tokens, as ever
-    assert whole["railed"]["unforced_share"]["value"] == 100.0
+    assert whole["prompt"]["length"].value == 3
+    assert whole["prompt"]["ld"].value == 70.0
+    assert whole["railed"]["length"].value == 10
+    assert whole["railed"]["ls"].value == 100.0
+    assert whole["railed"]["cost"].value == 2.0  # in tokens, as ever
+    assert whole["railed"]["unforced_share"].value == 100.0
 
 
 # ---- words from tokens
@@ -224,9 +230,11 @@ def test_figures_without_scores() -> None:
 
 
 def test_table() -> None:
-    assert table([{"arm": "a|b", "n": 1, "x": 0.12345}, {"arm": "c", "n": 2}]).splitlines() == [
-        "| arm | n | x |",
-        "| --- | ---: | ---: |",
-        "| a\\|b | 1 | 0.123 |",
-        "| c | 2 |  |",
+    """Numbers stand to the right, also those with a unit or an interval."""
+    rows = [{"arm": "a|b", "n": 1, "x": 0.12345, "e": "5 [4, 6]"}, {"arm": "3", "n": 2}]
+    assert table(rows).splitlines() == [
+        "| arm | n | x | e |",
+        "| --- | ---: | ---: | ---: |",
+        "| a\\|b | 1 | 0.123 | 5 [4, 6] |",
+        "| 3 | 2 |  |  |",
     ]

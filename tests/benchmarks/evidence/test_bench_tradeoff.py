@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence.questions import Question, read_questions
-from benchmarks.evidence.tradeoff import FEW, cut, jobs_of, points_of, summary
+from benchmarks.evidence.tradeoff import FEW, Plan, cut
+from benchmarks.evidence.tradeoff_figures import points_of, summary
 from benchmarks.pictures import plot_tradeoff
 from tests.support.tiny import tiny_tokenizer
 
@@ -74,7 +75,8 @@ def test_questions_that_are_none(tmp_path: Path, row: dict[str, Any], complaint:
 
 
 def test_jobs_are_all_different() -> None:
-    jobs = jobs_of([Question("1", "?", "1")], (-1.0, -2.0), (8, 16), 3, 99)
+    plan = Plan(data=Path(), betas=(-1.0, -2.0), budgets=(8, 16), samples=3)
+    jobs = plan.jobs([Question("1", "?", "1")])
     assert len({job.key for job in jobs}) == len(jobs) == (1 + 3 + 2 + 2 + 2) * 3
 
 

@@ -11,14 +11,15 @@ import pytest
 
 from benchmarks.evidence import ablations, censoring, prediction, scaling
 from benchmarks.evidence.ablations import runs_of
-from benchmarks.evidence.prediction import figures_of
+from benchmarks.evidence.grid import Grid
+from benchmarks.evidence.prediction import intervals
 from benchmarks.evidence.scaling import subset
-from benchmarks.evidence.small import SmallLora, SmallRecipe
+from benchmarks.evidence.small import SmallBackbone, SmallLora, SmallRecipe, SmallTraining
 from tests.support.tiny_llm import tiny_llm
-from trainer.data import Rollout
-from trainer.evaluation.figures import summarise
-from trainer.rollouts.rollout import write_shard
-from trainer.training.objective import Objective
+from tests.support.training import row, write
+from trainer.data import Rollout, read_rollouts
+from trainer.evaluation.figures import predicted, summarise
+from trainer.evaluation.predict import Reading
 
 GAMMA = 0.99
 TINY = SmallRecipe(max_steps=2, tokens_per_step=128, max_length=128, warmup_steps=1, bf16=False)
@@ -43,7 +44,8 @@ def test_figures_are_those_of_lenvm_evaluate() -> None:
     texts = rollouts(20)
     chance = np.random.default_rng(1)
     logits = [chance.normal(0, 1, 4 + len(r.completion_ids)) for r in texts]
-    mine, theirs = figures_of(texts, logits, GAMMA, 64), summarise(texts, logits, GAMMA, 64)
+    told = predicted(texts, logits, GAMMA, 64)
+    mine, theirs = intervals(told), summarise(told, GAMMA)
     for domain, mre in theirs["mre"].items():
         figure = mine[f"mre {domain}"]
         assert figure.value == pytest.approx(mre)
@@ -62,14 +64,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grid")
     tiny_llm(folder / "model")
     rows = [
-        {
-            **{"prompt_id": r.prompt_id, "domain": r.domain, "prompt": ""},
-            **{"prompt_ids": r.prompt_ids.tolist(), "completion_ids": r.completion_ids.tolist()},
-            "finish_reason": "stop" if r.finished else "length",
-        }
+        row(0, r.prompt_ids.tolist(), r.completion_ids.tolist(), "stop" if r.finished else "length")
+        | {"prompt_id": r.prompt_id, "domain": r.domain}
         for r in rollouts(60)
     ]
-    write_shard(rows, folder / "rollouts.parquet", {})
+    write(folder / "rollouts.parquet", rows)
     return folder
 
 
@@ -85,6 +84,12 @@ def test_smaller_data_are_part_of_larger_ones(folder: Path, tmp_path: Path) -> N
     assert sorted(single) == sorted({*prompts_of(source)})
 
 
+def grid_of(folder: Path, layers: int = 1) -> Grid:
+    backbone = SmallBackbone(model=str(folder / "model"), num_layers=layers)
+    training = SmallTraining(backbone=backbone, recipe=TINY, holdout=0.2)
+    return Grid(rollouts=folder / "rollouts.parquet", training=training)
+
+
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
 
@@ -93,8 +98,10 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_an_option_that_is_given_leaves_the_others_small(benchmark: Any) -> None:
     where = ["--rollouts", "r", "--model", "m"]
     _, bound, _ = benchmark.app.parse_args([*where, "--max-steps", "3", "--lora.alpha", "8"])
-    assert bound.arguments["recipe"] == SmallRecipe(max_steps=3)
-    assert bound.arguments["lora"] == SmallLora(alpha=8)
+    training = bound.arguments["grid"].training
+    assert training.recipe == SmallRecipe(max_steps=3)
+    assert training.backbone == SmallBackbone(model="m", lora=SmallLora(alpha=8))
+    assert training.holdout == 0.1
 
 
 def test_scaling_goes_on_and_its_checkpoints_are_compared(
@@ -102,14 +109,7 @@ def test_scaling_goes_on_and_its_checkpoints_are_compared(
 ) -> None:
     def run() -> dict[str, Any]:
         scaling.main(
-            rollouts=folder / "rollouts.parquet",
-            model=str(folder / "model"),
-            depths=(1, 2),
-            shares=(0.5,),
-            samples=(),
-            recipe=TINY,
-            holdout=0.2,
-            output=tmp_path,
+            grid=grid_of(folder), depths=(1, 2), shares=(0.5,), samples=(), output=tmp_path
         )
         return last_line(capsys)
 
@@ -125,53 +125,78 @@ def test_scaling_goes_on_and_its_checkpoints_are_compared(
     again = {path.parent.name for path in weights if path.stat().st_mtime_ns != weights[path]}
     assert again == {"layers-2"}
 
-    prediction.main(
-        rollouts=folder / "rollouts.parquet",
-        checkpoint=(tmp_path / "layers-2", tmp_path / "layers-1"),
-        base_model=str(folder / "model"),
-        dtype="float32",
-        output=tmp_path / "prediction",
-    )
+    checkpoints = (tmp_path / "layers-2", tmp_path / "layers-1")
+    reading = Reading(base_model=str(folder / "model"), dtype="float32")
+    where = {"rollouts": folder / "rollouts.parquet", "reading": reading}
+    prediction.main(checkpoint=checkpoints, output=tmp_path / "prediction", **where)
     models = last_line(capsys)["models"]
     assert list(models)[:2] == ["layers-2", "layers-1"]
     assert {"training mean", "prompt length"} < models.keys()
     assert {"mre code", "mre math", "loss", "r2"} == models["layers-1"].keys()
     with pytest.raises(ValueError, match=r"checkpoint: .*different names"):
-        prediction.main(rollouts=folder, checkpoint=(tmp_path / "a", tmp_path / "b" / "a"))
+        prediction.main(checkpoint=(checkpoints[0], tmp_path / "b" / "layers-2"), **where)
 
 
 def test_ablations_on_one_axis(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ablations.main(
-        rollouts=folder / "rollouts.parquet",
-        model=str(folder / "model"),
-        axes=("reference", "weighting"),
-        num_layers=1,
-        recipe=TINY,
-        holdout=0.2,
-        output=tmp_path,
-    )
+    ablations.main(grid=grid_of(folder), axes=("weighting",), output=tmp_path)
     runs = last_line(capsys)["runs"]
-    assert [row["setting"] for row in runs] == ["paper", "trajectory"]
+    assert [row["setting"] for row in runs] == ["trajectory"]
     assert all(np.isfinite(row["figures"]["loss"]["value"]) for row in runs)
 
 
 def test_each_ablation_changes_one_thing() -> None:
-    runs = runs_of(Path("r"), ablations.AXES, Objective(), TINY, 100.0)
+    grid = grid_of(Path("r"))
+    runs = runs_of(grid, ablations.AXES, 100.0)
     assert len({run.name for run in runs}) == len(runs)
     assert {run.axis for run in runs} == {*ablations.AXES}
     for run in runs[1:]:
-        ((name, changed),) = run.options.items()
-        changed.check()
-        reference = Objective() if name == "objective" else TINY
-        different = [k for k, v in vars(changed).items() if v != getattr(reference, k)]
+        run.training.objective.check()
+        run.training.recipe.check()
+        different = [
+            name
+            for part in ("backbone", "objective", "recipe")
+            for name, value in vars(getattr(run.training, part)).items()
+            if value != getattr(getattr(grid.training, part), name)
+        ]
         assert different[0].startswith(run.axis.split()[0]) or run.axis == "precision"
+        assert len(different) == (2 if run.setting == "length" else 1)
 
 
-def test_settings_that_cannot_be(folder: Path) -> None:
-    where: dict[str, Any] = {"rollouts": folder, "model": str(folder / "model")}
+def test_settings_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    grid = grid_of(folder)
     with pytest.raises(ValueError, match=r"depths: \(3,\), must be within 1 to 2"):
-        scaling.main(**where, depths=(3,))
+        scaling.main(grid=grid, depths=(3,))
     with pytest.raises(ValueError, match="axes: 'size', must be one of reference"):
-        ablations.main(**where, axes=("size",))
+        ablations.main(grid=grid, axes=("size",))
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"^share: {share}, must be between"):
+            censoring.main(grid=grid, share=share)
+
+
+def test_a_third_is_cut_and_the_rest_is_as_it_was(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.parquet", [row(i, [7, i], [*range(i), 256]) for i in range(30)])
+    limit = censoring.cut_rollouts(source, 1 / 3, tmp_path / "cut.parquet")
+    pairs = zip(read_rollouts(source), read_rollouts(tmp_path / "cut.parquet"), strict=True)
+    assert limit == 20
+    for before, after in pairs:
+        assert after.completion_ids.tolist() == before.completion_ids[:limit].tolist()
+        assert after.finished == (len(before.completion_ids) <= limit)
+        assert after.prompt_id == before.prompt_id
+
+
+def test_each_treatment_of_cut_texts_is_judged_on_whole_ones(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # the second trains nothing
+        censoring.main(grid=grid_of(folder), output=tmp_path)
+        *table, last = capsys.readouterr().out.splitlines()
+        weights = {path.stat().st_mtime_ns for path in tmp_path.glob("*/value_head.safetensors")}
+    assert len(weights) == 4
+    runs = {row["setting"]: row for row in json.loads(last)["runs"]}
+    assert list(runs) == ["drop", "bound", "bootstrap", "prompt"]
+    assert runs["drop"]["cut"] == 0 < runs["bound"]["cut"]
+    assert runs["bound"]["completions"] == runs["bootstrap"]["completions"]
+    assert len({row["figures"]["loss"]["n"] for row in runs.values()}) == 1
+    assert f"| censored | bound | {runs['bound']['completions']} |" in table[-3]

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.support.tiny import GAMMA, tiny_checkpoint
+from tests.support.training import grouped, row, write
 from trainer.data import Rollout
+from trainer.evaluation.predict import Reading
 from trainer.evaluation.tokens import step_scores, token_scores, tokens
-from trainer.rollouts.rollout import SCHEMA
 from value_server.contract.values import logit_from_length
 
 
@@ -45,24 +44,24 @@ def test_scores_belong_to_the_tokens_of_the_completion() -> None:
     cut = rollout([8, 7], finished=False)
     values = [logits(5, 40, 80, 40, 1), logits(5, 80, 40, 80)]
     scored = token_scores([finished, cut], values, GAMMA, min_count=1)
-    assert [(i, count) for i, count, _, _ in scored] == [(7, 2), (8, 2)]
+    assert [(s.id, s.count) for s in scored] == [(7, 2), (8, 2)]
     up, down = (step_scores(logits(*pair), GAMMA)[0] for pair in ((40, 80), (80, 40)))
-    assert [score for _, _, score, _ in scored] == pytest.approx([up, down])
-    assert [error for *_, error in scored] == pytest.approx([0, 0], abs=1e-9)
+    assert [s.score for s in scored] == pytest.approx([up, down])
+    assert [s.error for s in scored] == pytest.approx([0, 0], abs=1e-9)
 
 
 def test_the_standard_error_by_hand() -> None:
     texts = [rollout([7, 3]), rollout([7, 3])]
     values = [logits(5, 40, 80, 1), logits(5, 40, 60, 1)]
-    ((_, count, score, error),) = token_scores(texts, values, GAMMA, min_count=2)
+    (found,) = token_scores(texts, values, GAMMA, min_count=2)
     each = [step_scores(z[1:3], GAMMA)[0] for z in values]
-    assert (count, score) == (2, pytest.approx(np.mean(each)))
-    assert error == pytest.approx(np.std(each) / np.sqrt(2))
+    assert (found.count, found.score) == (2, pytest.approx(np.mean(each)))
+    assert found.error == pytest.approx(np.std(each) / np.sqrt(2))
 
 
 def test_a_text_beyond_max_length_counts_as_far_as_it_goes() -> None:
     scored = token_scores([rollout([7, 8, 7, 9])], [logits(5, 40, 80)], GAMMA, min_count=1)
-    assert [(i, count) for i, count, _, _ in scored] == [(7, 1)]
+    assert [(s.id, s.count) for s in scored] == [(7, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +69,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     tiny_checkpoint(folder / "checkpoint")
     generator = np.random.default_rng(0)
-    rows = [
-        {
-            "prompt_id": str(i),
-            "domain": "",
-            "prompt": "",
-            "prompt_ids": [1, 2, 3],
-            "completion_ids": [*generator.integers(65, 91, 30).tolist(), 256],
-            "finish_reason": "stop",
-        }
-        for i in range(20)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / "a.parquet")
+    texts = [[*generator.integers(65, 91, 30).tolist(), 256] for _ in range(20)]
+    write(folder / "a.parquet", [row(i, [1, 2, 3], ids) for i, ids in enumerate(texts)])
     return folder
 
 
 def score(place: Path, **options: Any) -> dict[str, Any]:
     checkpoint = place / "checkpoint"
-    return tokens(checkpoint, place / "a.parquet", base_model=str(checkpoint), **options)
+    options = grouped({"base_model": str(checkpoint), **options}, reading=Reading)
+    return tokens(checkpoint, place / "a.parquet", **options)
 
 
 def test_table_json_and_clouds(

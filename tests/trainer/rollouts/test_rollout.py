@@ -1,6 +1,5 @@
 """Rollouts with a vLLM made by hand: it answers a prompt with its own bytes."""
 
-import gzip
 import json
 import re
 import sys
@@ -11,49 +10,21 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
-import httpx
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.prompts import LINES, PROMPTS, many, write_prompts
+from tests.support.training import grouped
 from trainer.data import read_rollouts
-from trainer.rollouts.prompts import PRESETS, Hub, Prompt, read_prompts
-from trainer.rollouts.rollout import SCHEMA, rollout
-from trainer.rollouts.samplers import Sampling, ServerSampler
-
-LINES = [
-    {"prompt": "one", "id": 7, "domain": "news"},
-    {"prompt": "zwei ü"},
-    {"prompt": "three", "id": "x", "more": []},
-]
-PROMPTS = [Prompt("7", "news", "one"), Prompt("1", "", "zwei ü"), Prompt("x", "", "three")]
+from trainer.rollouts import rollout as command
+from trainer.rollouts.prompts import Selection
+from trainer.rollouts.samplers import Engine, Sampling
+from trainer.rollouts.shards import SCHEMA
 
 
-def write_prompts(path: Path, rows: Sequence[Any] = LINES) -> Path:
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.jsonl.gz"])
-def test_read_prompts(name: str, tmp_path: Path) -> None:
-    assert list(read_prompts(write_prompts(tmp_path / name))) == PROMPTS
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"a\.jsonl: line 2: "),
-        ("", r"a\.jsonl: line 2: "),
-        ("[]", r"a\.jsonl: line 2: prompt: missing or not a text"),
-        ('{"text": "hi"}', r"a\.jsonl: line 2: prompt: missing or not a text"),
-        ('{"prompt": 3}', r"a\.jsonl: line 2: prompt: missing or not a text"),
-        ('{"prompt": null}', r"a\.jsonl: line 2: prompt: missing or not a text"),
-    ],
-)
-def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "good"}}\n{line}\n')
-    with pytest.raises(ValueError, match=message):
-        list(read_prompts(tmp_path / "a.jsonl"))
+def rollout(prompts: Path, output: Path, **options: Any) -> None:
+    kinds = {"selection": Selection, "sampling": Sampling, "engine": Engine}
+    command.rollout(prompts, output, **grouped(options, **kinds))
 
 
 @dataclass
@@ -164,10 +135,6 @@ def test_the_models_own_distribution_is_sampled(vllm: FakeVllm, tmp_path: Path) 
     assert vllm.models == [{"model": "org/m", "max_model_len": None, "dtype": "auto", "seed": 3}]
 
 
-def many(tmp_path: Path, count: int = 10) -> Path:
-    return write_prompts(tmp_path / "p.jsonl", [{"prompt": f"p{i}"} for i in range(count)])
-
-
 def test_shards_hold_the_prompts_in_order(vllm: FakeVllm, tmp_path: Path) -> None:
     rollout(many(tmp_path), tmp_path / "out", model="m", n=1, shard_size=4, limit=9)
     files = sorted((tmp_path / "out").iterdir())
@@ -270,7 +237,7 @@ def test_shards_sampled_otherwise_are_not_mixed(
     prompts = many(tmp_path)
     rollout(prompts, tmp_path / "out", model="m", shard_size=4)
     (tmp_path / "out" / "part-00002.parquet").unlink()
-    with pytest.raises(ValueError, match=rf"^{name}: .*part-00000\.parquet was sampled with"):
+    with pytest.raises(ValueError, match=rf"^{name}: .*part-00000\.parquet was made with"):
         rollout(prompts, tmp_path / "out", **{"model": "m", "shard_size": 4, name: value})
 
 
@@ -327,165 +294,3 @@ def test_it_ends_with_the_lengths(
 
 
 PERCENTILES = ("p50", "p90", "p99")
-
-# --- presets ------------------------------------------------------------------------------
-
-PROBLEM = {
-    "description": "Add two numbers.",
-    "input_format": "Two numbers.",
-    "output_format": "",
-    "examples": [{"input": "1 2", "output": "3"}],
-    "note": None,
-}
-ASSEMBLED = (
-    "Add two numbers.\n\nInput\n\nTwo numbers.\n\nExample input\n\n1 2\n\nExample output\n\n3"
-)
-HUB: dict[str, list[dict[str, Any]]] = {
-    "nvidia/OpenCodeReasoning-2": [
-        {"question": "-", "dataset": "taco", "split": "train", "index": "1"},
-        {"question": "-", "dataset": "taco", "split": "train", "index": "1"},
-        {"question": "-", "dataset": "code_contests", "split": "train", "index": "0"},
-        {"question": "-", "dataset": "open-r1/codeforces", "split": "train", "index": "0"},
-        {"question": "-", "dataset": "unknown", "split": "train", "index": "0"},
-        {"question": "Told here.", "dataset": "apps", "split": "train", "index": "7"},
-    ],
-    "BAAI/TACO": [{"question": "zero"}, {"question": "Sort a list."}],
-    "deepmind/code_contests": [{"description": ""}],
-    "open-r1/codeforces": [PROBLEM],
-    "allenai/WildChat": [
-        {"conversation": [{"role": "user", "content": "Hi {you}"}, {"role": "assistant"}]},
-        {"conversation": [{"role": "assistant", "content": "Yes?"}]},
-    ],
-    "zwhe99/DeepMath-103K": [{"question": "1 + 1?"}],
-}
-
-
-@pytest.mark.parametrize(
-    ("preset", "domain", "questions"),
-    [
-        ("opencodereasoning-2-python", "code", ["Sort a list.", ASSEMBLED, "Told here."]),
-        ("wildchat", "instruct", ["Hi {you}"]),
-        ("deepmath-103k", "math", ["1 + 1?"]),
-    ],
-)
-def test_presets_read_rows_of_their_data_sets(
-    preset: str, domain: str, questions: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_options: HUB[name])
-    prompts = list(read_prompts(Path(preset)))
-    template = PRESETS[preset].template
-    assert [p.text for p in prompts] == [template.format(prompt=text) for text in questions]
-    assert {p.domain for p in prompts} == {domain}
-    assert len({p.id for p in prompts}) == len(prompts)
-    plain = [p.text for p in read_prompts(Path(preset), "{prompt}")]
-    assert plain == questions
-
-
-def test_any_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def load(*names: Any, **options: Any) -> list[dict[str, Any]]:
-        asked.append((names, options))
-        return [{"question": "1 + 1?", "domain": "math", "answer": "2"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    hub = Hub(subset="main", split="test")
-    prompts = list(read_prompts(Path("hub:org/name"), "{prompt}!", "question", hub))
-    assert prompts == [Prompt("0", "math", "1 + 1?!")]
-    assert asked == [(("org/name", "main"), {"split": "test", "streaming": True})]
-    with pytest.raises(ValueError, match=r"^hub:org/name: row 1: prompt: missing or not a text"):
-        list(read_prompts(Path("hub:org/name")))
-
-
-# --- servers ------------------------------------------------------------------------------
-
-SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=9)
-
-
-def server(*answers: httpx.Response | Exception) -> tuple[ServerSampler, list[dict[str, Any]]]:
-    """A sampler whose server gives these answers in turn, then completions; and its requests."""
-    requests: list[dict[str, Any]] = []
-    queue = list(answers)
-
-    def handle(request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content)
-        requests.append({"path": request.url.path, "key": request.headers["authorization"]} | body)
-        if queue:
-            answer = queue.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-        text = body["messages"][0]["content"]
-        choices = [
-            {"token_ids": [*text.encode(), k], "finish_reason": "stop"} for k in range(body["n"])
-        ]
-        return httpx.Response(200, json={"prompt_token_ids": [1, 2], "choices": choices})
-
-    sampler = ServerSampler(
-        "http://host/v1/", "m", api_key="k", concurrency=3, transport=httpx.MockTransport(handle)
-    )
-    sampler.pause = 0
-    return sampler, requests
-
-
-def test_a_server_is_asked_for_token_ids() -> None:
-    sampler, requests = server()
-    sampled = sampler.sample(PROMPTS, SAMPLING)
-    assert [s and s.prompt_ids for s in sampled] == [[1, 2]] * 3
-    assert [s and s.completions for s in sampled] == [
-        [([*prompt.text.encode(), k], "stop") for k in range(2)] for prompt in PROMPTS
-    ]
-    for request in requests:
-        assert (request["path"], request["key"]) == ("/v1/chat/completions", "Bearer k")
-        assert request["return_token_ids"] is True
-        assert (request["n"], request["max_tokens"], request["model"]) == (2, 9, "m")
-        assert (request["top_k"], request["repetition_penalty"]) == (0, 1.0)
-
-
-def test_passing_failures_are_repeated() -> None:
-    failures = [httpx.Response(503), httpx.ConnectError("refused"), httpx.Response(429)]
-    sampler, requests = server(*failures)
-    assert len(sampler.sample(PROMPTS[:1], SAMPLING)) == 1
-    assert len(requests) == 4
-
-
-def test_a_server_that_finds_a_prompt_too_long() -> None:
-    text = "This model's maximum context length is 9 tokens. However, your prompt ..."
-    sampler, requests = server(httpx.Response(400, text=text))
-    sampler.concurrency = 1
-    first, second = sampler.sample(PROMPTS[:2], SAMPLING)
-    assert first is None
-    assert second is not None
-    assert len(requests) == 2
-
-
-@pytest.mark.parametrize(
-    ("answers", "message", "calls"),
-    [
-        ([httpx.Response(400, text="no such model")], "400 no such model", 1),
-        ([httpx.Response(500, text="oom")] * 4, "500 oom", 4),
-        ([httpx.ReadTimeout("slow")] * 4, "ReadTimeout", 4),
-        (
-            [httpx.Response(200, json={"choices": [{"finish_reason": "stop"}]})],
-            "without token ids; it has to know return_token_ids",
-            1,
-        ),
-    ],
-)
-def test_what_a_server_cannot_do_is_named(answers: list[Any], message: str, calls: int) -> None:
-    sampler, requests = server(*answers)
-    with pytest.raises(ValueError, match=rf"^server: http://host/v1/.*{message}"):
-        sampler.sample(PROMPTS[:1], SAMPLING)
-    assert len(requests) == calls
-
-
-def test_rollouts_from_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM is not even imported."""
-    sampler, requests = server()
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(
-        "trainer.rollouts.rollout.ServerSampler", lambda *_args, **_options: sampler
-    )
-    rollout(many(tmp_path), tmp_path / "out", model="m", server="http://host/v1", shard_size=4)
-    assert len(requests) == 10
-    assert len(read_rollouts(tmp_path / "out")) == 20

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trainer.rollouts.test_trainer_data import rollout
+from tests.support.training import rollout
 from trainer.data import NO_LABEL, Example, PackedDataset, make_example
 from trainer.scan import backward_scan
 from trainer.training.losses import lambda_returns, token_losses

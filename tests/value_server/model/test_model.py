@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.support.tiny import GAMMA
-from trainer.training.train import WEIGHTS, LoraShape, Tune, build_model
+from trainer.training.backbone import WEIGHTS, Backbone, LoraShape, Tune
 from value_server.contract.checkpoint import CheckpointError, LenvmConfig
 from value_server.model.value_model import ValueHead, ValueModel, load_backbone, log
 
@@ -58,7 +58,8 @@ def build(base: Path, tune: Tune, layers: int = 3) -> ValueModel:
         num_layers=layers,
         tokenizer_fingerprint="f",
     )
-    model = build_model(str(base), config, tune, LoraShape(rank=4, alpha=8), torch.float32)
+    backbone = Backbone(model=str(base), tune=tune, lora=LoraShape(rank=4, alpha=8))
+    model = backbone.build(config, torch.float32)
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -9,8 +9,8 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from tests.support.tiny import tiny_tokenizer
-from tests.trainer.training.test_train import row, run, write
-from trainer.training.train import load_shape
+from tests.support.training import row, run, write
+from trainer.training.backbone import load_shape
 from value_server.contract.checkpoint import CheckpointError
 from value_server.model.value_model import ValueModel, load_backbone
 

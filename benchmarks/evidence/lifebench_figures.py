@@ -1,15 +1,19 @@
 """Figures of length control: how well each arm keeps the length, and what its texts are like."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.evidence.arms import fields
-from benchmarks.evidence.lengths import deviation, score
-from benchmarks.evidence.quality import distinct, ends_naturally, repetition
+from benchmarks.evidence.measures import (
+    deviation,
+    distinct,
+    ends_naturally,
+    repetition,
+    score,
+)
 from lenvm_vllm.api.endings import narrowed
 from lenvm_vllm.target.rails import bounds_of
 from lenvm_vllm.target.request import LengthTarget
@@ -88,8 +92,7 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for arm in arms:
             if own := [row for row in inside if row["arm"] == arm]:
                 base = [free[_request(row)] for row in own if _request(row) in free]
-                figures = {name: asdict(e) for name, e in measure(own, base).items()}
-                found.append({"arm": arm, **part, "figures": figures})
+                found.append({"arm": arm, **part, "figures": measure(own, base)})
     return found
 
 
@@ -101,26 +104,18 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The last line: of each arm its modes, and the quality over all of them."""
     arms: dict[str, Any] = {}
     for cell in found:
-        figures = {name: rounded(figure) for name, figure in cell["figures"].items()}
+        own: dict[str, Estimate] = cell["figures"]
         if cell.keys() == {"arm", "figures"}:
-            known = ("cost", *QUALITY, "ppl_ratio")
-            whole = {name: figures[name] for name in known if name in figures}
-            arms[cell["arm"]] = {name: figure["value"] for name, figure in whole.items()} | {
-                "ci": {name: figure["ci"] for name, figure in whole.items()}
-            }
+            known = [name for name in ("cost", *QUALITY, "ppl_ratio") if name in own]
+            arms[cell["arm"]] = {name: round(own[name].value, 3) for name in known}
+            arms[cell["arm"]]["ci"] = {name: own[name].interval(3) for name in known}
         elif cell.keys() == {"arm", "mode", "figures"}:
             arms[cell["arm"]][cell["mode"]] = {
-                **{name: figures[name]["value"] for name in ("ls", "ld")},
-                **{f"{name}_ci": figures[name]["ci"] for name in ("ls", "ld")},
-                "n": cell["figures"]["ls"]["n"],
+                **{name: round(own[name].value, 3) for name in ("ls", "ld")},
+                **{f"{name}_ci": own[name].interval(3) for name in ("ls", "ld")},
+                "n": own["ls"].n,
             }
     return {"arms": arms}
-
-
-def rounded(figure: dict[str, Any]) -> dict[str, Any]:
-    """Value and interval to three decimals."""
-    value, low, high = (round(figure[name], 3) for name in ("value", "low", "high"))
-    return {"value": value, "ci": [low, high]}
 
 
 def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -131,9 +126,9 @@ def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         for cell in found:
             if "mode" not in cell or (set(cell) & set(CUTS)) != ({cut} if cut else set()):
                 continue
-            figures = {name: str(Estimate(**f)) for name, f in cell["figures"].items()}
+            figures = cell["figures"]
             kept = figures if cut is None else {name: figures[name] for name in ("ls", "ld")}
             names = {name: str(cell[name]) for name in ("mode", cut, "arm") if name}
-            rows.append({**names, **kept, "n": cell["figures"]["ls"]["n"]})
+            rows.append({**names, **kept, "n": figures["ls"].n})
         captions[f"By {cut or 'mode'}"] = rows
     return captions

@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.support.tiny import GAMMA, tiny_model, tiny_tokenizer
 from trainer.paper_checkpoints import export_checkpoint, import_checkpoint, linear_as_mlp
-from trainer.training.train import WEIGHTS, LoraShape, build_model
+from trainer.training.backbone import WEIGHTS, Backbone, LoraShape
 from value_server.contract.checkpoint import LenvmConfig, read_config, tokenizer_fingerprint
 from value_server.model.value_model import ValueHead, ValueModel
 
@@ -166,7 +166,8 @@ def test_a_checkpoint_of_ours_goes_there_and_back(tune: Any, tmp_path: Path) -> 
         num_layers=1,
         tokenizer_fingerprint=tokenizer_fingerprint(tiny_tokenizer()),
     )
-    model = build_model(str(base), config, tune, LoraShape(rank=4, alpha=8), torch.float32).eval()
+    backbone = Backbone(model=str(base), tune=tune, lora=LoraShape(rank=4, alpha=8))
+    model = backbone.build(config, torch.float32).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -1,0 +1,98 @@
+"""What training refuses, by name and before any work."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.training import contents, run, toy_rows, write
+from trainer.training.backbone import LoraShape
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tune", "half"),
+        ("censored", "keep"),
+        ("target", "words"),
+        ("loss", "absolute"),
+        ("weighting", "prompt"),
+        ("batches", "sorted"),
+        ("gae_lambda", 1.1),
+        ("gamma_percentile", 0.0),
+        ("holdout", 1.0),
+        ("holdout", -0.1),
+        ("gamma", 0.0),
+        ("gamma", 1.0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("epochs", 0.0),
+        ("max_steps", 0),
+        ("max_steps", -2),
+        ("max_length", 1),
+        ("tokens_per_step", 63),
+        ("warmup_steps", -1),
+        ("save_steps", 0),
+        ("num_layers", 0),
+        ("num_layers", 3),
+        ("fp16", True),
+    ],
+)
+def test_a_bad_argument_is_named_before_any_work(
+    name: str, value: Any, base: Path, tmp_path: Path
+) -> None:
+    """Before any work: the rollouts are not even looked for."""
+    with pytest.raises(ValueError, match=f"^{name}: {value!r}, must be "):
+        run(tmp_path / "nothing", tmp_path / "out", base, **{name: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("rank", LoraShape(rank=0)), ("alpha", LoraShape(alpha=-1))]
+)
+def test_a_bad_adapter_is_named(name: str, shape: LoraShape, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^lora\.{name}: {getattr(shape, name)}, must be above 0"
+    ):
+        run(tmp_path / "nothing", tmp_path / "out", base, lora=shape)
+
+
+def test_no_such_model(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model: .*nothing' does not load"):
+        run(data, tmp_path / "out", tmp_path / "nothing")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_backbone_is_not_written_over(base: Path, data: Path) -> None:
+    before = contents(base)
+    with pytest.raises(ValueError, match=r"^output: .* must be another folder"):
+        run(data, base / ".." / base.name, base)
+    assert contents(base) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda r: r | {"finish_reason": "length"}, {}, "^gamma: .* no finished completion"),
+        (lambda r: r | {"finish_reason": "length"}, {"gamma": 0.9}, "^rollouts: .* nothing to tr"),
+        (lambda r: r | {"prompt_ids": [1] * 65}, {}, "^rollouts: .* max_length 64"),
+        (
+            lambda r: r | {"prompt_ids": [258]},
+            {},
+            "^token id: 258, must be below .* vocab_size 258",
+        ),
+    ],
+)
+def test_rollouts_that_teach_nothing(
+    change: Callable[[Any], Any],
+    options: dict[str, Any],
+    message: str,
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "a.parquet", [change(r) for r in toy_rows(3)])
+    with pytest.raises(ValueError, match=message):
+        run(path, tmp_path / "out", base, **options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,150 @@
+"""Trainings that were stopped go on with the same settings, and end as if they had not been."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trainer.training.train
+from tests.support.training import contents, run, toy_rows, write
+from trainer.training.backbone import LoraShape, Tune
+from trainer.training.steps import last_step
+from trainer.training.value_trainer import ValueTrainer
+
+
+class KilledError(Exception):
+    pass
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run ends amid the step after `step`."""
+
+    class Stopped(ValueTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == step:
+                raise KilledError
+            return super().compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.training.train, "ValueTrainer", Stopped)
+
+
+def run_until(step: int, *args: Any, **options: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(step, patch)
+        with pytest.raises(KilledError):
+            run(*args, **options)
+
+
+@pytest.mark.parametrize(("tune", "stops"), [("full", (3,)), ("head", (1, 4))])
+def test_a_stopped_run_ends_as_if_it_had_not_been(
+    tune: Tune,
+    stops: tuple[int, ...],
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    history: list[dict[str, Any]],
+) -> None:
+    """Also twice, and before the first save; `lora` see tests/trainer/test_killed.py."""
+    run(data, tmp_path / "whole", base, tune=tune)
+    for step in stops:
+        run_until(step, data, tmp_path / "out", base, tune=tune)
+    last = last_step(tmp_path / "out" / "steps")
+    assert last == tmp_path / "out" / "steps" / f"checkpoint-{stops[-1] // 2 * 2}"
+    history.clear()
+    run(data, tmp_path / "out", base, tune=tune)
+    done = [entry for entry in history if "loss" in entry]
+    assert len(done) == 5 - stops[-1] // 2 * 2  # it did go on from the last save
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_repeated(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless its settings are others."""
+    out = tmp_path / "out"
+    run(data, out, base, max_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    run(data, out, base, max_steps=1)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert f"{out}: finished before" in capsys.readouterr().out
+    run(data, out, base, max_steps=1, seed=1)
+    assert min(path.stat().st_mtime_ns for path in out.iterdir()) > max(before.values())
+
+
+def test_a_step_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
+    assert last_step(tmp_path) is None
+    for step in (8, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (8, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_step(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.fixture(scope="module")
+def stopped(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped") / "out"
+    run_until(3, data, folder, base)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 2e-3),
+        ("max_steps", 9),
+        ("tokens_per_step", 128),
+        ("max_length", 60),
+        ("warmup_steps", 1),
+        ("num_layers", 1),
+        ("gamma", 0.5),
+        ("seed", 7),
+        ("gae_lambda", 0.5),
+        ("loss", "bce"),
+        ("weighting", "trajectory"),
+        ("batches", "grouped"),
+        ("target", "length"),
+        ("base_model", "org/other"),
+        ("lora", LoraShape(rank=2, alpha=8)),
+    ],
+)
+def test_a_setting_that_changed_is_named(
+    name: str, value: Any, stopped: Path, base: Path, data: Path
+) -> None:
+    before = contents(stopped)
+    with pytest.raises(ValueError, match=rf"^{name}: .* was made with .* resume it starts anew"):
+        run(data, stopped, base, **{name: value})
+    assert contents(stopped) == before
+
+
+def test_another_way_of_tuning_is_named(stopped: Path, base: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match=r"^weights: .*'head', this run has 'full'"):
+        run(data, stopped, base, tune="full")
+
+
+def test_data_that_changed_are_named(stopped: Path, base: Path, tmp_path: Path) -> None:
+    rows = toy_rows()
+    rows[5]["completion_ids"][1] += 1
+    with pytest.raises(ValueError, match=r"^data: .* was made with"):
+        run(write(tmp_path / "toy.parquet", rows), stopped, base)
+
+
+def test_another_backbone_is_named(stopped: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"^model: .* was made with"):
+        run(data, stopped, other)
+
+
+def test_without_resume_it_starts_anew(
+    stopped: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Also where a run has finished."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    run(data, out, base, seed=7, max_steps=2, resume=False)
+    finished = contents(out)
+    run(data, tmp_path / "fresh", base, seed=7, max_steps=2)
+    assert finished == contents(tmp_path / "fresh")
+    made = (out / "config.json").stat().st_mtime_ns
+    run(data, out, base, seed=7, max_steps=2, resume=False)
+    assert (out / "config.json").stat().st_mtime_ns > made
+    assert contents(out) == finished

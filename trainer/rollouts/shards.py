@@ -1,0 +1,64 @@
+"""Files of completions, a file for so many prompts; each remembers what it was sampled with."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.rollouts.prompts import Prompt
+from trainer.settings import check_same
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("domain", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+    ]
+)
+SETTINGS_KEY = b"lenvm"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A Parquet file, there or not. settings: what its completions are sampled with."""
+
+    path: Path
+    prompts: Sequence[Prompt]
+    settings: Mapping[str, Any]
+
+    def is_there(self) -> bool:
+        """Raises ValueError naming the first setting that the file was sampled otherwise with."""
+        if not self.path.exists():
+            return False
+        metadata = pq.read_schema(self.path).metadata or {}
+        if SETTINGS_KEY in metadata:
+            check_same(self.path, json.loads(metadata[SETTINGS_KEY]), self.settings)
+        return True
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of SCHEMA, so that the file exists only when complete."""
+        unfinished = self.path.with_suffix(".tmp")
+        schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(self.settings).encode()})
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
+        os.replace(unfinished, self.path)
+
+
+def shards_of(
+    prompts: Iterable[Prompt], folder: Path, size: int, settings: Mapping[str, Any]
+) -> Iterator[Shard]:
+    """A shard for every `size` prompts, in order."""
+    rest, number = iter(prompts), 0
+    while part := tuple(islice(rest, size)):
+        digest = hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+        yield Shard(folder / f"part-{number:05d}.parquet", part, {**settings, "prompts": digest})
+        number += 1

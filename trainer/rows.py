@@ -1,0 +1,51 @@
+"""JSON lines: data to read, and results that a run which was stopped goes on from."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a file, plain or gzip. Raises ValueError naming the line that holds no object."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number}: expected an object, got {row!r}")
+            yield row
+
+
+class Rows(dict[str, dict[str, Any]]):
+    """The rows of a file by their `key`; `add` appends one. A last line that was cut off goes.
+
+    Without a file they are in memory alone.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__()
+        self.path = path
+        self._file = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            if not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            self[row["key"]] = row
+            whole += len(line)
+        self._file = path.open("a")
+        self._file.truncate(whole)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self[row["key"]] = row
+        if self._file:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
