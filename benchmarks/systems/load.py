@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lenvm_vllm.commands.processes import VLLM_SERVE
+from lenvm_vllm.commands.servers import VLLM
 
 
 def write_prompts(prompts: list[str], path: Path) -> Path:
@@ -26,7 +26,7 @@ def bench(
     name, tokenizer = model
     result = prompts.with_suffix(".result.json")
     command = [
-        *(*VLLM_SERVE[:-1], "bench", "serve", "--backend", "openai-chat"),
+        *(*VLLM, "bench", "serve", "--backend", "openai-chat"),
         *("--base-url", url, "--endpoint", "/v1/chat/completions"),
         *("--model", name, "--tokenizer", str(tokenizer)),
         *("--dataset-name", "custom", "--dataset-path", str(prompts)),

@@ -5,6 +5,7 @@ import contextlib
 import random
 import threading
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 from lenvm_vllm.commands.processes import free_port
@@ -18,8 +19,8 @@ PIECE_S = 0.2  # between the bytes of a trickle
 class Proxy:
     """Loopback port `port` → `target`, as long as its block lasts.
 
-    spoils, which any thread may set: lag, every piece of an answer comes late; corrupt, some of
-    its bits are flipped; cut, the connection breaks in the middle; trickle, it comes byte by byte.
+    Spoils: lag, every piece of an answer comes late; corrupt, some of its bits are flipped; cut,
+    the connection breaks in the middle; trickle, it comes byte by byte.
     """
 
     def __init__(self, target: int, seed: int = 0) -> None:
@@ -39,6 +40,13 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    @contextlib.contextmanager
+    def spoilt(self, how: Spoils) -> Iterator[None]:
+        """As long as the block lasts."""
+        self.spoils = how
+        yield
+        self.spoils = "nothing"
 
     async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         try:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lenvm_vllm.commands.demo_answers import ARMS, LENGTHS, Answer, Arm, Length, mean, said
+from lenvm_vllm.commands.demo.answers import ARMS, LENGTHS, Answer, Arm, Length, mean, said
 
 WIDTH = 96  # longer lines are hard to read
 EVERY_S = 30  # between two lines that tell of the same wait, where nothing can move
