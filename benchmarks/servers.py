@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from benchmarks.endpoint import Endpoint
-from lenvm_vllm.commands.demo import ROOT
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 
 
@@ -42,7 +41,7 @@ def served(
         *(("--dtype", dtype) if dtype else ()),
         *("--logits-processors", "lenvm_vllm", "benchmarks.ramp:Ramp"),
     )
-    env = {"LENVM_TIMEOUT_S": "30", "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "2"}
+    env = {"LENVM_TIMEOUT_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
     with (
         value_served(model, checkpoint, logs, dtype) as values,
         vllm_serve(model, logs / "vllm.log", *flags, values_url=values, env=env) as vllm,

@@ -97,9 +97,10 @@ def main(*, steps: int = 200) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = ServerSettings(port=free_port(), slots=4000, threads=1)
         urls = tuple(start(tiny_checkpoint(Path(folder)), settings, replicas=2, cpus=0.5))
-        print(json.dumps(run(connect(load_settings({"lenvm": {"url": urls}})), steps)))
+        line = run(connect(load_settings({"lenvm": {"url": urls}})), steps)
     serve.shutdown()
-    ray.shutdown()
+    ray.shutdown()  # Ray writes to stdout while it ends
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":
