@@ -130,6 +130,7 @@ class Stage:
 
 @contextmanager
 def stage_of(folder: Path) -> Iterator[Stage]:
+    """Of tiny random models, up as long as the block."""
     port, float32 = free_port(), ("--dtype", "float32")
     checkpoint, log = tiny_checkpoint(folder / "value"), folder / "values.log"
     values = lenvm_serve(checkpoint, log, *float32, "--slots", SLOTS, port=port)

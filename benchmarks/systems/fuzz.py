@@ -116,7 +116,7 @@ def server() -> AbstractContextManager[Server]:
 def state(server: Server, watch: Watch) -> dict[str, Any]:
     """Whether it still runs, what its log says of bugs, and its memory."""
     tracebacks = server.log.read_text().count("Traceback")
-    return {"tracebacks": tracebacks, "alive": watch.process.is_running(), **watch.memory()}
+    return {"tracebacks": tracebacks, "alive": server.process.poll() is None, **watch.memory()}
 
 
 @app.command

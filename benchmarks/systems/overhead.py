@@ -62,10 +62,10 @@ def rates_of(
     count = max(2 * size, 4)
     texts = [f"{PROMPTS[number % len(PROMPTS)]} ({number})" for number in range(count)]
     prompts = write_prompts(texts, folder / "prompts.jsonl")
-    flags = [
-        *("--num-prompts", str(count), "--num-warmups", str(min(size, 4))),
-        *("--max-concurrency", str(size), "--custom-output-len", str(tokens)),
-    ]
+    flags = (
+        *("--num-prompts", count, "--num-warmups", min(size, 4)),
+        *("--max-concurrency", size, "--custom-output-len", tokens),
+    )
     rates: dict[str, list[float]] = {arm: [] for arm in arms(tokens)}
     for _ in range(rounds):
         for arm, (plugin, fields) in arms(tokens).items():

@@ -68,24 +68,23 @@ def main(
     seed
         Of the choice, the arrivals and the answers.
     """
-    load = [
-        *("--num-prompts", str(limit), "--custom-output-len", str(max_tokens)),
-        *("--request-rate", str(rate), "--seed", str(seed)),
-    ]
-    server = ("--served-model-name", NAME, "--max-num-batched-tokens", 16384)
+    load = ("--num-prompts", limit, "--custom-output-len", max_tokens, "--request-rate", rate)
+    flags = (
+        *("--served-model-name", NAME, "--max-num-seqs", max_num_seqs),
+        *("--max-num-batched-tokens", 16384, "--scheduling-policy"),
+    )
+    env = {"LENVM_FORECAST": "true"}
     result: dict[str, Any] = {"requests": limit, "rate": rate}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
         with lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL) as values:
             for arm, policy in tqdm(ARMS.items(), file=sys.stderr):
-                with vllm_serve(
-                    *(MODEL, folder / f"{arm}.log", *server, "--max-num-seqs", max_num_seqs),
-                    *("--scheduling-policy", policy),
-                    values_url=values.url,
-                    env={"LENVM_FORECAST": "true"},
-                ) as vllm:
-                    report = bench(vllm.url, (NAME, MODEL), prompts, {"seed": seed}, *load)
+                log, url = folder / f"{arm}.log", values.url
+                with vllm_serve(MODEL, log, *flags, policy, values_url=url, env=env) as vllm:
+                    report = bench(
+                        vllm.url, (NAME, MODEL), prompts, {"seed": seed}, *load, "--seed", seed
+                    )
                 result[arm] = seconds(report) | {"tokens": report["total_output_tokens"]}
     for kind in ("mean", "p99"):
         result[f"{kind}_ratio"] = round(result["forecast"][kind] / result["fcfs"][kind], 3)
