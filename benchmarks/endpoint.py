@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import httpx
 from openai import APIError, AsyncOpenAI
 from tqdm import tqdm
 
+from benchmarks.metrics import metrics
 from lenvm_vllm.api.answers import SAMPLED
 from trainer.rows import Rows
 
@@ -90,11 +90,10 @@ class Endpoint:
 
     def _steps(self) -> tuple[float, float]:
         """Guided steps so far, and those of them without values; 0 where no plugin tells."""
+        counts: dict[str, float] = {}
         with contextlib.suppress(httpx.HTTPError):
-            text = httpx.get(f"{self.url.removesuffix('/v1')}/metrics", timeout=TIMEOUT_S).text
-            counts = dict(re.findall(r"^lenvm_(\w*steps_total) (\S+)$", text, re.MULTILINE))
-            return float(counts.get("steps_total", 0)), float(counts.get("fallback_steps_total", 0))
-        return 0.0, 0.0
+            counts = metrics(self.url.removesuffix("/v1"))
+        return counts.get("lenvm_steps_total", 0), counts.get("lenvm_fallback_steps_total", 0)
 
     async def _fill(self, jobs: Sequence[Job], rows: Rows, total: int) -> None:
         gate = asyncio.Semaphore(self.concurrency)

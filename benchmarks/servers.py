@@ -1,34 +1,26 @@
 """A guided vLLM and its value server for a benchmark, on loopback, with the ramp beside it."""
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from benchmarks.endpoint import Endpoint
-from lenvm_vllm.commands.demo import ROOT, native_dtype
-from lenvm_vllm.commands.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
-
-PROCESSORS = ("lenvm_vllm", "benchmarks.ramp:Ramp")
+from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 
 
-@contextlib.contextmanager
+@contextmanager
 def value_served(
-    model: str, checkpoint: Path, logs: Path, *, threads: int = 1, dtype: str | None = None
+    model: str, checkpoint: Path, logs: Path, dtype: str | None = None
 ) -> Iterator[str]:
     """URL of a value server. model: hub name or folder of the backbone. dtype: of its weights."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [
-        *(*VALUE_SERVER, str(checkpoint), "--base-model", model, "--port", str(port)),
-        *("--threads", str(threads), "--dtype", dtype or native_dtype()),
-    ]
     logs.mkdir(parents=True, exist_ok=True)
-    with running(command, f"{url}/ready", logs / "values.log"):
-        yield url
+    flags = ("--dtype", dtype or "auto")
+    with lenvm_serve(checkpoint, logs / "values.log", *flags, base_model=model) as server:
+        yield server.url
 
 
-@contextlib.contextmanager
+@contextmanager
 def served(
     model: str,
     checkpoint: Path,
@@ -38,30 +30,25 @@ def served(
     max_model_len: int = 4096,
     dtype: str | None = None,
     seed: int = 0,
-    niceness: int = 10,
 ) -> Iterator[Endpoint]:
     """Both, until the block ends. model: hub name or folder, also the name it is served under.
 
-    dtype: of both; by default what the device multiplies natively. niceness: of vLLM, whose
-    engine core spins on the core that the value server wants. seed: of vLLM; a request's own
+    dtype: of both; by default what the device multiplies natively. seed: of vLLM; a request's own
     stops its CPU build where the prompt is prefilled in chunks.
     """
-    dtype = dtype or native_dtype()
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [
-        *("nice", "-n", str(niceness), *VLLM_SERVE, model, "--host", "127.0.0.1"),
-        *("--port", str(port), "--max-model-len", str(max_model_len), "--enforce-eager"),
-        *("--max-num-seqs", str(concurrency), "--dtype", dtype, "--seed", str(seed)),
-        *("--logits-processors", *PROCESSORS),
-    ]
-    with value_served(model, checkpoint, logs, dtype=dtype) as values:
-        env = {"LENVM_URL": values, "LENVM_TIMEOUT_S": "30", "PYTHONPATH": str(ROOT)}
-        env["VLLM_CPU_KVCACHE_SPACE"] = "2"
-        with running(command, f"{url}/health", logs / "vllm.log", env):
-            yield Endpoint(f"{url}/v1", model, concurrency)
+    flags = (
+        *("--max-model-len", max_model_len, "--max-num-seqs", concurrency, "--seed", seed),
+        *(("--dtype", dtype) if dtype else ()),
+        *("--logits-processors", "lenvm_vllm", "benchmarks.ramp:Ramp"),
+    )
+    env = {"LENVM_TIMEOUT_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    with (
+        value_served(model, checkpoint, logs, dtype) as values,
+        vllm_serve(model, logs / "vllm.log", *flags, values_url=values, env=env) as vllm,
+    ):
+        yield Endpoint(f"{vllm.url}/v1", model, concurrency)
 
 
-@contextlib.contextmanager
 def endpoint_at(
     url: str | None,
     model: str,
@@ -71,14 +58,11 @@ def endpoint_at(
     concurrency: int,
     dtype: str | None,
     seed: int,
-) -> Iterator[Endpoint]:
+) -> AbstractContextManager[Endpoint]:
     """The one at `url`, else servers of our own for as long as the block."""
     if url:
-        yield Endpoint(url.rstrip("/"), model, concurrency)
-        return
-    how: dict[str, Any] = {"concurrency": concurrency, "dtype": dtype, "seed": seed}
-    with served(model, checkpoint, logs, **how) as own:
-        yield own
+        return nullcontext(Endpoint(url.rstrip("/"), model, concurrency))
+    return served(model, checkpoint, logs, concurrency=concurrency, dtype=dtype, seed=seed)
 
 
 def digest(checkpoint: Path) -> str:

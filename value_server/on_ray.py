@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from fastapi import FastAPI
 from ray import serve
-from ray.serve import Application
 
 from value_server.serve import build_app
 from value_server.settings import ServerSettings
@@ -44,23 +42,16 @@ def main(
     cpus
         Of each.
     """
-    settings = settings or ServerSettings()
-    serve.start(http_options={"host": settings.host, "port": settings.port})
-    for number in range(replicas):
-        name = f"values-{number}"
-        server = application(checkpoint, settings, gpus, cpus)
-        serve.run(server, name=name, route_prefix=f"/{name}")
-    print(",".join(f"http://{settings.host}:{settings.port}/values-{n}" for n in range(replicas)))
+    urls = start(checkpoint, settings or ServerSettings(), replicas, gpus, cpus)
+    print(",".join(urls))
     signal.pause()
 
 
-def application(
-    checkpoint: Path, settings: ServerSettings, gpus: float = 0, cpus: float = 1
-) -> Application:
-    """One value server: one process, since its sessions are there and nowhere else."""
-
-    def build() -> FastAPI:
-        return build_app(checkpoint, settings)
+def start(
+    checkpoint: Path, settings: ServerSettings, replicas: int, gpus: float = 0, cpus: float = 1
+) -> list[str]:
+    """URLs of the value servers. Each is one process: its sessions are there and nowhere else."""
+    serve.start(http_options={"host": settings.host, "port": settings.port})
 
     @serve.deployment(
         num_replicas=1,
@@ -68,12 +59,14 @@ def application(
         ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},
         health_check_period_s=2,
     )
-    @serve.ingress(build)
+    @serve.ingress(lambda: build_app(checkpoint, settings))
     class ValueServer:
         pass
 
-    server: Application = ValueServer.bind()  # type: ignore[attr-defined]  # by the decorator
-    return server
+    names = [f"values-{number}" for number in range(replicas)]
+    for name in names:
+        serve.run(ValueServer.bind(), name=name, route_prefix=f"/{name}")  # type: ignore[attr-defined]  # by the decorator
+    return [f"http://{settings.host}:{settings.port}/{name}" for name in names]
 
 
 if __name__ == "__main__":

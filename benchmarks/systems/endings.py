@@ -8,7 +8,6 @@ it on one of so many connections, and whole and natural ends are those that the 
 themselves: the plugin's own yardstick, by which it also chooses.
 """
 
-import asyncio
 import itertools
 import json
 import statistics
@@ -16,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cyclopts import App
 from benchmarks.endpoint import Endpoint
 from benchmarks.servers import served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
-from lenvm_vllm.commands.demo_answers import PROMPTS
+from lenvm_vllm.commands.demo.answers import PROMPTS
 from trainer.output import table
 
 app = App(help=__doc__)
@@ -50,35 +51,30 @@ class Answer:
         return 100 * abs(self.result["tokens"] - self.target) / self.target
 
 
-async def _ask(http: httpx.AsyncClient, model: str, prompt: str, target: int, most: int) -> Answer:
+Job = tuple[str, int]  # prompt and tokens
+
+
+def ask(http: httpx.Client, model: str, most: int, job: Job) -> Answer:
     started = time.perf_counter()
+    prompt, target = job
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 1.0,
         "length_target": {"tokens": target, "endings": most},
     }
-    reply = await http.post("/chat/completions", json=body)
-    reply.raise_for_status()
+    reply = http.post("/chat/completions", json=body).raise_for_status()
     (choice,) = reply.json()["choices"]
     return Answer(time.perf_counter() - started, target, choice["length_result"])
 
 
-async def _load(
-    endpoint: Endpoint, jobs: Sequence[tuple[str, int]], size: int, most: int
+def answered(
+    endpoint: Endpoint, jobs: Sequence[Job], size: int, most: int
 ) -> tuple[list[Answer], float]:
-    """All answers, so many at a time, and the seconds of the whole."""
-    waiting = iter(jobs)
-    answers: list[Answer] = []
-
-    async def connection(http: httpx.AsyncClient) -> None:
-        for prompt, target in waiting:
-            answers.append(await _ask(http, endpoint.model, prompt, target, most))
-
-    limits = httpx.Limits(max_connections=size)
-    async with httpx.AsyncClient(base_url=endpoint.url, timeout=600, limits=limits) as http:
+    """All answers, so many asked at a time, and the seconds of the whole."""
+    with httpx.Client(base_url=endpoint.url, timeout=600) as http, ThreadPoolExecutor(size) as pool:
         started = time.perf_counter()
-        await asyncio.gather(*[connection(http) for _ in range(size)])
+        answers = list(pool.map(partial(ask, http, endpoint.model, most), jobs))
         return answers, time.perf_counter() - started
 
 
@@ -137,9 +133,9 @@ def main(
                 (f"{next(texts)} ({number})", targets[number % len(targets)])
                 for number in range(count)
             ]
-            asyncio.run(_load(endpoint, jobs[:size], size, 1))  # a first round, not measured
+            answered(endpoint, jobs[:size], size, 1)  # a first round, not measured
             for most in endings:
-                answers, seconds = asyncio.run(_load(endpoint, jobs, size, most))
+                answers, seconds = answered(endpoint, jobs, size, most)
                 rows.append(row_of(size, most, answers, seconds))
                 print(rows[-1], file=sys.stderr, flush=True)
     print(table(rows))

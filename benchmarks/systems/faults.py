@@ -12,10 +12,7 @@ off is sent again, as any client would; it is lost if it never gets its answer.
 import contextlib
 import itertools
 import json
-import os
 import random
-import re
-import signal
 import tempfile
 import threading
 import time
@@ -23,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +29,19 @@ import numpy as np
 from cyclopts import App
 from tqdm import tqdm
 
-from benchmarks.systems.proxy import Proxy, Spoils
-from lenvm_vllm.commands.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
+from benchmarks.metrics import metrics
+from benchmarks.systems.disturb import killed, meanwhile, paused
+from benchmarks.systems.proxy import Proxy
+from benchmarks.systems.steps import step_request
+from benchmarks.systems.timing import wait_until
+from lenvm_vllm.commands.processes import Server, free_port
+from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 from lenvm_vllm.target.rails import rails_of
 from lenvm_vllm.target.request import LengthTarget
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
 from value_server.contract import wire
+from value_server.engine.job import Row
 
 app = App(help=__doc__)
 
@@ -54,40 +57,13 @@ SLOTS = 4000
 PATIENCE_S = 180.0  # longer than anything here takes
 
 
-@dataclass
-class Server:
-    """A process that can be stopped and started again at the same place."""
-
-    command: list[str]
-    ready_url: str
-    log: Path
-    env: dict[str, str] = field(default_factory=dict)
-    starts: int = 0
-    up: bool = False
-
-    def start(self) -> None:
-        self._stack = contextlib.ExitStack()
-        server = running(self.command, self.ready_url, self.log, self.env)
-        self.process = self._stack.enter_context(server)
-        self.starts += 1
-        self.up = True
-
-    def stop(self) -> None:
-        """As an operator does."""
-        self.up = False
-        self._stack.close()
-
-    def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
-
-
 class Load:
     """Guided requests, `clients` at a time, until it is finished; what became of them."""
 
-    def __init__(self, vllm: Server, url: str, clients: int) -> None:
+    def __init__(self, vllm: Server, clients: int) -> None:
         self.counts: Counter[str] = Counter()
         self._stop = threading.Event()
-        self._vllm, self._url = vllm, url
+        self._vllm = vllm
         threads = ThreadPoolExecutor(clients)
         self._work = [threads.submit(self._run, random.Random(i)) for i in range(clients)]
 
@@ -98,7 +74,7 @@ class Load:
             work.result()
 
     def _run(self, draw: random.Random) -> None:
-        with httpx.Client(base_url=self._url, timeout=PATIENCE_S, trust_env=False) as http:
+        with httpx.Client(base_url=self._vllm.url, timeout=PATIENCE_S) as http:
             while not self._stop.is_set():
                 wish = draw.choice(WISHES)
                 body = {"model": "tiny", "prompt": f"{draw.random()}", "max_tokens": MAX_TOKENS}
@@ -112,159 +88,15 @@ class Load:
     def _ask(self, http: httpx.Client, body: dict[str, Any]) -> httpx.Response | None:
         """The answer. One that fails without a restart of vLLM is the last word."""
         while True:
-            reply, starts = None, self._vllm.starts
+            wait_until(lambda: self._vllm.up, PATIENCE_S)
+            reply, process = None, self._vllm.process
             with contextlib.suppress(httpx.TransportError):
                 reply = http.post("/v1/completions", json=body)
                 if reply.status_code == 200:
                     return reply
-            if self._vllm.up and self._vllm.starts == starts:
+            if self._vllm.up and self._vllm.process is process:
                 return reply
             self.counts["resent"] += 1
-            _wait_until(lambda: self._vllm.up)
-
-
-@dataclass
-class Stage:
-    """All that can fail."""
-
-    vllm: Server
-    vllm_url: str
-    values: Server
-    values_url: str
-    proxy: Proxy
-
-    def steered(self) -> float:
-        """Steps with values so far, as vLLM's own metrics tell."""
-        text = httpx.get(f"{self.vllm_url}/metrics", timeout=PATIENCE_S, trust_env=False).text
-        found = dict(re.findall(r"^(lenvm_\w+) (\S+)$", text, re.MULTILINE))
-        return float(found["lenvm_steps_total"]) - float(found["lenvm_fallback_steps_total"])
-
-    def recovery_s(self) -> float:
-        """Seconds until the next step with values. Raises RuntimeError if vLLM has died."""
-        if self.vllm.process.poll() is not None:
-            raise RuntimeError(f"vLLM has ended, see {self.vllm.log}")
-        began, before = time.monotonic(), self.steered()
-        _wait_until(lambda: self.steered() > before)
-        return time.monotonic() - began
-
-    def deaths(self) -> int:
-        return self.vllm.log.read_text(errors="replace").count("EngineDeadError")
-
-
-@contextmanager
-def killed(stage: Stage) -> Iterator[None]:
-    stage.values.signal(signal.SIGKILL)
-    yield
-    stage.values.stop()  # what is left of it
-    stage.values.start()
-
-
-@contextmanager
-def restarted(stage: Stage) -> Iterator[None]:
-    stage.values.stop()
-    stage.values.start()
-    yield
-
-
-@contextmanager
-def paused(stage: Stage) -> Iterator[None]:
-    stage.values.signal(signal.SIGSTOP)
-    yield
-    stage.values.signal(signal.SIGCONT)
-
-
-@contextmanager
-def starved(stage: Stage) -> Iterator[None]:
-    """A twentieth of the time."""
-
-    def turn() -> None:
-        stage.values.signal(signal.SIGSTOP)
-        time.sleep(0.095)
-        stage.values.signal(signal.SIGCONT)
-        time.sleep(0.005)
-
-    with _meanwhile(turn):
-        yield
-
-
-@contextmanager
-def filled(stage: Stage) -> Iterator[None]:
-    """Others want as many slots as there are, again and again."""
-    draw, numbers = random.Random(0), itertools.count()
-    with httpx.Client(base_url=stage.values_url, timeout=PATIENCE_S, trust_env=False) as http:
-
-        def turn() -> None:
-            message = wire.StepRequest(
-                sessions=[f"other-{next(numbers)}" for _ in range(9)],
-                starts=[0] * 9,
-                token_counts=[400] * 9,
-                tokens=wire.pack_ids([draw.randrange(256) for _ in range(9 * 400)]),
-                candidate_counts=[0] * 9,
-                candidates=b"",
-            )
-            http.post(wire.STEP_PATH, content=wire.encode(message))
-
-        with _meanwhile(turn):
-            yield
-
-
-@contextmanager
-def vllm_restarted(stage: Stage) -> Iterator[None]:
-    stage.vllm.stop()
-    stage.vllm.start()
-    yield
-
-
-def spoilt(how: Spoils) -> Callable[[Stage], AbstractContextManager[None]]:
-    """The fault that the proxy makes."""
-
-    @contextmanager
-    def fault(stage: Stage) -> Iterator[None]:
-        stage.proxy.spoils = how
-        yield
-        stage.proxy.spoils = "nothing"
-
-    return fault
-
-
-FAULTS: dict[str, Callable[[Stage], AbstractContextManager[None]]] = {
-    "killed": killed,
-    "paused": paused,
-    "corrupt": spoilt("corrupt"),
-    "filled": filled,
-    "late": spoilt("lag"),
-    "restarted": restarted,
-    "cut": spoilt("cut"),
-    "starved": starved,
-    "trickle": spoilt("trickle"),
-    "vllm restarted": vllm_restarted,
-}
-
-
-@contextmanager
-def _meanwhile(turn: Callable[[], None]) -> Iterator[None]:
-    """`turn` again and again, as long as the block lasts."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            turn()
-
-    with ThreadPoolExecutor(1) as threads:
-        work = threads.submit(run)
-        try:
-            yield
-        finally:
-            stop.set()
-        work.result()
-
-
-def _wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing came in {PATIENCE_S} s")
-        time.sleep(0.05)
 
 
 def _inside(tokens: int, wish: dict[str, Any]) -> bool:
@@ -272,39 +104,103 @@ def _inside(tokens: int, wish: dict[str, Any]) -> bool:
     return rails.first <= tokens <= (rails.last or MAX_TOKENS)
 
 
+@dataclass
+class Stage:
+    """All that can fail: vLLM → proxy → value server."""
+
+    vllm: Server
+    proxy: Proxy
+    values: Server
+
+    def steered(self) -> float:
+        """Steps with values so far, as vLLM's own metrics tell."""
+        counts = metrics(self.vllm.url)
+        return counts["lenvm_steps_total"] - counts["lenvm_fallback_steps_total"]
+
+    def recovery_s(self) -> float:
+        """Seconds until the next step with values. Raises RuntimeError if vLLM has died."""
+        if self.vllm.process.poll() is not None:
+            raise RuntimeError(f"vLLM has ended, see {self.vllm.log}")
+        before = self.steered()
+        return wait_until(lambda: self.steered() > before, PATIENCE_S)
+
+    def deaths(self) -> int:
+        return self.vllm.log.read_text(errors="replace").count("EngineDeadError")
+
+
 @contextmanager
 def stage_of(folder: Path) -> Iterator[Stage]:
-    """vLLM → proxy → value server."""
-    checkpoint, model = tiny_checkpoint(folder / "value"), tiny_llm(folder / "model")
-    values_port, vllm_port = free_port(), free_port()
-    values_url, vllm_url = (f"http://127.0.0.1:{port}" for port in (values_port, vllm_port))
-    values = Server(
-        [
-            *(*VALUE_SERVER, str(checkpoint), "--port", str(values_port), "--dtype", "float32"),
-            *("--threads", "1", "--slots", str(SLOTS)),
-        ],
-        *(f"{values_url}/ready", folder / "values.log"),
-    )
-    with Proxy(values_port) as proxy:
-        vllm = Server(
-            [
-                *(*VLLM_SERVE, str(model), "--served-model-name", "tiny", "--dtype", "float32"),
-                *("--host", "127.0.0.1", "--port", str(vllm_port), "--enforce-eager"),
-                *("--max-model-len", "512", "--max-num-seqs", "16"),
-                *("--logits-processors", "lenvm_vllm"),
-            ],
-            *(f"{vllm_url}/health", folder / "vllm.log"),
-            {"LENVM_URL": f"http://127.0.0.1:{proxy.port}", "VLLM_CPU_KVCACHE_SPACE": "1"},
+    """Of tiny random models, up as long as the block."""
+    port, float32 = free_port(), ("--dtype", "float32")
+    checkpoint, log = tiny_checkpoint(folder / "value"), folder / "values.log"
+    values = lenvm_serve(checkpoint, log, *float32, "--slots", SLOTS, port=port)
+    with Proxy(port) as proxy:
+        vllm = vllm_serve(
+            *(tiny_llm(folder / "model"), folder / "vllm.log", *float32),
+            *("--served-model-name", "tiny", "--max-model-len", 512),
+            values_url=f"http://127.0.0.1:{proxy.port}",
         )
-        values.start()
-        try:
-            vllm.start()
-            try:
-                yield Stage(vllm, vllm_url, values, values_url, proxy)
-            finally:
-                vllm.stop()
-        finally:
-            values.stop()
+        with values, vllm:
+            yield Stage(vllm, proxy, values)
+
+
+@contextmanager
+def restarted(server: Server) -> Iterator[None]:
+    server.stop()
+    server.start()
+    yield
+
+
+def starved(server: Server) -> AbstractContextManager[None]:
+    """A twentieth of the time."""
+
+    def turn() -> None:
+        with paused(server):
+            time.sleep(0.095)
+        time.sleep(0.005)
+
+    return meanwhile(turn)
+
+
+@contextmanager
+def filled(server: Server) -> Iterator[None]:
+    """Others want as many slots as there are, again and again."""
+    draw, numbers = random.Random(0), itertools.count()
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
+
+        def turn() -> None:
+            texts = [[draw.randrange(256) for _ in range(400)] for _ in range(9)]
+            rows = [Row(f"other-{next(numbers)}", 0, text) for text in texts]
+            http.post(wire.STEP_PATH, content=wire.encode(step_request(rows)))
+
+        with meanwhile(turn):
+            yield
+
+
+FAULTS: dict[str, Callable[[Stage], AbstractContextManager[None]]] = {
+    "killed": lambda stage: killed(stage.values),
+    "paused": lambda stage: paused(stage.values),
+    "corrupt": lambda stage: stage.proxy.spoilt("corrupt"),
+    "filled": lambda stage: filled(stage.values),
+    "late": lambda stage: stage.proxy.spoilt("lag"),
+    "restarted": lambda stage: restarted(stage.values),
+    "cut": lambda stage: stage.proxy.spoilt("cut"),
+    "starved": lambda stage: starved(stage.values),
+    "trickle": lambda stage: stage.proxy.spoilt("trickle"),
+    "vllm restarted": lambda stage: restarted(stage.vllm),
+}
+
+
+def fail(stage: Stage, faults: int, hold_s: float) -> dict[str, list[float]]:
+    """Of all kinds in turn; seconds until each was recovered from."""
+    recovery: dict[str, list[float]] = {}
+    stage.recovery_s()
+    kinds = itertools.islice(itertools.cycle(FAULTS), faults)
+    for kind in tqdm(kinds, desc="faults", total=faults):
+        with FAULTS[kind](stage):
+            time.sleep(hold_s)
+        recovery.setdefault(kind, []).append(stage.recovery_s())
+    return recovery
 
 
 @app.default
@@ -322,17 +218,11 @@ def main(*, requests: int = 200, faults: int = 30, hold_s: float = 3.0, clients:
     clients
         Requests at a time.
     """
-    recovery: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, stage_of(Path(name)) as stage:
-        load = Load(stage.vllm, stage.vllm_url, clients)
+        load = Load(stage.vllm, clients)
         try:
-            stage.recovery_s()
-            kinds = list(itertools.islice(itertools.cycle(FAULTS), faults))
-            for kind in tqdm(kinds, desc="faults"):
-                with FAULTS[kind](stage):
-                    time.sleep(hold_s)
-                recovery.setdefault(kind, []).append(stage.recovery_s())
-            _wait_until(lambda: load.counts["requests"] >= requests)
+            recovery = fail(stage, faults, hold_s)
+            wait_until(lambda: load.counts["requests"] >= requests, PATIENCE_S)
         finally:
             load.finish()
         deaths = stage.deaths()

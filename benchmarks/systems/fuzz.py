@@ -8,29 +8,25 @@ OpenAPI description; `step` sends msgpack: noise, messages of wrong types, messa
 themselves or ask too much, and good ones with some bits flipped.
 """
 
-import contextlib
 import json
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
 import msgspec
-import psutil
 from cyclopts import App
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from tqdm import tqdm
 
-from lenvm_vllm.commands.processes import VALUE_SERVER, free_port, running
-from tests.support.tiny import tiny_checkpoint
+from benchmarks.systems.steps import step_request
+from benchmarks.systems.watch import Watch, tiny_value_server
+from lenvm_vllm.commands.processes import Server
 from value_server.contract import wire
+from value_server.engine.job import Row
 
 app = App(help=__doc__)
 
@@ -54,20 +50,14 @@ _anything: SearchStrategy[Any] = st.recursive(
 @st.composite
 def _rows(draw: st.DrawFn, ids: SearchStrategy[int], consistent: bool) -> bytes:
     """A step request, whose counts fit its tokens if it is to be consistent."""
+    starts = st.just(0) | st.integers(0, 40) | st.integers(0, 2**63 - 1)
+    tokens, candidates = st.lists(ids, max_size=30), st.lists(ids, max_size=20)
     names = draw(st.lists(_names, max_size=5, unique=consistent))
-    tokens = [draw(st.lists(ids, max_size=30)) for _ in names]
-    candidates = [draw(st.lists(ids, max_size=20)) for _ in names]
-    wrong = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
-    counts = [[len(row) for row in rows] for rows in (tokens, candidates)]
-    request = wire.StepRequest(
-        sessions=names,
-        starts=[draw(st.just(0) | st.integers(0, 40) | st.integers(0, 2**63 - 1)) for _ in names],
-        token_counts=counts[0] if consistent else draw(wrong),
-        tokens=wire.pack_ids([token for row in tokens for token in row]),
-        candidate_counts=counts[1] if consistent else draw(wrong),
-        candidates=wire.pack_ids([token for row in candidates for token in row]),
-        closed=draw(st.lists(_names, max_size=3)),
-    )
+    rows = [Row(name, draw(starts), draw(tokens), draw(candidates)) for name in names]
+    request = step_request(rows, draw(st.lists(_names, max_size=3)))
+    if not consistent:
+        wrong = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
+        request.token_counts, request.candidate_counts = draw(wrong), draw(wrong)
     return wire.encode(request)
 
 
@@ -118,58 +108,26 @@ def describe(url: str, examples: int, number: int) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@contextlib.contextmanager
-def server() -> Iterator[tuple[str, psutil.Process, Path]]:
-    """URL, process and log of a value server with a pool that is soon full."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, url = Path(name), f"http://127.0.0.1:{(port := free_port())}"
-        command = [
-            *(*VALUE_SERVER, str(tiny_checkpoint(folder / "model")), "--port", str(port)),
-            *("--dtype", "float32", "--threads", "1", "--slots", "2000", "--max-sessions", "32"),
-        ]
-        with running(command, f"{url}/ready", folder / "log") as child:
-            yield url, psutil.Process(child.pid), folder / "log"
+def server() -> AbstractContextManager[Server]:
+    """A value server with a pool that is soon full."""
+    return tiny_value_server("--slots", 2000, "--max-sessions", 32)
 
 
-class Watch:
-    """A progress bar over time, and the server's memory along it."""
-
-    def __init__(self, process: psutil.Process, minutes: float) -> None:
-        self.process = process
-        self.rss_mb: list[float] = []
-        self._end = time.monotonic() + 60 * minutes
-        self._bar = tqdm(total=round(60 * minutes), unit="s", file=sys.stderr)
-
-    def goes_on(self) -> bool:
-        self.rss_mb.append(self.process.memory_info().rss / 2**20)
-        left = self._end - time.monotonic()
-        self._bar.update(round(self._bar.total - left) - self._bar.n)
-        return left > 0
-
-    def result(self) -> dict[str, Any]:
-        """alive: whether the server still runs. Memory after a tenth of the time and at the end."""
-        self._bar.close()
-        return {
-            "alive": self.process.is_running(),
-            "rss_mb_after_10_percent": round(self.rss_mb[len(self.rss_mb) // 10], 1),
-            "rss_mb_at_end": round(self.rss_mb[-1], 1),
-        }
+def state(server: Server, watch: Watch) -> dict[str, Any]:
+    """Whether it still runs, what its log says of bugs, and its memory."""
+    tracebacks = server.log.read_text().count("Traceback")
+    return {"tracebacks": tracebacks, "alive": server.process.poll() is None, **watch.memory()}
 
 
 @app.command
 def step(*, minutes: float = 10.0) -> None:
-    """Fuzz the binary endpoint; the last line is JSON.
-
-    Parameters
-    ----------
-    minutes
-        How long.
-    """
+    """Fuzz the binary endpoint for so long; the last line is JSON."""
     statuses: Counter[int] = Counter()
-    with server() as (url, process, log), httpx.Client(base_url=url, timeout=60) as client:
-        watch = Watch(process, minutes)
+    with server() as serving, httpx.Client(base_url=serving.url, timeout=60) as client:
+        watch = Watch(serving, minutes)
         turn = 0
         while watch.goes_on():
+            turn += 1
 
             @seed(turn)
             @settings(
@@ -184,34 +142,24 @@ def step(*, minutes: float = 10.0) -> None:
                 statuses[check_step(client, body)] += 1
 
             send()
-            turn += 1
-        tracebacks = log.read_text().count("Traceback")
         counts = {str(status): count for status, count in sorted(statuses.items())}
         result = {"requests": statuses.total(), "statuses": counts, "server_errors": statuses[500]}
-        print(json.dumps(result | {"tracebacks": tracebacks} | watch.result()))
+        print(json.dumps(result | state(serving, watch)))
 
 
 @app.command
 def openapi(*, minutes: float = 10.0) -> None:
-    """Fuzz everything that the OpenAPI description tells; the last line is JSON.
-
-    Parameters
-    ----------
-    minutes
-        How long.
-    """
-    with server() as (url, process, log):
-        watch = Watch(process, minutes)
+    """Fuzz everything that the OpenAPI description tells for so long; the last line is JSON."""
+    with server() as serving:
+        watch = Watch(serving, minutes)
         turn = failed = 0
         while watch.goes_on():
-            run = describe(url, examples=100, number=turn)
+            run = describe(serving.url, examples=100, number=turn)
             turn += 1
             if run.returncode:
                 failed += 1
                 print(run.stdout[-4000:], run.stderr[-2000:], file=sys.stderr)
-        tracebacks = log.read_text().count("Traceback")
-        result = {"runs": turn, "failed_runs": failed, "tracebacks": tracebacks}
-        print(json.dumps(result | watch.result()))
+        print(json.dumps({"runs": turn, "failed_runs": failed} | state(serving, watch)))
 
 
 if __name__ == "__main__":

@@ -7,25 +7,26 @@ are in four scripts, half of the requests are streams, and every second limit is
 What is counted is the text that the client has, by Python's own `len`.
 """
 
-import asyncio
 import json
 import random
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 from cyclopts import App
+from tqdm import tqdm
 
-from benchmarks.endpoint import Endpoint
-from benchmarks.systems.faults import Server
-from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, native_dtype
-from lenvm_vllm.commands.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
+from benchmarks.systems.disturb import killed, meanwhile
+from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
+from lenvm_vllm.commands.processes import Server
+from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 from trainer.output import table
 
 app = App(help=__doc__)
@@ -68,6 +69,7 @@ def jobs(count: int, least: int, most: int) -> list[Job]:
         wish = {"characters": rng.randint(least, most), "mode": "equal_to" if exact else "at_most"}
         prompt = f"{rng.choice(PROMPTS[script])}\n\n{STARTS[script]}"
         body = {
+            "model": NAME,
             "prompt": prompt,
             "stream": number % 4 < 2,
             "temperature": 1.0,
@@ -78,9 +80,9 @@ def jobs(count: int, least: int, most: int) -> list[Job]:
     return made
 
 
-async def ask(http: httpx.AsyncClient, model: str, script: str, body: dict[str, Any]) -> Answer:
-    reply = await http.post("/completions", json=body | {"model": model})
-    reply.raise_for_status()
+def ask(http: httpx.Client, job: Job) -> Answer:
+    script, body = job
+    reply = http.post("/v1/completions", json=body).raise_for_status()
     if body["stream"]:
         lines = (line.removeprefix("data: ") for line in reply.text.split("\n") if line)
         chunks = [json.loads(line) for line in lines if line != "[DONE]"]
@@ -93,68 +95,26 @@ async def ask(http: httpx.AsyncClient, model: str, script: str, body: dict[str, 
     return Answer(script, body["length_target"], text, steered)
 
 
-async def load(endpoint: Endpoint, wanted: Sequence[Job], size: int) -> list[Answer]:
-    waiting = iter(wanted)
-    answers: list[Answer] = []
-
-    async def connection(http: httpx.AsyncClient) -> None:
-        for script, body in waiting:
-            answers.append(await ask(http, endpoint.model, script, body))
-            if len(answers) % 50 == 0:
-                print(f"{len(answers)} of {len(wanted)}", file=sys.stderr, flush=True)
-
-    async with httpx.AsyncClient(base_url=endpoint.url, timeout=900) as http:
-        await asyncio.gather(*[connection(http) for _ in range(size)])
-    return answers
+def answered(url: str, wanted: Sequence[Job], size: int) -> list[Answer]:
+    """All answers, so many asked at a time."""
+    with httpx.Client(base_url=url, timeout=900) as http, ThreadPoolExecutor(size) as threads:
+        answers = threads.map(partial(ask, http), wanted)
+        return list(tqdm(answers, total=len(wanted), file=sys.stderr))
 
 
-async def weather(values: Server, hold: float) -> int:
-    """Kill the value server and start it again for ever; the number of kills when cancelled."""
-    kills = 0
-    try:
-        while True:
-            await asyncio.sleep(hold)
-            await asyncio.to_thread(values.signal, signal.SIGKILL)
-            await asyncio.to_thread(values.stop)
-            kills += 1
-            await asyncio.sleep(hold)
-            await asyncio.to_thread(values.start)
-    except asyncio.CancelledError:
-        return kills
+@dataclass
+class Weather:
+    """The value server is there and gone in turn, `hold` seconds each."""
 
+    values: Server
+    hold: float
+    kills: int = 0
 
-async def under_weather(
-    endpoint: Endpoint, values: Server, wanted: Sequence[Job], size: int, hold: float
-) -> tuple[list[Answer], int]:
-    """All answers, and how often the value server was killed."""
-    meanwhile = asyncio.create_task(weather(values, hold))
-    answers = await load(endpoint, wanted, size)
-    meanwhile.cancel()
-    return answers, await meanwhile
-
-
-@contextmanager
-def stage(folder: Path, concurrency: int) -> Iterator[tuple[Endpoint, Server]]:
-    """A vLLM, and its value server."""
-    port, values_port = free_port(), free_port()
-    url, values_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{values_port}"
-    command = [
-        *(*VALUE_SERVER, str(CHECKPOINT), "--base-model", str(MODEL), "--threads", "1"),
-        *("--port", str(values_port)),
-    ]
-    values = Server(command, f"{values_url}/ready", folder / "values.log")
-    vllm = [
-        *(*VLLM_SERVE, str(MODEL), "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "2048", "--max-num-seqs", str(concurrency), "--enforce-eager"),
-        *("--dtype", native_dtype(), "--logits-processors", "lenvm_vllm"),
-    ]
-    env = {"LENVM_URL": values_url, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    values.start()
-    try:
-        with running(vllm, f"{url}/health", folder / "vllm.log", env):
-            yield Endpoint(f"{url}/v1", str(MODEL), concurrency), values
-    finally:
-        values.stop()
+    def turn(self) -> None:
+        time.sleep(self.hold)
+        with killed(self.values):
+            self.kills += 1
+            time.sleep(self.hold)
 
 
 def row_of(script: str, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -190,19 +150,20 @@ def main(
     hold
         Seconds between two changes of the value server: gone, there, gone, …
     """
-    wanted = jobs(requests, least, most)
-    with (
-        tempfile.TemporaryDirectory() as name,
-        stage(Path(name), concurrency) as (endpoint, values),
-    ):
-        answers, kills = asyncio.run(under_weather(endpoint, values, wanted, concurrency, hold))
+    with tempfile.TemporaryDirectory() as name:
+        values = lenvm_serve(CHECKPOINT, Path(name) / "values.log", base_model=MODEL)
+        flags = ("--served-model-name", NAME, "--max-num-seqs", concurrency)
+        vllm = vllm_serve(MODEL, Path(name) / "vllm.log", *flags, values_url=values.url)
+        weather = Weather(values, hold)
+        with values, vllm, meanwhile(weather.turn):
+            answers = answered(vllm.url, jobs(requests, least, most), concurrency)
     scripts = {script: [a for a in answers if a.script == script] for script in PROMPTS}
     print(table([row_of(script, found) for script, found in scripts.items() if found]))
     line = {
         "requests": len(answers),
         "above": sum(answer.is_above for answer in answers),
         "inexact": sum(answer.is_inexact for answer in answers),
-        "kills": kills,
+        "kills": weather.kills,
     }
     print(json.dumps(line))
     sys.exit(1 if line["above"] or line["inexact"] else 0)

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lenvm_vllm.commands.processes import VLLM_SERVE
+from lenvm_vllm.commands.servers import VLLM
 
 
 def write_prompts(prompts: list[str], path: Path) -> Path:
@@ -15,7 +15,7 @@ def write_prompts(prompts: list[str], path: Path) -> Path:
 
 
 def bench(
-    url: str, model: tuple[str, Path], prompts: Path, fields: dict[str, Any], *flags: str
+    url: str, model: tuple[str, Path], prompts: Path, fields: dict[str, Any], *flags: object
 ) -> dict[str, Any]:
     """Chat completions, streamed, at T = 1; the result as vLLM writes it.
 
@@ -26,7 +26,7 @@ def bench(
     name, tokenizer = model
     result = prompts.with_suffix(".result.json")
     command = [
-        *(*VLLM_SERVE[:-1], "bench", "serve", "--backend", "openai-chat"),
+        *(*VLLM, "bench", "serve", "--backend", "openai-chat"),
         *("--base-url", url, "--endpoint", "/v1/chat/completions"),
         *("--model", name, "--tokenizer", str(tokenizer)),
         *("--dataset-name", "custom", "--dataset-path", str(prompts)),
@@ -34,7 +34,7 @@ def bench(
         *("--extra-body", json.dumps({"temperature": 1.0, **fields})),
         *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"),
         *("--save-result", "--result-dir", str(result.parent)),
-        *("--result-filename", result.name, *flags),
+        *("--result-filename", result.name, *map(str, flags)),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

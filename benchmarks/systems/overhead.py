@@ -8,30 +8,27 @@ all arms have the same number of tokens: unguided by `ignore_eos`, guided by an 
 tilted by `min_tokens`.
 """
 
-import contextlib
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 from cyclopts import App
-from tqdm import tqdm
 
+from benchmarks.metrics import metrics
+from benchmarks.systems.disturb import awake, paused
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
-from lenvm_vllm.commands.demo_answers import PROMPTS
-from lenvm_vllm.commands.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
+from lenvm_vllm.commands.demo.answers import PROMPTS
+from lenvm_vllm.commands.processes import Server
+from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 
 app = App(help=__doc__)
-Server = tuple[str, subprocess.Popen[bytes]]
 
 
 def arms(tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
@@ -46,64 +43,54 @@ def arms(tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
     }
 
 
-@contextlib.contextmanager
-def servers(
-    folder: Path, threads: int, dtype: str, niceness: int
-) -> Iterator[tuple[Server, Server]]:
-    """vLLM without and with the plugin: URL and process of each."""
-    value_url = f"http://127.0.0.1:{(value_port := free_port())}"
-    value_server = [
-        *(*VALUE_SERVER, str(CHECKPOINT), "--base-model", str(MODEL)),
-        *("--port", str(value_port), "--threads", str(threads)),
-    ]
-    env = {"LENVM_URL": value_url, "LENVM_TIMEOUT_S": "30", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with contextlib.ExitStack() as stack:
-        log = folder / "values.log"
-        stack.enter_context(running(value_server, f"{value_url}/ready", log, env))
-        started = []
-        for name, more in (("plain", ()), ("plugin", ("--logits-processors", "lenvm_vllm"))):
-            url = f"http://127.0.0.1:{(port := free_port())}"
-            command = [
-                *("nice", "-n", str(niceness), *VLLM_SERVE, str(MODEL)),
-                *("--served-model-name", NAME, "--port", str(port)),
-                *("--host", "127.0.0.1", "--max-model-len", "2048", "--max-num-seqs", "32"),
-                *("--enforce-eager", "--dtype", dtype, *more),
-            ]
-            vllm = running(command, f"{url}/health", folder / f"{name}.log", env)
-            started.append((url, stack.enter_context(vllm)))
-            os.killpg(started[-1][1].pid, signal.SIGSTOP)
-        try:
-            yield started[0], started[1]
-        finally:
-            for _, process in started:
-                os.killpg(process.pid, signal.SIGCONT)
+@contextmanager
+def servers(folder: Path, threads: int) -> Iterator[tuple[Server, Server]]:
+    """vLLM without and with the plugin, both stopped. threads: of the value server."""
+    values = lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL, threads=threads)
+    flags = ("--served-model-name", NAME, "--max-num-seqs", 32)
+    env = {"LENVM_TIMEOUT_S": "30"}
+    plain = vllm_serve(MODEL, folder / "plain.log", *flags, env=env)
+    plugin = vllm_serve(MODEL, folder / "plugin.log", *flags, values_url=values.url, env=env)
+    with values, plain, paused(plain), plugin, paused(plugin):
+        yield plain, plugin
 
 
-@contextlib.contextmanager
-def awake(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A stopped server runs for as long as the block."""
-    os.killpg(process.pid, signal.SIGCONT)
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGSTOP)
+def rates_of(
+    both: tuple[Server, Server], size: int, tokens: int, rounds: int, folder: Path
+) -> dict[str, list[float]]:
+    """Tokens a second of each arm in each round, `size` requests at a time."""
+    count = max(2 * size, 4)
+    texts = [f"{PROMPTS[number % len(PROMPTS)]} ({number})" for number in range(count)]
+    prompts = write_prompts(texts, folder / "prompts.jsonl")
+    flags = (
+        *("--num-prompts", count, "--num-warmups", min(size, 4)),
+        *("--max-concurrency", size, "--custom-output-len", tokens),
+    )
+    rates: dict[str, list[float]] = {arm: [] for arm in arms(tokens)}
+    for _ in range(rounds):
+        for arm, (plugin, fields) in arms(tokens).items():
+            with awake(both[plugin]) as server:
+                before = Counter(metrics(server.url))
+                report = bench(server.url, (NAME, MODEL), prompts, fields, *flags)
+                spent = Counter(metrics(server.url)) - before
+            assert report["total_output_tokens"] == count * tokens, arm
+            rates[arm].append(report["output_throughput"])
+            print(f"{size:3} {arm:7} {told(report, spent)}", file=sys.stderr, flush=True)
+    return rates
 
 
-def steering_seconds(url: str) -> Counter[str]:
-    """Steps with guided rows so far, and the seconds they took, by the plugin's own metrics."""
-    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
-    pairs = (line.split() for line in lines if line.startswith("lenvm_"))
-    return Counter({name: float(value) for name, value in pairs})
-
-
-def steering(spent: Counter[str]) -> str:
-    """Where a guided step's time goes, to print; nothing without such steps."""
+def told(report: dict[str, Any], spent: Counter[str]) -> str:
+    """A line about one run. spent: the plugin's metrics of it: where a guided step's time goes."""
+    line = (
+        f"{report['output_throughput']:7.1f} tokens/s, between tokens"
+        f" {report['median_itl_ms']:.1f} ms (p99 {report['p99_itl_ms']:.1f})"
+    )
     if not (steps := spent["lenvm_steps_total"]):
-        return ""
+        return line
     plan, value = (
         spent[f"lenvm_{name}_seconds_total"] * 1000 / steps for name in ("plan", "value")
     )
-    return f", a step {plan:.1f} ms, {value:.1f} of it in the value server"
+    return f"{line}, a step {plan:.1f} ms, {value:.1f} of it in the value server"
 
 
 @app.default
@@ -113,8 +100,6 @@ def main(
     tokens: int = 128,
     rounds: int = 3,
     threads: int = 2,
-    niceness: int = 10,
-    dtype: str = "auto",
 ) -> None:
     """Measure and print one JSON line.
 
@@ -128,47 +113,14 @@ def main(
         Of all arms one after the other; the ratios are medians over rounds.
     threads
         Of the value server.
-    niceness
-        Of vLLM, whose engine core spins on the core that the value server wants.
-    dtype
-        Of vLLM.
     """
     ratios: dict[str, dict[str, float]] = {"idle": {}, "guided": {}, "tilt": {}}
-    table = arms(tokens)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with (
-            servers(folder, threads, dtype, niceness) as both,
-            tqdm(total=rounds * len(concurrency) * len(table), file=sys.stderr) as bar,
-        ):
-            for size in concurrency:
-                count = max(2 * size, 4)
-                texts = [f"{PROMPTS[i % len(PROMPTS)]} ({i})" for i in range(count)]
-                prompts = write_prompts(texts, folder / "prompts.jsonl")
-                flags = [
-                    *("--num-prompts", str(count), "--num-warmups", str(min(size, 4))),
-                    *("--max-concurrency", str(size), "--custom-output-len", str(tokens)),
-                ]
-                rates: dict[str, list[float]] = {arm: [] for arm in table}
-                for _ in range(rounds):
-                    for arm, (plugin, fields) in table.items():
-                        url, process = both[plugin]
-                        with awake(process):
-                            before = steering_seconds(url)
-                            report = bench(url, (NAME, MODEL), prompts, fields, *flags)
-                            spent = steering_seconds(url) - before
-                        assert report["total_output_tokens"] == count * tokens, arm
-                        rates[arm].append(report["output_throughput"])
-                        bar.update()
-                        bar.write(
-                            f"{size:3} {arm:7} {rates[arm][-1]:7.1f} tokens/s, between tokens"
-                            f" {report['median_itl_ms']:.1f} ms (p99 {report['p99_itl_ms']:.1f})"
-                            + steering(spent),
-                            file=sys.stderr,
-                        )
-                for arm, ratio in ratios.items():
-                    pairs = zip(rates[arm], rates["plain"], strict=True)
-                    ratio[str(size)] = round(statistics.median(a / b for a, b in pairs), 3)
+    with tempfile.TemporaryDirectory() as name, servers(Path(name), threads) as both:
+        for size in concurrency:
+            rates = rates_of(both, size, tokens, rounds, Path(name))
+            for arm, ratio in ratios.items():
+                pairs = zip(rates[arm], rates["plain"], strict=True)
+                ratio[str(size)] = round(statistics.median(a / b for a, b in pairs), 3)
     idle = round(statistics.median(ratios["idle"].values()), 3)
     result = {"plugin_idle_ratio": idle, "guided_ratio": ratios["guided"]}
     print(json.dumps({**result, "tilt_ratio": ratios["tilt"], "idle_ratio": ratios["idle"]}))

@@ -1,13 +1,13 @@
 """A TCP proxy that spoils what comes back through it."""
 
-import asyncio
 import contextlib
 import random
+import socket
+import socketserver
 import threading
 import time
-from typing import Literal
-
-from lenvm_vllm.commands.processes import free_port
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 Spoils = Literal["nothing", "lag", "corrupt", "cut", "trickle"]
 
@@ -15,75 +15,74 @@ LAG_S = 3.0  # longer than a step waits
 PIECE_S = 0.2  # between the bytes of a trickle
 
 
-class Proxy:
+class Proxy(socketserver.ThreadingTCPServer):
     """Loopback port `port` → `target`, as long as its block lasts.
 
-    spoils, which any thread may set: lag, every piece of an answer comes late; corrupt, some of
-    its bits are flipped; cut, the connection breaks in the middle; trickle, it comes byte by byte.
+    Spoils: lag, every piece of an answer comes late; corrupt, some of its bits are flipped; cut,
+    the connection breaks in the middle; trickle, it comes byte by byte.
     """
 
-    def __init__(self, target: int, seed: int = 0) -> None:
-        self.port = free_port()
-        self.spoils: Spoils = "nothing"
-        self._target = target
-        self._draw = random.Random(seed)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+    daemon_threads, block_on_close = True, False
 
-    def __enter__(self) -> "Proxy":
-        self._thread.start()
-        listening = asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        asyncio.run_coroutine_threadsafe(listening, self._loop).result()
+    def __init__(self, target: int) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.port: int = self.server_address[1]
+        self._target, self._spoils, self._draw = target, "nothing", random.Random(0)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self.shutdown()
+        self.server_close()
 
-    async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        try:
-            server, forth = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:
-            back.close()
-            return
-        with contextlib.suppress(OSError):
-            await asyncio.wait(
-                [
-                    asyncio.ensure_future(self._pump(client, forth, spoilt=False)),
-                    asyncio.ensure_future(self._pump(server, back, spoilt=True)),
-                ],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        forth.transport.abort()
-        back.transport.abort()
+    @contextlib.contextmanager
+    def spoilt(self, how: Spoils) -> Iterator[None]:
+        """As long as the block lasts."""
+        self._spoils = how
+        yield
+        self._spoils = "nothing"
 
-    async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, spoilt: bool
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(1 << 16):
-                if not spoilt or self.spoils == "nothing":
-                    sink.write(data)
-                elif not await self._spoil(bytearray(data), sink):
-                    return
-                await sink.drain()
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """One connection, in a thread of its own."""
+        target = ("127.0.0.1", self._target)
+        with contextlib.suppress(OSError), socket.create_connection(target) as server:
+            for end in (request, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            forth = threading.Thread(target=_pump, args=(request, server, _whole), daemon=True)
+            forth.start()
+            _pump(server, request, self._pieces)
 
-    async def _spoil(self, data: bytearray, sink: asyncio.StreamWriter) -> bool:
-        """Whether the connection goes on."""
-        if self.spoils == "lag":
-            await asyncio.sleep(LAG_S)
-        elif self.spoils == "corrupt":
+    def _pieces(self, data: bytearray) -> Iterator[bytearray]:
+        """What of an answer goes on, and when. Raises OSError where it breaks."""
+        if self._spoils == "lag":
+            time.sleep(LAG_S)
+        elif self._spoils == "corrupt":
             for _ in range(1 + len(data) // 64):
                 data[self._draw.randrange(len(data))] ^= 1 << self._draw.randrange(8)
-        elif self.spoils == "cut":
-            sink.write(data[: len(data) // 2])
-            return False
-        elif self.spoils == "trickle":
+        elif self._spoils == "cut":
+            yield data[: len(data) // 2]
+            raise ConnectionAbortedError
+        elif self._spoils == "trickle":
             end = time.monotonic() + LAG_S
             while data and time.monotonic() < end:
-                sink.write(data[:1])
-                await sink.drain()
+                yield data[:1]
                 del data[:1]
-                await asyncio.sleep(PIECE_S)
-        sink.write(data)
-        return True
+                time.sleep(PIECE_S)
+        yield data
+
+
+def _whole(data: bytearray) -> Iterator[bytearray]:
+    yield data
+
+
+def _pump(source: socket.socket, sink: socket.socket, pieces: Any) -> None:
+    """Until one of both ends, and then neither goes on."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            for piece in pieces(bytearray(data)):
+                sink.sendall(piece)
+    for end in (source, sink):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

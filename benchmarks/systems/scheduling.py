@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
-from lenvm_vllm.commands.processes import VALUE_SERVER, VLLM_SERVE, free_port, running
+from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 
 app = App(help=__doc__)
 ARMS = {"fcfs": "fcfs", "forecast": "priority"}  # scheduling policies
@@ -35,6 +35,12 @@ def read_prompts(data: Path, count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(short, count)
 
 
+def seconds(report: dict[str, Any]) -> dict[str, float]:
+    """From a request to its last token, of a result of `vllm bench serve`."""
+    kinds = ("mean", "median", "p99")
+    return {kind: round(report[f"{kind}_e2el_ms"] / 1000, 2) for kind in kinds}
+
+
 @app.default
 def main(
     *,
@@ -44,7 +50,6 @@ def main(
     max_tokens: int = 512,
     max_num_seqs: int = 8,
     seed: int = 0,
-    dtype: str = "auto",
 ) -> None:
     """Measure and print one JSON line, latencies in seconds.
 
@@ -62,40 +67,27 @@ def main(
         That vLLM runs at a time; the others wait.
     seed
         Of the choice, the arrivals and the answers.
-    dtype
-        Of vLLM.
     """
-    value_url = f"http://127.0.0.1:{(value_port := free_port())}"
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    value_server = [
-        *(*VALUE_SERVER, str(CHECKPOINT), "--base-model", str(MODEL)),
-        *("--port", str(value_port), "--threads", "1"),
-    ]
-    vllm = [
-        *(*VLLM_SERVE, str(MODEL), "--served-model-name", NAME, "--port", str(port)),
-        *("--host", "127.0.0.1", "--max-model-len", "2048", "--dtype", dtype, "--enforce-eager"),
-        *("--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "16384"),
-        *("--logits-processors", "lenvm_vllm", "--scheduling-policy"),
-    ]
-    env = {"LENVM_URL": value_url, "LENVM_FORECAST": "true", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    flags = [
-        *("--num-prompts", str(limit), "--custom-output-len", str(max_tokens)),
-        *("--request-rate", str(rate), "--seed", str(seed)),
-    ]
+    load = ("--num-prompts", limit, "--custom-output-len", max_tokens, "--request-rate", rate)
+    flags = (
+        *("--served-model-name", NAME, "--max-num-seqs", max_num_seqs),
+        *("--max-num-batched-tokens", 16384, "--scheduling-policy"),
+    )
+    env = {"LENVM_FORECAST": "true"}
     result: dict[str, Any] = {"requests": limit, "rate": rate}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
-        with running(value_server, f"{value_url}/ready", folder / "values.log", env):
+        with lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL) as values:
             for arm, policy in tqdm(ARMS.items(), file=sys.stderr):
-                with running([*vllm, policy], f"{url}/health", folder / f"{arm}.log", env):
-                    report = bench(url, (NAME, MODEL), prompts, {"seed": seed}, *flags)
-                result[arm] = {
-                    kind: round(report[f"{kind}_e2el_ms"] / 1000, 2)
-                    for kind in ("mean", "median", "p99")
-                } | {"tokens": report["total_output_tokens"]}
-    result["mean_ratio"] = round(result["forecast"]["mean"] / result["fcfs"]["mean"], 3)
-    result["p99_ratio"] = round(result["forecast"]["p99"] / result["fcfs"]["p99"], 3)
+                log, url = folder / f"{arm}.log", values.url
+                with vllm_serve(MODEL, log, *flags, policy, values_url=url, env=env) as vllm:
+                    report = bench(
+                        vllm.url, (NAME, MODEL), prompts, {"seed": seed}, *load, "--seed", seed
+                    )
+                result[arm] = seconds(report) | {"tokens": report["total_output_tokens"]}
+    for kind in ("mean", "p99"):
+        result[f"{kind}_ratio"] = round(result["forecast"][kind] / result["fcfs"][kind], 3)
     print(json.dumps(result))
 
 

@@ -12,16 +12,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import httpx
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 15
-VALUE_SERVER = (sys.executable, "-m", "lenvm_vllm.commands.cli", "serve")
-VLLM_SERVE = (sys.executable, "-m", "lenvm_vllm.vllm_cli", "serve")
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # $1: the group. A group that has ended is left alone, as its number may be another's.
 _GUARD = f"""
@@ -67,63 +67,85 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-@contextlib.contextmanager
-def running(
-    command: list[str],
-    ready_url: str,
-    log: Path,
-    env: dict[str, str] | None = None,
-    uds: Path | None = None,
-    waiting: Callable[[], None] = lambda: None,
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, up once `ready_url` answers 200. Raises RuntimeError with the end of its log.
+@dataclass
+class Server:
+    """A command that listens at `url`, up within its block; there it can be stopped and started
+    again at the same place.
 
-    uds: the Unix socket that it listens on, if it does. waiting: called some times a second until
-    it is up.
+    ready: the path that answers 200 once it is up. uds: the Unix socket that it listens on, if it
+    does. waiting: called some times a second until it is up.
     """
-    with log.open("ab") as out:
-        child = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | (env or {}),
+
+    command: Sequence[str]
+    url: str
+    ready: str
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+    uds: Path | None = None
+    waiting: Callable[[], None] = lambda: None
+    up: bool = field(default=False, init=False)
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns once it is up. Raises RuntimeError with the end of its log."""
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.env,
+                start_new_session=True,
+            )
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "guard", str(self.process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    guard = subprocess.Popen(
-        ["/bin/sh", "-c", _GUARD, "guard", str(child.pid)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(ready_url, uds):
-            if child.poll() is not None or time.monotonic() > deadline:
-                end = log.read_text(errors="replace")[-4000:]
-                raise RuntimeError(f"{ready_url} did not come up; {log}:\n{end}")
-            waiting()
-            time.sleep(0.3)
-        yield child
-    finally:
-        _signal(child, signal.SIGTERM)
+        try:
+            self._wait_until_up()
+        except BaseException:  # a signal's, too
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """By SIGTERM; what its group still holds after STOP_TIMEOUT_S is killed."""
+        self.up = False
+        self.signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_TIMEOUT_S)
-        _signal(child, signal.SIGKILL)  # whatever the group still holds
-        child.wait()
-        guard.kill()
-        guard.communicate()
+            self.process.wait(STOP_TIMEOUT_S)
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        self._guard.kill()
+        self._guard.communicate()
 
+    def signal(self, number: signal.Signals) -> None:
+        """To its whole group; nothing happens where that has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
-def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, number)
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                end = self.log.read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"{self.url}{self.ready} did not come up; {self.log}:\n{end}")
+            self.waiting()
+            time.sleep(0.3)
+        self.up = True
 
-
-def _answers(url: str, uds: Path | None) -> bool:
-    transport = httpx.HTTPTransport(uds=str(uds) if uds else None)
-    try:
-        with httpx.Client(transport=transport, timeout=2) as client:
-            return client.get(url).status_code == 200
-    except httpx.HTTPError:
-        return False
+    def _answers(self) -> bool:
+        transport = httpx.HTTPTransport(uds=str(self.uds) if self.uds else None)
+        try:
+            with httpx.Client(transport=transport, timeout=2) as client:
+                return client.get(f"{self.url}{self.ready}").status_code == 200
+        except httpx.HTTPError:
+            return False

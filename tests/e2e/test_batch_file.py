@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lenvm_vllm.commands.processes import VLLM_SERVE, free_port
+from lenvm_vllm.commands.processes import free_port
+from lenvm_vllm.commands.servers import VLLM
 from tests.support.servers import BARE_FLAG
 from tests.support.tiny_llm import tiny_llm
 from value_server.contract.units import count
@@ -36,7 +37,7 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
     given, found = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     given.write_text("\n".join(map(json.dumps, asked)))
     command = [
-        *VLLM_SERVE[:-1], "run-batch", "-i", str(given), "-o", str(found), *BARE_FLAG,
+        *VLLM, "run-batch", "-i", str(given), "-o", str(found), *BARE_FLAG,
         "--model", str(tiny_llm(tmp_path / "model")), "--served-model-name", "tiny",
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
     ]  # fmt: skip

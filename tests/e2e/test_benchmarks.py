@@ -134,14 +134,10 @@ def test_tradeoff_from_data_to_the_last_line(
     data = folder / "questions.jsonl"
     row = json.dumps({"question": "How many?", "answer": "#### 7"})
     data.write_text(f"{row}\n{row}\n")
-    plan = tradeoff.Plan(
-        data=data, betas=(-5.0,), budgets=(8,), limit=2, samples=1, max_tokens=24
-    )
+    plan = tradeoff.Plan(data=data, betas=(-5.0,), budgets=(8,), limit=2, samples=1, max_tokens=24)
 
     def run() -> str:
-        tradeoff.main(
-            plan=plan, served=served_in(folder), output=folder / "runs" / "tradeoff"
-        )
+        tradeoff.main(plan=plan, served=served_in(folder), output=folder / "runs" / "tradeoff")
         return capsys.readouterr().out.splitlines()[-1]
 
     first = run()

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
-from lenvm_vllm.commands.demo_answers import PROMPTS
+from lenvm_vllm.commands.demo.answers import PROMPTS
 from lenvm_vllm.commands.processes import free_port
 from tests.support.servers import value_serve, vllm_serve
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lenvm_vllm.commands.processes import VALUE_SERVER, free_port, running
+from lenvm_vllm.commands.servers import lenvm_serve
 from tests.support.collector import Collector, collecting
 from tests.support.servers import BARE_FLAG, vllm_serve
 from tests.support.tiny import tiny_checkpoint
@@ -18,13 +18,11 @@ pytestmark = pytest.mark.e2e
 
 def test_each_step_is_a_span_of_vllm_and_one_of_the_value_server(tmp_path: Path) -> None:
     checkpoint, model = tiny_checkpoint(tmp_path / "value"), tiny_llm(tmp_path / "model")
-    values = f"http://127.0.0.1:{(port := free_port())}"
-    command = [*VALUE_SERVER, str(checkpoint), "--base-model", str(model), "--port", str(port)]
     with collecting() as collector, contextlib.ExitStack() as servers:
         log, env = tmp_path / "values.log", collector.environment
-        servers.enter_context(running(command, f"{values}/ready", log, env))
+        values = servers.enter_context(lenvm_serve(checkpoint, log, base_model=model, env=env))
         flags = (*BARE_FLAG, "--otlp-traces-endpoint", collector.endpoint)
-        env |= {"LENVM_URL": values, "LENVM_TIMEOUT_S": "30"}
+        env |= {"LENVM_URL": values.url, "LENVM_TIMEOUT_S": "30"}
         url = servers.enter_context(vllm_serve(model, tmp_path / "vllm.log", *flags, env=env))
         body = {"model": "tiny", "prompt": "hi", "max_tokens": 30, "length_target": 20}
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200

@@ -19,7 +19,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lenvm_vllm.commands.processes import free_port, running
+from lenvm_vllm.commands.processes import Server, free_port
 from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.telemetry.metrics import HELP
 from tests.support.tiny import tiny_checkpoint, tiny_model
@@ -226,9 +226,9 @@ def test_what_the_images_run(tmp_path: Path) -> None:
     assert (ROOT / name.removeprefix("/opt/lenvm/")).is_dir()
     here = {name: str(checkpoint), "0.0.0.0": "127.0.0.1", "lenvm": str(site / "bin" / "lenvm")}
     env = os.environ | {"PYTHONPATH": str(site), "LENVM_SERVER_PORT": str(port)}
-    with running(
+    with Server(
         [sys.executable, *(here.get(part, part) for part in command)],
-        *(f"http://127.0.0.1:{port}/ready", tmp_path / "log"),
+        *(f"http://127.0.0.1:{port}", "/ready", tmp_path / "log"),
         env=env | {"PWD": str(tmp_path)},
     ):
         health = [part.replace("8100", str(port)) for part in health]

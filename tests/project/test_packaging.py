@@ -14,7 +14,7 @@ from zipfile import ZipFile
 import httpx
 import pytest
 
-from lenvm_vllm.commands.processes import free_port, running
+from lenvm_vllm.commands.processes import Server, free_port
 from tests.lenvm_vllm.commands.test_doctor import rows
 from tests.support.fresh import Fresh
 from tests.support.tiny import tiny_checkpoint
@@ -179,7 +179,7 @@ def test_the_server_serves(fresh: Callable[[str], Fresh], tmp_path: Path) -> Non
     env, checkpoint, port = fresh("server"), tiny_checkpoint(tmp_path / "value"), free_port()
     command = [str(env.folder / "bin" / "lenvm"), "serve", str(checkpoint), "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
-    with running(command, f"{url}/ready", tmp_path / "log", {"PYTHONPATH": ""}):
+    with Server(command, url, "/ready", tmp_path / "log", {"PYTHONPATH": ""}):
         reply = httpx.post(f"{url}/v1/predict", json={"prompt": "hello"})
         assert reply.status_code == 200
         shown = env.run("lenvm", "predict", "hello", "--url", url)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lenvm_vllm.commands.processes import free_port, left_by_signals, running
+from lenvm_vllm.commands.processes import Server, free_port, left_by_signals
 
 SERVER = """
 import http.server, subprocess, sys, time
@@ -18,16 +18,17 @@ http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bi
 """
 
 
+def server(delay: str, log: Path) -> Server:
+    port = free_port()
+    command = [sys.executable, "-c", SERVER, str(port), delay]
+    return Server(command, f"http://127.0.0.1:{port}", "/", log)
+
+
 def main(delay: str) -> None:
     with tempfile.TemporaryDirectory() as folder, left_by_signals():
         print("starting", flush=True)
-        port, other = free_port(), free_port()
-        commands = [[sys.executable, "-c", SERVER, str(p), delay] for p in (port, other)]
         log = Path(folder) / "log"
-        with (
-            running(commands[0], f"http://127.0.0.1:{port}", log),
-            running(commands[1], f"http://127.0.0.1:{other}", log),
-        ):
+        with server(delay, log), server(delay, log):
             print("both", flush=True)
             while True:
                 signal.pause()

@@ -13,7 +13,7 @@ import pytest
 from openai import BadRequestError
 from rich.console import Console
 
-from lenvm_vllm.commands.demo_answers import (
+from lenvm_vllm.commands.demo.answers import (
     BOTH,
     DEFAULT,
     EXACT,
@@ -29,8 +29,8 @@ from lenvm_vllm.commands.demo_answers import (
     ask_all,
     summary,
 )
-from lenvm_vllm.commands.demo_page import EVERY_S, Waiting, console, show_answer, table
-from lenvm_vllm.commands.demo_tour import ASKED, SHOWN, asked, end
+from lenvm_vllm.commands.demo.page import EVERY_S, Waiting, console, show_answer, table
+from lenvm_vllm.commands.demo.tour import ASKED, SHOWN, asked, end
 
 HUNDRED = Length(100)
 WALK = " ".join(["a walk through the forest"] * 40)

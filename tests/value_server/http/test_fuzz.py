@@ -15,12 +15,12 @@ quick = settings(suppress_health_check=list(HealthCheck), max_examples=150)
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     """Of a server that has logged no bug in the end."""
-    with server() as (url, process, log):
-        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with server() as serving:
+        with httpx.Client(base_url=serving.url, timeout=60, trust_env=False) as client:
             yield client
             assert step(client, ("after", 0, [1], [2])).unknown == []
-        assert process.is_running()
-        assert "Traceback" not in log.read_text()
+        assert serving.process.poll() is None
+        assert "Traceback" not in serving.log.read_text()
 
 
 @quick

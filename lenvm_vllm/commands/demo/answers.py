@@ -4,9 +4,10 @@ An arm is a way to ask for a length: in the prompt, by `length_target`, by both 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from openai import APIError
@@ -23,7 +24,6 @@ PROMPTS = (
     "What should one think of before adopting a dog?",
 )
 TARGETS = (50, 100, 200)
-WELL = ("natural", "whole")  # of `length_result`
 _SAID = {
     "tokens": "Your answer must be equal to {} tokens.",
     "words": "Answer in about {} words.",
@@ -38,6 +38,11 @@ class Length:
     def __str__(self) -> str:
         return f"{self.number} {self.unit}"
 
+    @property
+    def sentence(self) -> str:
+        """By which a prompt asks for it."""
+        return _SAID[self.unit].format(self.number)
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -49,7 +54,7 @@ class Arm:
     options: dict[str, Any] | None
 
     def prompt(self, prompt: str, length: Length) -> str:
-        return f"{prompt} {said(length)}" if self.says else prompt
+        return f"{prompt} {length.sentence}" if self.says else prompt
 
     def fields(self, length: Length) -> dict[str, Any]:
         """What the request has beside the prompt."""
@@ -58,11 +63,6 @@ class Arm:
         if length.unit == "tokens" and not self.options:
             return {FIELD: length.number}
         return {FIELD: {length.unit: length.number, **self.options}}
-
-
-def said(length: Length) -> str:
-    """The sentence by which a prompt asks for it."""
-    return _SAID[length.unit].format(length.number)
 
 
 FREE = Arm("free", "nothing", False, None)
@@ -109,7 +109,7 @@ class Answer:
 
     @property
     def ends_well(self) -> bool:
-        return self.end in (*WELL, "own")
+        return self.end in ("natural", "whole", "own")
 
     def row(self) -> dict[str, Any]:
         """For a file of such, one a line."""
@@ -185,11 +185,6 @@ def ask_all(
         pool.shutdown(wait=False, cancel_futures=True)  # who leaves ends the servers, not these
 
 
-def mean(numbers: Iterable[float]) -> float:
-    several = list(numbers)
-    return sum(several) / len(several)
-
-
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     """Mean |L - N| / N of each arm in percent (`_ld`), how the default's texts end, and seconds.
 
@@ -199,20 +194,20 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     def of(name: str, unit: str = "tokens") -> list[Answer]:
         return [a for a in answers if (a.arm.name, a.length.unit) == (name, unit)]
 
-    def off(answers: Sequence[Answer]) -> float:
-        return round(mean(abs(a.deviation) for a in answers), 2)
+    def off(name: str, unit: str = "tokens") -> float:
+        return round(fmean(abs(a.deviation) for a in of(name, unit)), 2)
 
     compared = ("unguided", "default")
     return {
         "targets": list(TARGETS),
         "prompts": len({a.prompt for a in answers}),
-        **{f"{name}_ld": off(of(name)) for name in ("unguided", "guided", "exact", "default")},
-        "default_whole": round(mean(a.ends_well for a in of("default")), 3),
+        **{f"{name}_ld": off(name) for name in ("unguided", "guided", "exact", "default")},
+        "default_whole": round(fmean(a.ends_well for a in of("default")), 3),
         "seconds_per_request": {
-            name: round(mean(a.seconds or 0 for a in of(name)), 2) for name in compared
+            name: round(fmean(a.seconds or 0 for a in of(name)), 2) for name in compared
         },
         "words": {
             "targets": [IN_WORDS.number],
-            **{f"{name}_ld": off(of(name, IN_WORDS.unit)) for name in compared},
+            **{f"{name}_ld": off(name, IN_WORDS.unit) for name in compared},
         },
     }

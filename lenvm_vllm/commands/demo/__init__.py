@@ -14,30 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lenvm_vllm.api.playground import PAGE
-from lenvm_vllm.commands.processes import (
-    VALUE_SERVER,
-    VLLM_SERVE,
-    free_port,
-    left_by_signals,
-    running,
-)
+from lenvm_vllm.commands.processes import free_port, left_by_signals
+from lenvm_vllm.commands.servers import HOST, lenvm_serve, vllm_serve
 from lenvm_vllm.host.machine import COMPILE_OFF, has_compiler
 from value_server.contract.listen import check_port
 
 if TYPE_CHECKING:  # their packages are not in every installation that has this command
     from rich.console import Console
 
-    from lenvm_vllm.commands.demo_page import Waiting
+    from lenvm_vllm.commands.demo.page import Waiting
 
-ROOT = Path(__file__).parents[2]
-LOGS = Path(sys.prefix)
+ROOT = Path(__file__).parents[3]
+FILES = Path(sys.prefix)  # where logs and answers go
 MODEL = Path(sys.prefix) / "share" / "SmolLM2-135M-Instruct"
 CHECKPOINT = ROOT / "checkpoints" / "smollm2-135m-instruct"
-HOST = "127.0.0.1"
 NAME = "SmolLM2-135M-Instruct"
 # Where the value server would listen instead, so that nobody found it.
 ELSEWHERE = ("LENVM_SERVER_UDS", "LENVM_SERVER_TLS_CERT", "LENVM_SERVER_TLS_KEY")
-MAX_NUM_SEQS = 16
 STARTING = "starting the value server and vLLM (about a minute)"
 
 
@@ -52,40 +45,16 @@ def both_servers(
 
     tell: what is being waited for, some times a second until both are up.
     """
-    value_url = f"http://{HOST}:{value_port}"
-    url = f"http://{HOST}:{port}"
-    value_server = [
-        *VALUE_SERVER,
-        *(str(CHECKPOINT), "--base-model", str(MODEL), "--threads", "1"),
-        *("--host", HOST, "--port", str(value_port)),
-    ]
-    vllm = [
-        *(*VLLM_SERVE, str(MODEL)),
-        *("--served-model-name", NAME, "--host", HOST, "--port", str(port)),
-        *("--max-model-len", "2048", "--max-num-seqs", str(MAX_NUM_SEQS)),
-        *("--dtype", native_dtype()),
-        *("--logits-processors", "lenvm_vllm"),
-        "--enforce-eager",  # compiling takes longer than it saves here
-    ]
-    env = {"LENVM_URL": value_url, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    env["LENVM_PLAYGROUND"] = str(playground)
+    env = {"HF_HUB_OFFLINE": "1", "LENVM_PLAYGROUND": str(playground)}
     if not has_compiler():
         env[COMPILE_OFF] = "1"  # else a request with logprobs would end the engine
-    logs = (LOGS / "value-server.log", LOGS / "vllm.log")
-    waits = [partial(tell, f"waiting for {name}") for name in ("the value server", "vLLM")]
-    with (
-        running(value_server, f"{value_url}/ready", logs[0], env, waiting=waits[0]),
-        running(vllm, f"{url}/health", logs[1], env, waiting=waits[1]),
-    ):
-        yield url
-
-
-def native_dtype() -> str:
-    """bfloat16 where the device multiplies it natively; other CPUs emulate it, slowly."""
-    import torch
-
-    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
+    logs, name = (FILES / "value-server.log", FILES / "vllm.log"), ("--served-model-name", NAME)
+    values = lenvm_serve(CHECKPOINT, logs[0], base_model=MODEL, port=value_port, env=env)
+    vllm = vllm_serve(MODEL, logs[1], *name, values_url=values.url, port=port, env=env)
+    values.waiting = partial(tell, "waiting for the value server")
+    vllm.waiting = partial(tell, "waiting for vLLM")
+    with values, vllm:
+        yield vllm.url
 
 
 def demo(*, serve: bool = False, port: int | None = None, value_port: int | None = None) -> None:
@@ -108,7 +77,7 @@ def demo(*, serve: bool = False, port: int | None = None, value_port: int | None
     check_ports(port, value_port)
     for name in ELSEWHERE:
         os.environ.pop(name, None)
-    from lenvm_vllm.commands.demo_page import Waiting, console
+    from lenvm_vllm.commands.demo.page import Waiting, console
 
     page = console()
     with left_by_signals(), contextlib.closing(Waiting(page)) as waiting:
@@ -131,15 +100,15 @@ def serve_both(port: int, value_port: int, page: "Console", waiting: "Waiting") 
 
 def compare(port: int, value_port: int, page: "Console", waiting: "Waiting") -> None:
     """The tour, with the servers that it needs."""
-    from lenvm_vllm.commands.demo_answers import summary
-    from lenvm_vllm.commands.demo_tour import INTRODUCTION, end, tour
+    from lenvm_vllm.commands.demo.answers import summary
+    from lenvm_vllm.commands.demo.tour import INTRODUCTION, end, tour
 
     page.print(INTRODUCTION)
     page.print(STARTING)
     with both_servers(port, value_port, tell=waiting.tell) as url:
         answers = tour(url, NAME, page, waiting.tell)
         waiting.close()
-        end(page, answers, Path(sys.prefix))
+        end(page, answers, FILES)
     print(json.dumps(summary(answers)))
 
 

@@ -6,13 +6,14 @@ In a terminal a line moves while it waits; elsewhere there is a new one now and 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lenvm_vllm.commands.demo_answers import ARMS, LENGTHS, Answer, Arm, Length, mean, said
+from lenvm_vllm.commands.demo.answers import ARMS, LENGTHS, Answer
 
 WIDTH = 96  # longer lines are hard to read
 EVERY_S = 30  # between two lines that tell of the same wait, where nothing can move
@@ -67,7 +68,7 @@ def show_question(page: Console, prompt: str, wanted: str) -> None:
 
 def show_answer(page: Console, answer: Answer) -> None:
     """How it was asked for, what came of it, and the whole text."""
-    page.print(Text(_asked(answer.arm, answer.length), style="cyan"))
+    page.print(Text(_asked(answer), style="cyan"))
     page.print(_came(answer))
     for line in Text(answer.text.strip()).wrap(page, page.width - len(INDENT) - 2):
         line.rstrip()
@@ -75,14 +76,14 @@ def show_answer(page: Console, answer: Answer) -> None:
     page.print()
 
 
-def _asked(arm: Arm, length: Length) -> str:
-    fields = arm.fields(length)
-    if arm.says and fields:
+def _asked(answer: Answer) -> str:
+    fields = answer.arm.fields(answer.length)
+    if answer.arm.says and fields:
         return "both of these"
-    if arm.says:
-        return f'in the prompt: "{said(length)}"'
+    if answer.arm.says:
+        return f'in the prompt: "{answer.length.sentence}"'
     asked = [f'"{name}": {json.dumps(value)}' for name, value in fields.items()]
-    return ", ".join(asked) or arm.label
+    return ", ".join(asked) or answer.arm.label
 
 
 def _came(answer: Answer) -> Text:
@@ -113,11 +114,11 @@ def table(answers: Sequence[Answer]) -> Table:
 def _lengths(answers: Sequence[Answer]) -> Iterator[str]:
     for length in LENGTHS:
         counts = [a.count for a in answers if a.length == length]
-        yield f"{mean(counts):.0f}" if counts else ""
+        yield f"{fmean(counts):.0f}" if counts else ""
 
 
 def _means(answers: Sequence[Answer]) -> Iterator[str]:
-    yield f"{mean(abs(a.deviation) for a in answers):.0f}%"
-    yield f"{mean(100 * a.ends_well for a in answers):.0f}%"
+    yield f"{fmean(abs(a.deviation) for a in answers):.0f}%"
+    yield f"{fmean(100 * a.ends_well for a in answers):.0f}%"
     seconds = [a.seconds for a in answers if a.seconds is not None]
-    yield f"{mean(seconds):.1f}" if len(seconds) == len(answers) else ""
+    yield f"{fmean(seconds):.1f}" if len(seconds) == len(answers) else ""

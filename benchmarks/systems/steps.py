@@ -1,0 +1,67 @@
+"""Steps of a value server as the plugin asks for them, made by hand."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from value_server.contract import wire
+from value_server.engine.job import Row
+
+
+class Client(Protocol):
+    """See ValueClient and Replicas."""
+
+    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]: ...
+
+
+def step_request(rows: Sequence[Row], closed: Sequence[str] = ()) -> wire.StepRequest:
+    """The message of these rows, with the sessions that are over."""
+    return wire.StepRequest(
+        sessions=[row.session for row in rows],
+        starts=[row.start for row in rows],
+        token_counts=[len(row.tokens) for row in rows],
+        tokens=wire.pack_ids([token for row in rows for token in row.tokens]),
+        candidate_counts=[len(row.candidates) for row in rows],
+        candidates=wire.pack_ids([token for row in rows for token in row.candidates]),
+        closed=list(closed),
+    )
+
+
+class Sessions:
+    """Texts that grow, each a session of a value server.
+
+    texts: token ids by session. sent: how many of them the server has.
+    """
+
+    def __init__(self) -> None:
+        self.texts: dict[str, list[int]] = {}
+        self.sent: dict[str, int] = {}
+
+    def open(self, name: str, text: list[int]) -> None:
+        self.texts[name], self.sent[name] = text, 0
+
+    def close(self, name: str) -> None:
+        del self.texts[name], self.sent[name]
+
+    def ask(
+        self, client: Client, candidates: Mapping[str, Sequence[int]], closed: Sequence[str] = ()
+    ) -> dict[str, NDArray[np.float32]]:
+        """One step of the sessions that have candidates: the logits of each.
+
+        A session that the server does not hold has none, and sends its whole text the next time.
+        Raises ValueServerError.
+        """
+        rows = [
+            Row(name, self.sent[name], self.texts[name][self.sent[name] :], own)
+            for name, own in candidates.items()
+        ]
+        logits, unknown = client.step(step_request(rows, closed))
+        ends = np.cumsum([len(row.candidates) for row in rows])
+        answers = {}
+        for number, (row, own) in enumerate(zip(rows, np.split(logits, ends[:-1]), strict=True)):
+            self.sent[row.session] = 0 if number in unknown else len(self.texts[row.session])
+            if number not in unknown:
+                answers[row.session] = own
+        return answers
