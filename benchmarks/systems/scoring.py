@@ -29,7 +29,7 @@ from transformers.utils import logging
 from benchmarks.systems.baselines import Baselines
 from benchmarks.systems.step_over_http import overhead_ms
 from benchmarks.systems.timing import best_ms
-from benchmarks.tables import table
+from trainer.output import table
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.engine.engine import Engine
 from value_server.engine.job import Job, Row

@@ -19,7 +19,7 @@ class Client(Protocol):
 def step_request(rows: Sequence[Row], closed: Sequence[str] = ()) -> wire.StepRequest:
     """The message of these rows, with the sessions that are over."""
     return wire.StepRequest(
-        sessions=[row.session for row in rows],
+        sessions=[row.name for row in rows],
         starts=[row.start for row in rows],
         token_counts=[len(row.tokens) for row in rows],
         tokens=wire.pack_ids([token for row in rows for token in row.tokens]),
@@ -61,7 +61,7 @@ class Sessions:
         ends = np.cumsum([len(row.candidates) for row in rows])
         answers = {}
         for number, (row, own) in enumerate(zip(rows, np.split(logits, ends[:-1]), strict=True)):
-            self.sent[row.session] = 0 if number in unknown else len(self.texts[row.session])
+            self.sent[row.name] = 0 if number in unknown else len(self.texts[row.name])
             if number not in unknown:
-                answers[row.session] = own
+                answers[row.name] = own
         return answers
