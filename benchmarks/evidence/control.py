@@ -10,7 +10,7 @@ from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.evidence.arms import fields
 from benchmarks.evidence.lengths import deviation, score
 from benchmarks.evidence.quality import distinct, ends_naturally, repetition
-from lenvm_vllm.api.endings import narrowed
+from lenvm_vllm.api.continuation import narrowed
 from lenvm_vllm.target.rails import bounds_of
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.text.sentences import ends_sentence

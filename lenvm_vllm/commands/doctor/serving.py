@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from lenvm_vllm.api.doors import TEXT
 from lenvm_vllm.api.outcome import RESULT
+from lenvm_vllm.api.routes import TEXT
 from lenvm_vllm.commands.doctor.finding import Finding, one_line
 from lenvm_vllm.commands.doctor.packages import (
     VLLM,

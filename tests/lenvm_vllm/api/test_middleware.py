@@ -9,78 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm_vllm.api.doors import DOORS, GENERATE, INVOCATIONS, MESSAGES, PATHS
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
+from lenvm_vllm.api.routes import CHAT, GENERATE, INVOCATIONS, MESSAGES, PATHS, ROUTES, TEXT
 from lenvm_vllm.host import served
 from lenvm_vllm.target.request import HAS_CALLS, LengthTarget
 from lenvm_vllm.telemetry.progress import KEY
+from tests.support.through import call, chunk, post
 
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
 PREFILL = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
-TAKING = [path for path in PATHS if path == INVOCATIONS or not DOORS[path].refusal]
+TAKING = [path for path in PATHS if path == INVOCATIONS or not ROUTES[path].refusal]
 REFUSING = [path for path in PATHS if path not in TAKING]
 BEST_OF_3 = {"tokens": 5, "best_of": 3}
 FOREIGN = b'{ "model":"m",\n "temperature": 1.0 ,"x":"\\u00e4", "model":"twice"}'
-
-
-class App:
-    """Keeps the scope and the body that reach it, and how the client left."""
-
-    def __init__(self) -> None:
-        self.scope: dict[str, Any] | None = None
-        self.body = b""
-        self.disconnected = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.scope = scope
-        while True:
-            message = await receive()
-            self.disconnected = message["type"] == "http.disconnect"
-            self.body += message.get("body", b"")
-            if self.disconnected or not message.get("more_body", False):
-                break
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
-
-    @property
-    def asked(self) -> Any:
-        """Without what the answer's own account of its length needs."""
-        request = json.loads(self.body)
-        request["vllm_xargs"].pop(KEY, None)
-        request.pop("return_token_ids", None)
-        return request
-
-    @property
-    def headers(self) -> dict[bytes, bytes]:
-        assert self.scope is not None
-        return dict(self.scope["headers"])
-
-
-def chunk(body: bytes, more: bool = False) -> dict[str, Any]:
-    return {"type": "http.request", "body": body, "more_body": more}
-
-
-def call(*messages: Any, path: str = CHAT, method: str = "POST", **scope: Any) -> Any:
-    """(app, status, JSON of the answer or None) of one request through the middleware."""
-    app, sent, waiting = App(), [], [*messages, {"type": "http.disconnect"}]
-    length = str(sum(len(m.get("body", b"")) for m in messages)).encode()
-    headers = [(b"content-type", b"application/json"), (b"Content-Length", length)]
-    scope = {"type": "http", "method": method, "path": path, "headers": headers} | scope
-
-    async def receive() -> Any:
-        return waiting.pop(0) if len(waiting) > 1 else waiting[0]
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    asyncio.run(LengthTargetMiddleware(app)(scope, receive, send))
-    answer = b"".join(m.get("body", b"") for m in sent)
-    return app, sent[0]["status"], json.loads(answer) if answer else None
-
-
-def post(body: Any, **scope: Any) -> Any:
-    return call(chunk(json.dumps(body).encode()), **scope)
 
 
 @pytest.mark.parametrize("path", sorted({*TAKING} - {GENERATE}))

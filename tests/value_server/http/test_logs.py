@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from lenvm_vllm.engine.state import session_of
 from lenvm_vllm.target.request import REQUEST_ID
 from lenvm_vllm.values.client import ValueClient
-from tests.lenvm_vllm.api.test_middleware import call, chunk
 from tests.support.collector import collecting
+from tests.support.through import call, chunk
 from tests.support.tiny import tiny_checkpoint
 from tests.value_server.http.test_security import served
 from tests.value_server.http.test_server import free_port, launch, step_body, wait_ready
