@@ -47,14 +47,10 @@ def check_xargs(xargs: Any, route: Route) -> None:
         raise LengthTargetError(f"{FIELD}: given beside {route.holder}.{key}")
 
 
-def check_route(route: Route, path: str) -> None:
-    """For a route where no length can be asked for."""
+def check_beside(request: dict[str, Any], best_of: int, route: Route, path: str) -> None:
+    """For a route where no length can be asked for, and fields that contradict one."""
     if route.refusal:
         raise LengthTargetError(f"{FIELD}: not on {path}: {route.refusal}")
-
-
-def check_decoding(request: dict[str, Any]) -> None:
-    """For a way to write the text that the plugin has no part in."""
     if request.get("use_beam_search"):
         # vLLM searches beams without any logits processor: the target would be lost silently.
         raise LengthTargetError(f"use_beam_search: true contradicts {FIELD}")
@@ -62,13 +58,12 @@ def check_decoding(request: dict[str, Any]) -> None:
         raise LengthTargetError(
             f"prompt_embeds: contradicts {FIELD}, whose values are those of tokens"
         )
+    if best_of > 1:
+        _check_best_of(f"{FIELD}.best_of: {best_of}", request, best_of, route)
 
 
-def check_best_of(best_of: int, request: dict[str, Any], route: Route) -> None:
+def _check_best_of(name: str, request: dict[str, Any], best_of: int, route: Route) -> None:
     """For several whole answers where the client could not get the best of them."""
-    if best_of == 1:
-        return
-    name = f"{FIELD}.best_of: {best_of}"
     if not route.choices:
         raise LengthTargetError(f"{name}: only {CHAT} and {TEXT} choose among answers")
     for other in ("stream", "echo"):

@@ -32,9 +32,7 @@ def take(
         errors.check_xargs(xargs, route)
         known = {REQUEST_ID: request_id} if request_id else {}
         params[route.xargs] = {**xargs, **known, **target.to_xargs()}
-    errors.check_route(route, path)
-    errors.check_decoding(request)
-    errors.check_best_of(target.best_of, request, route)
+    errors.check_beside(request, target.best_of, route, path)
     _check_limits(target, request, route)
     if request.get("tools") and request.get("tool_choice") not in ("none", {"type": "none"}):
         params[route.xargs] = {**params[route.xargs], HAS_CALLS: 1}
