@@ -15,16 +15,8 @@ def test_rails_that_are_off_stay_off() -> None:
     assert narrowed(target) == target
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *({"stream": True}, {"n": 2}, {"temperature": 0}, {"logprobs": True}, {"stop": "x"}),
-        *({"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}),
-        *({"frequency_penalty": 0.5}, {"structured_outputs": {"regex": "a"}}, {"unknown": 1}),
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        {"messages": None},
-    ],
-)
+# What other fields do is said in test_fields.py.
+@pytest.mark.parametrize("fields", [{"stream": True}, {"n": 2}, {"temperature": 0}])
 def test_what_cannot_be_continued(fields: dict[str, Any]) -> None:
     target = LengthTarget.parse(100)
     plain = {"stream": False, "stop": [], "n": None, "response_format": {"type": "text"}}
