@@ -51,10 +51,9 @@ class Outcome:
         """Less is better: the kind of its end, then the units by which it misses the target."""
         low, high = target.limits
         length = self.amount(target.unit)
-        missed = {"at_most": length - high, "at_least": low - length}.get(
-            target.mode, max(low - length, length - high)
-        )
-        return ENDS.index(self.end), max(missed, 0)
+        short = 0 if target.mode == "at_most" else low - length
+        long = 0 if target.mode == "at_least" else length - high
+        return ENDS.index(self.end), max(short, long, 0)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lenvm_vllm.commands.doctor.finding import Finding
 from lenvm_vllm.commands.processes import free_port
 from tests.support.fakes import INFO
 from tests.support.tiny import tiny_tokenizer
+from value_server.contract import wire
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +134,10 @@ def test_no_value_server(values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         values.answer = answer
         _, advice = told(url, monkeypatch)
         assert advice.startswith("something else listens there: set LENVM_URL to the value server")
-    info = json.dumps(msgspec.to_builtins(INFO) | {"version": 2}).encode()
+    info = json.dumps(msgspec.to_builtins(INFO) | {"version": wire.WIRE_VERSION + 1}).encode()
     values.answer = (200, info)
     seen, advice = told(url, monkeypatch)
-    assert "the server speaks 2, not 1" in seen
+    assert f"the server speaks {wire.WIRE_VERSION + 1}, not {wire.WIRE_VERSION}" in seen
     assert advice == "install the same version of lenvm-vllm on both sides"
 
 
