@@ -157,18 +157,16 @@ class Replicas:
         """Take what the search for a lost replica has found, once it is over."""
         if replica.search is None or not replica.search.done():
             return
-        error, found = replica.search.exception(), replica.search
-        replica.search = None
-        if error is None:
-            replica.info = found.result()
-            self._gamma = self._gamma or replica.info.gamma
-            if replica.trouble is not None:
-                logger.info("value server %s is back", replica.url)
-            replica.trouble = None
-        elif isinstance(error, ValueServerError):
+        search, replica.search = replica.search, None
+        try:
+            replica.info = search.result()
+        except ValueServerError as error:
             self._lose(replica, error)
-        else:
-            raise error
+            return
+        self._gamma = self._gamma or replica.info.gamma
+        if replica.trouble is not None:
+            logger.info("value server %s is back", replica.url)
+        replica.trouble = None
 
     def _lose(self, replica: _Replica, error: ValueServerError) -> None:
         replica.info = None
@@ -203,17 +201,17 @@ def part_of(request: wire.StepRequest, rows: list[int], closed: list[str]) -> wi
     """The request with these rows only, and these sessions to close."""
     if len(rows) == len(request.sessions):
         return msgspec.structs.replace(request, closed=closed)
-
-    def flat(data: bytes, counts: list[int]) -> bytes:
-        owner = np.repeat(np.arange(len(counts)), counts)
-        return wire.pack_ids(wire.unpack_ids(data)[np.isin(owner, rows)])
-
     return wire.StepRequest(
         sessions=[request.sessions[row] for row in rows],
         starts=[request.starts[row] for row in rows],
         token_counts=[request.token_counts[row] for row in rows],
-        tokens=flat(request.tokens, request.token_counts),
+        tokens=_ids_of(rows, request.tokens, request.token_counts),
         candidate_counts=[request.candidate_counts[row] for row in rows],
-        candidates=flat(request.candidates, request.candidate_counts),
+        candidates=_ids_of(rows, request.candidates, request.candidate_counts),
         closed=closed,
     )
+
+
+def _ids_of(rows: list[int], ids: bytes, counts: list[int]) -> bytes:
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return wire.pack_ids(wire.unpack_ids(ids)[np.isin(owner, rows)])
