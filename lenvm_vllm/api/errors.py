@@ -1,6 +1,6 @@
 """What a 400 says, as far as the route and the fields beside `length_target` are to blame.
 
-Each function raises LengthTargetError, whose message names field and value. What is wrong in the
+Each check raises LengthTargetError, whose message names field and value. What is wrong in the
 length itself is said in `target/request.py`, and what its numbers contradict in
 `target/admission.py`.
 """

@@ -32,12 +32,8 @@ RING = 64  # steps
 FORCED, LANDING, VALUED, GAVE_WAY = 1, 2, 4, 8  # flags of a step
 
 _PREFIX = "progress-"
-_STEP = np.dtype(
-    [
-        *(("index", "i4"), ("counted", "i4"), ("token", "i4")),
-        *(("p_end", "f4"), ("expected", "f4"), ("flags", "u1")),
-    ]
-)
+_INTS, _FLOATS = ["index", "counted", "token"], ["p_end", "expected"]
+_STEP = np.dtype([(n, "i4") for n in _INTS] + [(n, "f4") for n in _FLOATS] + [("flags", "u1")])
 _ROW = np.dtype(
     [("key", "u8", 2), ("steps", "i4"), ("steered", "i4"), ("ring", _STEP, RING)], align=True
 )

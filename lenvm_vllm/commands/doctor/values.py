@@ -60,9 +60,10 @@ def _misspelt() -> Iterator[Finding]:
     """Variables that nobody reads, and that look like one that is read."""
     known = [FOLDER, *(f"LENVM_{name}".upper() for name in Settings.model_fields)]
     for name in sorted(os.environ):
-        ours = name.startswith("LENVM_") and not name.startswith("LENVM_SERVER_")
+        if not name.startswith("LENVM_") or name.startswith("LENVM_SERVER_"):
+            continue
         near = difflib.get_close_matches(name, known, 1, 0.85)
-        if ours and near and near != [name]:
+        if near and near != [name]:
             yield Finding("settings", f"{name}: no such variable is read", f"call it {near[0]}")
 
 
