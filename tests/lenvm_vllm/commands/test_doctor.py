@@ -153,7 +153,7 @@ def test_both_wheels_of_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_two_installs_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    installed = packages.version("lenvm-vllm")
+    installed = environment.version("lenvm-vllm")
     monkeypatch.syspath_prepend(package(tmp_path, "lenvm-vllm", "0.0.9"))
     finding = next(environment.findings())
     assert finding.is_wrong
