@@ -58,8 +58,8 @@ def register() -> None:
 
 def _read_lengths_of_batch_files() -> None:
     """`vllm run-batch` has no routes to stand at; there the field is read with the request."""
-    from lenvm_vllm.api.doors import BATCH, DOORS
-    from lenvm_vllm.api.middleware import take
+    from lenvm_vllm.api.request_field import take
+    from lenvm_vllm.api.routes import BATCH, ROUTES
     from lenvm_vllm.host.names import ChatCompletionRequest
 
     to_sampling_params = ChatCompletionRequest.to_sampling_params
@@ -70,7 +70,7 @@ def _read_lengths_of_batch_files() -> None:
     def with_length(self: Any, *more: Any, **kwargs: Any) -> Any:
         tools = {"tools": self.tools, "tool_choice": self.tool_choice}
         request = (self.model_extra or {}) | {"vllm_xargs": self.vllm_xargs} | tools
-        take(request, DOORS[BATCH], BATCH)
+        take(request, ROUTES[BATCH], BATCH)
         self.vllm_xargs = request["vllm_xargs"]
         return to_sampling_params(self, *more, **kwargs)
 

@@ -14,7 +14,7 @@ from benchmarks.evidence.measures import (
     repetition,
     score,
 )
-from lenvm_vllm.api.endings import narrowed
+from lenvm_vllm.api.continuation import narrowed
 from lenvm_vllm.target.rails import bounds_of
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.text.sentences import ends_sentence

@@ -1,6 +1,7 @@
 """The few moves of ASGI that the middleware is made of."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -24,43 +25,80 @@ def replay(messages: list[Any], receive: Any) -> Any:
     return replayed
 
 
-def request_of(body: bytes) -> dict[str, Any]:
-    """The one message of a request."""
-    return {"type": "http.request", "body": body, "more_body": False}
-
-
 def resized(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
     """The same headers of a body of another length."""
     kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
     return [*kept, (b"content-length", b"%d" % length)]
 
 
-async def ask(app: Any, scope: Any, request: Any, receive: Any) -> tuple[Any, bytes, Any]:
-    """Start, body and parsed answer of `app` to a JSON request.
+@dataclass
+class Reply:
+    """A whole answer. start: its first ASGI message.
+    answer: its JSON; None for an error, and where vLLM gave up since the client is gone."""
 
-    The last is None for an error, and where vLLM gave up since the client is gone.
-    """
-    body = json.dumps(request).encode()
-    start: Any = {}
-    parts: list[bytes] = []
+    start: Any
+    body: bytes
+    answer: dict[str, Any] | None
 
-    async def keep(message: Any) -> None:
+    async def send(self, send: Any, headers: dict[str, int]) -> None:
+        """Its JSON as vLLM writes it, or what is no JSON as it is, with some headers more."""
+        body = self.body if self.answer is None else compact(self.answer)
+        more = [(name.encode(), b"%d" % value) for name, value in headers.items()]
+        await send({**self.start, "headers": [*resized(self.start["headers"], len(body)), *more]})
+        await send({"type": "http.response.body", "body": body})
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """vLLM's application, behind one request of a client: to be asked once or more."""
+
+    app: Any
+    scope: Any
+    receive: Any
+
+    async def forward(self, request: Any, send: Any) -> None:
+        """Ask with the JSON `request` in place of the client's; the answer goes to `send`."""
+        body = json.dumps(request).encode()
+        scope = {**self.scope, "headers": resized(self.scope["headers"], len(body))}
+        message = {"type": "http.request", "body": body, "more_body": False}
+        await self.app(scope, replay([message], self.receive), send)
+
+    async def ask(self, request: Any) -> Reply:
+        """The same, with the answer kept."""
+        start: Any = {}
+        pieces: list[bytes] = []
+
+        async def keep(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            else:
+                pieces.append(message.get("body", b""))
+
+        await self.forward(request, keep)
+        body = b"".join(pieces)
+        return Reply(start, body, json.loads(body) if start["status"] == 200 else None)
+
+
+async def send_whole(
+    send: Any, status: int, headers: dict[str, str], body: bytes, shown: bool = True
+) -> None:
+    """An answer of our own; without its body where that is not `shown`."""
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    start = {"type": "http.response.start", "status": status}
+    await send({**start, "headers": resized(encoded, len(body))})
+    await send({"type": "http.response.body", "body": body if shown else b""})
+
+
+def with_header(send: Any, name: str, value: int) -> Any:
+    """An ASGI `send` that adds a header to the answer."""
+
+    async def send_more(message: Any) -> None:
         if message["type"] == "http.response.start":
-            start.update(message)
-        else:
-            parts.append(message.get("body", b""))
+            header = (name.encode(), b"%d" % value)
+            message = {**message, "headers": [*message["headers"], header]}
+        await send(message)
 
-    scope = {**scope, "headers": resized(scope["headers"], len(body))}
-    await app(scope, replay([request_of(body)], receive), keep)
-    whole = b"".join(parts)
-    return start, whole, json.loads(whole) if start["status"] == 200 else None
-
-
-async def respond(send: Any, start: Any, body: bytes, *headers: tuple[str, int]) -> None:
-    """An answer begun by `start`, with another body and some headers more."""
-    more = [(name.encode(), b"%d" % value) for name, value in headers]
-    await send({**start, "headers": [*resized(start["headers"], len(body)), *more]})
-    await send({"type": "http.response.body", "body": body})
+    return send_more
 
 
 def compact(answer: Any) -> bytes:

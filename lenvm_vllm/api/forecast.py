@@ -21,9 +21,12 @@ from typing import Any
 
 import httpx
 
-from lenvm_vllm.api.fields import sole, text_of
+from lenvm_vllm.api.prompts import to_predict
+from lenvm_vllm.api.request_field import prefills
+from lenvm_vllm.api.routes import Route
+from lenvm_vllm.host import served
 from lenvm_vllm.settings import Settings
-from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.target.request import LengthTarget, number
 from lenvm_vllm.values.endpoint import async_http_client
 from value_server.contract.units import PRIOR, UNITS
 from value_server.contract.wire import PREDICT_PATH
@@ -59,6 +62,26 @@ class Forecast:
         self._date = date
         self._mean: float | None = None
 
+    async def expected(
+        self, request: dict[str, Any], target: LengthTarget | None, route: Route
+    ) -> int | None:
+        """Tokens that will be written here, as far as anybody knows."""
+        if not route.writes or prefills(request):
+            return 1
+        tokens = await self.tokens(request, target)
+        limit = route.limit_of(request)
+        return tokens if tokens is None or limit is None else min(tokens, limit)
+
+    def rank(self, request: dict[str, Any], tokens: int | None, route: Route) -> bool:
+        """Give the request its place in vLLM's queue; whether it has got one."""
+        scheduler = served.config and served.config.scheduler_config
+        own = number(request.get("priority", 0))
+        ranked = route.ranked and scheduler is not None and scheduler.policy == "priority"
+        if not ranked or type(own) is not int:  # vLLM says what is wrong with it
+            return False
+        request["priority"] = self.priority(tokens, own)
+        return True
+
     async def tokens(self, request: dict[str, Any], target: LengthTarget | None) -> int | None:
         """Completion tokens to expect; None where nobody knows. Never raises.
 
@@ -66,15 +89,15 @@ class Forecast:
         """
         if target is None or target.scope != "completion" or target.mode == "tilt":
             return await self._predict(request)
-        low, high = tokens_of(target).limits
-        if low == high and target.mode not in ("at_most", "at_least"):
+        low, high = _in_tokens(target).limits
+        if target.mode == "equal_to" or (target.mode == "range" and low == high):
             return low
         natural = await self._predict(request)
-        if target.mode == "at_most":
-            return high if natural is None else min(natural, high)
-        if target.mode == "at_least":
-            return low if natural is None else max(natural, low)
-        return high if natural is None else min(max(natural, low), high)
+        if natural is None:
+            return low if target.mode == "at_least" else high
+        if target.mode != "at_most":
+            natural = max(natural, low)
+        return natural if target.mode == "at_least" else min(natural, high)
 
     def priority(self, tokens: int | None, own: int = 0) -> int:
         """The place of a request that comes now. What is not known counts as the mean so far.
@@ -90,7 +113,7 @@ class Forecast:
 
     async def _predict(self, request: dict[str, Any]) -> int | None:
         """The answer of the first server that has one; each request begins with another."""
-        if (prompt := _prompt_of(request)) is None:
+        if (prompt := to_predict(request)) is None:
             return None
         self._servers.rotate(-1)
         for server in list(self._servers):
@@ -106,32 +129,7 @@ class Forecast:
         return None
 
 
-def tokens_of(target: LengthTarget) -> LengthTarget:
+def _in_tokens(target: LengthTarget) -> LengthTarget:
     """The target in tokens, as many as its words or characters take in plain English."""
     unit = target.unit
     return target if unit == UNITS[0] else target.in_tokens(lambda n: 1 + round(n * PRIOR[unit]))
-
-
-def _prompt_of(request: dict[str, Any]) -> dict[str, Any] | None:
-    """What `/v1/predict` takes; None for what is not one prompt of plain text."""
-    messages = request.get("messages", request.get("input"))
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if isinstance(messages, list):
-        system = text_of(request.get("system", request.get("instructions")))
-        first = [] if system is None else [{"role": "system", "content": system}]
-        plain = [_plain(message) for message in messages]
-        return {"messages": [*first, *plain]} if plain and None not in plain else None
-    prompt = sole(request.get("prompt", request.get("token_ids")))
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
-    return {"token_ids": prompt} if ids else None
-
-
-def _plain(message: Any) -> dict[str, Any] | None:
-    """A message with its text for its content."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return None
-    text = text_of(message.get("content"))
-    return None if text is None else message | {"content": text}

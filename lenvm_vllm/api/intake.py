@@ -1,15 +1,16 @@
 """What becomes of a guided request on its way into the engine.
 
-The one place that every door leads through, with the model's configuration, the length of the
+The one place that every route leads through, with the model's configuration, the length of the
 prompt, and a copy of the parameters that is the engine's own.
 """
 
 from typing import Any
 
+from lenvm_vllm.api.errors import check_context
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
-from lenvm_vllm.target.request import LengthTarget, LengthTargetError
+from lenvm_vllm.target.request import LengthTarget
 
 
 def take_in(config: Any, request: Any) -> None:
@@ -22,7 +23,11 @@ def take_in(config: Any, request: Any) -> None:
         return
     target = resolved(target, config)
     params.extra_args = {**params.extra_args, **target.to_xargs()}
-    _check_context(target, len(request.prompt_token_ids or ()), params, config)
+    prompt = len(request.prompt_token_ids or ())
+    room = config.model_config.max_model_len - prompt
+    if not only_prefills(config):
+        check_context(needed_by(target).behind(target.prefix_tokens).first, prompt, room)
+    params.max_tokens = min(params.max_tokens, room)  # the context ends a text as it does
     check_admission(
         target,
         params.max_tokens,
@@ -36,17 +41,6 @@ def take_in(config: Any, request: Any) -> None:
         _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.
     take_from(params, penalties=not config.use_v2_model_runner)
-
-
-def _check_context(target: LengthTarget, prompt: int, params: Any, config: Any) -> None:
-    """The context ends a text as max_tokens does. Raises LengthTargetError."""
-    room = config.model_config.max_model_len - prompt
-    least = needed_by(target).behind(target.prefix_tokens).first
-    if least > room and not only_prefills(config):
-        raise LengthTargetError(
-            f"length_target: {least} tokens at least, a prompt of {prompt} leaves {room}"
-        )
-    params.max_tokens = min(params.max_tokens, room)
 
 
 def _hold_stop_strings(params: Any, target: LengthTarget) -> None:

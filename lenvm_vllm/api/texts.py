@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lenvm_vllm.api.outcome import Outcome
-from lenvm_vllm.telemetry.progress import Known
-
 
 @dataclass
 class Text:
     """One text of an answer. body: the object of the answer that is about it.
-    ids: its tokens, None where the route does not tell them; count: how many, None likewise."""
+    ids: its tokens, None where the route does not tell them; count: how many, None likewise.
+    limited: cut by `max_tokens` or the context's end. stopped: by a stop string."""
 
     body: dict[str, Any]
     ids: list[int] | None
@@ -23,12 +21,6 @@ class Text:
     text: str
     limited: bool
     stopped: bool
-
-    def outcome(self, known: Known, key: str) -> Outcome:
-        """key: of the request, by which the engine knows it."""
-        step = known.step(key, self.ids, self.count)
-        length = self.count or (step.counted if step else 0)
-        return Outcome(length, self.text, self.limited, self.stopped, step)
 
     def call_cut(self) -> None:
         """Say, in the words of its route, that a limit ended it."""
@@ -44,19 +36,22 @@ class Text:
 def texts_of(answer: dict[str, Any]) -> Iterator[Text]:
     """Of any route that can be guided."""
     if "choices" in answer:
-        for choice in answer["choices"]:
-            yield _of_choice(choice)
+        yield from map(_of_choice, answer["choices"])
     elif answer.get("type") == "message":
         content = "".join(block.get("text") or "" for block in answer.get("content") or ())
-        count = answer["usage"]["output_tokens"]
-        limited = answer.get("stop_reason") == "max_tokens"
-        stopped = answer.get("stop_reason") == "stop_sequence"
-        yield Text(answer, None, count, content, limited, stopped)
+        yield of_message(answer, answer["usage"], content)
     elif answer.get("object") == "response" and answer.get("usage"):
         parts = [part for item in answer.get("output") or () for part in item.get("content") or ()]
         content = "".join(part.get("text") or "" for part in parts)
         limited = answer.get("status") != "completed"
         yield Text(answer, None, answer["usage"]["output_tokens"], content, limited, False)
+
+
+def of_message(body: dict[str, Any], usage: dict[str, Any], text: str) -> Text:
+    """Of `/v1/messages`. body: has its `stop_reason`."""
+    reason = body.get("stop_reason")
+    limited, stopped = reason == "max_tokens", reason == "stop_sequence"
+    return Text(body, None, usage["output_tokens"], text, limited, stopped)
 
 
 def _of_choice(choice: dict[str, Any]) -> Text:

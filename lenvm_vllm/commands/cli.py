@@ -6,68 +6,41 @@ from argparse import ArgumentParser
 from cyclopts import App
 from cyclopts.config import Yaml
 
-# Command: where it is, the extra whose packages it needs beside those that are always there, and
-# its line, which is here as a docstring is known only once its module is loaded.
 COMMANDS = {
-    "serve": (
-        "value_server.serve:serve",
-        "server",
-        "Serve the value model in CHECKPOINT until interrupted.",
-    ),
-    "rollout": (
-        "trainer.rollouts.rollout:rollout",
-        "trainer",
-        "Sample completions of PROMPTS into shards in OUTPUT.",
-    ),
-    "train": (
-        "trainer.training.train:train",
-        "trainer",
-        "Train a value model on ROLLOUTS, write it to OUTPUT.",
-    ),
-    "evaluate": (
-        "trainer.evaluation.evaluate:evaluate",
-        "trainer",
-        "Evaluate CHECKPOINT on the held-out prompts of ROLLOUTS.",
-    ),
-    "tokens": (
-        "trainer.evaluation.tokens:tokens",
-        "trainer",
-        "Score the tokens that lengthen or shorten a text.",
-    ),
-    "import": (
-        "trainer.paper_checkpoints:import_checkpoint",
-        "trainer",
-        "Read a checkpoint of the paper's own code.",
-    ),
-    "export": (
-        "trainer.paper_checkpoints:export_checkpoint",
-        "trainer",
-        "Write CHECKPOINT as the paper's own code.",
-    ),
-    "predict": (
-        "lenvm_vllm.commands.predict:predict",
-        "",
-        "Print the length of an answer that PROMPT suggests.",
-    ),
-    "doctor": (
-        "lenvm_vllm.commands.doctor:doctor",
-        "",
-        "Check an installation and say what to do.",
-    ),
-    "demo": (
-        "lenvm_vllm.commands.demo:demo",
-        "demo",
-        "Length control on a small real model; ends with a JSON line.",
-    ),
+    "serve": "value_server.serve:serve",
+    "rollout": "trainer.rollouts.rollout:rollout",
+    "train": "trainer.training.train:train",
+    "evaluate": "trainer.evaluation.evaluate:evaluate",
+    "tokens": "trainer.evaluation.tokens:tokens",
+    "import": "trainer.paper_checkpoints:import_checkpoint",
+    "export": "trainer.paper_checkpoints:export_checkpoint",
+    "predict": "lenvm_vllm.commands.predict:predict",
+    "doctor": "lenvm_vllm.commands.doctor:doctor",
+    "demo": "lenvm_vllm.commands.demo:demo",
 }
+# In the help of all; that of one command is its docstring, which is known once it is loaded.
+LINES = {
+    "serve": "Serve the value model in CHECKPOINT until interrupted.",
+    "rollout": "Sample completions of PROMPTS into shards in OUTPUT.",
+    "train": "Train a value model on ROLLOUTS, write it to OUTPUT.",
+    "evaluate": "Evaluate CHECKPOINT on the held-out prompts of ROLLOUTS.",
+    "tokens": "Score the tokens that lengthen or shorten a text.",
+    "import": "Read a checkpoint of the paper's own code.",
+    "export": "Write CHECKPOINT as the paper's own code.",
+    "predict": "Print the length of an answer that PROMPT suggests.",
+    "doctor": "Check an installation and say what to do.",
+    "demo": "Length control on a small real model; ends with a JSON line.",
+}
+# The extra whose packages a command needs beside those that are always there.
+EXTRAS = {"value_server": "server", "trainer": "trainer", "lenvm_vllm.commands.demo": "demo"}
 
 app = App(
     name="lenvm",
     help="Length control for LLM serving. With --config FILE.yaml a command takes its options "
     "from there; those on the command line go first.",
 )
-for name, (target, _, line) in COMMANDS.items():
-    app.command(target, name=name, help=line)
+for name, target in COMMANDS.items():
+    app.command(target, name=name, help=LINES[name])
 
 
 def main() -> None:
@@ -88,11 +61,11 @@ def main() -> None:
 def _missing(error: ImportError, command: str) -> str:
     """What to install. Raises the error again where that is not known."""
     cause = error.__cause__ or error  # cyclopts has an error of its own around it
-    own = COMMANDS[command][1] if command in COMMANDS else ""
-    extra = "vllm" if getattr(cause, "name", None) == "vllm" else own
-    if not extra or not isinstance(cause, ModuleNotFoundError):
+    needs = ["vllm"] if getattr(cause, "name", None) == "vllm" else []
+    needs += [own for part, own in EXTRAS.items() if COMMANDS.get(command, "").startswith(part)]
+    if not needs or not isinstance(cause, ModuleNotFoundError):
         raise error
-    return f"error: {command}: {cause}; pip install 'lenvm-vllm[{extra}]'"
+    return f"error: {command}: {cause}; pip install 'lenvm-vllm[{needs[0]}]'"
 
 
 if __name__ == "__main__":

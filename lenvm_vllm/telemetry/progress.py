@@ -32,12 +32,8 @@ RING = 64  # steps
 FORCED, LANDING, VALUED, GAVE_WAY = 1, 2, 4, 8  # flags of a step
 
 _PREFIX = "progress-"
-_STEP = np.dtype(
-    [
-        *(("index", "i4"), ("counted", "i4"), ("token", "i4")),
-        *(("p_end", "f4"), ("expected", "f4"), ("flags", "u1")),
-    ]
-)
+_INTS, _FLOATS = ["index", "counted", "token"], ["p_end", "expected"]
+_STEP = np.dtype([(n, "i4") for n in _INTS] + [(n, "f4") for n in _FLOATS] + [("flags", "u1")])
 _ROW = np.dtype(
     [("key", "u8", 2), ("steps", "i4"), ("steered", "i4"), ("ring", _STEP, RING)], align=True
 )
@@ -101,30 +97,23 @@ class Progress:
         self,
         rows: Sequence[int],
         index: Sequence[int],
-        counted: Sequence[int],
-        token: Sequence[int],
-        p_end: Sequence[float],
-        expected: Sequence[float],
-        flags: Sequence[int],
         steps: Sequence[int],
         steered: Sequence[int],
+        **step: Sequence[float],
     ) -> None:
         """A step of the texts in `rows`.
 
         index: of the token that is sampled now, from 0: tokens of the completion so far.
-        token: the last one so far, -1 where it is not known yet.
-        The others are as in `Step`.
+        step: all other fields of `_STEP`, as in `Step`; token: the last one so far, -1 where it is
+        not known yet.
         """
         if self._table is None or not rows:
             return
         at, place = np.array(rows), np.array(index) % RING
         ring = self._table["ring"]
-        ring["index"][at, place] = -1
-        ring["counted"][at, place] = counted
-        ring["token"][at, place] = token
-        ring["p_end"][at, place] = p_end
-        ring["expected"][at, place] = expected
-        ring["flags"][at, place] = flags
+        ring["index"][at, place] = -1  # while the rest is written
+        for name, values in step.items():
+            ring[name][at, place] = values
         self._table["steps"][at] = steps
         self._table["steered"][at] = steered
         ring["index"][at, place] = index
@@ -142,8 +131,7 @@ class Known:
         ids: those tokens, by which samples with one key are told apart; None: not known.
         count: None: not known, the last step counts.
         """
-        halves = _halves(key)
-        if halves is None:
+        if (halves := _halves(key)) is None:
             return None
         for table in self._all():
             keys = table["key"]
@@ -164,12 +152,8 @@ class Known:
 def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | None:
     if count is None:
         count = int(row["ring"]["index"].max()) + 1
-    if count < 1:
-        return None
     step = row["ring"][(count - 1) % RING]
-    if step["index"] != count - 1:
-        return None
-    if ids is not None and not _is_of(row["ring"], ids):
+    if count < 1 or step["index"] != count - 1 or not _is_of(row["ring"], ids):
         return None
     flags = int(step["flags"])
     return Step(
@@ -185,8 +169,9 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | N
     )
 
 
-def _is_of(ring: Any, ids: Sequence[int]) -> bool:
-    """Whether the tokens that the ring saw before its steps are those of this text."""
+def _is_of(ring: Any, ids: Sequence[int] | None) -> bool:
+    """Whether the tokens that the ring saw before its steps are those of this text, if known."""
+    ids = ids or ()
     for index in range(max(1, len(ids) - RING // 2), len(ids)):
         step = ring[index % RING]
         if step["index"] == index and step["token"] not in (-1, ids[index - 1]):

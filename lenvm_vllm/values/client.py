@@ -11,8 +11,9 @@ ValueServerError
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import msgspec
@@ -22,8 +23,6 @@ from numpy.typing import NDArray
 from lenvm_vllm.values.endpoint import http_client
 from lenvm_vllm.values.traces import step_span
 from value_server.contract import wire
-
-T = TypeVar("T")
 
 LARGEST_INFO = 1 << 16  # bytes
 
@@ -92,8 +91,8 @@ class ValueClient:
         fingerprint: of the tokenizer in use, None to compare nothing. Raises ValueServerError.
         """
         if self._info is None:
-            self._guarded(lambda: self._probe(fingerprint))
-        assert self._info is not None
+            with self._guarded():
+                self._info = self._probe(fingerprint)
         return self._info
 
     def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
@@ -101,7 +100,8 @@ class ValueClient:
 
         Raises ValueServerError.
         """
-        return self._guarded(lambda: self._step(request))
+        with self._guarded():
+            return self._step(request)
 
     @property
     def rests(self) -> bool:
@@ -111,20 +111,21 @@ class ValueClient:
     def close(self) -> None:
         self._http.close()
 
-    def _guarded(self, ask: Callable[[], T]) -> T:
-        """`ask()` behind the circuit breaker; foreign errors come out as ours."""
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """The circuit breaker; foreign errors come out as ours."""
         if self.rests:
             raise CircuitOpen("the value server failed a moment ago")
         try:
-            answer = _mapped(ask)
+            with _errors_of_ours():
+                yield
         except ValueServerError:
             self._info = None
             self._open_until = self._clock() + self._pause
             self._pause = min(2 * self._pause, self._longest_pause)
             raise
-        return answer
 
-    def _probe(self, fingerprint: Callable[[], str | None]) -> None:
+    def _probe(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
         body = self._ask("GET", wire.MODEL_PATH, self._timeout_s / 8, LARGEST_INFO)
         info = msgspec.json.decode(body, type=wire.ModelInfo)
         if info.version != wire.WIRE_VERSION:
@@ -135,13 +136,16 @@ class ValueClient:
                 f"tokenizer_fingerprint: the value model was trained with "
                 f"{info.tokenizer_fingerprint[:12]}, vLLM serves {ours[:12]}"
             )
-        self._info = info
+        return info
 
     def _step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
         rows = len(request.sessions)
         with step_span(request) as headers:
             body = self._ask(
-                *("POST", wire.STEP_PATH, self._timeout_s, wire.largest_reply(request)),
+                "POST",
+                wire.STEP_PATH,
+                self._timeout_s,
+                wire.largest_reply(request),
                 content=wire.encode(request),
                 headers={"Content-Type": wire.MEDIA_TYPE, **headers},
             )
@@ -174,10 +178,11 @@ class ValueClient:
         return bytes(body)
 
 
-def _mapped(ask: Callable[[], T]) -> T:
+@contextmanager
+def _errors_of_ours() -> Iterator[None]:
     """The one place where foreign errors become ours."""
     try:
-        return ask()
+        yield
     except httpx.TimeoutException as error:
         raise TimedOut(f"no answer in time ({type(error).__name__})") from error
     except httpx.DecodingError as error:

@@ -53,18 +53,9 @@ class _Replica:
     search: "Future[wire.ModelInfo] | None" = None
     trouble: str | None = None
 
-
-@dataclass(frozen=True)
-class _Part:
-    """What one replica is asked: some rows of a step."""
-
-    replica: _Replica
-    rows: list[int]
-    request: wire.StepRequest
-
-    def answer(self) -> Answer | ValueServerError:
+    def ask(self, request: wire.StepRequest) -> Answer | ValueServerError:
         try:
-            return self.replica.client.step(self.request)
+            return self.client.step(request)
         except ValueServerError as error:
             return error
 
@@ -106,7 +97,7 @@ class Replicas:
     @property
     def live(self) -> list[str]:
         """URLs of those that answer."""
-        return [replica.url for replica in self._replicas if replica.info is not None]
+        return [replica.url for replica in self._replicas if replica.info]
 
     def step(self, request: wire.StepRequest) -> Answer:
         """As ValueClient.step; all replicas at the same time. Rows of one that fails are unknown,
@@ -114,20 +105,21 @@ class Replicas:
 
         Raises ValueServerError when no replica is left.
         """
-        parts = self._parts(request)
+        shares = self._shares(request)
+        requests = [part_of(request, rows, closed) for rows, closed in shares.values()]
         # One alone needs no thread: there is nobody to wait for meanwhile.
-        run = map if len(parts) == 1 else self._threads.map
-        answers = list(run(_Part.answer, parts))
+        run = map if len(shares) == 1 else self._threads.map
+        answers = list(run(_Replica.ask, shares, requests))
         logits = np.full(sum(request.candidate_counts), np.nan, dtype=np.float32)
         owner = np.repeat(np.arange(len(request.sessions)), request.candidate_counts)
         unknown: list[int] = []
-        for part, answer in zip(parts, answers, strict=True):
+        for (replica, (rows, _)), answer in zip(shares.items(), answers, strict=True):
             if isinstance(answer, ValueServerError):
-                self._lose(part.replica, answer)
-                unknown += part.rows
+                self._lose(replica, answer)
+                unknown += rows
                 continue
-            logits[np.isin(owner, part.rows)] = self._in_our_gamma(answer[0], part.replica)
-            unknown += [part.rows[row] for row in answer[1]]
+            logits[np.isin(owner, rows)] = self._in_our_gamma(answer[0], replica)
+            unknown += [rows[row] for row in answer[1]]
         self._live()
         return logits, unknown
 
@@ -139,21 +131,16 @@ class Replicas:
             raise error or CircuitOpen("no value server answers")
         return live
 
-    def _parts(self, request: wire.StepRequest) -> list[_Part]:
-        rows: dict[_Replica, list[int]] = {}
-        closed: dict[_Replica, list[str]] = {}
+    def _shares(self, request: wire.StepRequest) -> dict[_Replica, tuple[list[int], list[str]]]:
+        """Rows of a step, and sessions to close, of each replica that is to be asked."""
+        shares: dict[_Replica, tuple[list[int], list[str]]] = {}
         for row, session in enumerate(request.sessions):
-            rows.setdefault(self._place(session), []).append(row)
+            shares.setdefault(self._place(session), ([], []))[0].append(row)
         for session in request.closed:
             place = self._places.pop(session, None)
             if place is not None and place.info is not None:  # else it drops the session by itself
-                closed.setdefault(place, []).append(session)
-        asked = {**rows, **closed}
-        return [
-            _Part(replica, own, part_of(request, own, closed.get(replica, [])))
-            for replica in asked
-            for own in [rows.get(replica, [])]
-        ]
+                shares.setdefault(place, ([], []))[1].append(session)
+        return shares
 
     def _place(self, session: str) -> _Replica:
         """The replica of a session. Raises ValueServerError when none lives."""
@@ -170,18 +157,16 @@ class Replicas:
         """Take what the search for a lost replica has found, once it is over."""
         if replica.search is None or not replica.search.done():
             return
-        error, found = replica.search.exception(), replica.search
-        replica.search = None
-        if error is None:
-            replica.info = found.result()
-            self._gamma = self._gamma or replica.info.gamma
-            if replica.trouble is not None:
-                logger.info("value server %s is back", replica.url)
-            replica.trouble = None
-        elif isinstance(error, ValueServerError):
+        search, replica.search = replica.search, None
+        try:
+            replica.info = search.result()
+        except ValueServerError as error:
             self._lose(replica, error)
-        else:
-            raise error
+            return
+        self._gamma = self._gamma or replica.info.gamma
+        if replica.trouble is not None:
+            logger.info("value server %s is back", replica.url)
+        replica.trouble = None
 
     def _lose(self, replica: _Replica, error: ValueServerError) -> None:
         replica.info = None
@@ -216,17 +201,17 @@ def part_of(request: wire.StepRequest, rows: list[int], closed: list[str]) -> wi
     """The request with these rows only, and these sessions to close."""
     if len(rows) == len(request.sessions):
         return msgspec.structs.replace(request, closed=closed)
-
-    def flat(data: bytes, counts: list[int]) -> bytes:
-        owner = np.repeat(np.arange(len(counts)), counts)
-        return wire.pack_ids(wire.unpack_ids(data)[np.isin(owner, rows)])
-
     return wire.StepRequest(
         sessions=[request.sessions[row] for row in rows],
         starts=[request.starts[row] for row in rows],
         token_counts=[request.token_counts[row] for row in rows],
-        tokens=flat(request.tokens, request.token_counts),
+        tokens=_ids_of(rows, request.tokens, request.token_counts),
         candidate_counts=[request.candidate_counts[row] for row in rows],
-        candidates=flat(request.candidates, request.candidate_counts),
+        candidates=_ids_of(rows, request.candidates, request.candidate_counts),
         closed=closed,
     )
+
+
+def _ids_of(rows: list[int], ids: bytes, counts: list[int]) -> bytes:
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return wire.pack_ids(wire.unpack_ids(ids)[np.isin(owner, rows)])

@@ -6,7 +6,7 @@ import pytest
 
 from lenvm_vllm.commands.doctor import serving
 from lenvm_vllm.commands.processes import free_port
-from tests.lenvm_vllm.commands.test_doctor import look, rows
+from tests.support.doctor import look, rows
 from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm

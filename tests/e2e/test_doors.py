@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lenvm_vllm.api.doors import BATCH, CHAT, GENERATE, INVOCATIONS, MESSAGES, RESPONSES, TEXT
+from lenvm_vllm.api.routes import BATCH, CHAT, GENERATE, INVOCATIONS, MESSAGES, RESPONSES, TEXT
 from lenvm_vllm.commands.processes import free_port
 from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
 from tests.support.tiny import tiny_checkpoint, tiny_tokenizer

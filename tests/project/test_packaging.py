@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from lenvm_vllm.commands.processes import Server, free_port
-from tests.lenvm_vllm.commands.test_doctor import rows
+from tests.support.doctor import rows
 from tests.support.fresh import Fresh
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm

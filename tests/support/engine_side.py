@@ -4,12 +4,19 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from lenvm_vllm.api.routes import CHAT
+from lenvm_vllm.host import served
+from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.telemetry.progress import FORCED, KEY, LANDING, VALUED, Progress
 
-CHAT = "/v1/chat/completions"
 EOS = 0
+BAD = 0.01  # probability of an end that the model would not have taken
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,10 @@ def answer_of(path: str, texts: Sequence[Told]) -> dict[str, Any]:
     return answer
 
 
+def content_of(choice: Any) -> str:
+    return str(choice["message"]["content"] if "message" in choice else choice["text"])
+
+
 def _choice(chat: bool, index: int, told: Told) -> dict[str, Any]:
     message = {"role": "assistant", "content": told.text}
     return {
@@ -102,3 +113,35 @@ def _choice(chat: bool, index: int, told: Told) -> dict[str, Any]:
         "token_ids": told.ids,
         "logprobs": None,
     } | ({"message": message} if chat else {"text": told.text})
+
+
+class Tokenizer:
+    """Token i is the letter i; the end is nothing."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "".join(chr(i) for i in ids if i != EOS)
+
+
+def round_of(*endings: tuple[int, float], cut: int = 0, **known: Any) -> list[Told]:
+    """Endings b, c, d … of texts with so many tokens, behind their first `cut`."""
+    return [
+        Told(length - cut, p_end, "bcde"[i], **known) for i, (length, p_end) in enumerate(endings)
+    ]
+
+
+def serve(patch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
+    """The configuration of an API server whose engine tells of its texts in `folder`."""
+    patch.setenv(FOLDER, str(folder))
+    config = SimpleNamespace(
+        reasoning_config=None,
+        model_config=SimpleNamespace(max_model_len=1000, skip_tokenizer_init=False),
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+        speculative_config=None,
+        additional_config={},
+        scheduler_config=None,
+    )
+    patch.setattr(served, "config", config)
+    patch.setattr("lenvm_vllm.api.middleware.tokenizer_of", lambda config: Tokenizer())
+    return config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from lenvm_vllm.api.asgi import send_whole
 from lenvm_vllm.target.rails import bounds_of, landing_span
 from lenvm_vllm.target.request import FIELD, LengthTarget, LengthTargetError
 
@@ -57,11 +58,8 @@ class Playground:
             more["location"] = f"..{PAGE}"  # its links count from without the slash
         else:
             status, kind, body = self._look_up(path, scope["query_string"])
-        headers = _HEADERS | more | {"content-type": kind, "content-length": str(len(body))}
-        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": encoded})
-        shown = b"" if scope["method"] == "HEAD" else body
-        await send({"type": "http.response.body", "body": shown})
+        headers = _HEADERS | more | {"content-type": kind}
+        await send_whole(send, status, headers, body, shown=scope["method"] != "HEAD")
 
     def _look_up(self, path: str, query: bytes) -> tuple[int, str, bytes]:
         """Status, content type and body."""

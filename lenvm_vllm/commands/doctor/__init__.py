@@ -5,10 +5,9 @@ Each module of this package looks at one part of an installation and yields `Fin
 
 import logging
 import sys
-from collections.abc import Iterator
 
-from lenvm_vllm.commands.doctor import engine, packages, places, serving, values
-from lenvm_vllm.commands.doctor.finding import Finding, Sheet
+from lenvm_vllm.commands.doctor import engine, environment, serving, values
+from lenvm_vllm.commands.doctor.finding import Sheet
 
 
 def doctor(*, model: str | None = None, vllm: str | None = None) -> None:
@@ -25,17 +24,14 @@ def doctor(*, model: str | None = None, vllm: str | None = None) -> None:
     """
     logging.disable(logging.WARNING)  # what matters of vLLM's stands in the table
     sheet, wrong = Sheet(), 0
-    for finding in findings(model, vllm):
-        sheet.show(finding)
-        wrong += finding.is_wrong
+    for findings in (  # in the order in which they are worth putting right
+        environment.findings(),
+        engine.findings(model),
+        values.findings(model),
+        serving.findings(vllm),
+    ):
+        for finding in findings:
+            sheet.show(finding)
+            wrong += finding.is_wrong
     if wrong:
         sys.exit(f"{wrong} wrong")
-
-
-def findings(model: str | None, vllm: str | None) -> Iterator[Finding]:
-    """Everything, in the order in which it is worth putting right."""
-    yield from packages.findings()
-    yield from places.findings()
-    yield from engine.findings(model)
-    yield from values.findings(model)
-    yield from serving.findings(vllm)

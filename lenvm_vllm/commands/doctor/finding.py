@@ -1,6 +1,8 @@
 """What the doctor has seen of one part, and how it is shown."""
 
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -28,6 +30,22 @@ class Finding:
     @property
     def state(self) -> str:
         return "off" if self.off else "wrong" if self.advice else "ok"
+
+
+def guarded(
+    part: str, subject: str, look: Iterator[Finding], remedies: dict[str, str]
+) -> Iterator[Finding]:
+    """What `look` finds, and the error that ends it, with what to do.
+
+    remedies: advice by a pattern in "Type: text" of the error, the first that fits.
+    """
+    try:
+        yield from look
+    except Exception as error:  # whatever vLLM, transformers or a server have
+        text = one_line(error)
+        told = f"{type(error).__name__}: {text}"
+        advice = next(remedies[pattern] for pattern in remedies if re.search(pattern, told))
+        yield Finding(part, f"{subject}: {text}", advice)
 
 
 class Sheet:

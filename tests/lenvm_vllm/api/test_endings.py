@@ -1,78 +1,35 @@
 """Other endings of an answer: when they are asked for, what is asked, and what is returned."""
 
-import asyncio
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lenvm_vllm.api.asgi import replay, request_of
-from lenvm_vllm.api.doors import CHAT, TEXT
-from lenvm_vllm.api.endings import TAIL, can_continue, narrowed
-from lenvm_vllm.api.middleware import LengthTargetMiddleware
+from lenvm_vllm.api.endings import TAIL
+from lenvm_vllm.api.routes import CHAT, TEXT
 from lenvm_vllm.host import served
 from lenvm_vllm.target.request import LengthTarget
-from lenvm_vllm.telemetry.metrics import FOLDER, exposition
+from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.text.sentences import SENTENCE
-from tests.support.engine_side import EOS, App, Told
+from tests.support.engine_side import BAD, EOS, App, Told, content_of, round_of, serve
+from tests.support.through import post_to
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
 ASK: dict[str, dict[str, Any]] = {CHAT: HELLO, TEXT: {"prompt": "?", "max_tokens": 500}}
-BAD = 0.01  # probability of an end that the model would not have taken
-
-
-class Tokenizer:
-    """Token i is the letter i; the end is nothing."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return "".join(chr(i) for i in ids if i != EOS)
-
-
-def round_of(*endings: tuple[int, float], cut: int = 0, **known: Any) -> list[Told]:
-    """Endings b, c, d … of texts with so many tokens, behind their first `cut`."""
-    return [
-        Told(length - cut, p_end, "bcde"[i], **known) for i, (length, p_end) in enumerate(endings)
-    ]
 
 
 @pytest.fixture(autouse=True)
-def engine_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    monkeypatch.setenv(FOLDER, str(tmp_path))
-    config = SimpleNamespace(
-        reasoning_config=None,
-        model_config=SimpleNamespace(max_model_len=1000, skip_tokenizer_init=False),
-        cache_config=SimpleNamespace(enable_prefix_caching=True),
-        parallel_config=SimpleNamespace(data_parallel_size=1),
-        speculative_config=None,
-        additional_config={},
-        scheduler_config=None,
-    )
-    monkeypatch.setattr(served, "config", config)
-    monkeypatch.setattr("lenvm_vllm.api.middleware.tokenizer_of", lambda config: Tokenizer())
-    return config
+def _served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    serve(monkeypatch, tmp_path)
 
 
 def post(app: App, path: str, **fields: Any) -> Any:
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        body = json.dumps(ASK[path] | fields).encode()
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-    asyncio.run(LengthTargetMiddleware(app)(scope, receive, send))
-    return json.loads(b"".join(message["body"] for message in sent[1:]))
+    return post_to(app, ASK[path] | fields, path)[2]
 
 
-def content_of(answer: Any) -> str:
+def text_of(answer: Any) -> str:
     (choice,) = answer["choices"]
-    return str(choice["message"]["content"] if "message" in choice else choice["text"])
+    return content_of(choice)
 
 
 def result_of(answer: Any) -> Any:
@@ -83,7 +40,7 @@ def result_of(answer: Any) -> Any:
 def test_a_good_answer_stays(path: str) -> None:
     app = App([Told(102)])
     answer = post(app, path, length_target=100)
-    assert (content_of(answer), len(app.asked)) == ("a" * 101, 1)
+    assert (text_of(answer), len(app.asked)) == ("a" * 101, 1)
     (choice,) = answer["choices"]
     assert choice["token_ids"] is None
     assert (answer if path == CHAT else choice)["prompt_token_ids"] is None
@@ -112,7 +69,7 @@ def test_a_bad_one_gets_the_best_of_its_endings(path: str, first: Told) -> None:
     lengths = [(103, 0.5), (100, BAD), (101, 0.5), (99, BAD)]
     app = App([first], round_of(*lengths, cut=cut))
     answer = post(app, path, length_target=100, return_token_ids=True, temperature=0.7)
-    assert content_of(answer) == "a" * cut + "d" * (100 - cut)
+    assert text_of(answer) == "a" * cut + "d" * (100 - cut)
     (choice,) = answer["choices"]
     assert choice["token_ids"] == [97] * cut + [100] * (100 - cut) + [EOS]
     assert (answer if path == CHAT else choice)["prompt_token_ids"] == [65, 66]
@@ -140,7 +97,7 @@ def test_the_log_has_what_is_returned(
         app = App([Told(60, BAD)], round_of(*[(60, 0.5)] * 4, cut=60 - TAIL))
         with caplog.at_level("INFO", "vllm.lenvm"):
             answer = post(app, CHAT, length_target=60)
-        assert (repr(content_of(answer)) in caplog.text) is wanted
+        assert (repr(text_of(answer)) in caplog.text) is wanted
 
 
 def test_rounds_begin_earlier_until_an_ending_is_good_or_none_is_left() -> None:
@@ -150,7 +107,7 @@ def test_rounds_begin_earlier_until_an_ending_is_good_or_none_is_left() -> None:
     cuts = [len(wish["prompt"]) - 2 for _, wish in app.asked[1:]]
     assert cuts == [100 - TAIL, 100 - TAIL - SENTENCE]
     assert [wish["n"] for _, wish in app.asked[1:]] == [4, 3]  # with the first one eight
-    assert content_of(answer) == "a" * 99
+    assert text_of(answer) == "a" * 99
     app = App([Told(100, BAD)], *[bad] * 3, bad[:3])
     post(app, CHAT, length_target={"tokens": 100, "endings": 16})
     assert [wish["n"] for _, wish in app.asked[1:]] == [4, 4, 4, 3]
@@ -177,7 +134,7 @@ def test_limits(target: dict[str, Any], first: Told) -> None:
     endings = round_of((cut + 30, BAD), (cut + 30, 0.5), (cut + 31, 0.5), (cut + 29, 0.5), cut=cut)
     app = App([first], endings)
     answer = post(app, CHAT, length_target=target)
-    assert content_of(answer) == "a" * cut + "c" * 29
+    assert text_of(answer) == "a" * cut + "c" * 29
     assert app.asked[1][1]["max_tokens"] == 100 - cut
 
 
@@ -196,7 +153,7 @@ FREE: dict[str, Any] = {"p_end": 0.03, "landing": False}
 def test_an_end_that_steering_had_no_part_in_stays(target: dict[str, Any], first: Told) -> None:
     app = App([first])
     answer = post(app, CHAT, length_target=target)
-    assert (len(app.asked), content_of(answer)) == (1, first.text)
+    assert (len(app.asked), text_of(answer)) == (1, first.text)
 
 
 def test_without_values_there_are_no_other_endings() -> None:
@@ -224,117 +181,6 @@ def test_a_forced_cut_is_called_a_limit() -> None:
     assert result["target"] == {"mode": "equal_to", "tokens": 100, "endings": 1}
 
 
-def test_while_requests_wait_no_round_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = iter([0.0, 3.0])
-    monkeypatch.setattr("lenvm_vllm.api.middleware.waiting_requests", lambda: next(waiting))
-    app = App([Told(100, BAD)], round_of(*[(TAIL, BAD)] * 4))
-    post(app, CHAT, length_target={"tokens": 100, "endings": 16})
-    assert len(app.asked) == 2
-
-
-class Slow(App):
-    """Never done with a round of endings."""
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if self.asked:
-            self.asked.append((scope["path"], None))
-            await asyncio.Event().wait()
-        await asyncio.sleep(0.01)
-        await super().__call__(scope, receive, send)
-
-
-class Broken(App):
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if self.asked:
-            self.asked.append((scope["path"], None))
-            raise RuntimeError("the engine is gone")
-        await super().__call__(scope, receive, send)
-
-
-@pytest.mark.parametrize("kind", [Slow, Broken])
-def test_rounds_that_take_too_long_or_fail_leave_the_first_answer(kind: Any) -> None:
-    app = kind([Told(100, BAD)])
-    answer = post(app, CHAT, length_target=100)
-    assert (content_of(answer), len(app.asked)) == ("a" * 99, 2)
-
-
-def test_a_refused_round_leaves_the_answer() -> None:
-    app = App([Told(100, BAD)], round_of((TAIL, 0.5)), status=500)
-    answer = post(app, CHAT, length_target=100)
-    assert (content_of(answer), result_of(answer)["sampled_tokens"]) == ("a" * 99, 100)
-
-
-class Shared(App):
-    """Answers any number of requests: first texts that end badly, and good endings of them."""
-
-    running = most = 0
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        request = json.loads((await receive())["body"])
-        again = "length_prefix_tokens" in request["vllm_xargs"] and "n" in request
-        self.running += again
-        self.most = max(self.most, self.running)
-        await asyncio.sleep(0.01)
-        app = App(round_of(*[(TAIL, 0.5)] * 4) if again else [Told(100, BAD)])
-        await app(scope, replay([request_of(json.dumps(request).encode())], receive), send)
-        self.asked.append((scope["path"], request))
-        self.running -= again
-
-
-def test_so_many_rounds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LENVM_ENDINGS_AT_ONCE", "2")
-    monkeypatch.setenv("LENVM_ENDINGS_PATIENCE", "1000")
-    app = Shared()
-    middleware = LengthTargetMiddleware(app)
-
-    async def request() -> None:
-        async def receive() -> Any:
-            return request_of(json.dumps(HELLO | {"length_target": 100}).encode())
-
-        async def send(message: Any) -> None: ...
-
-        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-        await middleware(scope, receive, send)
-
-    async def six() -> None:
-        await asyncio.gather(*[request() for _ in range(6)])
-
-    asyncio.run(six())
-    assert (len(app.asked), app.most) == (12, 2)
-
-
-def test_what_they_cost_is_counted() -> None:
-    app = App([Told(100, BAD)], round_of(*[(TAIL, 0.5)] * 4))
-    post(app, CHAT, length_target=100)
-    lines = exposition().decode().splitlines()
-    for name, value in ("endings", 4.0), ("ending_rounds", 1.0), ("ending_tokens", 4.0 * TAIL):
-        assert f"lenvm_{name}_total {value}" in lines
-
-
-def test_where_they_would_cost_more_there_are_none_by_default(
-    engine_config: SimpleNamespace,
-) -> None:
-    for part, name, value in (
-        ("cache_config", "enable_prefix_caching", False),
-        ("parallel_config", "data_parallel_size", 2),
-    ):
-        before = getattr(getattr(engine_config, part), name)
-        setattr(getattr(engine_config, part), name, value)
-        for target, rounds in (({"tokens": 100}, 0), ({"tokens": 100, "endings": 5}, 1)):
-            app = App([Told(100, BAD)], round_of(*[(TAIL, 0.5)] * 4))
-            post(app, CHAT, length_target=target)
-            assert len(app.asked) == 1 + rounds
-        setattr(getattr(engine_config, part), name, before)
-
-
-def test_rails_that_are_off_stay_off() -> None:
-    target = LengthTarget.parse({"tokens": 100, "tolerance": None, "endings": 4})
-    assert narrowed(target) == target
-    app = App([Told(100, BAD)])
-    post(app, CHAT, length_target={"tokens": 100, "tolerance": None})
-    assert len(app.asked) == 1
-
-
 def test_the_request_s_own_limits_hold() -> None:
     app = App([Told(100, BAD)], round_of(*[(TAIL, 0.5)] * 4))
     post(app, CHAT, length_target=100, max_tokens=102, min_tokens=95)
@@ -360,45 +206,4 @@ def test_what_samples_is_the_same_for_every_ending() -> None:
 def test_an_answer_that_is_not_all_text_stays() -> None:
     app = App([Told(100, BAD, content="what followed the thinking")])
     answer = post(app, CHAT, length_target=100)
-    assert (content_of(answer), len(app.asked)) == ("what followed the thinking", 1)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *({"stream": True}, {"n": 2}, {"temperature": 0}, {"logprobs": True}, {"stop": "x"}),
-        *({"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}),
-        *({"frequency_penalty": 0.5}, {"structured_outputs": {"regex": "a"}}, {"unknown": 1}),
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        {"messages": None},
-    ],
-)
-def test_what_cannot_be_continued(fields: dict[str, Any]) -> None:
-    target = LengthTarget.parse(100)
-    plain = {"stream": False, "stop": [], "n": None, "response_format": {"type": "text"}}
-    assert can_continue(HELLO | plain, target)
-    assert not can_continue(HELLO | fields, target)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "whether"),
-    [
-        *(("a", True), ([1, 2], True), (["a"], True), ([[1]], True)),
-        *((["a", "b"], False), ([[1], [2]], False), ([["a"]], False), ([None], False)),
-    ],
-)
-def test_one_prompt_can_be_continued(prompt: Any, whether: bool) -> None:
-    assert can_continue({"prompt": prompt}, LengthTarget.parse(9)) is whether
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        {"mode": "tilt", "beta": 1.0},
-        {"tokens": 9, "scope": "answer"},
-        {"tokens": 9, "prefix_tokens": 3},
-        {"tokens": 9, "mode": "at_least"},  # one that goes on ends by itself
-    ],
-)
-def test_targets_that_have_no_end_to_move(target: dict[str, Any]) -> None:
-    assert not can_continue(HELLO, LengthTarget.parse(target))
+    assert (text_of(answer), len(app.asked)) == ("what followed the thinking", 1)

@@ -13,6 +13,7 @@ from lenvm_vllm.api.middleware import PREDICTED, LengthTargetMiddleware
 from lenvm_vllm.host import served
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.target.request import LengthTarget
+from tests.support.through import Keeper, chunk, send_through
 
 CHAT = [{"role": "user", "content": "hi"}]
 TEXT_PART = {"type": "text", "text": "hi"}
@@ -197,32 +198,19 @@ def through(
         parallel_config=SimpleNamespace(data_parallel_size=1),
     )
     monkeypatch.setattr(served, "config", config)
-    seen: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(json.loads((await receive())["body"]))
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
-        await send({"type": "http.response.body", "body": b"{}"})
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": json.dumps(body).encode()}
-
-    async def send(message: Any) -> None:
-        seen.append(message)
-
-    middleware = LengthTargetMiddleware(app)
-    monkeypatch.setattr(
-        middleware, "_forecast", forecast(Server(), aging=0.0)
-    )  # the same, without a socket
-    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-    asyncio.run(middleware(scope, receive, send))
-    return seen[0], dict(seen[1]["headers"])
+    keeper = Keeper()
+    middleware = LengthTargetMiddleware(keeper)
+    # The same, without a socket.
+    monkeypatch.setattr(middleware, "_forecast", forecast(Server(), aging=0.0))
+    message = chunk(json.dumps(body).encode())
+    _, headers, _ = send_through(middleware, message, path=path)
+    return json.loads(keeper.body), headers
 
 
 def test_header_and_priority(monkeypatch) -> None:
     name = PREDICTED.encode()
     body, headers = through(monkeypatch, {"messages": CHAT}, policy="priority")
-    assert (body["priority"], headers) == (120, {b"a": b"b", name: b"120"})
+    assert (body["priority"], headers) == (120, {name: b"120"})
     body, headers = through(monkeypatch, {"messages": CHAT})
     assert "priority" not in body  # vLLM would refuse it
     assert headers[name] == b"120"

@@ -199,7 +199,7 @@ def test_an_unsteered_text_is_what_it_would_be_without_a_target(fields: Any, dow
     which no values are known. The policy moves nothing, and the length is where it should be."""
     torch.manual_seed(0)
     output, prompt = [3, 4, 4, EOS, 9], [4, 5, EOS]
-    for _ in range(20):
+    for _ in range(5):
         logits = 2 * torch.randn(V)
         logits[EOS] = 1.0
         unguided = final(params(**fields), logits, output=output, prompt=prompt)

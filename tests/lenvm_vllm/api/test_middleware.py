@@ -9,78 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm_vllm.api.doors import DOORS, GENERATE, INVOCATIONS, MESSAGES, PATHS
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
+from lenvm_vllm.api.routes import CHAT, GENERATE, INVOCATIONS, MESSAGES, PATHS, ROUTES, TEXT
 from lenvm_vllm.host import served
 from lenvm_vllm.target.request import HAS_CALLS, LengthTarget
 from lenvm_vllm.telemetry.progress import KEY
+from tests.support.through import call, chunk, post
 
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
 PREFILL = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
-TAKING = [path for path in PATHS if path == INVOCATIONS or not DOORS[path].refusal]
-REFUSING = [path for path in PATHS if path not in TAKING]
-BEST_OF_3 = {"tokens": 5, "best_of": 3}
+TAKING = [path for path in PATHS if path == INVOCATIONS or not ROUTES[path].refusal]
 FOREIGN = b'{ "model":"m",\n "temperature": 1.0 ,"x":"\\u00e4", "model":"twice"}'
-
-
-class App:
-    """Keeps the scope and the body that reach it, and how the client left."""
-
-    def __init__(self) -> None:
-        self.scope: dict[str, Any] | None = None
-        self.body = b""
-        self.disconnected = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.scope = scope
-        while True:
-            message = await receive()
-            self.disconnected = message["type"] == "http.disconnect"
-            self.body += message.get("body", b"")
-            if self.disconnected or not message.get("more_body", False):
-                break
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
-
-    @property
-    def asked(self) -> Any:
-        """Without what the answer's own account of its length needs."""
-        request = json.loads(self.body)
-        request["vllm_xargs"].pop(KEY, None)
-        request.pop("return_token_ids", None)
-        return request
-
-    @property
-    def headers(self) -> dict[bytes, bytes]:
-        assert self.scope is not None
-        return dict(self.scope["headers"])
-
-
-def chunk(body: bytes, more: bool = False) -> dict[str, Any]:
-    return {"type": "http.request", "body": body, "more_body": more}
-
-
-def call(*messages: Any, path: str = CHAT, method: str = "POST", **scope: Any) -> Any:
-    """(app, status, JSON of the answer or None) of one request through the middleware."""
-    app, sent, waiting = App(), [], [*messages, {"type": "http.disconnect"}]
-    length = str(sum(len(m.get("body", b"")) for m in messages)).encode()
-    headers = [(b"content-type", b"application/json"), (b"Content-Length", length)]
-    scope = {"type": "http", "method": method, "path": path, "headers": headers} | scope
-
-    async def receive() -> Any:
-        return waiting.pop(0) if len(waiting) > 1 else waiting[0]
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    asyncio.run(LengthTargetMiddleware(app)(scope, receive, send))
-    answer = b"".join(m.get("body", b"") for m in sent)
-    return app, sent[0]["status"], json.loads(answer) if answer else None
-
-
-def post(body: Any, **scope: Any) -> Any:
-    return call(chunk(json.dumps(body).encode()), **scope)
 
 
 @pytest.mark.parametrize("path", sorted({*TAKING} - {GENERATE}))
@@ -132,25 +70,11 @@ def test_tokens_in_tokens_out_has_sampling_parameters_of_its_own() -> None:
         assert post(wrong, path=GENERATE)[1] == 400
 
 
-@pytest.mark.parametrize("path", REFUSING)
-def test_doors_that_cannot_take_a_length(path: str) -> None:
-    for asked in ({"length_target": 5}, {"vllm_xargs": {"length_target": 5}}):
-        app, status, answer = post(asked, path=path)
-        assert (status, app.scope) == (400, None)
-        assert f"length_target: not on {path}: it " in answer["error"]["message"]
-    assert post({"items": []}, path=path)[1] == 200
-
-
 def test_sagemakers_door_is_one_of_chats_or_of_texts() -> None:
     chat, text = {"messages": [], "length_target": 50}, {"prompt": "x", "length_target": 50}
     assert post(chat, path=INVOCATIONS)[1] == 200
     _, status, answer = post(text, path=INVOCATIONS)
     assert (status, "max_tokens: 16" in answer["error"]["message"]) == (400, True)
-
-
-def test_a_400_has_the_form_of_its_door() -> None:
-    assert post({"length_target": 0}, path=MESSAGES)[2]["type"] == "error"
-    assert set(post({"length_target": 0})[2]) == {"error"}
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, MESSAGES])
@@ -270,75 +194,10 @@ def test_root_path_is_left_out() -> None:
     assert json.loads(app.body)["vllm_xargs"]["length_target"] == 7
 
 
-@pytest.mark.parametrize(
-    ("body", "named"),
-    [
-        ({"length_target": 0}, ["length_target.tokens", "got 0"]),
-        ({"length_target": True}, ["length_target", "got True"]),
-        ({"length_target": {"tokens": 5, "tolerence": 0}}, ["length_target.tolerence", "got 0"]),
-        ({"length_target": {"mode": "near", "tokens": 5}}, ["length_target.mode", "'near'"]),
-        ({"length_taget": 5}, ["length_taget", "got 5"]),
-        ({"lengthTarget": 5}, ["lengthTarget", "got 5", "length_target at the top level"]),
-        ({"target_length": 5}, ["target_length", "got 5"]),
-        ({"extra_body": {"length_target": 5}}, ["extra_body.length_target", "got 5", "top level"]),
-        ({"extra_body": {"length_mode": "tilt"}}, ["extra_body.length_mode"]),
-        ({"length_target": 5, "extra_body": {"length_target": 5}}, ["extra_body.length_target"]),
-        ({"vllm_xargs": {"lengthTarget": 5}}, ["lengthTarget: unknown field"]),
-        ({"length_target": {"sentences": 8}}, ["length_target.sentences", "no unit", "got 8"]),
-        ({"length_target": "80 words"}, ["length_target", "'80 words'"]),
-        ({"length_target": {"tokens": 9, "tolerance": 10}}, ["tolerance: 10", "0.1 is 10%"]),
-        ({"length_target": 5, "length_mode": "tilt"}, ["length_mode", "'tilt'"]),
-        ({"length_target": 5, "vllm_xargs": {"length_mode": "tilt"}}, ["vllm_xargs.length_mode"]),
-        ({"length_target": 5, "vllm_xargs": [1]}, ["vllm_xargs", "[1]"]),
-        ({"vllm_xargs": {"length_target": 0}}, ["length_target.tokens", "got 0"]),
-        ({"vllm_xargs": {"length_goal": 5}}, ["length_goal", "got 5"]),
-        ({"length_target": 50, "max_tokens": 44}, ["max_tokens: 44", "at least 45"]),
-        ({"length_target": 50, "max_completion_tokens": 44}, ["max_tokens: 44"]),
-        ({"length_target": 50, "max_output_tokens": 44}, ["max_tokens: 44"]),
-        ({"vllm_xargs": {"length_target": 50}, "max_tokens": 44}, ["max_tokens: 44"]),
-        ({"length_target": 50, "min_tokens": 55}, ["min_tokens: 55"]),
-        ({"length_target": 50, "ignore_eos": True}, ["ignore_eos: true"]),
-        ({"length_target": 5, "use_beam_search": True}, ["use_beam_search: true"]),
-        ({"vllm_xargs": {"length_target": 5}, "use_beam_search": True}, ["use_beam_search: true"]),
-        ({"length_target": 5, "prompt_embeds": "AAAA"}, ["prompt_embeds: contradicts"]),
-        ({"length_target": BEST_OF_3, "stream": True}, ["best_of: 3", "stream: True"]),
-        ({"length_target": BEST_OF_3, "n": 4}, ["n: 4", "best_of: 3"]),
-        ({"length_target": BEST_OF_3, "n": "2"}, ["n: '2'"]),
-    ],
-)
-def test_wrong_field_is_a_400_that_names_it(body: Any, named: list[str]) -> None:
-    app, status, answer = post(body)
-    assert status == 400
-    assert app.scope is None
-    assert all(part in answer["error"]["message"] for part in named)
-    assert answer["error"]["code"] == 400
-
-
 @pytest.mark.parametrize("body", [{"metadata": {"length_target": "5"}}, {"max_length": 5}])
 def test_names_that_mean_something_else(body: Any) -> None:
     app, status, _ = post(body)
     assert (status, json.loads(app.body)) == (200, body)
-
-
-def test_eighty_in_other_clothes() -> None:
-    for value in ("80", 80.0, {"tokens": "80"}):
-        app, _, _ = post({"length_target": value})
-        assert app.asked["vllm_xargs"] == LengthTarget.parse(80).to_xargs()
-
-
-def test_a_text_completion_has_sixteen_tokens_unless_it_says() -> None:
-    """vLLM would say so too late for a stream."""
-    for body in ({"length_target": 50}, {"vllm_xargs": {"length_target": 50}, "max_tokens": None}):
-        _, status, answer = post(body, path="/v1/completions")
-        assert (status, "max_tokens: 16" in answer["error"]["message"]) == (400, True)
-    assert post({"length_target": 50, "max_tokens": 50}, path="/v1/completions")[1] == 200
-    assert post({"length_target": 50})[1] == 200
-
-
-def test_best_of_is_for_answers_that_have_choices() -> None:
-    for path in sorted({*TAKING} - {CHAT, TEXT, INVOCATIONS}):
-        _, status, answer = post({"length_target": BEST_OF_3}, path=path)
-        assert (status, "best_of: 3: only" in answer["error"]["message"]) == (400, True)
 
 
 def test_client_that_leaves_while_it_sends() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lenvm_vllm.api.endings import can_continue
+from lenvm_vllm.api.continuation import can_continue
 from lenvm_vllm.target.request import FIELD, LengthTarget
-from tests.lenvm_vllm.api.test_middleware import post
+from tests.support.through import post
 
 RECORD: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "recorded" / "requests.json").read_text()

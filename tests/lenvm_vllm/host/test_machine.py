@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from lenvm_vllm.commands.doctor import engine, environment
 from lenvm_vllm.host import machine
 from lenvm_vllm.plugin import warn_of_logprobs
-from tests.lenvm_vllm.commands.test_doctor import look
 from tests.support.bare import hide_compilers
 
 GIB = 1 << 30
@@ -53,18 +53,25 @@ def test_the_plugin_says_what_would_end_the_engine(
     assert len(caplog.messages) == 1
 
 
-def test_doctor_on_a_bare_machine(no_compiler: None, tmp_path: Path) -> None:
+def test_doctor_on_a_bare_machine(
+    no_compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     closed = tmp_path / "closed"
     closed.touch()
     folder = str(closed / "cache")
-    code, text = look(HF_HOME=folder, VLLM_CACHE_ROOT=folder, HF_HUB_OFFLINE="0")
-    assert code == 1
-    assert "wrong  compiler       no C++ compiler: vLLM needs --enforce-eager" in text
-    assert text.count(f"wrong  folders        {folder}: not writable") == 2
-    for variable in ("TORCH_COMPILE_DISABLE=1", "set HF_HOME", "set VLLM_CACHE_ROOT"):
-        assert variable in text
-    _, text = look(TORCH_COMPILE_DISABLE="1")
-    assert "off    compiler       no C++ compiler" in text
+    for variable in ("HF_HOME", "VLLM_CACHE_ROOT"):
+        monkeypatch.setenv(variable, folder)
+    folders = [found for found in environment.findings() if found.part == "folders"]
+    for found, variable in zip(folders, ("HF_HOME", "VLLM_CACHE_ROOT"), strict=True):
+        assert found.seen.startswith(f"{folder}: not writable")
+        assert f"set {variable}" in found.advice
+    (compiler,) = (found for found in engine.findings(None) if found.part == "compiler")
+    assert compiler.is_wrong
+    assert compiler.seen.startswith("no C++ compiler: vLLM needs --enforce-eager")
+    assert "TORCH_COMPILE_DISABLE=1" in compiler.advice
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    (compiler,) = (found for found in engine.findings(None) if found.part == "compiler")
+    assert (compiler.state, compiler.seen[:15]) == ("off", "no C++ compiler")
 
 
 def test_room_in_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:

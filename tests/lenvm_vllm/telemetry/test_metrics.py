@@ -1,6 +1,5 @@
 """What the engine counts, and its way to vLLM's `/metrics`."""
 
-import asyncio
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from lenvm_vllm.text.parts import Markers
 from lenvm_vllm.values.client import TimedOut
 from tests.lenvm_vllm.engine.test_v2 import Runner
 from tests.support.fakes import EOS, Server, V, config, free, params
+from tests.support.through import send_through
 
 MARK = 9
 
@@ -78,7 +78,8 @@ def test_vllm_starts_where_no_folder_can_be_made(
     monkeypatch.delenv(FOLDER, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    share_folder()
+    with caplog.at_level("WARNING", "vllm.lenvm"):
+        share_folder()
     assert FOLDER not in os.environ
     assert "nothing told of lengths" in caplog.text
 
@@ -95,23 +96,18 @@ def test_one_folder_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_middleware_appends_to_what_vllm_shows(folder: Path) -> None:
-    sent: list[Any] = []
-
     async def vllm(scope: Any, receive: Any, send: Any) -> None:
         assert dict(scope["headers"]) == {b"host": b"x"}  # no other format, no compression
         headers = [(b"content-type", b"text/plain"), (b"Content-Length", b"7")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"vllm 1\n"})
 
-    async def send(message: Any) -> None:
-        sent.append(message)
-
     headers = [(b"host", b"x"), (b"Accept", b"application/openmetrics-text")]
     headers += [(b"accept-encoding", b"gzip")]
-    scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": headers}
-    asyncio.run(LengthTargetMiddleware(vllm)(scope, None, send))
-    assert sent[0]["headers"] == [(b"content-type", b"text/plain")]
-    assert sent[1]["body"] == b"vllm 1\n" + exposition()
+    middleware = LengthTargetMiddleware(vllm)
+    _, got, body = send_through(middleware, path="/metrics", method="GET", headers=headers)
+    assert got == {b"content-type": b"text/plain"}
+    assert body == b"vllm 1\n" + exposition()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_folder_that_takes_no_file(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(FOLDER, str(folder / "nowhere"))
     engine = Progress()
     assert engine.open(KEY) is None
-    engine.tell([], [], [], [], [], [], [], [], [])
+    engine.tell([], [], [], [])
 
 
 def state_of(tokens: int, output: list[int], **rest: Any) -> RequestState:

@@ -108,7 +108,7 @@ def test_no_tokenizer_to_compare() -> None:
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        (info(version=2), Mismatch, "version: the server speaks 2, not 1"),
+        (info(version=wire.WIRE_VERSION + 1), Mismatch, "version: the server speaks"),
         (info(tokenizer_fingerprint="e" * 64), Mismatch, "with eeeeeeeeeeee, vLLM serves ffffffff"),
         (b"{}", BadReply, "missing required field"),
         (b"\xff\x00", BadReply, None),

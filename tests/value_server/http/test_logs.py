@@ -12,8 +12,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from lenvm_vllm.engine.state import session_of
 from lenvm_vllm.target.request import REQUEST_ID
 from lenvm_vllm.values.client import ValueClient
-from tests.lenvm_vllm.api.test_middleware import call, chunk
 from tests.support.blocked import wait_until
+from tests.support.through import call, chunk
 from tests.support.value_servers import Server, step_body
 from value_server.contract import wire
 

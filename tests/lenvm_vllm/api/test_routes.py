@@ -1,4 +1,4 @@
-"""The doors of vLLM's own application, without an engine behind them.
+"""The routes of vLLM's own application, without an engine behind them.
 
 Every route that writes text is known; the middleware stands inside of vLLM's authentication and
 CORS and of what an operator puts around, and reads nothing that these turn away.
@@ -16,8 +16,8 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from lenvm_vllm.api.doors import CHAT, DOORS, FORMS, PATHS, TEXT
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
+from lenvm_vllm.api.routes import CHAT, PATHS, RECORDINGS, ROUTES, TEXT
 from lenvm_vllm.plugin import MIDDLEWARE, register
 from lenvm_vllm.target.request import HAS_CALLS, LengthTarget
 
@@ -75,8 +75,8 @@ def test_every_route_that_writes_is_known(flags: Any, monkeypatch: pytest.Monkey
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     app = app_of(*flags, tasks=("generate", "transcription", "realtime", "embed", "classify"))
     posts = {r.path for r in app.routes if "POST" in (getattr(r, "methods", None) or ())}
-    assert {CHAT, TEXT, *FORMS} <= posts
-    assert posts - {*PATHS, *FORMS} - NO_TEXT == set()
+    assert {CHAT, TEXT, *RECORDINGS} <= posts
+    assert posts - {*PATHS, *RECORDINGS} - NO_TEXT == set()
     elsewhere = {"/v1/decisions"}  # of vLLM 0.33
     elsewhere |= {path for path in PATHS if path.startswith("/cohere")}  # needs their package
     assert {*PATHS} - posts <= elsewhere
@@ -88,7 +88,9 @@ def test_the_middleware_is_innermost(client: TestClient) -> None:
     assert stack._app == client.app.router.app  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", [path for path in DOORS if path.startswith(("/v1", "/inference"))])
+@pytest.mark.parametrize(
+    "path", [path for path in ROUTES if path.startswith(("/v1", "/inference"))]
+)
 def test_without_a_key_nothing_is_looked_at(client: TestClient, path: str) -> None:
     assert client.post(path, json=WRONG).status_code == 401
     reply = client.post(path, json=WRONG, headers=KEY)
@@ -135,7 +137,7 @@ def test_what_compresses_is_outside(client: TestClient, monkeypatch: pytest.Monk
     assert "lenvm_requests_total" in reply.text
 
 
-@pytest.mark.parametrize("path", FORMS)
+@pytest.mark.parametrize("path", RECORDINGS)
 def test_a_form_with_the_field(client: TestClient, path: str) -> None:
     recording = {"file": ("a.wav", b"RIFF" * 50_000)}
     for name in ("length_target", "lengthTarget"):

@@ -21,7 +21,7 @@ _TEXT_LIMIT = 16  # of a text completion that sets none, since OpenAI's first
 
 
 @dataclass(frozen=True)
-class Door:
+class Route:
     """A kind of request.
 
     params: its part that holds the sampling parameters; None: the request itself.
@@ -66,19 +66,19 @@ def whole(params: dict[str, Any], name: str) -> int | None:
     return value if type(value := number(params.get(name))) is int else None
 
 
-_CHAT = Door(choices=True)
-_TEXT = Door(choices=True, limit=_TEXT_LIMIT)
-_PREPARED = Door(writes=False, tells=False, ranked=False)
-_SCORES = Door(writes=False, refusal="it writes no text")
-_COHERE = Door(refusal="it hands nothing on to the plugins of vLLM")
+_CHAT = Route(choices=True)
+_TEXT = Route(choices=True, limit=_TEXT_LIMIT)
+_PREPARED = Route(writes=False, tells=False, ranked=False)
+_SCORES = Route(writes=False, refusal="it writes no text")
+_COHERE = Route(refusal="it hands nothing on to the plugins of vLLM")
 
-DOORS = {
+ROUTES = {
     CHAT: _CHAT,
     TEXT: _TEXT,
-    BATCH: Door(),
-    RESPONSES: Door(),
-    MESSAGES: Door(ranked=False),
-    GENERATE: Door(params="sampling_params", xargs="extra_args", tells=False),
+    BATCH: Route(),
+    RESPONSES: Route(),
+    MESSAGES: Route(ranked=False),
+    GENERATE: Route(params="sampling_params", xargs="extra_args", tells=False),
     # They make requests for GENERATE of the others.
     f"{CHAT}/render": _PREPARED,
     f"{TEXT}/render": replace(_PREPARED, limit=_TEXT_LIMIT),
@@ -86,17 +86,17 @@ DOORS = {
     f"{MESSAGES}/render": _PREPARED,
     "/generative_scoring": _SCORES,
     "/v1/systemone": _SCORES,
-    "/v1/decisions": Door(writes=False, ranked=False, refusal="it writes no text"),  # of 0.33
+    "/v1/decisions": Route(writes=False, ranked=False, refusal="it writes no text"),  # of 0.33
     "/cohere/v2/chat": _COHERE,
     "/cohere/v2/chat/render": _COHERE,
 }
-PATHS = (*DOORS, INVOCATIONS)
+PATHS = (*ROUTES, INVOCATIONS)
 # These take a form with a recording, and their text has the length of what was said.
-FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations")
+RECORDINGS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 
 
-def door_at(path: str, request: dict[str, Any]) -> Door:
-    """The door of a request to one of PATHS."""
+def route_at(path: str, request: dict[str, Any]) -> Route:
+    """The route of a request to one of PATHS."""
     if path == INVOCATIONS:
         return _CHAT if "messages" in request else _TEXT
-    return DOORS[path]
+    return ROUTES[path]

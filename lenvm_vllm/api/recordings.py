@@ -4,7 +4,8 @@ asked for. A form is not kept in memory to look for the field; it is watched as 
 import re
 from typing import Any
 
-from lenvm_vllm.target.misplaced import FIELD, is_meant
+from lenvm_vllm.api.errors import refuse_recording
+from lenvm_vllm.target.misplaced import is_meant
 
 _NAME = re.compile(rb'name="?([A-Za-z_-]{1,32})["\r;]')
 _LONGEST = 48  # bytes of a name and what is around it
@@ -20,14 +21,8 @@ def watched(receive: Any) -> Any:
         seen = tail + message.get("body", b"")
         for found in _NAME.finditer(seen):
             if is_meant(name := found[1].decode()):
-                raise _refusal(f"{name}: {FIELD} is not available for recordings")
+                refuse_recording(name)
         tail = seen[-_LONGEST:]
         return message
 
     return checked
-
-
-def _refusal(detail: str) -> Exception:
-    from starlette.exceptions import HTTPException  # vLLM brings it
-
-    return HTTPException(400, detail)

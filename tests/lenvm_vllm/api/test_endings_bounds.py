@@ -1,0 +1,139 @@
+"""What bounds other endings: vLLM's queue, time, rounds at a time, and the set-up."""
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lenvm_vllm.api.asgi import replay
+from lenvm_vllm.api.endings import TAIL
+from lenvm_vllm.api.middleware import LengthTargetMiddleware
+from lenvm_vllm.api.routes import CHAT
+from lenvm_vllm.telemetry.metrics import exposition
+from tests.support.engine_side import BAD, App, Told, content_of, round_of, serve
+from tests.support.through import chunk, post_to
+
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
+
+
+@pytest.fixture(autouse=True)
+def engine_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    return serve(monkeypatch, tmp_path)
+
+
+def post(app: App, length_target: Any) -> Any:
+    return post_to(app, HELLO | {"length_target": length_target})[2]
+
+
+def test_while_requests_wait_no_round_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = iter([0.0, 3.0])
+    monkeypatch.setattr("lenvm_vllm.api.middleware.waiting_requests", lambda: next(waiting))
+    app = App([Told(100, BAD)], round_of(*[(TAIL, BAD)] * 4))
+    post(app, {"tokens": 100, "endings": 16})
+    assert len(app.asked) == 2
+
+
+class Slow(App):
+    """Never done with a round of endings."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.asked:
+            self.asked.append((scope["path"], None))
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.01)
+        await super().__call__(scope, receive, send)
+
+
+class Broken(App):
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.asked:
+            self.asked.append((scope["path"], None))
+            raise RuntimeError("the engine is gone")
+        await super().__call__(scope, receive, send)
+
+
+@pytest.mark.parametrize("kind", [Slow, Broken])
+def test_rounds_that_take_too_long_or_fail_leave_the_first_answer(kind: Any) -> None:
+    app = kind([Told(100, BAD)])
+    answer = post(app, 100)
+    assert (content_of(answer["choices"][0]), len(app.asked)) == ("a" * 99, 2)
+
+
+def test_a_refused_round_leaves_the_answer() -> None:
+    app = App([Told(100, BAD)], round_of((TAIL, 0.5)), status=500)
+    answer = post(app, 100)
+    (choice,) = answer["choices"]
+    assert (content_of(choice), choice["length_result"]["sampled_tokens"]) == ("a" * 99, 100)
+
+
+class Shared(App):
+    """Answers any number of requests: first texts that end badly, and good endings of them."""
+
+    running = most = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = json.loads((await receive())["body"])
+        again = "length_prefix_tokens" in request["vllm_xargs"] and "n" in request
+        self.running += again
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0.01)
+        app = App(round_of(*[(TAIL, 0.5)] * 4) if again else [Told(100, BAD)])
+        await app(scope, replay([chunk(json.dumps(request).encode())], receive), send)
+        self.asked.append((scope["path"], request))
+        self.running -= again
+
+
+def test_so_many_rounds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENVM_ENDINGS_AT_ONCE", "2")
+    monkeypatch.setenv("LENVM_ENDINGS_PATIENCE", "1000")
+    app = Shared()
+    middleware = LengthTargetMiddleware(app)
+
+    async def request() -> None:
+        async def receive() -> Any:
+            return chunk(json.dumps(HELLO | {"length_target": 100}).encode())
+
+        async def send(message: Any) -> None: ...
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        await middleware(scope, receive, send)
+
+    async def six() -> None:
+        await asyncio.gather(*[request() for _ in range(6)])
+
+    asyncio.run(six())
+    assert (len(app.asked), app.most) == (12, 2)
+
+
+def test_what_they_cost_is_counted() -> None:
+    app = App([Told(100, BAD)], round_of(*[(TAIL, 0.5)] * 4))
+    post(app, 100)
+    lines = exposition().decode().splitlines()
+    for name, value in ("endings", 4.0), ("ending_rounds", 1.0), ("ending_tokens", 4.0 * TAIL):
+        assert f"lenvm_{name}_total {value}" in lines
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("cache_config", "enable_prefix_caching", False),
+        ("parallel_config", "data_parallel_size", 2),
+    ],
+)
+def test_where_they_would_cost_more_there_are_none_by_default(
+    part: str, name: str, value: Any, engine_config: SimpleNamespace
+) -> None:
+    setattr(getattr(engine_config, part), name, value)
+    for target, rounds in (({"tokens": 100}, 0), ({"tokens": 100, "endings": 5}, 1)):
+        app = App([Told(100, BAD)], round_of(*[(TAIL, 0.5)] * 4))
+        post(app, target)
+        assert len(app.asked) == 1 + rounds
+
+
+def test_rails_that_are_off_stay_off() -> None:
+    app = App([Told(100, BAD)])
+    post(app, {"tokens": 100, "tolerance": None})
+    assert len(app.asked) == 1
