@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Sequence
 
-from lenvm_vllm.target.request import NATURAL
+from lenvm_vllm.steering.constants import NATURAL
 
 
 def ends_naturally(finish: str, length: int, lasts: Container[int], p_end: float) -> bool:

@@ -24,10 +24,10 @@ from lenvm_vllm.api.doors import CHAT, TEXT
 from lenvm_vllm.api.fields import CARRIED, allow_endings
 from lenvm_vllm.api.outcome import ENDS, Outcome
 from lenvm_vllm.api.texts import texts_of
+from lenvm_vllm.steering.constants import SENTENCE
 from lenvm_vllm.target.rails import rails_of
 from lenvm_vllm.target.request import PREFIX, LengthTarget
 from lenvm_vllm.telemetry.metrics import Counters
-from lenvm_vllm.text.sentences import SENTENCE
 from lenvm_vllm.text.tokenizer import decoded
 from value_server.contract.units import CHARACTERS, UNITS, WORDS
 

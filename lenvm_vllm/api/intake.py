@@ -7,7 +7,7 @@ prompt, and a copy of the parameters that is the engine's own.
 from typing import Any
 
 from lenvm_vllm.host.sampling import take_from
-from lenvm_vllm.target.admission import check_admission, only_prefills, resolved
+from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 
@@ -23,15 +23,7 @@ def take_in(config: Any, request: Any) -> None:
     target = resolved(target, config)
     params.extra_args = {**params.extra_args, **target.to_xargs()}
     _check_context(target, len(request.prompt_token_ids or ()), params, config)
-    check_admission(
-        target,
-        params.max_tokens,
-        params.min_tokens,
-        params.ignore_eos,
-        params.thinking_token_budget,
-        shows_stop=params.include_stop_str_in_output,
-        config=config,
-    )
+    check_admission(target, Limits.of(params), config)
     if not only_prefills(config):
         _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.

@@ -22,7 +22,7 @@ from lenvm_vllm.api.forms import watched
 from lenvm_vllm.api.playground import Playground
 from lenvm_vllm.host import served
 from lenvm_vllm.settings import load_settings
-from lenvm_vllm.target.admission import check_admission, only_prefills, resolved
+from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.misplaced import HINT, is_meant, misplaced
 from lenvm_vllm.target.request import (
     FIELD,
@@ -218,15 +218,14 @@ def _check(target: LengthTarget, request: dict[str, Any], door: Door) -> None:
     if target.best_of > 1:
         _check_best_of(target.best_of, request, door)
     prefill = _prefills(request)
-    check_admission(
-        target,
+    limits = Limits(
         max_tokens=None if prefill else door.limit_of(request),
         min_tokens=0 if prefill else whole(params, "min_tokens") or 0,
         ignore_eos=params.get("ignore_eos") is True,
         thinking_token_budget=whole(params, "thinking_token_budget"),
         shows_stop=params.get("include_stop_str_in_output") is True,
-        config=served.config,
     )
+    check_admission(target, limits, served.config)
 
 
 def _check_best_of(best_of: int, request: dict[str, Any], door: Door) -> None:

@@ -7,7 +7,8 @@ string. A whole one stands where a sentence or a block of code does. Any other i
 from dataclasses import dataclass
 from typing import Any
 
-from lenvm_vllm.target.request import NATURAL, LengthTarget
+from lenvm_vllm.steering.constants import NATURAL
+from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.progress import Step
 from lenvm_vllm.text.sentences import ends_sentence
 from value_server.contract.units import UNITS, count

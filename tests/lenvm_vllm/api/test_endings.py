@@ -13,9 +13,9 @@ from lenvm_vllm.api.doors import CHAT, TEXT
 from lenvm_vllm.api.endings import TAIL, can_continue, narrowed
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
 from lenvm_vllm.host import served
+from lenvm_vllm.steering.constants import SENTENCE
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import FOLDER, exposition
-from lenvm_vllm.text.sentences import SENTENCE
 from tests.support.engine_side import EOS, App, Told
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
