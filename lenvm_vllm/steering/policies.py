@@ -236,7 +236,7 @@ def _decide_end(log_p0: Tensor, own_p0: Tensor, mean: Tensor, goals: Goals) -> T
     most = most.masked_fill(goals.too_early | (goals.exact & (landed < 0)), 0)
     gained = torch.sigmoid(torch.logit(there) + LANDING_NATS * landed.clamp(0, 1))
     raised = torch.where(landed < 0, p0, torch.maximum(p0, torch.minimum(least, gained)))
-    new = torch.where(most < p0, most, raised)
+    new = torch.minimum(most, raised)
     beyond = mean > value_from_length(room.clamp(min=0), goals.gamma)
     last = (goals.exact & (goals.lowest <= 0)) | ((room < SENTENCE) & beyond)
     taken = last & (landed >= 0) & (there >= NATURAL) & ~goals.too_early

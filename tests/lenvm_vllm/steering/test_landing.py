@@ -80,6 +80,14 @@ def test_a_likely_end_is_taken_at_the_target_and_where_no_other_sentence_fits() 
     assert end_of(soon) == pytest.approx(0.3)  # it ends in time by itself
 
 
+def test_no_end_is_brought_about_below_a_range() -> None:
+    """Nor one that the request's own cut leaves out, though the landing is open."""
+    for own_end in (True, False):
+        row = replace(landing_row(1, 0.3, "range"), width=5, own_end=own_end)
+        assert row.landed > 0
+        assert end_of(row) == 0.0
+
+
 def test_the_text_is_led_to_an_end_in_the_landing_of_equal_to() -> None:
     """There the trust region is larger; behind it, and before a limit, it is not."""
     for mode, remaining, times in [
