@@ -1,7 +1,7 @@
 """Every constant of steering: its unit, what it was chosen by, and what a change does.
 
-The measurements are those of docs/benchmarks.md, "The defaults of steering" and "What landed the
-texts": answers that end naturally, LS and LD (the error of the length) of LIFEBench.
+The measurements are those of docs/benchmarks.md, "How the defaults of steering were chosen":
+answers that end naturally, LS and LD (the error of the length) of LIFEBench.
 """
 
 # ---- lengths
