@@ -18,14 +18,12 @@ PROCESSOR = "lenvm_vllm:LenvmLogitsProcessor"
 MIDDLEWARE = "lenvm_vllm.plugin.AtTheRoutes"
 
 
+@functools.cache
 def register() -> None:
-    """Idempotent; loads nothing of the plugin but this file."""
+    """Once in a process; loads nothing of the plugin but this file."""
     from lenvm_vllm.host.names import EngineArgs
     from lenvm_vllm.telemetry.metrics import share_folder
 
-    if getattr(EngineArgs, "_lenvm_registered", False):
-        return
-    EngineArgs._lenvm_registered = True
     from_cli_args = EngineArgs.from_cli_args.__func__
     create_engine_config = EngineArgs.create_engine_config
 
@@ -48,7 +46,7 @@ def register() -> None:
         self.logits_processors = complete_names(self.logits_processors)
         served.config = create_engine_config(self, *more, **kwargs)
         if _is_loaded(self.logits_processors):
-            watch_intake()
+            _watch_intake()
             warn_of_logprobs(served.config.device_config.device_type)
         return served.config
 
@@ -56,15 +54,17 @@ def register() -> None:
     EngineArgs.create_engine_config = with_full_names
 
 
+@functools.cache
 def _read_lengths_of_batch_files() -> None:
-    """`vllm run-batch` has no routes to stand at; there the field is read with the request."""
+    """`vllm run-batch` has no routes to stand at; there the field is read with the request.
+
+    Once in a process.
+    """
     from lenvm_vllm.api.request_field import take
     from lenvm_vllm.api.routes import BATCH, ROUTES
     from lenvm_vllm.host.names import ChatCompletionRequest
 
     to_sampling_params = ChatCompletionRequest.to_sampling_params
-    if hasattr(to_sampling_params, "__wrapped__"):
-        return
 
     @functools.wraps(to_sampling_params)
     def with_length(self: Any, *more: Any, **kwargs: Any) -> Any:
@@ -113,14 +113,13 @@ def warn_of_logprobs(device: str) -> None:
         )
 
 
-def watch_intake() -> None:
-    """Each request of an engine with the plugin passes `intake.take_in`. Idempotent."""
+@functools.cache
+def _watch_intake() -> None:
+    """Each request of an engine with the plugin passes `intake.take_in`. Once in a process."""
     from lenvm_vllm.api.intake import take_in
     from lenvm_vllm.host.names import InputProcessor
 
     process_inputs = InputProcessor.process_inputs
-    if hasattr(process_inputs, "_lenvm"):
-        return
 
     @functools.wraps(process_inputs)
     def with_targets(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +128,6 @@ def watch_intake() -> None:
             take_in(self.vllm_config, request)
         return request
 
-    with_targets._lenvm = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = with_targets
 
 

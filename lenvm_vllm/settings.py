@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from lenvm_vllm.steering import constants
+
 _SCHEMES = ("http://", "https://", "unix:")
 
 
@@ -67,20 +69,20 @@ class Settings(BaseSettings):
     token_file: Path | None = None
     tls_ca: Path | None = None
     timeout_s: float = Field(2.0, gt=0)
-    max_kl: float = Field(0.2, ge=0)
+    max_kl: float = Field(constants.MAX_KL, ge=0)
     endings: int = Field(8, ge=1, le=64)
     endings_at_once: int = Field(4, ge=1)
     endings_patience: float = Field(1.0, ge=0)
-    top_k: int = Field(15, ge=1)
-    top_p: float = Field(0.999, gt=0, le=1)
-    tilt_min_p: float = Field(0.01, ge=0, le=1)
+    top_k: int = Field(constants.TOP_K, ge=1)
+    top_p: float = Field(constants.TOP_P, gt=0, le=1)
+    tilt_min_p: float = Field(constants.TILT_MIN_P, ge=0, le=1)
     thinking_end_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     forecast: bool = False
     aging: float = Field(10.0, ge=0)
     playground: bool = False
-    max_candidates: int = Field(64, ge=1)
-    scored_mass: float = Field(0.9, gt=0, le=1)
-    max_scored: int = Field(8, ge=2)
+    max_candidates: int = Field(constants.MAX_CANDIDATES, ge=1)
+    scored_mass: float = Field(constants.SCORED_MASS, gt=0, le=1)
+    max_scored: int = Field(constants.MAX_SCORED, ge=2)
 
     @property
     def connection(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ d = (L - N) / N (paper, Eq. 17 and 18).
 import math
 from collections.abc import Container, Sequence
 
-from lenvm_vllm.target.request import NATURAL
+from lenvm_vllm.steering.constants import NATURAL
 
 MODES = ("equal_to", "at_most", "at_least")
 TOO_SHORT, TOO_LONG = 5.0, 2.0  # how fast the score falls on either side

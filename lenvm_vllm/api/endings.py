@@ -22,8 +22,8 @@ from lenvm_vllm.api.asgi import Upstream
 from lenvm_vllm.api.continuation import Draft, continuation, for_text, narrowed
 from lenvm_vllm.api.outcome import ENDS, Outcome, Report
 from lenvm_vllm.api.texts import texts_of
+from lenvm_vllm.steering.constants import SENTENCE
 from lenvm_vllm.telemetry.metrics import Counters
-from lenvm_vllm.text.sentences import SENTENCE
 from value_server.contract.units import UNITS
 
 logger = logging.getLogger("vllm.lenvm")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lenvm_vllm.api.errors import check_context
 from lenvm_vllm.host.sampling import take_from
-from lenvm_vllm.target.admission import check_admission, only_prefills, resolved
+from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
 from lenvm_vllm.target.request import LengthTarget
 
@@ -28,15 +28,7 @@ def take_in(config: Any, request: Any) -> None:
     if not only_prefills(config):
         check_context(needed_by(target).behind(target.prefix_tokens).first, prompt, room)
     params.max_tokens = min(params.max_tokens, room)  # the context ends a text as it does
-    check_admission(
-        target,
-        params.max_tokens,
-        params.min_tokens,
-        params.ignore_eos,
-        params.thinking_token_budget,
-        shows_stop=params.include_stop_str_in_output,
-        config=config,
-    )
+    check_admission(target, Limits.of(params), config)
     if not only_prefills(config):
         _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lenvm_vllm.api.texts import Text
-from lenvm_vllm.target.request import NATURAL, LengthTarget
+from lenvm_vllm.steering.constants import NATURAL
+from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.progress import Known, Step
 from lenvm_vllm.text.sentences import ends_sentence
 from value_server.contract.units import UNITS, count, tokens_per_unit

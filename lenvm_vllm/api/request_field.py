@@ -6,7 +6,7 @@ from typing import Any
 from lenvm_vllm.api import errors
 from lenvm_vllm.api.routes import Route, whole
 from lenvm_vllm.host import served
-from lenvm_vllm.target.admission import check_admission, only_prefills, resolved
+from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.request import FIELD, HAS_CALLS, REQUEST_ID, LengthTarget, is_prefill
 
 
@@ -47,12 +47,11 @@ def prefills(request: Mapping[str, Any]) -> bool:
 def _check_limits(target: LengthTarget, request: dict[str, Any], route: Route) -> None:
     """Raises LengthTargetError."""
     params, prefill = route.params_of(request), prefills(request)
-    check_admission(
-        target,
+    limits = Limits(
         max_tokens=None if prefill else route.limit_of(request),
         min_tokens=0 if prefill else whole(params, "min_tokens") or 0,
         ignore_eos=params.get("ignore_eos") is True,
         thinking_token_budget=whole(params, "thinking_token_budget"),
         shows_stop=params.get("include_stop_str_in_output") is True,
-        config=served.config,
     )
+    check_admission(target, limits, served.config)

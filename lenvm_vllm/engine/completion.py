@@ -10,6 +10,8 @@ from lenvm_vllm.text.parts import Markers, Parts
 if TYPE_CHECKING:
     from lenvm_vllm.text.units import Counter
 
+_BEYOND_THE_END = 3  # tokens that vLLM may run a finished request for
+
 
 @dataclass
 class Completion:
@@ -18,6 +20,7 @@ class Completion:
     eos_ids: tokens that end the completion.
     markers: what divides the completion; needed by a scope other than the completion.
     counter: of words or characters, where the target is in one of them.
+    max_tokens: the most that the engine lets the completion have.
     """
 
     target: LengthTarget
@@ -26,6 +29,7 @@ class Completion:
     eos_ids: list[int]
     markers: Markers = field(default_factory=Markers)
     counter: "Counter | None" = None
+    max_tokens: int | None = None
     _parts: Parts | None = None
     # The counter before each of the last tokens, which may turn out to be a marker: its amount
     # and what restores it.
@@ -110,6 +114,64 @@ class Completion:
     @property
     def _thinks(self) -> bool:
         return self.target.scope == "thinking"
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt_ids or ()) + len(self.output_ids)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its text has ended, as far as its tokens tell."""
+        tail = self.output_ids[-_BEYOND_THE_END:]
+        return any(token in self.eos_ids for token in tail) or (
+            self.max_tokens is not None and len(self.output_ids) >= self.max_tokens
+        )
+
+    def outcome(self) -> tuple[int, int] | None:
+        """(amount, amount that was wanted, the nearest of them); None where it did not end.
+
+        vLLM may have run a finished request for a step more.
+        """
+        count = len(self.output_ids)
+        tail = range(max(0, count - _BEYOND_THE_END), count)
+        ended = [i for i in tail if self.output_ids[i] in self.eos_ids]
+        parts = self.parts
+        over = bool(ended)
+        if self._thinks:
+            over = not parts.thinking and parts.thought > 0
+        elif self.target.scope == "answer":
+            over = over and not parts.thinking
+        if not over or self.target.mode == "tilt":
+            return None
+        beyond = 0 if self._thinks or self.counter is not None else count - ended[0] - 1
+        amount = self.amount - beyond
+        low, high = self.target.limits
+        low = 0 if self.target.mode == "at_most" else low
+        high = amount if self.target.mode == "at_least" else high
+        return amount, min(max(amount, low), max(low, high))
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens after which no more are counted."""
+        if not self._thinks:
+            return self.eos_ids
+        marker = self.markers.think_end
+        whole = marker[-1:] if self.parts.closed == len(marker) - 1 else ()
+        return [*whole, *self.eos_ids]
+
+    @property
+    def proper_ends(self) -> list[int]:
+        """Those of them that a guard rail may force; of a marker of several the next token."""
+        return self._next_of_marker() if self._thinks else self.eos_ids
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the text is in a thinking that is not what is counted: known by its start."""
+        return self.parts.thinking and not self._thinks and bool(self.markers.think_start)
+
+    def _next_of_marker(self) -> list[int]:
+        return [self.markers.think_end[self.parts.closed]]
 
     def _turn(self) -> list[int]:
         """What the prompt holds of the turn that the completion belongs to."""

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.candidates import eos_index
-from lenvm_vllm.target.request import NATURAL
+from lenvm_vllm.steering.constants import GOES_ON, NATURAL
 from lenvm_vllm.text.characters import LONGEST
 from lenvm_vllm.text.letters import Letters
 from lenvm_vllm.text.units import Closed
 
-_GOES_ON = 0.5  # of the next token's probability goes on with a word that is not whole
 Tokens = dict[int, list[int]]  # of a row
 
 
@@ -77,12 +76,13 @@ def _limit_inplace(logits: Tensor, states: dict[int, RequestState], known: Token
 def _closed_in_last_word(own: Tensor, state: RequestState) -> Closed | None:
     """A word that is begun is ended, and then its sentence is closed; by its next token the model
     tells where it is. None: only the end is left. own: (V,) logits of the row."""
-    assert state.counter is not None
-    closed = state.counter.closed(state.room, own.device).mask[: len(own)]
-    goes_on, closes = (mask[: len(own)] & ~closed for mask in state.counter.last_word(own.device))
+    counter, on = state.counter, own.device
+    assert counter is not None
+    closed = counter.closed(state.room, on).mask[: len(own)]
+    goes_on, closes = (mask[: len(own)] & ~closed for mask in counter.units.last_word(on))
     p = own.softmax(-1)
     ends = [end for end in state.ends if end < len(own)]
-    if p[: len(closed)][goes_on].sum() > _GOES_ON:
+    if p[: len(closed)][goes_on].sum() > GOES_ON:
         return Closed(~goes_on)
     if p[: len(closed)][closes].sum() + p[ends].sum() > NATURAL:
         return Closed(~closes)
@@ -99,14 +99,10 @@ def _close_inplace(logits: Tensor, rows: list[int], closed: Closed, ends: list[l
         empty = logits[rows].amax(-1, keepdim=True).isneginf()
         logits[at, few] = torch.where(empty, own, -torch.inf)
         return
-    own = logits[rows]
     size = min(len(closed.mask), logits.shape[-1])
-    railed = torch.full_like(own, -torch.inf)  # also what no text is known of
-    railed[:, :size] = own[:, :size].masked_fill(closed.mask[:size], -torch.inf)
-    index, ids = (x.to(logits.device) for x in eos_index(ends, own.shape[-1]))
-    railed[index, ids] = own[index, ids]
-    empty = railed.isneginf().all(-1, keepdim=True)
-    logits[rows] = torch.where(empty, own, railed)
+    railed = torch.full_like(logits[rows], -torch.inf)  # also what no text is known of
+    railed[:, :size] = logits[rows, :size].masked_fill(closed.mask[:size], -torch.inf)
+    _replace_inplace(logits, rows, railed, ends)
 
 
 def _hold_inplace(logits: Tensor, held: Tokens) -> None:
@@ -123,12 +119,19 @@ def _hold_inplace(logits: Tensor, held: Tokens) -> None:
 
 def _force_inplace(logits: Tensor, due: Tokens) -> None:
     """Close all but these tokens, where one of them is open."""
-    if not due:
-        return
-    index, ids = eos_index(list(due.values()), logits.shape[-1])
-    index, ids = index.to(logits.device), ids.to(logits.device)
-    own = logits[list(due)]  # a copy
-    railed = torch.full_like(own, -torch.inf)
+    if due:
+        rows = list(due)
+        railed = torch.full_like(logits[rows], -torch.inf)
+        _replace_inplace(logits, rows, railed, list(due.values()))
+
+
+def _replace_inplace(
+    logits: Tensor, rows: list[int], railed: Tensor, kept: list[list[int]]
+) -> None:
+    """`railed` (B, V) in place of `rows`, with the tokens `kept` of each as they are; a row that
+    would be empty stays."""
+    own = logits[rows]  # a copy
+    index, ids = (x.to(logits.device) for x in eos_index(kept, logits.shape[-1]))
     railed[index, ids] = own[index, ids]
     empty = railed.isneginf().all(-1, keepdim=True)
-    logits[list(due)] = torch.where(empty, own, railed)
+    logits[rows] = torch.where(empty, own, railed)

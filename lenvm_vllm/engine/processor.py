@@ -2,23 +2,46 @@
 
 from typing import Any
 
-from lenvm_vllm.engine.v1 import V1Processor
-from lenvm_vllm.engine.v2 import V2Processor
+from torch import Tensor
+
+from lenvm_vllm.engine.rows import EngineRows
+from lenvm_vllm.engine.sessions import Client
+from lenvm_vllm.engine.v1 import V1Batch
+from lenvm_vllm.engine.v2 import V2Slots
 from lenvm_vllm.host.names import V1LogitsProcessor, V2LogitsProcessor
-from lenvm_vllm.target.admission import check_admission
+from lenvm_vllm.target.admission import Limits, check_admission
 from lenvm_vllm.target.request import LengthTarget
 
 
 class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     """Steers requests with a length target; leaves all other rows as they are, to the bit.
 
-    Each runner's loader wants a class of its own interface. This one is of both, and making
-    one makes the adapter of the runner in use.
+    Each runner's loader wants a class of its own interface. This one is of both, and hands what
+    the runner in use tells on to `batch`, which knows what request a row belongs to.
     """
 
-    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        adapter = V2Processor if vllm_config.use_v2_model_runner else V1Processor
-        return adapter(vllm_config, *args, **kwargs)
+    def __init__(self, vllm_config: Any, *args: Any, client: Client | None = None) -> None:
+        """args: device and is_pin_memory of V1, vLLM's buffers by slot of V2."""
+        rows = EngineRows(vllm_config, client)
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        v2 = vllm_config.use_v2_model_runner
+        self.batch: Any = V2Slots(rows, *args) if v2 else V1Batch(rows, stages)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Of V1: how the batch changes, None where it does not."""
+        self.batch.update(batch_update)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Of V2: whether this request, in the slot `req_idx`, is guided."""
+        return bool(self.batch.add(req_idx, sampling_params))
+
+    def apply(self, logits: Tensor, *ctx: Any) -> Tensor:
+        """logits: (rows, V) float32, changed in place. ctx: of V2, the slot of each row."""
+        self.batch.steer_inplace(logits, *ctx)
+        return logits
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -28,11 +51,4 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """
         target = LengthTarget.from_extra_args(sampling_params.extra_args)
         if target is not None:
-            check_admission(
-                target,
-                sampling_params.max_tokens,
-                sampling_params.min_tokens,
-                sampling_params.ignore_eos,
-                sampling_params.thinking_token_budget,
-                shows_stop=sampling_params.include_stop_str_in_output,
-            )
+            check_admission(target, Limits.of(sampling_params))

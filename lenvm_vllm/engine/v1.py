@@ -4,31 +4,25 @@ from typing import Any
 
 from torch import Tensor
 
-from lenvm_vllm.engine.guide import Client
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
-from lenvm_vllm.host.names import MoveDirectionality, V1LogitsProcessor
+from lenvm_vllm.host.names import MoveDirectionality
 
 # Steps that an unscheduled request is waited for, of each pipeline stage.
 _AWAY = 8
 
 
-class V1Processor(V1LogitsProcessor):
-    def __init__(
-        self, vllm_config: Any, device: Any, is_pin_memory: bool, client: Client | None = None
-    ) -> None:
-        self._rows = EngineRows(vllm_config, client)
+class V1Batch:
+    def __init__(self, rows: EngineRows, stages: int) -> None:
+        """stages: of the pipeline."""
+        self.rows = rows
         self._states: dict[int, RequestState] = {}
-        stages = vllm_config.parallel_config.pipeline_parallel_size
         self._patience = _AWAY * stages if stages > 1 else 0
         self._step = 0
         # Requests that are away, each known by its list of tokens, and the step they left at.
         self._away: dict[int, tuple[RequestState, int]] = {}
 
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def update_state(self, batch_update: Any) -> None:
+    def update(self, batch_update: Any) -> None:
         """Follow the batch: removed, then added (also on an occupied index), then moved."""
         self._step += 1
         self._forget()
@@ -40,7 +34,7 @@ class V1Processor(V1LogitsProcessor):
             self._leave(self._states.pop(index, None))
             state, _ = self._away.pop(id(output_ids), (None, 0))
             if state is None:
-                state = self._rows.open(params, prompt_ids, output_ids)
+                state = self.rows.open(params, prompt_ids, output_ids)
             if state is not None:
                 self._states[index] = state
         for source, destination, direction in batch_update.moved:
@@ -58,7 +52,7 @@ class V1Processor(V1LogitsProcessor):
         vLLM does not tell which; one that comes back comes with the same list of tokens.
         """
         if state is None or self._patience == 0 or state.is_over:
-            self._rows.close(state)
+            self.rows.close(state)
         else:
             self._away[id(state.output_ids)] = state, self._step
 
@@ -66,9 +60,8 @@ class V1Processor(V1LogitsProcessor):
         """Close those that have been away for too long."""
         late = [key for key, (_, at) in self._away.items() if self._step - at > self._patience]
         for key in late:
-            self._rows.close(self._away.pop(key)[0])
+            self.rows.close(self._away.pop(key)[0])
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """logits: (batch, V) float32, changed in place."""
-        self._rows.steer_inplace(logits, self._states)
-        return logits
+    def steer_inplace(self, logits: Tensor) -> None:
+        """logits: (batch, V) float32."""
+        self.rows.steer_inplace(logits, self._states)

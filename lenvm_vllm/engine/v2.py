@@ -11,30 +11,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lenvm_vllm.engine.guide import Client
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
-from lenvm_vllm.host.names import V2LogitsProcessor
 
 
-class V2Processor(V2LogitsProcessor):
-    def __init__(self, vllm_config: Any, req_states: Any, client: Client | None = None) -> None:
+class V2Slots:
+    def __init__(self, rows: EngineRows, req_states: Any) -> None:
         """req_states: vLLM's buffers, by slot; read only."""
-        self._rows = EngineRows(vllm_config, client)
+        self.rows = rows
         self._slots = req_states
         self._states: dict[int, RequestState] = {}
 
-    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+    def add(self, req_idx: int, sampling_params: Any) -> bool:
         """Whether this request is guided. The slot may still hold one that has ended."""
         if (ended := self._states.pop(req_idx, None)) is not None:
             self._read_last(req_idx, ended)
-            self._rows.close(ended)
-        if (state := self._rows.open(sampling_params, [], [])) is not None:
+            self.rows.close(ended)
+        if (state := self.rows.open(sampling_params, [], [])) is not None:
             self._states[req_idx] = state
         return state is not None
 
-    def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        """logits: (rows, V) float32, one row a request, changed in place."""
+    def steer_inplace(self, logits: Tensor, ctx: Any) -> None:
+        """logits: (rows, V) float32, one row a request. ctx: vLLM's LogitsContext."""
         # The host knows how long a text is before the device has its last token. A prompt of
         # which only a part is computed has a row, too, but no token comes of it.
         batch = zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=False)
@@ -45,8 +43,7 @@ class V2Processor(V2LogitsProcessor):
         }
         self._read_tokens(list(lengths.values()))
         states = {row: self._states[slot] for row, (slot, _) in lengths.items()}
-        self._rows.steer_inplace(logits, states)
-        return logits
+        self.rows.steer_inplace(logits, states)
 
     def _read_tokens(self, texts: list[tuple[int, int]]) -> None:
         """Bring the states of (slot, length) up to date, by one copy from the device."""

@@ -1,1 +1,7 @@
-"""Pure maths: distributions, values and the landing. It knows no request and no vLLM."""
+"""Pure maths: distributions, values and the landing. It knows no request and no vLLM.
+
+constants    every number, what it was chosen by and what a change does
+landing      where an end is brought about
+candidates   from logits to the candidates of a step, and back
+policies     from candidates and values to the steered distribution
+"""

@@ -3,7 +3,7 @@
 Legend: V vocabulary, B guided rows, K candidates, M written entries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from lenvm_vllm.steering.policies import log1mexp
 class Cut:
     """Per row: its own temperature and candidate limits, and the tokens that end its text.
 
-    top_k 0 means no limit of that kind. end_top_k, end_top_p: the limits within which an end may
-    be brought about, where they are wider than those within which it comes by itself; None: the
-    same. How long a text is belongs to its target, not to its cut.
+    top_k 0 means no limit of that kind. end_top_k, end_top_p: limits within which an end may also
+    be brought about; by default it may only within those within which it comes by itself.
     """
 
     temperature: float
@@ -25,8 +24,8 @@ class Cut:
     top_p: float
     min_p: float
     eos_ids: list[int]
-    end_top_k: int | None = None
-    end_top_p: float | None = None
+    end_top_k: int = 0
+    end_top_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,10 @@ class Candidates:
         """(B, K) bool."""
         return ~self.log_q.isneginf()
 
+    def pick(self, rows: Tensor) -> "Candidates":
+        """Those of some rows, by their numbers or a mask."""
+        return Candidates(*(getattr(self, part.name)[rows] for part in fields(self)))
+
     def entropy(self) -> Tensor:
         """(B,) nats, of all candidates and the end together."""
         log_p0 = self.log_p0.masked_fill(~self.own_end, -torch.inf)
@@ -66,8 +69,7 @@ class Candidates:
         None of a row where they and the end leave no choice.
         """
         q = self.log_q.exp()
-        limit = mass.masked_fill(mass >= 1, torch.inf)  # all, whatever a sum rounds to
-        likely = self.kept & (q.cumsum(-1) - q < limit[:, None])
+        likely = self.kept & (q.cumsum(-1) - q < _limit(mass)[:, None])
         likely &= torch.arange(q.shape[-1]) < most[:, None]
         choice = likely.sum(-1) + ~self.log_p0.isneginf() > 1
         return likely & choice[:, None]
@@ -104,9 +106,8 @@ def cut_candidates(logits: Tensor, cuts: list[Cut], width: int) -> Candidates:
     end counts against no limit of the others, so an end that must not come leaves them.
     """
     size, device = logits.shape[-1], logits.device
-    temperature = torch.tensor([cut.temperature for cut in cuts], dtype=torch.float32)
-    temperature = temperature.to(device)[:, None]
-    width = min(max(max(cut.top_k, cut.end_top_k or 0) or width for cut in cuts), width, size)
+    temperature = _column(cuts, "temperature").float().to(device)
+    width = min(max(max(cut.top_k, cut.end_top_k) or width for cut in cuts), width, size)
     end_ids = _sorted_ends([cut.eos_ids for cut in cuts], size).to(device)
 
     ends = logits.gather(1, end_ids.clamp(max=size - 1)).float() / temperature
@@ -138,56 +139,54 @@ def _sorted_ends(eos: list[list[int]], size: int) -> Tensor:
     return torch.tensor([[*row, *[size] * (width - len(row))] for row in rows])
 
 
+def _column(cuts: list[Cut], name: str) -> Tensor:
+    """(B, 1) a number of each cut."""
+    return torch.tensor([[float(getattr(cut, name))] for cut in cuts], dtype=torch.float64)
+
+
 def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -> Candidates:
     """top, ids: (B, K) logits over temperature, sorted. end, full: (B, 1) logsumexp of the ends
     and of all other tokens, the latter NaN where only the top ones count."""
+    top_k, top_p = _column(cuts, "top_k"), _column(cuts, "top_p")
+    log_min_p = _column(cuts, "min_p").log()
+    own_end = _end_fits(top, end, full, top_k, top_p)
+    own_end &= end >= log_min_p + torch.maximum(top[:, :1], end)
+    wider = _end_fits(top, end, full, _column(cuts, "end_top_k"), _column(cuts, "end_top_p"))
 
-    def column(name: str) -> Tensor:
-        return torch.tensor([[float(getattr(cut, name))] for cut in cuts], dtype=torch.float64)
-
-    top_k, top_p, log_min_p = column("top_k"), column("top_p"), column("min_p").log()
-    top_p = top_p.masked_fill(top_p >= 1, torch.inf)  # no limit, whatever a sum rounds to
-    may_come = _wide_end(top, end, full, cuts)
-    rank = torch.arange(top.shape[-1])[None]
-    top = top.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
-    total = torch.where(full.isnan(), top.logsumexp(-1, keepdim=True), full)
+    top, total = _first(top, full, top_k)
     before = (top - total).exp().cumsum(-1) - (top - total).exp()
-    cut = (before >= top_p) | (top < log_min_p + top[:, :1])
-
-    # The end stands in one line with the others: how many, and how much, comes before it.
-    joint = torch.logaddexp(total, end)
-    ahead = top > end
-    outside = end.isneginf() | ((top_k > 0) & (ahead.sum(-1, keepdim=True) >= top_k))
-    outside |= torch.where(ahead, (top - joint).exp(), 0.0).sum(-1, keepdim=True) >= top_p
-    outside |= end < log_min_p + torch.maximum(top[:, :1], end)
-
+    cut = (before >= _limit(top_p)) | (top < log_min_p + top[:, :1])
     top = top.masked_fill(cut, -torch.inf)
     rest = top.logsumexp(-1, keepdim=True)
-    end = end.masked_fill(outside & ~may_come, -torch.inf)
+    end = end.masked_fill(~(own_end | wider), -torch.inf)
     both = torch.logaddexp(rest, end)
     log_q = torch.where(top.isneginf(), -torch.inf, top - rest)
-    return Candidates(ids, log_q, (end - both)[:, 0], (rest - both)[:, 0], ~outside[:, 0])
+    return Candidates(ids, log_q, (end - both)[:, 0], (rest - both)[:, 0], own_end[:, 0])
 
 
-def _wide_end(top: Tensor, end: Tensor, full: Tensor, cuts: list[Cut]) -> Tensor:
-    """(B, 1) bool: whether the end is inside the wider limits of its row, if there are any.
+def _end_fits(top: Tensor, end: Tensor, full: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """(B, 1) bool: whether the end is inside these limits, in one line with the others: how many,
+    and how much, comes before it.
 
-    Arguments as of `_cut`.
+    top_k, top_p: (B, 1); the others as of `_cut`.
     """
+    top, total = _first(top, full, top_k)
+    ahead = top > end
+    few = (top_k == 0) | (ahead.sum(-1, keepdim=True) < top_k)
+    before = torch.where(ahead, (top - torch.logaddexp(total, end)).exp(), 0.0)
+    return few & (before.sum(-1, keepdim=True) < _limit(top_p)) & ~end.isneginf()
 
-    def column(name: str, default: float) -> Tensor:
-        values = [getattr(cut, name) for cut in cuts]
-        return torch.tensor([[default if v is None else v] for v in values], dtype=torch.float64)
 
-    top_k, top_p = column("end_top_k", 0), column("end_top_p", -1)
+def _first(top: Tensor, full: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K) the first `top_k` of `top`, and (B, 1) logsumexp of all that count."""
     rank = torch.arange(top.shape[-1])[None]
     top = top.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
-    total = torch.where(full.isnan(), top.logsumexp(-1, keepdim=True), full)
-    ahead = top > end
-    before = torch.where(ahead, (top - torch.logaddexp(total, end)).exp(), 0.0)
-    few = (top_k == 0) | (ahead.sum(-1, keepdim=True) < top_k)
-    near = before.sum(-1, keepdim=True) < top_p.masked_fill(top_p >= 1, torch.inf)
-    return few & near & ~end.isneginf()
+    return top, torch.where(full.isnan(), top.logsumexp(-1, keepdim=True), full)
+
+
+def _limit(mass: Tensor) -> Tensor:
+    """A share of 1 is no limit, whatever a sum rounds to."""
+    return mass.masked_fill(mass >= 1, torch.inf)
 
 
 def plan_writes(
@@ -198,7 +197,7 @@ def plan_writes(
     vLLM divides by the temperature afterwards, so a log-ratio is written times T. Adding to
     the model's own logits, and not replacing them, leaves penalties what they were.
     """
-    temperature = torch.tensor([cut.temperature for cut in cuts], dtype=torch.float64)
+    temperature = _column(cuts, "temperature")
     index = torch.tensor(rows)
     # (B, K): log of p'(x) / p(x)
     ratio = log_q + log1mexp(log_p0)[:, None] - before.log_q - before.log_rest[:, None]
@@ -211,6 +210,6 @@ def plan_writes(
         rows=index[torch.cat([row, end_row])],
         ids=torch.cat([before.ids[row, column], end_id]),
         deltas=torch.cat(
-            [(temperature[:, None] * ratio)[row, column], (temperature * end_ratio)[end_row]]
+            [(temperature * ratio)[row, column], (temperature[:, 0] * end_ratio)[end_row]]
         ),
     )

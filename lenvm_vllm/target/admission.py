@@ -4,13 +4,40 @@ Asked twice: by the middleware, whose answer is an HTTP 400 also for a stream, a
 into the engine, where the limits are known that vLLM itself filled in.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lenvm_vllm.settings import Settings, load_settings
-from lenvm_vllm.target.rails import LEAST, Rails, bounds_of, check_limits, needed_by
+from lenvm_vllm.steering.constants import LEAST
+from lenvm_vllm.target.rails import Rails, bounds_of, needed_by
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 from lenvm_vllm.text.parts import Markers, call_markers
 from value_server.contract.units import UNITS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What else a request says of its length, by vLLM's names; the defaults say nothing.
+
+    min_tokens: before the end. shows_stop: whether what ends the text is shown in it.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    thinking_token_budget: int | None = None
+    shows_stop: bool = False
+
+    @classmethod
+    def of(cls, params: Any) -> "Limits":
+        """Those of SamplingParams."""
+        return cls(
+            params.max_tokens,
+            params.min_tokens,
+            params.ignore_eos,
+            params.thinking_token_budget,
+            params.include_stop_str_in_output,
+        )
 
 
 def resolved(target: LengthTarget, config: Any) -> LengthTarget:
@@ -42,53 +69,81 @@ def only_prefills(config: Any) -> bool:
     return "kv_producer" in roles or "ec_producer" in roles
 
 
-def check_admission(
-    target: LengthTarget,
-    max_tokens: int | None,
-    min_tokens: int,
-    ignore_eos: bool,
-    thinking_token_budget: int | None = None,
-    *,
-    shows_stop: bool = False,
-    config: Any = None,
-) -> None:
-    """The limits are those of the request itself. Raises LengthTargetError.
+def check_admission(target: LengthTarget, limits: Limits, config: Any = None) -> None:
+    """Raises LengthTargetError, which names what contradicts the target.
 
-    shows_stop: whether what ends the text is shown in it.
     config: the VllmConfig; None where it is not known yet, and asked about later.
     """
     target = resolved(target, config)
     if only_prefills(config):
-        max_tokens, min_tokens = None, 0
+        limits = replace(limits, max_tokens=None, min_tokens=0)
     if config is not None and config.speculative_config is not None:
         # A row of a draft token belongs to a text that may never be; nothing guides it.
         raise LengthTargetError("length_target: not available with speculative decoding")
     if target.scope != "completion":
+        _check_markers(target, config)
         # vLLM's min_tokens counts the whole completion, so it contradicts no part of it.
-        min_tokens = 0
-        settings = load_settings(config and config.additional_config)
-        if config is not None and not markers_of(config, settings).think_end:
-            raise LengthTargetError(
-                f"length_target.scope: {target.scope!r} needs to know the tokens that end the "
-                "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
-            )
+        limits = replace(limits, min_tokens=0)
     whole = needed_by(target)
     _check_room(target, whole)
-    _check_unit(target, min_tokens, shows_stop, config)
+    _check_unit(target, limits, config)
+    _check_prefix(target, whole)
+    rails = whole.behind(target.prefix_tokens)
+    _check_context(rails, config)
+    check_limits(rails, limits)
+    if target.scope == "thinking":
+        _check_budget(rails, limits.thinking_token_budget)
+
+
+def _check_markers(target: LengthTarget, config: Any) -> None:
+    """Raises LengthTargetError for a part of a completion that nothing marks."""
+    settings = load_settings(config and config.additional_config)
+    if config is not None and not markers_of(config, settings).think_end:
+        raise LengthTargetError(
+            f"length_target.scope: {target.scope!r} needs to know the tokens that end the "
+            "thinking: --reasoning-parser, or thinking_end_ids in the plugin's settings"
+        )
+
+
+def _check_prefix(target: LengthTarget, whole: Rails) -> None:
+    """Raises LengthTargetError where nothing is left behind the prefix."""
     if whole.last is not None and target.prefix_tokens >= max(1, whole.last):
         raise LengthTargetError(
             f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
             f"that has at most {whole.last}"
         )
-    rails = whole.behind(target.prefix_tokens)
+
+
+def _check_context(rails: Rails, config: Any) -> None:
+    """Raises LengthTargetError for a text that no context has room for."""
     if config is not None and rails.first >= config.model_config.max_model_len:
         raise LengthTargetError(
             f"length_target: {rails.first} tokens at least, prompt and completion together have "
             f"{config.model_config.max_model_len}"
         )
-    check_limits(rails, max_tokens, min_tokens, ignore_eos)
-    # vLLM's budget counts the tokens before the marker, and forces that whatever we say.
-    budget = thinking_token_budget if target.scope == "thinking" else None
+
+
+def check_limits(rails: Rails, limits: Limits) -> None:
+    """Raises LengthTargetError when the request's other fields contradict its rails."""
+    if limits.ignore_eos:
+        raise LengthTargetError("ignore_eos: true contradicts length_target")
+    if limits.max_tokens is not None and limits.max_tokens < rails.first:
+        raise LengthTargetError(
+            f"max_tokens: {limits.max_tokens} contradicts length_target, whose completion has at "
+            f"least {rails.first} tokens"
+        )
+    if rails.last is not None and limits.min_tokens >= max(1, rails.last):
+        raise LengthTargetError(
+            f"min_tokens: {limits.min_tokens} tokens before the end contradict length_target, "
+            f"whose completion has at most {rails.last} tokens, the end included"
+        )
+
+
+def _check_budget(rails: Rails, budget: int | None) -> None:
+    """vLLM counts the tokens before the marker, and forces that whatever we say.
+
+    Raises LengthTargetError.
+    """
     if budget is not None and budget + 1 < rails.first:
         raise LengthTargetError(
             f"thinking_token_budget: {budget} tokens before the marker contradict length_target, "
@@ -108,20 +163,20 @@ def _check_room(target: LengthTarget, rails: Rails) -> None:
     )
 
 
-def _check_unit(target: LengthTarget, min_tokens: int, shows_stop: bool, config: Any) -> None:
+def _check_unit(target: LengthTarget, limits: Limits, config: Any) -> None:
     """Raises LengthTargetError where words or characters cannot be counted, or kept."""
     if target.unit == UNITS[0]:
         return
     name, given = f"length_target.{target.unit}", target.limits[1]
     if config is not None and config.model_config.skip_tokenizer_init:
         raise LengthTargetError(f"{name}: {given} needs a tokenizer, this vLLM has none")
-    if shows_stop:
+    if limits.shows_stop:
         raise LengthTargetError(
             f"include_stop_str_in_output: true contradicts {name}, which does not count the stop"
         )
-    if min_tokens > 1 and bounds_of(target).last is not None:
+    if limits.min_tokens > 1 and bounds_of(target).last is not None:
         raise LengthTargetError(
-            f"min_tokens: {min_tokens} contradicts {name}, a limit in another unit; "
+            f"min_tokens: {limits.min_tokens} contradicts {name}, a limit in another unit; "
             f"mode 'range' takes min_{target.unit}"
         )
 

@@ -19,8 +19,11 @@ _LIKE = 0.75  # above it a name is one of these with slips; target_language has 
 # vLLM does not unwrap; and what it hands on to others, in which such names may be theirs.
 _WRAPPER = re.compile("(?i)extra|param|args|option|config|setting")
 _OF_OTHERS = {
-    *("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs"),
-    *("kv_transfer_params", "ec_transfer_params"),
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "kv_transfer_params",
+    "ec_transfer_params",
 }
 
 # A key of a body that is worth a look; cheap, as every body is searched for it.

@@ -14,12 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from lenvm_vllm.target.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
+from lenvm_vllm.steering.constants import DEFAULT_TOLERANCE, LEAST
+from lenvm_vllm.steering.landing import NEVER, Landing, landing_of
+from lenvm_vllm.target.request import LengthTarget
 from value_server.contract.units import CHARACTERS, UNITS, WORDS
 
-LEAST = 2  # tokens of a text: a word and the end
-EARLY = 0.5  # of w, that the landing of equal_to begins before its target
-TWICE = 2.0  # w: the landing of a limit, which is behind it
 # Units of a text that one of its tokens can hold in the mean; the most of any script and more.
 MOST_A_TOKEN = {WORDS: 4, CHARACTERS: 16}
 
@@ -49,15 +48,23 @@ class Rails:
 class Aim:
     """What a text is led to: its target, or as much of it as stands before a wall.
 
-    low, high: the fewest and the most tokens that are wanted. landing: tokens w of the landing,
-    of equal_to those behind the target, of a limit half of all.
+    low, high: the fewest and the most tokens that are wanted. width: w of the landing, in tokens.
     """
 
     mode: str
     low: int
     high: int
-    landing: float
+    width: float
     rails: Rails
+
+    @property
+    def fewest(self) -> int:
+        """As `low`; 0 of a mode that has no least."""
+        return 0 if self.mode in ("at_most", "tilt") else self.low
+
+    @property
+    def landing(self) -> Landing[float]:
+        return landing_of(self.mode, self.high, self.width)
 
 
 def rails_of(target: LengthTarget) -> Rails:
@@ -98,39 +105,33 @@ def aim_of(target: LengthTarget, wall: int | None = None) -> Aim:
     """wall: number of the last token that the text can have, whatever its target says.
 
     The end comes before it, and so does the whole landing: equal_to aims at the same place
-    between its lower rail and the wall as between its rails.
+    between its lower rail and the wall as between its rails, at_least becomes a range.
     """
     low, high = target.limits
-    share = target.tolerance if target.mode == "equal_to" else DEFAULT_TOLERANCE
+    share = target.tolerance if target.mode == "equal_to" else None
     share = DEFAULT_TOLERANCE if share is None else share
     aim = Aim(target.mode, low, high, share * high, rails_of(target))
     if wall is None or wall < LEAST or target.mode == "tilt":
         return aim
     if target.mode == "equal_to":
-        return _before(aim, target.model_copy(update={"tolerance": share}), wall)
+        return _before(aim, rails_of(target.model_copy(update={"tolerance": share})), wall)
     if target.mode != "at_least" and high <= wall:
         return aim
-    first = min(aim.rails.first, wall)
-    return Aim(
-        "range" if target.mode == "at_least" else target.mode,
-        min(low, wall),
-        wall,
-        DEFAULT_TOLERANCE * wall,
-        aim.rails if target.tolerance is None else Rails(first, wall),
-    )
+    mode = "range" if target.mode == "at_least" else target.mode
+    railed = target.tolerance is not None
+    rails = Rails(min(aim.rails.first, wall), wall) if railed else aim.rails
+    return Aim(mode, min(low, wall), wall, DEFAULT_TOLERANCE * wall, rails)
 
 
-def _before(aim: Aim, railed: LengthTarget, wall: int) -> Aim:
-    """The aim of equal_to before a wall; railed: its target, with rails."""
-    whole = rails_of(railed)
-    assert whole.last is not None
-    if wall >= whole.last:
+def _before(aim: Aim, whole: Rails, wall: int) -> Aim:
+    """The aim of equal_to before a wall. whole: its rails, also where they are off."""
+    if whole.last is None or wall >= whole.last:
         return aim
     first = min(whole.first, wall)
     part = Fraction(aim.low - whole.first, max(1, whole.last - whole.first))
     tokens = first + round(part * (wall - first))
     rails = aim.rails if aim.rails.last is None else Rails(first, wall)
-    return replace(aim, low=tokens, high=tokens, landing=float(wall - tokens), rails=rails)
+    return Aim(aim.mode, tokens, tokens, float(wall - tokens), rails)
 
 
 def aim_in_tokens(target: LengthTarget, tokens: Callable[[int], int], wall: int | None) -> Aim:
@@ -145,26 +146,7 @@ def aim_in_tokens(target: LengthTarget, tokens: Callable[[int], int], wall: int 
 
 def landing_span(target: LengthTarget) -> tuple[float, float] | None:
     """Amounts of the target's unit between which an end is brought about; None where none is."""
-    if target.mode in ("at_least", "tilt") or target.policy == "greedy":
+    landing = aim_of(target).landing
+    if landing is NEVER or target.policy == "greedy":
         return None
-    aim = aim_of(target)
-    if target.mode == "equal_to":
-        return aim.high - EARLY * aim.landing, aim.high + aim.landing
-    return aim.high - TWICE * aim.landing, aim.high
-
-
-def check_limits(rails: Rails, max_tokens: int | None, min_tokens: int, ignore_eos: bool) -> None:
-    """Raises LengthTargetError when the request's other fields contradict its rails."""
-    if ignore_eos:
-        raise LengthTargetError("ignore_eos: true contradicts length_target")
-    if max_tokens is not None and max_tokens < rails.first:
-        raise LengthTargetError(
-            f"max_tokens: {max_tokens} contradicts length_target, whose completion has at "
-            f"least {rails.first} tokens"
-        )
-    # vLLM counts the tokens before the end.
-    if rails.last is not None and min_tokens >= max(1, rails.last):
-        raise LengthTargetError(
-            f"min_tokens: {min_tokens} tokens before the end contradict length_target, whose "
-            f"completion has at most {rails.last} tokens, the end included"
-        )
+    return landing.opens, landing.closes

@@ -18,28 +18,14 @@ from pydantic import (
     model_validator,
 )
 
+from lenvm_vllm.steering.constants import DEFAULT_TOLERANCE
 from lenvm_vllm.target.misplaced import FIELD, PREFIX, is_meant
 from value_server.contract.units import UNITS
-
-DEFAULT_TOLERANCE = 0.1
-NATURAL = 0.05  # an end is natural where the unguided model gives it at least this probability
 
 # Keys in `vllm_xargs` beside those of the field: the id that a request came with, and whether its
 # tool calls are taken out of its text.
 REQUEST_ID, HAS_CALLS = "lenvm_request_id", "lenvm_has_calls"
 
-_FLAT = {
-    "length_target": "tokens",
-    **{
-        f"length_{part}": part
-        for part in (
-            *UNITS[1:],
-            *(f"{end}_{unit}" for unit in UNITS for end in ("min", "max")),
-            *("mode", "beta", "tolerance", "policy", "max_kl", "min_entropy", "every", "scope"),
-            *("endings", "best_of", "prefix_tokens", "progress"),
-        )
-    },
-}
 # Units in which no length can be asked for.
 _OTHER_UNITS = {"chars", "letters", "sentences", "paragraphs", "lines", "pages", "bytes"}
 # Names of lengths → their unit.
@@ -65,7 +51,7 @@ class LengthTarget(BaseModel):
     policy: project (least change of the model's distribution) or greedy (nearest value).
     max_kl: nats that a step of `project` may move the text; None: the plugin's setting.
     min_entropy: nats; a step whose candidates have less is not scored.
-    every: only each so-manieth token is scored.
+    every: a token is scored, and then `every` - 1 are not.
     scope: what is counted: the whole completion, its thinkings up to the marker that ends them
         (the marker included), or the answer outside them. Where it is not given, the served
         model decides; see `admission.resolved`.
@@ -123,6 +109,10 @@ class LengthTarget(BaseModel):
         low, high = self.limits
         if low > high:
             raise ValueError(f"min_{self.unit}: {low} is above max_{self.unit} {high}")
+        return self
+
+    @model_validator(mode="after")
+    def _fields_go_together(self) -> Self:
         if (self.tolerance or 0) > 1:
             raise ValueError(
                 f"tolerance: {self.tolerance} is above 1; it is a share of the length, 0.1 is 10%"
@@ -217,6 +207,13 @@ class LengthTarget(BaseModel):
         if self.tolerance is None:
             xargs["length_tolerance"] = "off"
         return {key: value for key, value in xargs.items() if value is not None}
+
+
+# Key in `vllm_xargs` → part of the field.
+_FLAT = {
+    "length_target" if part == "tokens" else f"{PREFIX}{part}": part
+    for part in LengthTarget.model_fields
+}
 
 
 def is_prefill(request: Mapping[str, Any]) -> bool:

@@ -5,7 +5,6 @@ from typing import Any
 
 import regex
 
-SENTENCE = 16  # tokens of a short one
 _TAIL = 24  # tokens that tell what stands before one, a line or so
 
 _CLOSERS = r"""(?:["'*_`\p{Pe}\p{Pf}]|</?\w+>)*"""

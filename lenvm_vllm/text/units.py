@@ -8,7 +8,7 @@ whole only what goes on with it may come, so that a text is always valid UTF-8.
 import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import regex
 import torch
 from torch import Tensor
 
+from lenvm_vllm.steering.constants import LAST_WORD, LAST_WORD_PART, TELLING
 from lenvm_vllm.text.sentences import ends_sentence
 from value_server.contract.units import (
     CHARACTERS,
@@ -28,9 +29,6 @@ from value_server.contract.units import (
     tokens_per_unit,
 )
 
-_TELLING = 64  # tokens of a prompt that tell how many a word takes
-_WORD = 10  # characters without which no other word begins, of a limit that is not short
-_SHORT = 8  # words of a short one
 _FORBIDDEN = 2**15 - 1  # what a token adds that must not come
 _PLACES = (OUT, IN, IDEOGRAPH, MARKS)
 _IN_WORD = regex.compile(r"[\p{L}\p{N}\p{M}'\u2019_-]")  # within a word
@@ -92,31 +90,25 @@ class TokenUnits:
         for token in closing:
             text = texts[token]
             self._closes[token] = text == text.rstrip() and ends_sentence(f"word{text}")
-        self._ending: dict[bytes, bool] = {}
-        self._most = int(self._characters[self._characters < _FORBIDDEN].max(initial=0))
-        self._added = lru_cache(maxsize=64)(self._find_added)
-        self._closed = lru_cache(maxsize=512)(self._find_closed)
-        self._last_word = lru_cache(maxsize=8)(self._find_last_word)
+        self.most = int(self._characters[self._characters < _FORBIDDEN].max(initial=0))
 
-    def closed(self, unit: str, place: int, pending: bytes, room: int | None, on: Any) -> "Closed":
-        """Tokens that must not come where `room` is left, None: any.
+    # They are cached as long as the object, which is as long as the process.
+
+    @lru_cache(maxsize=512)  # noqa: B019
+    def closed(self, unit: str, place: int, pending: bytes, room: int, on: Any) -> "Closed":
+        """Tokens that must not come where `room` is left, `most` at most.
 
         place: as of `follow_words`. pending: bytes of a character that is not whole. on: a device.
         """
-        room = self._most if room is None else min(room, self._most)
-        return self._closed(unit, place, pending, room, str(on))
-
-    def _find_closed(self, unit: str, place: int, pending: bytes, room: int, on: str) -> "Closed":
         return Closed.of(torch.from_numpy(self._added(unit, place, pending) > room).to(on))
 
+    @lru_cache(maxsize=8)  # noqa: B019
     def last_word(self, on: Any) -> tuple[Tensor, Tensor]:
         """(V,) bool each: tokens that go on with a text's word, and that close its sentence."""
-        return self._last_word(str(on))
-
-    def _find_last_word(self, on: str) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self._goes_on).to(on), torch.from_numpy(self._closes).to(on)
 
-    def _find_added(self, unit: str, place: int, pending: bytes) -> Any:
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _added(self, unit: str, place: int, pending: bytes) -> Any:
         """(V,) what each token adds to the amount of a text."""
         if pending:
             added = np.full_like(self._characters, _FORBIDDEN)
@@ -131,28 +123,25 @@ class TokenUnits:
                 added[token] = more - counted
         return added
 
+    @cache  # noqa: B019
     def _can_end(self, pending: bytes) -> bool:
         """Whether tokens can make a character of this: not all vocabularies have all bytes."""
-        if not pending:
-            return True
-        if pending not in self._ending:
-            behind = (_text_of(pending + piece) for piece in self.pieces.values())
-            self._ending[pending] = any(
-                text is not None and (not rest or (not text and self._can_end(rest)))
-                for text, rest in behind
-            )
-        return self._ending[pending]
+        behind = (_text_of(pending + piece) for piece in self.pieces.values())
+        return not pending or any(
+            text is not None and (not rest or (not text and self._can_end(rest)))
+            for text, rest in behind
+        )
 
 
 class Counter:
     """Follows one text.
 
-    tokens: so far. over: whether the text has ended.
+    units: of its vocabulary. tokens: so far. over: whether the text has ended.
     """
 
     def __init__(self, units: TokenUnits, unit: str) -> None:
         """unit: words or characters."""
-        self._units = units
+        self.units = units
         self._unit = unit
         self._strips = False
         self.restart([])
@@ -160,12 +149,12 @@ class Counter:
     def restart(self, prompt: Sequence[int]) -> None:
         """A new text behind this prompt, whose end tells how many tokens a unit may take."""
         self._begin()
-        for token in prompt[-_TELLING:]:
+        for token in prompt[-TELLING:]:
             self.follow(token)
         self._prompt = self.tokens, self._whole
         self._begin()
-        texts = self._units.texts
-        self._strips = self._units.strips and not any(texts.get(token) for token in prompt)
+        texts = self.units.texts
+        self._strips = self.units.strips and not any(texts.get(token) for token in prompt)
 
     def _begin(self) -> None:
         self.tokens = self._whole = 0
@@ -191,8 +180,8 @@ class Counter:
 
     def follow(self, token: int) -> None:
         """The text goes on with this token."""
-        text = self._units.texts.get(token, "")
-        if (piece := self._units.pieces.get(token)) is not None:
+        text = self.units.texts.get(token, "")
+        if (piece := self.units.pieces.get(token)) is not None:
             text = self._decoder.decode(piece)
         elif text and self.pending:
             text = self._decoder.decode(b"", final=True) + text
@@ -226,15 +215,12 @@ class Counter:
         if self.pending:
             return False
         fits = self._unit == WORDS or self._place == IDEOGRAPH
-        return room <= (0 if fits else min(_WORD, (self.amount + room) // _SHORT))
-
-    def last_word(self, on: Any) -> tuple[Tensor, Tensor]:
-        """As of `TokenUnits`."""
-        return self._units.last_word(on)
+        return room <= (0 if fits else min(LAST_WORD, (self.amount + room) // LAST_WORD_PART))
 
     def closed(self, room: int | None, on: Any) -> "Closed":
-        """As `TokenUnits.closed`, of the next token."""
-        return self._units.closed(self._unit, self._place, self.pending, room, on)
+        """Tokens that must not come next where `room` is left, None: any. on: a device."""
+        room = self.units.most if room is None else min(room, self.units.most)
+        return self.units.closed(self._unit, self._place, self.pending, room, on)
 
 
 def _most_of(pending: bytes, unit: str, place: int) -> int:

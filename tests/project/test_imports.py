@@ -32,7 +32,7 @@ ALLOWED = {
     "lenvm_vllm/telemetry": [],
     "lenvm_vllm/steering": CONTRACT,
     "lenvm_vllm/text": ["lenvm_vllm.host", "lenvm_vllm.steering", *CONTRACT],
-    "lenvm_vllm/target": [*PURE, "lenvm_vllm.host", "lenvm_vllm.settings", *CONTRACT],
+    "lenvm_vllm/target": [*PURE, "lenvm_vllm.settings", *CONTRACT],
     "lenvm_vllm/values": ["lenvm_vllm.settings", *CONTRACT],
     "lenvm_vllm/engine": ["lenvm_vllm.values", *PLUGIN],
     "lenvm_vllm/api": ["lenvm_vllm.values", *PLUGIN],

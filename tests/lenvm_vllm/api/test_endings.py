@@ -8,9 +8,9 @@ import pytest
 from lenvm_vllm.api.endings import TAIL
 from lenvm_vllm.api.routes import CHAT, TEXT
 from lenvm_vllm.host import served
+from lenvm_vllm.steering.constants import SENTENCE
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import FOLDER
-from lenvm_vllm.text.sentences import SENTENCE
 from tests.support.engine_side import BAD, EOS, App, Told, content_of, round_of, serve
 from tests.support.through import post_to
 

@@ -18,8 +18,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from lenvm_vllm.api.intake import take_in
+from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.rows import EngineRows
-from lenvm_vllm.engine.v1 import V1Processor
 from lenvm_vllm.host import served
 from lenvm_vllm.host.sampling import KEY
 from lenvm_vllm.plugin import BARE, PROCESSOR, register
@@ -135,8 +135,8 @@ def final(
     served = config()
     served.scheduler_config = SimpleNamespace(max_num_seqs=1)
     processors = build_logitsprocs(served, torch.device("cpu"), False, False, (PROCESSOR,))
-    ours = next(p for p in processors.non_argmax_invariant if isinstance(p, V1Processor))
-    ours._rows = EngineRows(served, Server(TimedOut("slow")) if down else Server())
+    ours = next(p for p in processors.non_argmax_invariant if isinstance(p, LenvmLogitsProcessor))
+    ours.batch.rows = EngineRows(served, Server(TimedOut("slow")) if down else Server())
     for one in processors.all:
         one.update_state(BatchUpdate(1, [], [(0, wanted, list(prompt), list(output))], []))
 

@@ -12,8 +12,6 @@ import pytest
 
 import lenvm_vllm.api.playground
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
-from lenvm_vllm.target.rails import landing_span
-from lenvm_vllm.target.request import LengthTarget
 from tests.support.through import send_through
 
 FOLDER = Path(lenvm_vllm.api.playground.__file__).parent
@@ -164,23 +162,3 @@ def test_rails_of_nonsense_are_a_400_in_the_words_of_a_request(query, words):
     status, _, body = get("/lenvm/rails", query)
     assert status == 400
     assert re.match(words, json.loads(body)["error"]["message"])
-
-
-def test_landing_is_that_of_steering():
-    """steering counts it in shares of itself, row by row; here it is drawn."""
-    torch = pytest.importorskip("torch")
-    from lenvm_vllm.steering.policies import AT_MOST, EQUAL_TO, Goals
-    from lenvm_vllm.target.rails import aim_of
-
-    for mode, target in (
-        (EQUAL_TO, LengthTarget(tokens=200, tolerance=0.25)),
-        (AT_MOST, LengthTarget(mode="at_most", tokens=200)),
-    ):
-        span = landing_span(target)
-        assert span is not None
-        for at, landed in zip(span, (0, 1), strict=True):
-            rest = torch.tensor([200.0 - at], dtype=torch.float64)
-            width = torch.tensor([aim_of(target).landing], dtype=torch.float64)
-            zero = torch.zeros(1, dtype=torch.float64)
-            goals = Goals(torch.tensor([mode]), zero.bool(), rest, rest, width, zero, zero, 0.99)
-            assert goals.landed.item() == pytest.approx(landed)

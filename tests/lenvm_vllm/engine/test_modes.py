@@ -1,6 +1,6 @@
 """Ranges, parts of a completion, and steps that are not scored, with perfect values.
 
-As in test_guide token 0 is the end and token x says that x more tokens are to come. MARK ends
+As in `toy.py` token 0 is the end and token x says that x more tokens are to come. MARK ends
 the thinking.
 """
 
@@ -20,11 +20,12 @@ from torch import Tensor
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
-from lenvm_vllm.target.admission import check_admission
+from lenvm_vllm.target.admission import Limits, check_admission
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.text.parts import Markers
 from lenvm_vllm.values.client import TimedOut
-from tests.lenvm_vllm.engine.test_guide import (
+from tests.support import fakes
+from tests.support.toy import (
     EOS,
     LENGTHS,
     NO_LIMIT,
@@ -35,8 +36,7 @@ from tests.lenvm_vllm.engine.test_guide import (
     sample,
     told,
 )
-from tests.lenvm_vllm.engine.test_guide import toy_logits as answer_logits
-from tests.support import fakes
+from tests.support.toy import toy_logits as answer_logits
 
 MARK = 390
 quick = settings(deadline=None, max_examples=5)
@@ -247,25 +247,24 @@ def test_a_part_needs_a_known_marker(scope: str) -> None:
     target = LengthTarget.parse({"tokens": 9, "scope": scope})
     config = fakes.config()
     with pytest.raises(ValueError, match=rf"length_target\.scope: '{scope}' .*--reasoning-parser"):
-        check_admission(target, None, 0, False, config=config)
+        check_admission(target, Limits(), config)
     for ids in ([5], [5, 6]):
         config.reasoning_config = SimpleNamespace(
             natural_reasoning_end_token_ids=ids, reasoning_start_token_ids=[4]
         )
-        check_admission(
-            target, None, 500, False, config=config
-        )  # min_tokens is about the completion
+        # min_tokens is about the completion
+        check_admission(target, Limits(min_tokens=500), config)
     config.reasoning_config = None
     config.additional_config = {"lenvm": {"thinking_end_ids": [5]}}
-    check_admission(target, None, 0, False, config=config)
+    check_admission(target, Limits(), config)
 
 
 def test_a_text_longer_than_the_context() -> None:
     """Also for a stream that sets no max_tokens."""
     config = fakes.config()
-    check_admission(LengthTarget.parse(1000), None, 0, False, config=config)  # its lower rail fits
+    check_admission(LengthTarget.parse(1000), Limits(), config)  # its lower rail fits
     with pytest.raises(ValueError, match=r"length_target: 1080 tokens at least, .* have 1000"):
-        check_admission(LengthTarget.parse(1200), None, 0, False, config=config)
+        check_admission(LengthTarget.parse(1200), Limits(), config)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +283,7 @@ def test_a_budget_that_ends_the_thinking_too_early(target: Any, budget: int, tak
     flat = LengthTarget.parse(target).to_xargs()
     refused = pytest.raises(ValueError, match=f"thinking_token_budget: {budget} .* at least 45")
     with contextlib.nullcontext() if taken else refused:
-        check_admission(LengthTarget.parse(target), None, 0, False, budget, config=config)
+        check_admission(LengthTarget.parse(target), Limits(thinking_token_budget=budget), config)
     with contextlib.nullcontext() if taken else refused:
         LenvmLogitsProcessor.validate_params(
             fakes.params(flat, thinking_token_budget=budget, max_tokens=None)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm_vllm.target.admission import check_admission
-from lenvm_vllm.target.rails import Aim, Rails, aim_of, check_limits, rails_of
+from lenvm_vllm.target.admission import Limits, check_admission, check_limits
+from lenvm_vllm.target.rails import Aim, Rails, aim_of, rails_of
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 
 
@@ -101,7 +101,7 @@ def test_any_model_lands_inside(
 )
 def test_limits_that_contradict(rails: Rails, limits: Any, message: str) -> None:
     with pytest.raises(LengthTargetError, match=message):
-        check_limits(rails, *limits)
+        check_limits(rails, Limits(*limits))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_limits_that_contradict(rails: Rails, limits: Any, message: str) -> None
     ],
 )
 def test_limits_that_agree(rails: Rails, limits: Any) -> None:
-    check_limits(rails, *limits)
+    check_limits(rails, Limits(*limits))
 
 
 # ---- walls: max_tokens and the end of the context
@@ -157,8 +157,8 @@ def test_the_landing_ends_before_the_wall(tokens: int, percent: int, wall: int) 
         return
     assert aim.rails == Rails(whole.first, min(whole.last or 0, wall))
     assert whole.first <= aim.low == aim.high <= tokens
-    assert aim.high + int(aim.landing) <= wall
-    assert aim.landing <= aim_of(target).landing
+    assert aim.high + int(aim.width) <= wall
+    assert aim.width <= aim_of(target).width
 
 
 @pytest.mark.parametrize(
@@ -178,4 +178,4 @@ def test_the_landing_ends_before_the_wall(tokens: int, percent: int, wall: int) 
 def test_a_text_needs_room_for_a_word(target: Any, taken: bool) -> None:
     refused = pytest.raises(LengthTargetError, match=r"tokens: 1 leaves no room for a word")
     with contextlib.nullcontext() if taken else refused:
-        check_admission(LengthTarget.parse(target), None, 0, False)
+        check_admission(LengthTarget.parse(target), Limits())

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lenvm_vllm.target.request import DEFAULT_TOLERANCE, LengthTarget, LengthTargetError
+from lenvm_vllm.steering.constants import DEFAULT_TOLERANCE
+from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 
 tokens = st.integers(1, 2**31 - 1)
 positive = st.floats(0, 1e6)

@@ -19,9 +19,9 @@ from lenvm_vllm.telemetry import metrics
 from lenvm_vllm.telemetry.metrics import FOLDER, Counters, exposition, share_folder
 from lenvm_vllm.text.parts import Markers
 from lenvm_vllm.values.client import TimedOut
-from tests.lenvm_vllm.engine.test_v2 import Runner
 from tests.support.fakes import EOS, Server, V, config, free, params
 from tests.support.through import send_through
+from tests.support.v2_slots import Runner
 
 MARK = 9
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lenvm_vllm.engine.rows import _end_probabilities
 from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.engine.telling import end_probabilities
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry import progress
 from lenvm_vllm.telemetry.metrics import FOLDER
@@ -126,7 +126,7 @@ def state_of(tokens: int, output: list[int], **rest: Any) -> RequestState:
 def test_the_probability_of_the_end_is_that_of_all_end_tokens() -> None:
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
     states = {2: state_of(2, [5]), 0: state_of(100, [5])}
-    found = _end_probabilities(logits, states)
+    found = end_probabilities(logits, states)
     naive = logits[2].double().softmax(-1)
     assert found[0] == pytest.approx(float(naive[0] + naive[2]), rel=1e-5)
     assert math.isnan(found[1])  # the rail allows none yet

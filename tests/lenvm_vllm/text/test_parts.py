@@ -11,7 +11,7 @@ import torch
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
-from lenvm_vllm.target.admission import check_admission, markers_of, resolved
+from lenvm_vllm.target.admission import Limits, check_admission, markers_of, resolved
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 from lenvm_vllm.text.parts import Markers, Parts, call_markers
 from lenvm_vllm.values.client import TimedOut
@@ -227,7 +227,7 @@ def test_a_limited_thinking(markers: Markers, tokens: int) -> None:
 
 def test_none_is_as_a_budget_of_none() -> None:
     LengthTarget.parse({"tokens": 0, "scope": "thinking"})
-    check_admission(LengthTarget.parse({"tokens": 0, "scope": "thinking"}), 100, 0, False)
+    check_admission(LengthTarget.parse({"tokens": 0, "scope": "thinking"}), Limits(100))
     for wrong in (0, {"tokens": 0, "scope": "answer"}, {"mode": "at_most", "tokens": 0}):
         with pytest.raises(LengthTargetError, match=r"length_target\.tokens: .* got 0"):
             LengthTarget.parse(wrong)

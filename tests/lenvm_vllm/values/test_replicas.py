@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from lenvm_vllm.engine.guide import Guide
+from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.values.client import CircuitOpen, Mismatch, TimedOut, Unreachable
 from lenvm_vllm.values.replicas import Replicas, part_of, rank
 from tests.support.fakes import EOS, INFO, V
@@ -247,7 +249,7 @@ def test_part_of_a_step() -> None:
 def test_a_guided_step_survives_the_loss_of_its_replica() -> None:
     """All rows are steered in the very step in which a server goes."""
     replicas, servers = three()
-    guide = Guide(replicas, Settings(), ours)
+    guide = Guide(Sessions(replicas, ours, Counters()), Settings())
     states = {
         row: RequestState(
             LengthTarget.parse({"tokens": 30, "tolerance": None}), [1, 2], [], eos_ids=[EOS]

@@ -1,0 +1,50 @@
+"""What the API server is told of each step of a guided text."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.steering.candidates import eos_index
+from lenvm_vllm.telemetry.progress import FORCED, GAVE_WAY, LANDING, VALUED, Progress
+
+
+def end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> list[float]:
+    """The unguided model's probability of the end in each row, NaN where no end is allowed.
+
+    logits: (batch, V), not changed.
+    """
+    rows = [row for row, s in states.items() if not s.held]
+    if not rows:
+        return [math.nan] * len(states)
+    index, ids = eos_index([states[row].ends for row in rows], logits.shape[-1])
+    own = logits[rows]  # (B, V)
+    log_p = own[index.to(own.device), ids.to(own.device)].double()
+    log_p -= own.logsumexp(-1).double()[index.to(own.device)]
+    known = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, index, log_p.exp().cpu())
+    found = dict(zip(rows, known.tolist(), strict=True))
+    return [found.get(row, math.nan) for row in states]
+
+
+def tell(
+    progress: Progress, states: dict[int, RequestState], ended: set[int], p_end: list[float]
+) -> None:
+    """ended: rows that a rail ends. p_end: as of `end_probabilities`, of the same states."""
+    told, forced = list(states.values()), [s.forced or row in ended for row, s in states.items()]
+    for state in told:
+        state.steps += 1
+    progress.tell(
+        rows=[s.row for s in told if s.row is not None],
+        index=[len(s.output_ids) for s in told],
+        counted=[s.generated + 1 for s in told],
+        token=[s.output_ids[-1] if s.output_ids else -1 for s in told],
+        p_end=p_end,
+        expected=[0.0 if f else s.expected for s, f in zip(told, forced, strict=True)],
+        flags=[
+            FORCED * f | LANDING * s.landing | VALUED * s.valued | GAVE_WAY * s.gave_way
+            for s, f in zip(told, forced, strict=True)
+        ],
+        steps=[s.steps for s in told],
+        steered=[s.steered for s in told],
+    )

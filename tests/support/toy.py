@@ -1,0 +1,160 @@
+"""A toy language with perfect values, for the guide and all above it.
+
+Legend: B guided rows, V vocabulary. Token 0 is the end; token x says that x more tokens are to
+come, which makes a perfect value model easy: the length of candidate x is x.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lenvm_vllm.engine.guide import Guide
+from lenvm_vllm.engine.sessions import Sessions
+from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.settings import Settings
+from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.telemetry.metrics import Counters
+from value_server.contract import wire
+from value_server.contract.values import logit_from_length
+
+V = 400
+EOS = 0
+GAMMA = 0.99
+NO_LIMIT = 1e6
+LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377)
+
+
+INFO = wire.ModelInfo(
+    gamma=GAMMA,
+    base_model="toy",
+    tokenizer_fingerprint="f" * 64,
+    vocab_size=V,
+    max_position=1000,
+    max_sessions=100,
+    max_candidates=64,
+)
+
+
+class Server:
+    """Keeps texts as the real server does and knows the length of every candidate.
+
+    failures: raised by the next steps, None for one that works. unheld: sessions that it
+    never holds. backwards: name unknown rows last first.
+    """
+
+    def __init__(self, **info: Any) -> None:
+        self.info = msgspec.structs.replace(INFO, **info)
+        self.texts: dict[str, list[int]] = {}
+        self.requests: list[wire.StepRequest] = []
+        self.closed: list[str] = []
+        self.failures: list[Exception | None] = []
+        self.unheld: set[str] = set()
+        self.backwards = False
+        self.fingerprint: str | None = None
+
+    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
+        self.fingerprint = fingerprint()
+        return self.info
+
+    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
+        request = wire.decode_request(wire.encode(request))
+        self.requests.append(request)
+        if self.failures and (failure := self.failures.pop(0)):
+            raise failure
+        self.closed += request.closed
+        for session in request.closed:
+            self.texts.pop(session, None)
+        unknown = [row for row, tell in enumerate(told(request)) if not self.take(*tell)]
+        lengths = wire.unpack_ids(request.candidates).astype(np.float64)
+        z = logit_from_length(torch.from_numpy(lengths), GAMMA).float().numpy()
+        z[
+            np.isin(np.repeat(np.arange(len(request.sessions)), request.candidate_counts), unknown)
+        ] = np.nan
+        return z, unknown[::-1] if self.backwards else unknown
+
+    def take(self, session: str, start: int, tokens: list[int]) -> bool:
+        if session in self.unheld or start > len(self.texts.get(session, [])):
+            return False
+        self.texts[session] = self.texts.get(session, [])[:start] + tokens
+        return True
+
+
+def told(request: wire.StepRequest) -> list[tuple[str, int, list[int]]]:
+    """(session, start, tokens) of each row."""
+    tokens = iter(wire.unpack_ids(request.tokens).tolist())
+    return [
+        (session, start, [next(tokens) for _ in range(count)])
+        for session, start, count in zip(
+            request.sessions, request.starts, request.token_counts, strict=True
+        )
+    ]
+
+
+def asked(request: wire.StepRequest) -> list[list[int]]:
+    """The candidates of each row."""
+    ids = iter(wire.unpack_ids(request.candidates).tolist())
+    return [[next(ids) for _ in range(count)] for count in request.candidate_counts]
+
+
+def guide_of(server: Server, **fields: Any) -> Guide:
+    return Guide(Sessions(server, lambda: "ours", Counters()), Settings(**fields))
+
+
+def request(
+    target: Any = 30, prompt: list[int] | None = None, output: Any = (), **fields: Any
+) -> RequestState:
+    """A request without rails."""
+    wanted = {"tokens": target} if isinstance(target, int) else target
+    wanted = {"tolerance": None} | wanted
+    return RequestState(
+        target=LengthTarget.parse(wanted),
+        prompt_ids=[7, 50] if prompt is None else prompt,
+        output_ids=list(output),
+        **({"eos_ids": [EOS]} | fields),
+    )
+
+
+def flat_logits(rows: int, tokens: Any = (EOS, 10, 20, 40, 80)) -> Tensor:
+    logits = torch.full((rows, V), -math.inf)
+    logits[:, list(tokens)] = 0.0
+    return logits
+
+
+def steered(guide: Guide, logits: Tensor, states: dict[int, RequestState]) -> Tensor:
+    logits = logits.clone()
+    if (writes := guide.plan(logits, states)) is not None:
+        writes.apply_inplace(logits)
+    return logits
+
+
+def guided_rows(guide: Guide, logits: Tensor, states: dict[int, RequestState]) -> list[int]:
+    """The rows that come out different."""
+    after = steered(guide, logits, states)
+    return [row for row in range(len(logits)) if not torch.equal(after[row], logits[row])]
+
+
+def toy_logits(state: RequestState, rng: random.Random) -> Tensor:
+    """(V,) The next token says mostly one less; it may change its mind, and end at any time."""
+    wants = [*state.prompt_ids, *state.output_ids][-1]
+    weights = {length: math.exp(rng.random()) for length in LENGTHS}
+    weights[max(1, wants - 1)] = 20.0
+    total = sum(weights.values())
+    weights[EOS] = total * (19.0 if wants == 1 else 0.05)
+    logits = torch.full((V,), -math.inf)
+    logits[list(weights)] = torch.tensor(list(weights.values())).log()
+    return logits * (state.temperature or 1.0)
+
+
+def sample(logits: Tensor, temperature: float, rng: random.Random) -> int:
+    """As vLLM does, `logits` (V,)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p = torch.softmax(logits.double() / temperature, dim=-1).tolist()
+    return rng.choices(range(V), p)[0]
