@@ -1,6 +1,5 @@
 """What `lenvm doctor` sees of an installation that is whole, or half made, and what it advises."""
 
-import logging
 import os
 import pty
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lenvm_vllm.commands.doctor import doctor, environment
+from lenvm_vllm.commands.doctor import environment
 from lenvm_vllm.commands.doctor.finding import Finding
 from lenvm_vllm.commands.processes import free_port
 from tests.support.doctor import DOCTOR, ROOT, look, rows
@@ -44,27 +43,9 @@ def package(folder: Path, name: str, version: str, **modules: str) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The same as `look` in this process, which has loaded vLLM already."""
-    monkeypatch.setattr(logging.root.manager, "disable", 0)  # and back, behind this test
-    monkeypatch.setenv("LENVM_TOKEN", "secret")
-
-    def look_here(environment: dict[str, str], **options: str) -> tuple[int, str]:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        try:
-            doctor(**options)
-        except SystemExit as wrong:
-            return 1, f"{capsys.readouterr().out}{wrong}"
-        return 0, capsys.readouterr().out
-
-    return look_here
-
-
-def test_all_is_well(here: Any, values: Any, tmp_path: Path) -> None:
+def test_all_is_well(values: Any, tmp_path: Path) -> None:
     model = str(tiny_llm(tmp_path))
-    code, text = here({"LENVM_URL": values.url()}, model=model)
+    code, text = look("--model", model, LENVM_URL=values.url())
     assert code == 0, text
     assert [line for line in text.splitlines() if line != line.rstrip() or "\x1b" in line] == []
     found = rows(text)
@@ -79,12 +60,13 @@ def test_all_is_well(here: Any, values: Any, tmp_path: Path) -> None:
     assert "`lenvm doctor --vllm http://127.0.0.1:8000`" in seen["running vLLM"]
 
 
-def test_all_that_is_wrong_is_told_at_once(here: Any, values: Any, tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_told_at_once(values: Any, tmp_path: Path) -> None:
     values.token = "secret"
     nobody = f"http://127.0.0.1:{free_port()}"
     environment = {"LENVM_URL": f"{values.url()},{nobody}", "LENVM_TOKEN": "other"}
-    code, text = here(environment | {"VLLM_PLUGINS": "none"}, model=str(tmp_path), vllm=nobody)
-    assert (code, text.splitlines()[-1]) == (1, "5 wrong")
+    asked = ("--model", str(tmp_path), "--vllm", nobody)
+    code, text = look(*asked, VLLM_PLUGINS="none", **environment)
+    assert code == 1
     found = [(part, told) for state, part, told in rows(text) if state == "wrong"]
     assert [part for part, _ in found] == [
         *("plugin", "model", "value server", "value server", "running vLLM")

@@ -65,12 +65,12 @@ def test_doctor_on_a_bare_machine(
     for found, variable in zip(folders, ("HF_HOME", "VLLM_CACHE_ROOT"), strict=True):
         assert found.seen.startswith(f"{folder}: not writable")
         assert f"set {variable}" in found.advice
-    (compiler,) = (found for found in engine.findings(None) if found.part == "compiler")
+    (compiler,) = engine._compiler()
     assert compiler.is_wrong
     assert compiler.seen.startswith("no C++ compiler: vLLM needs --enforce-eager")
     assert "TORCH_COMPILE_DISABLE=1" in compiler.advice
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    (compiler,) = (found for found in engine.findings(None) if found.part == "compiler")
+    (compiler,) = engine._compiler()
     assert (compiler.state, compiler.seen[:15]) == ("off", "no C++ compiler")
 
 
