@@ -17,7 +17,8 @@ import httpx
 import torch
 import uvicorn
 
-from lenvm_vllm.commands.processes import VALUE_SERVER, free_port
+from lenvm_vllm.commands.processes import free_port
+from lenvm_vllm.commands.servers import LENVM
 from tests.support import tiny
 from tests.support.blocked import SECONDS, wait_until
 from tests.support.collector import Collector
@@ -50,7 +51,7 @@ def served(
     """URL and process of a small server, interrupted at the end unless it has ended before."""
     port = free_port()
     url = f"{scheme}://127.0.0.1:{port}"
-    command = [*VALUE_SERVER, str(checkpoint), "--dtype", "float32", "--slots", "400", *flags]
+    command = [*LENVM, "serve", str(checkpoint), "--dtype", "float32", "--slots", "400", *flags]
     command += ["--threads", "1", *(["--uds", str(uds)] if uds else ["--port", str(port)])]
     with contextlib.ExitStack() as stack:
         log = log or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"

@@ -12,7 +12,7 @@ import pytest
 from transformers import GPTJConfig, GPTJModel
 
 from lenvm_vllm.commands.predict import predict
-from lenvm_vllm.commands.processes import VALUE_SERVER
+from lenvm_vllm.commands.servers import LENVM
 from tests.support import tiny
 from tests.support.value_servers import Server, naive, step, step_body
 from value_server.contract import wire
@@ -218,7 +218,7 @@ def test_unusable_checkpoint_is_one_line(
 
 
 def test_a_process_that_cannot_serve_says_why_and_ends(tmp_path: Path) -> None:
-    command = [*VALUE_SERVER, str(tmp_path / "nowhere"), "--port", "0"]
+    command = [*LENVM, "serve", str(tmp_path / "nowhere"), "--port", "0"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.startswith(f"error: cannot serve {tmp_path / 'nowhere'}: ")
