@@ -139,7 +139,7 @@ def test_model_errors(answer: Any, error: type[Exception], message: str | None) 
         (b"\xc1\xff", BadReply),
         (reply()[:-3], BadReply),
         (reply(Z[:2]), BadReply),
-        (reply(version=2), BadReply),
+        (reply(version=wire.WIRE_VERSION + 1), BadReply),
         (reply(unknown=[2]), BadReply),
         (reply(unknown=[-1]), BadReply),
         (reply([1.5, np.nan, 0.0]), BadReply),

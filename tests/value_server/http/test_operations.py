@@ -95,11 +95,14 @@ def test_a_plugin_reads_another_checkpoint_rightly() -> None:
 
     with in_thread(server(0, 0.99), port):
         assert ask(0, [1, 2]) == (pytest.approx(expected(0, 0.99, [1, 2, 4]), rel=1e-3), [])
+    with in_thread(server(0, 0.99), port):  # the same anew: no step goes without values
+        assert ask(2, [4])[1] == [0]  # so the guide sends the whole text
+        assert ask(0, [1, 2, 4]) == (pytest.approx(expected(0, 0.99, [1, 2, 4, 4]), rel=1e-3), [])
     with in_thread(server(1, 0.999), port):
         with pytest.raises(Mismatch, match="started anew"):  # a step inside the rails alone
-            ask(2, [4])
+            ask(3, [4])
         wait_until(lambda: is_back(replicas))
-        assert ask(2, [4])[1] == [0]  # so the guide sends the whole text
+        assert ask(3, [4])[1] == [0]
         length, unknown = ask(0, [1, 2, 4])
     assert unknown == []
     assert length == pytest.approx(expected(1, 0.999, [1, 2, 4, 4]), rel=1e-3)
