@@ -12,22 +12,21 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from lenvm_vllm.commands.demo import NAME, ROOT, both_servers
-from lenvm_vllm.commands.processes import free_port
+from lenvm_vllm.commands.demo import NAME, ROOT
+from tests.e2e.pairs import Pair
 from tests.support.browser import chromium
 from value_server.contract.units import CHARACTERS, WORDS
 from value_server.contract.units import count as count_of
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.pair("small")]
 SECONDS = 120  # of two answers on a busy machine
 REST = "mark => mark.style.getPropertyValue('--expected')"
 COLOUR = "mark => getComputedStyle(mark).backgroundColor"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with both_servers(free_port(), free_port(), playground=True) as url:
-        yield url
+@pytest.fixture
+def url(pair: Pair) -> str:
+    return pair.url
 
 
 @pytest.fixture(scope="module")
