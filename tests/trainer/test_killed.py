@@ -25,6 +25,8 @@ from trainer.data import read_rollouts
 from trainer.evaluation.journal import HEADER
 from trainer.training.steps import last_step
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,6 +17,8 @@ from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
 from tests.value_server.http.test_security import served
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parents[3]
 DOCTOR = (sys.executable, "-m", "lenvm_vllm.commands.cli", "doctor")
 

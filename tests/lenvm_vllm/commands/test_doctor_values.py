@@ -19,6 +19,8 @@ from tests.support.fakes import INFO
 from tests.support.tiny import tiny_checkpoint, tiny_tokenizer
 from tests.value_server.http.test_security import served
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

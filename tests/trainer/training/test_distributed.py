@@ -15,6 +15,8 @@ from trainer.training.steps import last_step
 from trainer.training.train import Tune
 from value_server.contract.checkpoint import read_config
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
 SETTINGS = """\

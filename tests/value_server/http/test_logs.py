@@ -40,6 +40,7 @@ def test_the_id_of_a_request_goes_along() -> None:
     assert len({session_of(None), session_of({})}) == 2
 
 
+@pytest.mark.e2e
 def test_json_lines_name_the_requests(checkpoint: Path) -> None:
     port = free_port()
     process = launch(str(checkpoint), "--port", str(port), "--log-format", "json")
@@ -57,6 +58,7 @@ def test_json_lines_name_the_requests(checkpoint: Path) -> None:
     assert (predict["type"], predict["requests"]) == ("invalid_request", ["order-67"])
 
 
+@pytest.mark.e2e
 def test_a_step_is_one_trace(checkpoint: Path) -> None:
     ours = InMemorySpanExporter()
     provider = TracerProvider()

@@ -144,6 +144,7 @@ def test_a_checkpoint_that_cannot_follow_changes_nothing(
         assert server._served.engine is first
 
 
+@pytest.mark.e2e
 def test_signals_of_a_real_server(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "model")
     with served(folder, "--dtype", "float32", "--drain-s", "600") as (url, process):

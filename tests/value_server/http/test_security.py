@@ -19,6 +19,8 @@ from tests.value_server.http.test_server import free_port, launch, step, step_bo
 from value_server.contract import wire
 from value_server.settings import ServerSettings
 
+pytestmark = pytest.mark.e2e
+
 SECRET = "the merger with Acme is off"
 
 

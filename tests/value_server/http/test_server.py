@@ -24,6 +24,8 @@ from value_server.contract.checkpoint import tokenizer_fingerprint
 from value_server.contract.values import length_from_logit
 from value_server.model.value_model import ValueHead, ValueModel
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parents[3]
 TOKEN = "secret"
 
