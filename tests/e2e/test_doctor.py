@@ -24,10 +24,14 @@ def test_with_the_flag_and_a_key(pair: Pair) -> None:
     assert (code, "set VLLM_API_KEY to the key" in text) == (1, True)
 
 
-@pytest.mark.pair("alone")
-def test_without_values(pair: Pair) -> None:
-    asked = ("--model", str(pair.model), "--vllm", pair.url)
-    code, text = look(*asked, LENVM_URL=str(pair.values.base_url))
+@pytest.mark.pair("tiny")
+def test_values_came_and_come_no_more(pair: Pair) -> None:
+    pair.kill_values()
+    try:
+        asked = ("--model", str(pair.model), "--vllm", pair.url)
+        code, text = look(*asked, LENVM_URL=str(pair.values.base_url))
+    finally:
+        pair.revive_values()
     assert code == 1
     wrong = [part for state, part, _ in rows(text) if state == "wrong"]
     assert wrong == ["value server", "a request"]

@@ -53,6 +53,7 @@ def test_the_plugin_says_what_would_end_the_engine(
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.e2e
 def test_doctor_on_a_bare_machine(no_compiler: None, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.touch()
