@@ -262,7 +262,7 @@ def test_metrics_beside_vllms_own(client):
     asked = {"length_target": {"tokens": 20, "tolerance": 0.0, "endings": 1}}
     post_all(client, [(CHAT, asked)] * 10)
     seen = {name: value - before[name] for name, value in figures(client).items()}
-    assert (seen["requests"], seen["finished"]) == (10, 10)
+    assert seen["finished"] == 10 <= seen["requests"]  # a preempted one begins again
     assert seen["steps"] >= 10 * 19
     assert 0 < seen["value_seconds"] < seen["plan_seconds"]
 
