@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two tests at a time; those that share servers or a file run in one process.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup demo serve test unit lint containers
 
@@ -18,10 +20,10 @@ serve: setup
 	$(BIN)/lenvm demo --serve
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 unit: setup
-	$(BIN)/python -m pytest -m "not e2e"
+	$(PYTEST) -m "not e2e"
 
 lint: setup
 	$(BIN)/ruff check .

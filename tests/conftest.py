@@ -1,12 +1,20 @@
 """The same examples in every run: a property test that fails should fail for everyone, and not
-because the machine is busy. And, where asked for, a machine without compilers."""
+because the machine is busy. The order of the tests, and which of them share a process. And, where
+asked for, a machine without compilers."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.bare import hide_compilers
+
+# Of this process and those that it starts. The models are tiny, and two tests run at a time: one
+# thread each, on whichever core is free, where vLLM would put all of them on the same one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 settings.register_profile(
     "repeatable",
@@ -20,6 +28,20 @@ settings.load_profile("repeatable")
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "hide the compilers from the tests and from the servers that they start"
     parser.addoption("--without-compiler", action="store_true", help=text)
+
+
+def group_of(item: pytest.Item) -> str:
+    """Tests of a group run one after the other in one process: those of a shared pair of servers
+    (tests/e2e), else those of a file."""
+    mark = item.get_closest_marker("pair")
+    return mark.args[0] if mark else item.nodeid.split("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By groups; those that take minutes first, so that no process waits for another at the end."""
+    items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, group_of(item)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
 
 
 @pytest.fixture(scope="session", autouse=True)

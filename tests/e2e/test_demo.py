@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from lenvm_vllm.api.outcome import ENDS
-from lenvm_vllm.commands.demo import NAME, both_servers
+from lenvm_vllm.commands.demo import NAME
 from lenvm_vllm.commands.demo.answers import (
     BOTH,
     DEFAULT,
@@ -23,6 +23,7 @@ from lenvm_vllm.commands.demo.answers import (
     ask_all,
 )
 from lenvm_vllm.commands.processes import free_port
+from tests.e2e.pairs import Pair
 from tests.lenvm_vllm.commands.test_ended import gone, in_background, line
 from value_server.contract.listen import check_port
 
@@ -55,9 +56,16 @@ def below(process: psutil.Process, name: str) -> list[psutil.Process]:
     raise AssertionError(f"no {name}")
 
 
-@pytest.mark.parametrize(
-    ("number", "starting"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, True)]
-)
+def assert_it_serves(url: str) -> None:
+    """Guided by values, with the playground."""
+    assert httpx.get(f"{url}/lenvm").status_code == 200
+    body = {"model": NAME, "prompt": "Hi", "length_target": {"tokens": 9, "tolerance": 0}}
+    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    assert reply["usage"]["completion_tokens"] == 9
+    assert reply["choices"][0]["length_result"]["steered_steps"] > 0
+
+
+@pytest.mark.parametrize(("number", "starting"), [(signal.SIGINT, False), (signal.SIGKILL, True)])
 def test_nothing_is_left(
     number: signal.Signals, starting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,8 +76,8 @@ def test_nothing_is_left(
         assert line(shell) == "waiting for the value server"
         if not starting:
             while "Ctrl-C ends both" not in (said := line(shell)):
-                assert said.startswith("waiting for ")
-            assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                assert said in ("waiting for the value server", "waiting for vLLM")
+            assert_it_serves(f"http://127.0.0.1:{port}")
         processes = below(process, ENGINE)
         assert len(processes) > 4
         process.send_signal(number)
@@ -83,17 +91,16 @@ def test_nothing_is_left(
     check_port("127.0.0.1", value_port)
 
 
-def test_what_the_arms_get() -> None:
-    length, told = Length(40), set()
-    with both_servers(free_port(), free_port(), tell=told.add) as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        create = partial(client.chat.completions.create, model=NAME)
-        arms = (UNGUIDED, DEFAULT, BOTH, EXACT)
-        questions = [Question(arm, "Why is the sky blue?", (length,)) for arm in arms]
-        unguided, *guided = ask_all(create, questions)
-        with pytest.raises(RuntimeError, match=r"length_target\.tokens: 1 leaves no room"):
-            list(ask_all(create, [Question(DEFAULT, "Hi.", (Length(1),))]))
-    assert told == {"waiting for the value server", "waiting for vLLM"}
+@pytest.mark.pair("small")
+def test_what_the_arms_get(pair: Pair) -> None:
+    length = Length(40)
+    client = OpenAI(base_url=f"{pair.url}/v1", api_key="none", max_retries=0)
+    create = partial(client.chat.completions.create, model=NAME)
+    arms = (UNGUIDED, DEFAULT, BOTH, EXACT)
+    questions = [Question(arm, "Why is the sky blue?", (length,)) for arm in arms]
+    unguided, *guided = ask_all(create, questions)
+    with pytest.raises(RuntimeError, match=r"length_target\.tokens: 1 leaves no room"):
+        list(ask_all(create, [Question(DEFAULT, "Hi.", (Length(1),))]))
     assert unguided.end in ("own", "max_tokens")
     assert guided[-1].count == length.number
     for answer in guided:

@@ -5,38 +5,49 @@ from pathlib import Path
 import pytest
 
 from lenvm_vllm.commands.doctor import serving
-from lenvm_vllm.commands.processes import free_port
+from tests.e2e.pairs import KEY, Pair
 from tests.support.doctor import look, rows
-from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
-from tests.support.tiny import tiny_checkpoint
+from tests.support.servers import vllm_serve
 from tests.support.tiny_llm import tiny_llm
 
 pytestmark = pytest.mark.e2e
 
 
-def test_with_the_flag(tmp_path: Path) -> None:
-    """And an API key; values come, and then no more."""
-    model, value, port = tiny_llm(tmp_path / "model"), tiny_checkpoint(tmp_path / "v"), free_port()
-    env = {"LENVM_URL": f"http://127.0.0.1:{port}", "VLLM_API_KEY": "secret"}
-    with vllm_serve(model, tmp_path / "vllm.log", *BARE_FLAG, env=env) as url:
-        asked = ("--model", str(model), "--vllm", f"{url}/v1")
-        with value_serve(value, model, tmp_path / "values.log", port):
-            code, text = look(*asked, **env)
-            assert code == 0, text
-            assert "8 tokens were asked for and came, 7 of 8 steps with values" in text
-            code, text = look(*asked, **env | {"VLLM_API_KEY": "other"})
-            assert (code, "set VLLM_API_KEY to the key" in text) == (1, True)
-        code, text = look(*asked, **env)
-        assert code == 1
-        wrong = [part for state, part, _ in rows(text) if state == "wrong"]
-        assert wrong == ["value server", "a request"]
-        assert "by the rails alone: vLLM gets no values" in text
+@pytest.mark.pair("doors")
+def test_with_the_flag_and_a_key(pair: Pair) -> None:
+    asked = ("--model", str(pair.model), "--vllm", f"{pair.url}/v1")
+    env = {"LENVM_URL": str(pair.values.base_url), "VLLM_API_KEY": KEY}
+    code, text = look(*asked, **env)
+    assert code == 0, text
+    assert "8 tokens were asked for and came, 7 of 8 steps with values" in text
+    code, text = look(*asked, **env | {"VLLM_API_KEY": "other"})
+    assert (code, "set VLLM_API_KEY to the key" in text) == (1, True)
+
+
+@pytest.mark.pair("tiny")
+def test_values_came_and_come_no_more(pair: Pair) -> None:
+    pair.kill_values()
+    try:
+        asked = ("--model", str(pair.model), "--vllm", pair.url)
+        code, text = look(*asked, LENVM_URL=str(pair.values.base_url))
+    finally:
+        pair.revive_values()
+    assert code == 1
+    wrong = [part for state, part, _ in rows(text) if state == "wrong"]
+    assert wrong == ["value server", "a request"]
+    assert "by the rails alone: vLLM gets no values" in text
+
+
+@pytest.mark.pair("plain")
+def test_without_the_flag(pair: Pair) -> None:
+    version, request = serving.findings(pair.url)
+    assert (version.state, request.state) == ("ok", "wrong")
+    assert request.seen.startswith("vLLM runs without the plugin")
 
 
 @pytest.mark.parametrize(
     ("flags", "plugins", "seen"),
     [
-        ((), "lenvm", "vLLM runs without the plugin"),
         (
             ("--logits-processors", "lenvm_vllm:LenvmLogitsProcessor"),
             "none",

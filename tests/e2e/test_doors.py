@@ -1,59 +1,28 @@
 """Every door of a real `vllm serve`, with a key, priorities, forecasts, and an operator's
 middleware that compresses; a real value server behind it. Both are tiny."""
 
-import contextlib
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from lenvm_vllm.api.routes import BATCH, CHAT, GENERATE, INVOCATIONS, MESSAGES, RESPONSES, TEXT
-from lenvm_vllm.commands.processes import free_port
-from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
-from tests.support.tiny import tiny_checkpoint, tiny_tokenizer
-from tests.support.tiny_llm import tiny_llm
+from tests.e2e.pairs import Pair
+from tests.support.tiny import tiny_tokenizer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.pair("doors")]
 
 EXACT = {"tokens": "30", "tolerance": "0"}
 HELLO = [{"role": "user", "content": "hi"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-FLAGS = (
-    *BARE_FLAG,
-    *("--api-key", "k", "--allowed-origins", '["http://page"]', "--enable-scale-out"),
-    *("--middleware", "tests.support.compressing.Compressing", "--scheduling-policy", "priority"),
-)
 PREFILL = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+@pytest.fixture
+def client(pair: Pair) -> httpx.Client:
     """With the key."""
-    folder = tmp_path_factory.mktemp("doors")
-    checkpoint, model = tiny_checkpoint(folder / "value"), tiny_llm(folder / "model")
-    port = free_port()
-    env = {
-        **{"LENVM_URL": f"http://127.0.0.1:{port}", "LENVM_TIMEOUT_S": "30"},
-        # The first answer of a tiny model takes no time.
-        **{
-            "LENVM_FORECAST": "true",
-            "LENVM_PLAYGROUND": "true",
-            "LENVM_ENDINGS_PATIENCE": "100",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-    }
-    with contextlib.ExitStack() as servers:
-        servers.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
-        vllm = vllm_serve(model, folder / "log", *FLAGS, env=env)
-        url = servers.enter_context(vllm)
-        key = {"Authorization": "Bearer k"}
-        made = httpx.Client(base_url=url, timeout=60, trust_env=False, headers=key)
-        yield servers.enter_context(made)
-        log = (folder / "log").read_text()
-        assert "500 Internal" not in log, log[-3000:]
+    return pair.client
 
 
 def post(client: httpx.Client, path: str, **fields: Any) -> httpx.Response:

@@ -4,7 +4,6 @@ The model is random, so texts are noise and steering is not judged here: lengths
 the guard rails, wrong requests are a 400, and nothing of it is a 500.
 """
 
-import contextlib
 import itertools
 import json
 import re
@@ -15,12 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from lenvm_vllm.commands.processes import free_port
-from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
-from tests.support.tiny import tiny_checkpoint, tiny_tokenizer
-from tests.support.tiny_llm import tiny_llm
+from tests.e2e.pairs import Pair
+from tests.support.tiny import tiny_tokenizer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.pair("tiny")]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -45,26 +42,20 @@ TARGETS: list[tuple[Any, range]] = [
 ]
 SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.95, "seed": 3}]
 LETTERS = {"structured_outputs": {"regex": "[a-z]*"}}
-# Room for six of the sixteen requests that run at a time: all kinds of them are preempted.
-LITTLE_MEMORY = ("--block-size", "32", "--num-gpu-blocks-override", "18")
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("matrix")
-    checkpoint, model = tiny_checkpoint(folder / "value"), tiny_llm(folder / "model")
-    port = free_port()
-    env = {"LENVM_URL": f"http://127.0.0.1:{port}", "LENVM_TIMEOUT_S": "30"}
-    env["LENVM_ENDINGS_PATIENCE"] = "100"  # the first answer of a tiny model takes no time
-    with contextlib.ExitStack() as servers:
-        servers.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
-        vllm = vllm_serve(model, folder / "log", *BARE_FLAG, *LITTLE_MEMORY, env=env)
-        url = servers.enter_context(vllm)
-        yield servers.enter_context(httpx.Client(base_url=url, timeout=60, trust_env=False))
-        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
-        log = (folder / "log").read_text()
-        assert "no values" not in log, log[-3000:]
-        assert "500 Internal" not in log, log[-3000:]
+@pytest.fixture
+def client(pair: Pair) -> Iterator[httpx.Client]:
+    """Every step of the test gets its values."""
+    before = figures(pair.client)["fallback_steps"]
+    yield pair.client
+    assert figures(pair.client)["fallback_steps"] == before
+
+
+def figures(client: httpx.Client) -> dict[str, float]:
+    """The plugin's, as vLLM tells them."""
+    text = client.get("/metrics").text
+    return {k: float(v) for k, v in re.findall(r"^lenvm_(\w+)_total (\S+)$", text, re.MULTILINE)}
 
 
 def post(client: httpx.Client, path: str, **fields: Any) -> httpx.Response:
@@ -266,14 +257,14 @@ def test_text_that_stops_by_a_string_or_a_token(client):
 
 def test_metrics_beside_vllms_own(client):
     """The engine counts in another process than the one that answers."""
-    text = client.get("/metrics").text
-    assert "vllm:generation_tokens_total" in text
-    seen = {k: float(v) for k, v in re.findall(r"^lenvm_(\w+)_total (\S+)$", text, re.MULTILINE)}
-    assert seen["requests"] > 100
-    assert seen["steps"] > 100
-    assert seen["fallback_steps"] == 0
+    assert "vllm:generation_tokens_total" in client.get("/metrics").text
+    before = figures(client)
+    asked = {"length_target": {"tokens": 20, "tolerance": 0.0, "endings": 1}}
+    post_all(client, [(CHAT, asked)] * 10)
+    seen = {name: value - before[name] for name, value in figures(client).items()}
+    assert seen["finished"] == 10 <= seen["requests"]  # a preempted one begins again
+    assert seen["steps"] >= 10 * 19
     assert 0 < seen["value_seconds"] < seen["plan_seconds"]
-    assert 50 < seen["finished"] <= seen["requests"]
 
 
 WRONG = [

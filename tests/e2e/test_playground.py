@@ -12,22 +12,21 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from lenvm_vllm.commands.demo import NAME, ROOT, both_servers
-from lenvm_vllm.commands.processes import free_port
+from lenvm_vllm.commands.demo import NAME, ROOT
+from tests.e2e.pairs import Pair
 from tests.support.browser import chromium
 from value_server.contract.units import CHARACTERS, WORDS
 from value_server.contract.units import count as count_of
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.pair("small")]
 SECONDS = 120  # of two answers on a busy machine
 REST = "mark => mark.style.getPropertyValue('--expected')"
 COLOUR = "mark => getComputedStyle(mark).backgroundColor"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with both_servers(free_port(), free_port(), playground=True) as url:
-        yield url
+@pytest.fixture
+def url(pair: Pair) -> str:
+    return pair.url
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     page.goto(f"{url}/lenvm")
     expect(page.locator("#model")).to_have_value(NAME)
     page.get_by_text("More").click()
-    page.locator("#most").fill("120")  # the unguided answers go on for long
+    page.locator("#most").fill("80")  # the unguided answers go on for long
     yield page
     page.close()
     refused = "the server responded with a status of 400"
@@ -83,7 +82,7 @@ def choose(page: Page, mode: str) -> None:
 
 
 def test_prompt_dial_two_streams_counts(page: Page, tmp_path: Path) -> None:
-    page.locator("#most").fill("400")
+    page.locator("#most").fill("250")
     page.locator("#temperature").fill("0.5")
     page.get_by_text("More").click()
     page.locator("#prompt").fill("Explain how a bicycle stays upright.")

@@ -1,27 +1,18 @@
 """A real `vllm serve` with the bare flag and no value server: rails and request field."""
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
 
-from lenvm_vllm.commands.processes import free_port
-from tests.support.servers import BARE_FLAG, vllm_serve
-from tests.support.tiny_llm import tiny_llm
+from tests.e2e.pairs import Pair
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.pair("alone")]
 
 END = 256
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, str]]:
-    """Client and path of the server's log."""
-    folder = tmp_path_factory.mktemp("vllm")
-    nobody = {"LENVM_URL": f"http://127.0.0.1:{free_port()}"}
-    model = tiny_llm(folder / "model", more=("<tool_call>", "</tool_call>"))
-    with vllm_serve(model, folder / "log", *BARE_FLAG, env=nobody) as url:
-        yield httpx.Client(base_url=url, timeout=60, trust_env=False), str(folder / "log")
+@pytest.fixture
+def client(pair: Pair) -> httpx.Client:
+    return pair.client
 
 
 def complete(client: httpx.Client, **fields: object) -> httpx.Response:
@@ -36,28 +27,28 @@ def tokens(reply: httpx.Response) -> int:
 
 @pytest.mark.parametrize("length", [2, 3, 32, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_exact(served, length, temperature):
+def test_exact(client, length, temperature):
     target = {"tokens": length, "tolerance": 0.0}
     asked = {"temperature": temperature, "return_token_ids": True}
-    reply = complete(served[0], length_target=target, **asked)
+    reply = complete(client, length_target=target, **asked)
     assert tokens(reply) == length
     assert reply.json()["choices"][0]["token_ids"][-1] == END
 
 
-def test_default_rails_and_one_sided_modes(served):
-    assert 45 <= tokens(complete(served[0], length_target=50)) <= 55
+def test_default_rails_and_one_sided_modes(client):
+    assert 45 <= tokens(complete(client, length_target=50)) <= 55
     at_most = {"mode": "at_most", "tokens": 20}
-    assert tokens(complete(served[0], length_target=at_most, temperature=1.0)) <= 20
+    assert tokens(complete(client, length_target=at_most, temperature=1.0)) <= 20
     at_least = {"mode": "at_least", "tokens": 40}
-    assert tokens(complete(served[0], length_target=at_least, temperature=2.0)) >= 40
+    assert tokens(complete(client, length_target=at_least, temperature=2.0)) >= 40
 
 
-def test_the_end_comes_before_the_wall(served):
+def test_the_end_comes_before_the_wall(client):
     """Of max_tokens, and of the context: 512 tokens, 12 of the prompt."""
     for wall in (100, 95, 90):
         for target in (100, {"mode": "at_most", "tokens": 120}):
             asked = {"max_tokens": wall, "temperature": 1.0, "return_token_ids": True}
-            reply = complete(served[0], length_target=target, **asked)
+            reply = complete(client, length_target=target, **asked)
             assert tokens(reply) <= wall
             assert reply.json()["choices"][0]["token_ids"][-1] == END
     body = {
@@ -66,33 +57,33 @@ def test_the_end_comes_before_the_wall(served):
         "length_target": {"mode": "at_least", "tokens": 30},
         "return_token_ids": True,
     }
-    reply = served[0].post("/v1/chat/completions", json=body)
+    reply = client.post("/v1/chat/completions", json=body)
     assert reply.json()["choices"][0]["token_ids"][-1] == END
     assert 30 <= tokens(reply) < 112
     body["length_target"] = 150  # that the prompt leaves no room for
-    assert served[0].post("/v1/chat/completions", json=body).status_code == 400
+    assert client.post("/v1/chat/completions", json=body).status_code == 400
 
 
-def test_a_stop_string_waits_for_the_lower_rail(served):
+def test_a_stop_string_waits_for_the_lower_rail(client):
     """A space comes every few bytes; the first one from the 40th token on ends the text."""
     stop = [chr(code) for code in range(32, 127)][:4]
-    free = complete(served[0], stop=stop, temperature=2.0, max_tokens=150)
+    free = complete(client, stop=stop, temperature=2.0, max_tokens=150)
     assert tokens(free) < 40
     for target in (50, {"mode": "at_least", "tokens": 45}):
-        held = complete(served[0], stop=stop, length_target=target, temperature=2.0, max_tokens=150)
+        held = complete(client, stop=stop, length_target=target, temperature=2.0, max_tokens=150)
         assert tokens(held) >= 45
 
 
-def test_a_grammar_has_the_last_word(served):
+def test_a_grammar_has_the_last_word(client):
     """One that is done is done, and what it asks for is whole, whatever the rails say."""
     done = complete(
-        served[0],
+        client,
         structured_outputs={"choice": ["yes"]},
         length_target={"mode": "at_least", "tokens": 40},
     )
     assert (tokens(done), done.json()["choices"][0]["text"]) == (4, "yes")
     whole = complete(
-        served[0],
+        client,
         structured_outputs={"regex": "[a-z]{10}"},
         length_target={"mode": "at_most", "tokens": 5},
     )
@@ -102,15 +93,15 @@ def test_a_grammar_has_the_last_word(served):
     assert done.json()["choices"][0]["length_result"]["passed_rail"] is False
 
 
-def test_a_tool_call_is_neither_cut_nor_held_open(served):
+def test_a_tool_call_is_neither_cut_nor_held_open(client):
     """Tokens 258 and 259 begin and end one; a text of calls alone has none that count."""
     asked = {"temperature": 1.0, "return_token_ids": True, "max_tokens": 60}
-    begun = complete(served[0], logit_bias={"258": 100.0}, length_target=20, **asked)
+    begun = complete(client, logit_bias={"258": 100.0}, length_target=20, **asked)
     assert (tokens(begun), begun.json()["choices"][0]["finish_reason"]) == (60, "length")
     at_least = {"mode": "at_least", "tokens": 50}
     for seed in range(8):
         reply = complete(
-            served[0],
+            client,
             length_target=at_least,
             allowed_token_ids=[END, 258, 259],
             **asked | {"seed": seed},
@@ -121,27 +112,27 @@ def test_a_tool_call_is_neither_cut_nor_held_open(served):
         assert len(text) < 49
 
 
-def test_flat_form(served):
+def test_flat_form(client):
     xargs = {"length_target": 17, "length_tolerance": 0.0}
-    assert tokens(complete(served[0], vllm_xargs=xargs)) == 17
+    assert tokens(complete(client, vllm_xargs=xargs)) == 17
 
 
-def test_chat_and_stream(served):
+def test_chat_and_stream(client):
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "hi"}],
         "length_target": {"tokens": 12, "tolerance": 0.0},
     }
-    assert tokens(served[0].post("/v1/chat/completions", json=body)) == 12
+    assert tokens(client.post("/v1/chat/completions", json=body)) == 12
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    text = served[0].post("/v1/chat/completions", json=body).text
+    text = client.post("/v1/chat/completions", json=body).text
     assert '"completion_tokens":12' in text.replace(" ", "")
 
 
-def test_responses(served):
+def test_responses(client):
     target = {"tokens": 9, "tolerance": 0.0}
     body = {"model": "tiny", "input": "hi", "length_target": target, "max_output_tokens": 50}
-    reply = served[0].post("/v1/responses", json=body)
+    reply = client.post("/v1/responses", json=body)
     assert reply.status_code == 200, reply.text
     assert reply.json()["usage"]["output_tokens"] == 9
 
@@ -162,14 +153,13 @@ def test_responses(served):
         ({"length_target": 50, "ignore_eos": True}, "ignore_eos"),
     ],
 )
-def test_wrong_fields_are_a_400_that_names_them(served, fields, named):
-    reply = complete(served[0], **fields)
+def test_wrong_fields_are_a_400_that_names_them(client, fields, named):
+    reply = complete(client, **fields)
     assert reply.status_code == 400
     assert named in reply.json()["error"]["message"]
 
 
-def test_the_log_says_once_that_there_are_no_values(served):
+def test_the_log_says_once_that_there_are_no_values(pair):
     for _ in range(3):
-        complete(served[0], length_target=20)
-    with open(served[1]) as log:
-        assert log.read().count("requests go on with guard rails only") == 1
+        complete(pair.client, length_target=20)
+    assert pair.log.read_text().count("requests go on with guard rails only") == 1

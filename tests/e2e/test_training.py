@@ -1,7 +1,6 @@
 """From a model to figures with a real vLLM: rollouts of its offline class and of its server.
 
-The model is a tiny random Qwen2 as its family has it: tied embeddings, two tokens that end a
-text, sampling defaults of its own that rollouts must not take.
+The model is a tiny random Qwen2, whose sampling defaults rollouts must not take.
 """
 
 import json
@@ -13,18 +12,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.support.servers import vllm_serve
-from tests.support.tiny import tiny_tokenizer
+from tests.e2e.pairs import Pair, tiny_qwen
 from value_server.contract.checkpoint import read_config
 from value_server.model.value_model import ValueModel
 
 pytestmark = pytest.mark.e2e
 
 ENDS = {256, 257}
-DEFAULTS = {"eos_token_id": [256, 257], "do_sample": True, "top_k": 1, "repetition_penalty": 1.3}
 N, MAX_TOKENS = 16, 200
 SAMPLING = ("--n", N, "--max-tokens", MAX_TOKENS)
 
@@ -32,29 +27,10 @@ SAMPLING = ("--n", N, "--max-tokens", MAX_TOKENS)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    write_qwen(folder / "base")
+    tiny_qwen(folder / "base")
     prompts = [json.dumps({"prompt": f"Say {word}."}) + "\n" for word in "abcdefgh"]
     (folder / "p.jsonl").write_text("".join(prompts))
     return folder
-
-
-def write_qwen(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=258,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=256,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps(DEFAULTS))
-    tiny_tokenizer().save_pretrained(folder)
 
 
 def lenvm(*arguments: object) -> str:
@@ -97,10 +73,8 @@ def test_offline_then_train_and_evaluate(place: Path) -> None:
     assert {*figures["baseline_mre"]} == {""}
 
 
-def test_rollouts_of_a_server(place: Path, tmp_path: Path) -> None:
-    with vllm_serve(place / "base", tmp_path / "log") as url:
-        lenvm(
-            *("rollout", place / "p.jsonl", tmp_path / "r", "--model", "tiny", *SAMPLING),
-            *("--server", f"{url}/v1"),
-        )
+@pytest.mark.pair("plain")
+def test_rollouts_of_a_server(pair: Pair, place: Path, tmp_path: Path) -> None:
+    asked = ("--model", "tiny", *SAMPLING, "--server", f"{pair.url}/v1")
+    lenvm("rollout", place / "p.jsonl", tmp_path / "r", *asked)
     check_rollouts(tmp_path / "r")

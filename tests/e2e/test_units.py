@@ -1,27 +1,21 @@
 """Lengths in words and characters through real processes, whose random model writes random bytes.
 
-Values come for half of the requests; then their server is gone, and the limits hold the same.
+Values come at first; then their server is gone, and the limits hold the same.
 """
 
-import contextlib
 import itertools
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from lenvm_vllm.commands.processes import free_port
+from tests.e2e.pairs import Pair
 from tests.e2e.test_matrix import ASK, CHAT, MESSAGES, RESPONSES, TEXT
-from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
-from tests.support.tiny import tiny_checkpoint
-from tests.support.tiny_llm import tiny_llm
 from value_server.contract.units import count
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.pair("tiny")]
 
 MOST = 200  # tokens, which end no text here but one
 # target: the least and the most that it allows
@@ -37,32 +31,9 @@ TARGETS: list[tuple[str, dict[str, Any], int, float]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    return tmp_path_factory.mktemp("units"), free_port()
-
-
-@pytest.fixture(scope="module")
-def client(places: tuple[Path, int]) -> Iterator[httpx.Client]:
-    folder, port = places
-    env = {"LENVM_URL": f"http://127.0.0.1:{port}", "LENVM_TIMEOUT_S": "30"}
-    vllm = vllm_serve(tiny_llm(folder / "model"), folder / "log", *BARE_FLAG, env=env)
-    with vllm as url, httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
-        yield client
-        assert "500 Internal" not in (folder / "log").read_text()
-
-
-@pytest.fixture(params=["values", "no values"])
-def weather(
-    request: pytest.FixtureRequest, places: tuple[Path, int], client: httpx.Client
-) -> Iterator[None]:
-    folder, port = places
-    with contextlib.ExitStack() as servers:
-        if request.param == "values":
-            model = folder / "model"
-            checkpoint = tiny_checkpoint(folder / "value")
-            servers.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
-        yield
+@pytest.fixture
+def client(pair: Pair) -> httpx.Client:
+    return pair.client
 
 
 def ask(client: httpx.Client, path: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -97,8 +68,18 @@ def whole(path: str, answer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return "".join(part["text"] for part in parts), answer["length_result"]
 
 
-@pytest.mark.usefixtures("weather")
-def test_limits_hold_on_every_door(client):
+@pytest.mark.parametrize("values", [True, False])
+def test_limits_hold_on_every_door(pair, values):
+    if values:
+        return check_limits(pair.client, values)
+    pair.kill_values()
+    try:
+        check_limits(pair.client, values)
+    finally:
+        pair.revive_values()
+
+
+def check_limits(client, values):
     cells = [
         (path, unit, least, most, {"length_target": target, "stream": stream})
         for path in ASK
@@ -115,6 +96,7 @@ def test_limits_hold_on_every_door(client):
             count(text, "characters"),
         )
         assert result["passed_rail"] is False
+    assert any(result["steered_steps"] for _, result in told) is values
 
 
 def test_a_stream_tells_its_progress_in_the_unit(client):

@@ -1,7 +1,6 @@
 """The files that deploy: each is read by its own format's checker, and names only what exists.
 
-No image is built here (tests/containers does that). What the images run is: their commands, on
-this machine, from the wheel that they install.
+No image is built here (tests/containers does that); what they run is tried in test_packaging.py.
 """
 
 import json
@@ -19,10 +18,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lenvm_vllm.commands.processes import Server, free_port
 from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.telemetry.metrics import HELP
-from tests.support.tiny import tiny_checkpoint, tiny_model
+from tests.support.tiny import tiny_model
 from value_server.engine.engine import Engine
 from value_server.http.metrics import Metrics
 from value_server.settings import ServerSettings
@@ -208,32 +206,6 @@ def dockerfile_list(keyword: str) -> list[list[str]]:
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     lines = re.findall(rf"^{keyword}.*?(\[.*\])$", text, re.MULTILINE)
     return [json.loads(line) for line in lines]
-
-
-def test_what_the_images_run(tmp_path: Path) -> None:
-    """The wheel, and nothing else of this checkout, serves by the command of the image `values` and
-    passes its health check."""
-    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path / "wheels")]
-    subprocess.run([sys.executable, *build, str(ROOT)], check=True)
-    (wheel,) = (tmp_path / "wheels").glob("*.whl")
-    site = tmp_path / "site"
-    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
-    subprocess.run([sys.executable, *install], check=True)
-    checkpoint, port = tiny_checkpoint(tmp_path / "checkpoint"), free_port()
-    (command,) = (words for words in dockerfile_list("CMD") if words[:2] == ["lenvm", "serve"])
-    (health,) = (words for words in dockerfile_list("HEALTHCHECK") if "8100" in words[-1])
-    (name,) = (part for part in command if part.startswith("/opt/lenvm/"))
-    assert (ROOT / name.removeprefix("/opt/lenvm/")).is_dir()
-    here = {name: str(checkpoint), "0.0.0.0": "127.0.0.1", "lenvm": str(site / "bin" / "lenvm")}
-    env = os.environ | {"PYTHONPATH": str(site), "LENVM_SERVER_PORT": str(port)}
-    with Server(
-        [sys.executable, *(here.get(part, part) for part in command)],
-        *(f"http://127.0.0.1:{port}", "/ready", tmp_path / "log"),
-        env=env | {"PWD": str(tmp_path)},
-    ):
-        health = [part.replace("8100", str(port)) for part in health]
-        assert subprocess.run(health, env=env, check=False).returncode == 0
-    assert subprocess.run(health, env=env, check=False, stderr=subprocess.DEVNULL).returncode != 0
 
 
 def test_commands_of_vllm() -> None:

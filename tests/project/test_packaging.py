@@ -15,11 +15,14 @@ import httpx
 import pytest
 
 from lenvm_vllm.commands.processes import Server, free_port
+from tests.project.test_deployment import dockerfile_list
 from tests.support.doctor import rows
 from tests.support.fresh import Fresh
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
 from tests.support.training import toy_rows, write
+
+pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("lenvm_vllm", "value_server", "trainer")
@@ -184,6 +187,29 @@ def test_the_server_serves(fresh: Callable[[str], Fresh], tmp_path: Path) -> Non
         assert reply.status_code == 200
         shown = env.run("lenvm", "predict", "hello", "--url", url)
         assert shown.returncode == 0, shown.stderr
+
+
+def test_what_the_images_run(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """The wheel, and nothing else of this checkout, serves by the command of the image `values` and
+    passes its health check."""
+    site = tmp_path / "site"
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(built[0])]
+    subprocess.run([sys.executable, *install], check=True)
+    checkpoint, port = tiny_checkpoint(tmp_path / "checkpoint"), free_port()
+    (command,) = (words for words in dockerfile_list("CMD") if words[:2] == ["lenvm", "serve"])
+    (health,) = (words for words in dockerfile_list("HEALTHCHECK") if "8100" in words[-1])
+    (name,) = (part for part in command if part.startswith("/opt/lenvm/"))
+    assert (ROOT / name.removeprefix("/opt/lenvm/")).is_dir()
+    here = {name: str(checkpoint), "0.0.0.0": "127.0.0.1", "lenvm": str(site / "bin" / "lenvm")}
+    env = os.environ | {"PYTHONPATH": str(site), "LENVM_SERVER_PORT": str(port)}
+    with Server(
+        [sys.executable, *(here.get(part, part) for part in command)],
+        *(f"http://127.0.0.1:{port}", "/ready", tmp_path / "log"),
+        env=env | {"PWD": str(tmp_path)},
+    ):
+        health = [part.replace("8100", str(port)) for part in health]
+        assert subprocess.run(health, env=env, check=False).returncode == 0
+    assert subprocess.run(health, env=env, check=False, stderr=subprocess.DEVNULL).returncode != 0
 
 
 def test_the_trainer_trains(fresh: Callable[[str], Fresh], tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from tests.support.training import contents, toy_rows, write
 from trainer.data import read_rollouts
 from trainer.training.steps import last_step
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parents[2]
 
 

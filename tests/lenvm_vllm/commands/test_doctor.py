@@ -17,6 +17,8 @@ from lenvm_vllm.commands.processes import free_port
 from tests.support.doctor import DOCTOR, ROOT, look, rows
 from tests.support.tiny_llm import tiny_llm
 
+pytestmark = pytest.mark.e2e
+
 
 def wrong(findings: Iterator[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.is_wrong]

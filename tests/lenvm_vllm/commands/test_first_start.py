@@ -61,6 +61,7 @@ def test_demo_on_a_busy_port(command: str, flag: str, busy: int) -> None:
     assert ended.stderr == f"error: port {busy} of 127.0.0.1: Address already in use\n"
 
 
+@pytest.mark.e2e
 def test_value_server_on_a_busy_port(busy: int, tmp_path: Path) -> None:
     """Before it looks at its checkpoint."""
     ended = lenvm("serve", str(tmp_path / "none"), LENVM_SERVER_PORT=str(busy))
@@ -74,6 +75,7 @@ def test_a_port_is_busy_on_every_address(host: str, busy: int) -> None:
         check_port(host, busy)
 
 
+@pytest.mark.e2e
 def test_value_server_on_a_socket_that_is_in_use(tmp_path: Path) -> None:
     """It would take it from the other, whom nobody could reach any more; one left over is free."""
     path = tmp_path / "s"
@@ -97,6 +99,7 @@ def test_ports_that_nobody_can_have() -> None:
         check_port("nobody.invalid", port)
 
 
+@pytest.mark.e2e
 def test_a_value_server_that_is_ended_while_it_loads(tmp_path: Path) -> None:
     checkpoint, port = tiny_checkpoint(tmp_path / "checkpoint"), free_port()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -153,6 +153,7 @@ def test_table_picture_and_card(
     ValueModel.load(out)
 
 
+@pytest.mark.e2e
 def test_the_module_is_a_command(checkpoint: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.parquet", 4)
     command = [sys.executable, "-m", "trainer", "evaluate", str(checkpoint), str(data), "--json"]

@@ -14,6 +14,8 @@ from tests.support.training import run, toy_rows, write
 from trainer.training.steps import last_step
 from value_server.contract.checkpoint import read_config
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
 SETTINGS = """\

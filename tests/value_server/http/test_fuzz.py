@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from benchmarks.systems.fuzz import check_step, describe, server, step_bodies
 from tests.support.value_servers import step
 
+pytestmark = pytest.mark.e2e
+
 quick = settings(suppress_health_check=list(HealthCheck), max_examples=150)
 
 

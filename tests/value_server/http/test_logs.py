@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import httpx
+import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -31,6 +32,7 @@ def test_the_id_of_a_request_goes_along() -> None:
     assert len({session_of(None), session_of({})}) == 2
 
 
+@pytest.mark.e2e
 def test_json_lines_name_the_requests(server: Server, client: httpx.Client) -> None:
     client.post(wire.STEP_PATH, content=step_body(("order-66.ab", 0, [999], [1])))
     client.post(wire.PREDICT_PATH, json={}, headers={"X-Request-Id": "order-67"})
@@ -43,6 +45,7 @@ def test_json_lines_name_the_requests(server: Server, client: httpx.Client) -> N
     assert (predict["type"], predict["requests"]) == ("invalid_request", ["order-67"])
 
 
+@pytest.mark.e2e
 def test_a_step_is_one_trace(server: Server) -> None:
     ours = InMemorySpanExporter()
     provider = TracerProvider()

@@ -52,6 +52,7 @@ def test_what_runs_is_finished_and_what_comes_is_refused() -> None:
         assert not thread.is_alive()
 
 
+@pytest.mark.e2e
 def test_signals_of_a_real_server_on_a_unix_socket(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with served(checkpoint, "--drain-s", "600", uds=path) as (_, process):

@@ -19,6 +19,8 @@ from value_server.engine.engine import Engine
 from value_server.http.metrics import Metrics
 from value_server.settings import ServerSettings
 
+pytestmark = pytest.mark.e2e
+
 SECRET = "the merger with Acme is off"
 
 

@@ -22,6 +22,8 @@ from value_server.model.value_model import ValueHead, ValueModel
 from value_server.serve import serve
 from value_server.settings import ServerSettings
 
+pytestmark = pytest.mark.e2e
+
 
 def error_of(reply: httpx.Response) -> dict[str, Any]:
     error = reply.json()["error"]

@@ -1,0 +1,186 @@
+"""Servers that several files share: a vLLM and its value server, all tiny but those of `small`.
+
+A test names its pair, `@pytest.mark.pair("tiny")`, and gets it as the fixture `pair` (conftest.py).
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
+from lenvm_vllm.commands.processes import free_port
+from tests.support.bare import hide_compilers
+from tests.support.collector import Collector, collecting
+from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
+from tests.support.tiny import tiny_checkpoint, tiny_tokenizer
+from tests.support.tiny_llm import tiny_llm
+
+ROOT = Path(__file__).parents[2]
+KEY = "k"
+# The first answer of a tiny model takes no time, and other endings a share of that.
+PATIENT = {"LENVM_TIMEOUT_S": "30", "LENVM_ENDINGS_PATIENCE": "100"}
+# Room for six of the sixteen requests that run at a time: all kinds of them are preempted.
+LITTLE_MEMORY = ("--block-size", "32", "--num-gpu-blocks-override", "18")
+DOORS = (
+    *("--api-key", KEY, "--allowed-origins", '["http://page"]', "--enable-scale-out"),
+    *("--middleware", "tests.support.compressing.Compressing", "--scheduling-policy", "priority"),
+)
+QWENS_DEFAULTS = {
+    "eos_token_id": [256, 257],
+    "do_sample": True,
+    "top_k": 1,
+    "repetition_penalty": 1.3,
+}
+
+
+@dataclass
+class Pair:
+    """client: of vLLM, with its key. values: of the value server, which a test may kill.
+
+    pid: of the value server; None where there is none. collector: of both servers' spans.
+    """
+
+    client: httpx.Client
+    values: httpx.Client
+    model: Path
+    log: Path
+    start_values: Callable[[], int]
+    pid: int | None
+    collector: Collector | None = None
+    read: int = 0
+
+    @property
+    def url(self) -> str:
+        """Of vLLM."""
+        return str(self.client.base_url).rstrip("/")
+
+    def said(self) -> str:
+        """What vLLM has written into its log since this was asked before."""
+        text = self.log.read_bytes()[self.read :]
+        self.read += len(text)
+        return text.decode(errors="replace")
+
+    def kill_values(self) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, signal.SIGKILL)
+
+    def revive_values(self) -> None:
+        self.pid = self.start_values()
+        time.sleep(5.5)  # the longest pause of the client's circuit breaker
+
+    def is_well(self) -> bool:
+        """Both servers answer."""
+        asked = [(self.client, "/health")]
+        if self.pid is not None:
+            asked.append((self.values, "/ready"))
+        try:
+            return all(client.get(path).status_code == 200 for client, path in asked)
+        except httpx.HTTPError:
+            return False
+
+
+def start(
+    stack: ExitStack,
+    folder: Path,
+    model: Path,
+    checkpoint: Path | None,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    key: str | None = None,
+    collector: Collector | None = None,
+) -> Pair:
+    """Both servers, until the stack is closed. checkpoint: None for no value server."""
+    port = free_port()
+    values = f"http://127.0.0.1:{port}"
+
+    def start_values() -> int:
+        assert checkpoint is not None
+        return stack.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
+
+    pid = start_values() if checkpoint else None
+    log = folder / "vllm.log"
+    url = stack.enter_context(
+        vllm_serve(model, log, *flags, env={"LENVM_URL": values} | (env or {}))
+    )
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    clients = (
+        stack.enter_context(httpx.Client(base_url=u, timeout=300, trust_env=False, headers=headers))
+        for u in (url, values)
+    )
+    return Pair(*clients, model, log, start_values, pid, collector)
+
+
+def tiny(stack: ExitStack, folder: Path) -> Pair:
+    """Preempts requests all the time."""
+    model, checkpoint = tiny_llm(folder / "model"), tiny_checkpoint(folder / "value")
+    return start(stack, folder, model, checkpoint, *BARE_FLAG, *LITTLE_MEMORY, env=PATIENT)
+
+
+def alone(stack: ExitStack, folder: Path) -> Pair:
+    """Without a value server. Its tokens 258 and 259 begin and end a tool call."""
+    model = tiny_llm(folder / "model", more=("<tool_call>", "</tool_call>"))
+    return start(stack, folder, model, None, *BARE_FLAG)
+
+
+def doors(stack: ExitStack, folder: Path) -> Pair:
+    """As a careful operator starts it: a key, priorities, forecasts, the playground, traces and a
+    middleware that compresses. On a machine without compilers."""
+    model, checkpoint = tiny_llm(folder / "model"), tiny_checkpoint(folder / "value")
+    collector = stack.enter_context(collecting())
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = PATIENT | {"LENVM_FORECAST": "true", "LENVM_PLAYGROUND": "true", "PYTHONPATH": path}
+    flags = (*BARE_FLAG, *DOORS, "--otlp-traces-endpoint", collector.endpoint)
+    (folder / "programs").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        hide_compilers(patch, folder / "programs")
+        for name, value in collector.environment.items():
+            patch.setenv(name, value)
+        more = {"key": KEY, "collector": collector}
+        return start(stack, folder, model, checkpoint, *flags, env=env, **more)
+
+
+def plain(stack: ExitStack, folder: Path) -> Pair:
+    """A vLLM where the plugin is installed and the flag is not given, and a random Qwen2 as its
+    family has it: tied embeddings, two tokens that end a text, sampling defaults of its own."""
+    model = tiny_qwen(folder / "model")
+    return start(stack, folder, model, None)
+
+
+def small(stack: ExitStack, folder: Path) -> Pair:
+    """The real small model and its value model, whose server may die; with the playground."""
+    flag = ("--logits-processors", "lenvm_vllm:LenvmLogitsProcessor")  # the long form does, too
+    flags = (*flag, "--served-model-name", NAME, "--max-model-len", "2048")
+    return start(stack, folder, MODEL, CHECKPOINT, *flags, env={"LENVM_PLAYGROUND": "true"})
+
+
+def tiny_qwen(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=258,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=256,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(QWENS_DEFAULTS))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+PAIRS = {make.__name__: make for make in (tiny, alone, doors, plain, small)}
