@@ -29,10 +29,10 @@ class ServerSettings(BaseSettings):
         description="TCP port that shows /metrics, and nothing else, without a token.",
     )
     uds: Path | None = Field(default=None, description="Unix socket to listen on instead.")
-    device: str = Field(default="auto", description="Of the model; auto is cuda if there is one.")
+    device: str = Field(default="auto", description="Device of the model; auto: cuda if there.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description="Of the backbone; auto is what the device is fast at. The head is float32.",
+        description="Type of the backbone; auto: what is fast on the device. The head is float32.",
     )
     compile: bool = Field(
         default=False,
@@ -57,18 +57,20 @@ class ServerSettings(BaseSettings):
     session_ttl: float = Field(
         default=600.0, gt=0, description="Seconds after which an unused session is dropped."
     )
-    pass_tokens: int = Field(default=2048, ge=16, description="Tokens in one forward pass at most.")
-    prefill_tokens: int = Field(default=512, ge=16, description="Of these, tokens of long prompts.")
+    pass_tokens: int = Field(default=2048, ge=16, description="Most tokens in one forward pass.")
+    prefill_tokens: int = Field(
+        default=512, ge=16, description="Of --pass-tokens, the most for long prompts."
+    )
     max_waiting: int = Field(
         default=1024, ge=1, description="Unfinished requests, beyond which the server answers 503."
     )
     drain_s: float = Field(
         default=1.0,
         ge=0,
-        description="Seconds after SIGTERM in which what comes is answered 503, at least.",
+        description="Least seconds after SIGTERM in which new requests get a 503.",
     )
     log_format: Literal["text", "json"] = Field(
-        default="text", description="Of the log; json is an object a line."
+        default="text", description="Log format; json: one object per line."
     )
     max_body_bytes: int = Field(
         default=16 << 20,

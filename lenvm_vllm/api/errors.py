@@ -34,8 +34,8 @@ def check_names(request: dict[str, Any], route: Route) -> None:
     slips = [(name, value) for name, value in request.items() if name != FIELD and is_meant(name)]
     for name, value in (*slips, *misplaced(request, route.holder)):
         raise LengthTargetError(
-            f"{name}: unknown field, got {value!r}; a length, with its parts, is given as {FIELD} "
-            "at the top level of the body"
+            f"{name}: unknown field, got {value!r}; put the length into {FIELD} at the top level "
+            "of the body"
         )
 
 
@@ -44,7 +44,7 @@ def check_xargs(xargs: Any, route: Route) -> None:
     if not isinstance(xargs, dict):
         raise LengthTargetError(f"{route.holder}: expected an object, got {xargs!r}")
     for key in filter(is_meant, xargs):
-        raise LengthTargetError(f"{FIELD}: given beside {route.holder}.{key}")
+        raise LengthTargetError(f"{FIELD}: also given as {route.holder}.{key}; give it once")
 
 
 def check_beside(request: dict[str, Any], best_of: int, route: Route, path: str) -> None:
@@ -55,9 +55,7 @@ def check_beside(request: dict[str, Any], best_of: int, route: Route, path: str)
         # vLLM searches beams without any logits processor: the target would be lost silently.
         raise LengthTargetError(f"use_beam_search: true contradicts {FIELD}")
     if request.get("prompt_embeds"):
-        raise LengthTargetError(
-            f"prompt_embeds: contradicts {FIELD}, whose values are those of tokens"
-        )
+        raise LengthTargetError(f"prompt_embeds: not supported with {FIELD}, which needs token ids")
     if best_of > 1:
         _check_best_of(f"{FIELD}.best_of: {best_of}", request, best_of, route)
 
@@ -78,5 +76,5 @@ def check_context(least: int, prompt: int, room: int) -> None:
     """For a prompt behind which the fewest tokens of the text have no room."""
     if least > room:
         raise LengthTargetError(
-            f"{FIELD}: {least} tokens at least, a prompt of {prompt} leaves {room}"
+            f"{FIELD}: needs at least {least} tokens; a prompt of {prompt} leaves {room}"
         )

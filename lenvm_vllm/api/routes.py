@@ -70,7 +70,7 @@ _CHAT = Route(choices=True)
 _TEXT = Route(choices=True, limit=_TEXT_LIMIT)
 _PREPARED = Route(writes=False, tells=False, ranked=False)
 _SCORES = Route(writes=False, refusal="it writes no text")
-_COHERE = Route(refusal="it hands nothing on to the plugins of vLLM")
+_COHERE = Route(refusal="vLLM passes no extra parameters on from this route")
 
 ROUTES = {
     CHAT: _CHAT,

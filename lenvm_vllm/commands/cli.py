@@ -27,7 +27,7 @@ LINES = {
     "tokens": "Score the tokens that lengthen or shorten a text.",
     "import": "Read a checkpoint of the paper's own code.",
     "export": "Write CHECKPOINT as the paper's own code.",
-    "predict": "Print the length of an answer that PROMPT suggests.",
+    "predict": "Predict the length of the answer to PROMPT.",
     "doctor": "Check an installation and say what to do.",
     "demo": "Length control on a small real model; ends with a JSON line.",
 }
@@ -37,7 +37,7 @@ EXTRAS = {"value_server": "server", "trainer": "trainer", "lenvm_vllm.commands.d
 app = App(
     name="lenvm",
     help="Length control for LLM serving. With --config FILE.yaml a command takes its options "
-    "from there; those on the command line go first.",
+    "from there; the command line wins.",
 )
 for name, target in COMMANDS.items():
     app.command(target, name=name, help=LINES[name])

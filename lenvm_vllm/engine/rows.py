@@ -61,7 +61,10 @@ class EngineRows:
         calls = bool(params.extra_args.get(HAS_CALLS))
         counter = self._letters.counter(target.unit, not params.skip_special_tokens, calls)
         if counter is None and target.unit != UNITS[0]:
-            logger.error("no %s are known; the request goes on without a length", target.unit)
+            logger.error(
+                "this tokenizer does not tell %s; the request runs without a length target",
+                target.unit,
+            )
             return None
         # Where no calls are taken out of the text, what looks like one counts.
         text_only = counter is not None and not calls

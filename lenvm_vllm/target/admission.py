@@ -54,8 +54,8 @@ def resolved(target: LengthTarget, config: Any) -> LengthTarget:
     for name in ("best_of", "endings"):
         if (getattr(target, name) or 1) > 1:
             raise LengthTargetError(
-                f"length_target.{name}: {getattr(target, name)} compares whole completions, but "
-                "this model thinks, and the scope is 'answer' unless it is 'completion' by name"
+                f"length_target.{name}: {getattr(target, name)} needs scope 'completion'; this "
+                "model reasons, so the default is 'answer'"
             )
     return target.model_copy(update={"scope": "answer"})
 
@@ -109,8 +109,8 @@ def _check_prefix(target: LengthTarget, whole: Rails) -> None:
     """Raises LengthTargetError where nothing is left behind the prefix."""
     if whole.last is not None and target.prefix_tokens >= max(1, whole.last):
         raise LengthTargetError(
-            f"length_target.prefix_tokens: {target.prefix_tokens} leave no token of a completion "
-            f"that has at most {whole.last}"
+            f"length_target.prefix_tokens: {target.prefix_tokens} must be below the {whole.last} "
+            "tokens of the completion"
         )
 
 
@@ -118,8 +118,8 @@ def _check_context(rails: Rails, config: Any) -> None:
     """Raises LengthTargetError for a text that no context has room for."""
     if config is not None and rails.first >= config.model_config.max_model_len:
         raise LengthTargetError(
-            f"length_target: {rails.first} tokens at least, prompt and completion together have "
-            f"{config.model_config.max_model_len}"
+            f"length_target: needs at least {rails.first} tokens; the context has "
+            f"{config.model_config.max_model_len} for prompt and completion"
         )
 
 
@@ -159,7 +159,8 @@ def _check_room(target: LengthTarget, rails: Rails) -> None:
         return
     name = "max_tokens" if target.mode == "range" else "tokens"
     raise LengthTargetError(
-        f"length_target.{name}: {target.limits[1]} leaves no room for a word, the end is a token"
+        f"length_target.{name}: {target.limits[1]} is too short: at least {LEAST}, a token "
+        "and the end"
     )
 
 

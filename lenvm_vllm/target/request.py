@@ -99,9 +99,10 @@ class LengthTarget(BaseModel):
         needed = self._numbers()
         for name in given:
             if name not in needed:
-                beside = f" beside {needed[0]}" if _NUMBERS.get(name) != self.unit else ""
+                beside = f" and {needed[0]}" if _NUMBERS.get(name) != self.unit else ""
                 raise ValueError(
-                    f"{name}: mode {self.mode!r} takes none{beside}, got {getattr(self, name)!r}"
+                    f"{name}: not allowed with mode {self.mode!r}{beside}, "
+                    f"got {getattr(self, name)!r}"
                 )
         for name in needed:
             if name not in given:
@@ -118,18 +119,23 @@ class LengthTarget(BaseModel):
                 f"tolerance: {self.tolerance} is above 1; it is a share of the length, 0.1 is 10%"
             )
         if self.tokens == 0 and (self.scope != "thinking" or self.mode == "at_least"):
-            raise ValueError("tokens: must be at least 1, or 0 of a thinking, got 0")
+            raise ValueError("tokens: must be at least 1, or 0 with scope 'thinking', got 0")
         what = f"mode {self.mode!r} and scope {self.scope!r}"
         for name in ("endings", "best_of"):
             several = getattr(self, name)
             if (several or 1) > 1 and (self.mode == "tilt" or self.scope != "completion"):
-                raise ValueError(f"{name}: {several} needs a length to compare, not {what}")
+                raise ValueError(
+                    f"{name}: {several} needs scope 'completion' and a mode other than tilt, "
+                    f"not {what}"
+                )
         if (self.endings or 1) > 1 and self.best_of > 1:
             raise ValueError(
-                f"best_of: {self.best_of} whole answers have no {self.endings} endings"
+                f"best_of: {self.best_of} cannot be combined with endings: {self.endings}"
             )
         if self.prefix_tokens and self.scope != "completion":
-            raise ValueError(f"prefix_tokens: {self.prefix_tokens} are not those of {what}")
+            raise ValueError(
+                f"prefix_tokens: {self.prefix_tokens} needs scope 'completion', not {self.scope!r}"
+            )
         return self
 
     @property
@@ -243,9 +249,7 @@ def json_of(text: str) -> Any:
 
 
 def _no_unit(name: str, value: Any) -> LengthTargetError:
-    return LengthTargetError(
-        f"{name}: no unit of a length, they are {', '.join(UNITS)}; got {value!r}"
-    )
+    return LengthTargetError(f"{name}: unknown unit; use {', '.join(UNITS)}; got {value!r}")
 
 
 def _describe(error: Any) -> str:

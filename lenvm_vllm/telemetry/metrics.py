@@ -21,19 +21,19 @@ logger = logging.getLogger("vllm.lenvm")
 
 FOLDER = "LENVM_METRICS_DIR"
 HELP = {
-    "requests": "Requests with a length target, each sample of one counted.",
-    "steps": "Engine steps with rows to steer.",
-    "fallback_steps": "Such steps that went on without values.",
-    "unguided_rows": "Rows of such steps that no values could be asked for.",
-    "plan_seconds": "Time of all such steps, the value server's included.",
-    "value_seconds": "Time in which they waited for the value server.",
-    "finished": "Requests with a number of tokens that ended by themselves or by a rail.",
-    "deviation_tokens": "Tokens by which those with a target in tokens missed it.",
-    "deviation_ratio": "The same as shares of what they asked for.",
+    "requests": "Requests with a length target; each sample counts.",
+    "steps": "Engine steps in which a text could be steered.",
+    "fallback_steps": "Those of lenvm_steps that went on without values.",
+    "unguided_rows": "Texts in these steps for which no values could be asked.",
+    "plan_seconds": "Time of the plugin in these steps, the value server's included.",
+    "value_seconds": "Time in which these steps waited for the value server.",
+    "finished": "Requests with a length that ended by themselves or by a rail.",
+    "deviation_tokens": "Sum of |tokens - target| of those with a target in tokens.",
+    "deviation_ratio": "Sum of |length - target| / target of finished requests.",
     "gave_way": "Requests whose upper rail gave way to a grammar or an allow-list.",
     "endings": "Other endings that were sampled.",
-    "ending_tokens": "Tokens of those.",
-    "ending_rounds": "Rounds of such endings, sampled side by side.",
+    "ending_tokens": "Tokens of other endings.",
+    "ending_rounds": "Rounds of other endings, sampled side by side.",
     "ending_seconds": "Time in which answers waited for other endings.",
 }
 _NAMES = list(HELP)

@@ -75,7 +75,11 @@ class Progress:
             path = Path(folder) / f"{_PREFIX}{os.getpid()}"
             self._table = mapped(path, _ROW, ROWS)
         except OSError as error:
-            logger.warning("%s: answers tell nothing of their lengths (%s)", FOLDER, error)
+            logger.warning(
+                "%s: cannot be written (%s); length_result lacks end, forced and steps",
+                FOLDER,
+                error,
+            )
 
     def open(self, key: Any) -> int | None:
         """A row for a text; None where its API server did not ask for one, or none is free."""

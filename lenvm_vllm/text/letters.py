@@ -36,7 +36,11 @@ class Letters:
                     self._units_of(False, calls)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-            logger.warning("length targets: no ends of sentences, words or characters (%s)", why)
+            logger.warning(
+                "length targets: cannot read the tokenizer's texts (%s): sentences, words and "
+                "characters are not counted",
+                why,
+            )
 
     def ends_sentence(self, text: list[int]) -> bool:
         """Whether a sentence ends where this text does."""

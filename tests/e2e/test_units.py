@@ -118,7 +118,7 @@ def test_a_stream_tells_its_progress_in_the_unit(client):
     ("fields", "named"),
     [
         ({"length_target": {"words": 0}}, "length_target.words"),
-        ({"length_target": {"chars": 10}}, "length_target.chars: no unit"),
+        ({"length_target": {"chars": 10}}, "length_target.chars: unknown unit"),
         ({"length_target": {"words": 10, "tokens": 10}}, "length_target.words"),
         ({"length_target": {"mode": "at_least", "words": 900}}, "max_tokens: 200 contradicts"),
         ({"length_target": {"characters": 90}, "min_tokens": 10}, "min_tokens: 10 contradicts"),

@@ -38,9 +38,9 @@ class Hub:
     """Where in a hub data set the prompts are."""
 
     subset: str | None = None
-    """Its configuration, where it has several."""
+    """Configuration of the data set, where it has several."""
     split: str = "train"
-    """Its split."""
+    """Split of the data set."""
 
 
 @Parameter(name="*")
@@ -54,7 +54,7 @@ class Selection:
     """Column of a file or data set that holds the prompt, if another."""
     hub: Hub = Hub()
     limit: int | None = None
-    """Use only the first so many prompts."""
+    """Use only this many prompts, the first ones."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""

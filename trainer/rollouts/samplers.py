@@ -30,9 +30,9 @@ class Sampling:
     max_tokens: int = 1024
     """Cuts a completion; training drops it or takes it as a lower bound."""
     temperature: float = 1.0
-    """Of the sampling whose lengths are to be learnt."""
+    """Temperature of the sampling whose lengths are to be learnt."""
     top_p: float = 1.0
-    """Of the same sampling."""
+    """top_p of the same sampling."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
@@ -67,9 +67,9 @@ class Engine:
     max_model_len: int | None = None
     """Tokens of prompt and completion that vLLM makes room for; by default the model's own."""
     dtype: str = "auto"
-    """Of the model's weights, as vLLM names it."""
+    """Type of the model's weights, by vLLM's names."""
     seed: int = 0
-    """Of vLLM's sampling."""
+    """Seed of the sampling in vLLM."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""

@@ -21,7 +21,7 @@ class Recipe:
     """The optimizer's steps; the paper's own as defaults."""
 
     learning_rate: float = 2e-5
-    """Of AdamW, at its highest; a cosine takes it to 0."""
+    """Highest learning rate of AdamW; a cosine takes it to 0."""
     epochs: float = 2.0
     """Passes over the data."""
     max_steps: int = -1
@@ -29,7 +29,7 @@ class Recipe:
     tokens_per_step: int = 16384
     """Tokens of one optimizer step of all processes, in packs of max_length."""
     max_length: int = 3000
-    """Tokens of a pack; a longer text loses its tail, its labels stay true."""
+    """Tokens of a pack; longer texts are truncated, their labels stay true."""
     batches: Batches = "shuffled"
     """All texts shuffled, or those of a prompt grouped side by side."""
     warmup_steps: int = 50
@@ -43,7 +43,7 @@ class Recipe:
     save_steps: int = 50
     """Steps between two saves to OUTPUT/steps, which goes when training is done."""
     seed: int = 0
-    """Of the head, the packs and their order."""
+    """Seed of the head, of the packs and of their order."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""

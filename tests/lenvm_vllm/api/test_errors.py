@@ -17,7 +17,7 @@ def test_doors_that_cannot_take_a_length(path: str) -> None:
     for asked in ({"length_target": 5}, {"vllm_xargs": {"length_target": 5}}):
         app, status, answer = post(asked, path=path)
         assert (status, app.scope) == (400, None)
-        assert f"length_target: not on {path}: it " in answer["error"]["message"]
+        assert f"length_target: not on {path}: " in answer["error"]["message"]
     assert post({"items": []}, path=path)[1] == 200
 
 
@@ -40,7 +40,7 @@ def test_a_400_has_the_form_of_its_door() -> None:
         ({"extra_body": {"length_mode": "tilt"}}, ["extra_body.length_mode"]),
         ({"length_target": 5, "extra_body": {"length_target": 5}}, ["extra_body.length_target"]),
         ({"vllm_xargs": {"lengthTarget": 5}}, ["lengthTarget: unknown field"]),
-        ({"length_target": {"sentences": 8}}, ["length_target.sentences", "no unit", "got 8"]),
+        ({"length_target": {"sentences": 8}}, ["length_target.sentences", "unknown unit", "got 8"]),
         ({"length_target": "80 words"}, ["length_target", "'80 words'"]),
         ({"length_target": {"tokens": 9, "tolerance": 10}}, ["tolerance: 10", "0.1 is 10%"]),
         ({"length_target": 5, "length_mode": "tilt"}, ["length_mode", "'tilt'"]),
@@ -56,7 +56,7 @@ def test_a_400_has_the_form_of_its_door() -> None:
         ({"length_target": 50, "ignore_eos": True}, ["ignore_eos: true"]),
         ({"length_target": 5, "use_beam_search": True}, ["use_beam_search: true"]),
         ({"vllm_xargs": {"length_target": 5}, "use_beam_search": True}, ["use_beam_search: true"]),
-        ({"length_target": 5, "prompt_embeds": "AAAA"}, ["prompt_embeds: contradicts"]),
+        ({"length_target": 5, "prompt_embeds": "AAAA"}, ["prompt_embeds: not supported"]),
         ({"length_target": BEST_OF_3, "stream": True}, ["best_of: 3", "stream: True"]),
         ({"length_target": BEST_OF_3, "n": 4}, ["n: 4", "best_of: 3"]),
         ({"length_target": BEST_OF_3, "n": "2"}, ["n: '2'"]),

@@ -81,9 +81,9 @@ def test_a_request_is_changed_for_the_engine_only(doors: list[InputProcessor]) -
 def test_each_model_of_a_process_has_its_own_limits(doors: list[InputProcessor]) -> None:
     assert served.config.model_config.max_model_len == 64  # of the last one
     enter(doors[0], params(80, max_tokens=None))
-    with pytest.raises(ValueError, match="72 tokens at least, a prompt of 10 leaves 54"):
+    with pytest.raises(ValueError, match="needs at least 72 tokens; a prompt of 10 leaves 54"):
         enter(doors[1], params(80, max_tokens=None))
-    with pytest.raises(ValueError, match="45 tokens at least, a prompt of 40 leaves 24"):
+    with pytest.raises(ValueError, match="needs at least 45 tokens; a prompt of 40 leaves 24"):
         enter(doors[1], params(50, max_tokens=None), prompt=40)
 
 

@@ -181,7 +181,7 @@ def test_a_request_is_refused(vllm: Vllm) -> None:
 def test_an_old_vllm_runs(vllm: Vllm) -> None:
     vllm.version = "0.9.2"
     _, last = found(vllm.url)
-    assert last.seen == f"{vllm.url}: version 0.9.2, which lenvm-vllm is not for"
+    assert last.seen == f"{vllm.url}: version 0.9.2 is not supported"
     assert "`pip install 'vllm<0.34,>=0.32' lenvm-vllm`" in last.advice
     assert vllm.asked == []
 

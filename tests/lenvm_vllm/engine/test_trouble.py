@@ -160,4 +160,4 @@ def test_a_tokenizer_that_cannot_decode_its_tokens(
     monkeypatch.setattr(engine_rows, "tokenizer_of", lambda vllm_config: tokenizer)
     EngineRows(config(), Server())
     (record,) = log
-    assert "no ends of sentences, words or characters (" in record.getMessage()
+    assert "cannot read the tokenizer's texts (" in record.getMessage()

@@ -176,6 +176,8 @@ def test_the_landing_ends_before_the_wall(tokens: int, percent: int, wall: int) 
     ],
 )
 def test_a_text_needs_room_for_a_word(target: Any, taken: bool) -> None:
-    refused = pytest.raises(LengthTargetError, match=r"tokens: 1 leaves no room for a word")
+    refused = pytest.raises(
+        LengthTargetError, match=r"tokens: 1 is too short: at least 2, a token and the end"
+    )
     with contextlib.nullcontext() if taken else refused:
         check_admission(LengthTarget.parse(target), Limits())

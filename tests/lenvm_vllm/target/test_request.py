@@ -52,14 +52,14 @@ def test_best_of_needs_a_length_to_compare() -> None:
     target = LengthTarget.parse({"tokens": 9, "best_of": 4})
     assert LengthTarget.from_extra_args(target.to_xargs()) == target
     for other in ({"mode": "tilt", "beta": 1.0}, {"tokens": 9, "scope": "answer"}):
-        with pytest.raises(LengthTargetError, match=r"length_target\.best_of: 2 needs a length"):
+        with pytest.raises(LengthTargetError, match=r"length_target\.best_of: 2 needs scope"):
             LengthTarget.parse({**other, "best_of": 2})
 
 
 def test_a_prefix_is_one_of_the_whole_completion() -> None:
     target = LengthTarget.parse({"tokens": 9, "prefix_tokens": 4})
     assert LengthTarget.from_extra_args(target.to_xargs()) == target
-    with pytest.raises(LengthTargetError, match=r"length_target\.prefix_tokens: 4 are not"):
+    with pytest.raises(LengthTargetError, match=r"length_target\.prefix_tokens: 4 needs scope"):
         LengthTarget.parse({"tokens": 9, "scope": "answer", "prefix_tokens": 4})
 
 
@@ -132,7 +132,7 @@ def test_what_is_no_unit(unit: str) -> None:
         lambda: LengthTarget.parse({unit: 8}),
         lambda: LengthTarget.from_extra_args({f"length_{unit}": 8}),
     ):
-        with pytest.raises(LengthTargetError, match=rf"{unit}: no unit .* words.* got 8"):
+        with pytest.raises(LengthTargetError, match=rf"{unit}: unknown unit; use .* words.* got 8"):
             ask()
 
 
@@ -196,12 +196,27 @@ def test_bad_beta(beta: Any) -> None:
         ({"mode": "at_most"}, "length_target.tokens: required by mode 'at_most'"),
         ({"tokens": None}, "length_target.tokens: required"),
         ({"mode": "tilt"}, "length_target.beta: required by mode 'tilt'"),
-        ({"mode": "tilt", "beta": 1, "tokens": 7}, "length_target.tokens: .* takes none, got 7"),
-        ({"mode": "range", "words": 7}, "length_target.words: mode 'range' takes none, got 7"),
+        (
+            {"mode": "tilt", "beta": 1, "tokens": 7},
+            "length_target.tokens: not allowed with mode 'tilt', got 7",
+        ),
+        (
+            {"mode": "range", "words": 7},
+            "length_target.words: not allowed with mode 'range', got 7",
+        ),
         ({"mode": "range", "max_words": 7}, "length_target.min_words: required"),
-        ({"tokens": 7, "words": 5}, "length_target.words: .* takes none beside tokens, got 5"),
-        ({"characters": 7, "max_words": 5}, "length_target.max_words: .* none beside .* got 5"),
-        ({"tokens": 7, "beta": 1.5}, "length_target.beta: .* takes none beside tokens, got 1.5"),
+        (
+            {"tokens": 7, "words": 5},
+            "length_target.words: not allowed with mode 'equal_to' and tokens, got 5",
+        ),
+        (
+            {"characters": 7, "max_words": 5},
+            "length_target.max_words: not allowed with mode .* and characters, got 5",
+        ),
+        (
+            {"tokens": 7, "beta": 1.5},
+            "length_target.beta: not allowed with mode 'equal_to' and tokens, got 1.5",
+        ),
     ],
 )
 def test_number_of_the_mode(value: dict[str, Any], message: str) -> None:
