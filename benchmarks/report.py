@@ -20,15 +20,15 @@ from cyclopts import App
 from jinja2 import Environment, FileSystemLoader
 from transformers import AutoTokenizer
 
-from benchmarks.evidence import grid, lifebench_figures, prediction, tradeoff_figures
+from benchmarks.evidence import grid, lifebench_table, prediction, tradeoff_table
 from benchmarks.evidence.texts import Text, choose, read_texts
 from benchmarks.figures import FIGURES_FILE, read_figures
 from benchmarks.pictures import plot_control, plot_grid, plot_tradeoff
 from benchmarks.servers import value_served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from trainer.output import table
+from trainer.resume import SETTINGS_FILE
 from trainer.rows import Rows
-from trainer.settings import SETTINGS_FILE
 from value_server.contract.units import UNITS
 
 app = App(help=__doc__)
@@ -69,12 +69,12 @@ class Section:
 
 def of_lifebench(figures: dict[str, Any], picture: Path) -> Tables:
     plot_control(figures["cells"], picture, figures.get("unit", UNITS[0]))
-    return lifebench_figures.tables(figures["cells"])
+    return lifebench_table.tables(figures["cells"])
 
 
 def of_tradeoff(figures: dict[str, Any], picture: Path) -> Tables:
     plot_tradeoff(figures["measured"], picture)
-    return {"Accuracy and tokens": tradeoff_figures.table_rows(figures["measured"])}
+    return {"Accuracy and tokens": tradeoff_table.table_rows(figures["measured"])}
 
 
 def of_prediction(figures: dict[str, Any], picture: Path) -> Tables:

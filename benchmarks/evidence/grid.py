@@ -18,7 +18,7 @@ from trainer.evaluation.figures import length_errors
 from trainer.evaluation.predict import Reading
 from trainer.evaluation.predictors import predictors
 from trainer.output import OnlyJson, show, table
-from trainer.settings import keep_settings
+from trainer.resume import keep_settings
 from trainer.training.train import train
 from value_server.contract.checkpoint import read_config
 

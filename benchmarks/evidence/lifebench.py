@@ -19,15 +19,15 @@ from benchmarks.endpoint import Job
 from benchmarks.evidence.answers import Served
 from benchmarks.evidence.arms import ARMS, fields
 from benchmarks.evidence.judge import Judge
-from benchmarks.evidence.lifebench_figures import cells, judged, summary, tables
+from benchmarks.evidence.lifebench_table import cells, judged, summary, tables
 from benchmarks.evidence.likelihood import score_rows
 from benchmarks.evidence.measures import MODES
 from benchmarks.evidence.tasks import OWN, Task, read_tasks, stratified
 from benchmarks.figures import write_figures
 from trainer.checks import check, check_choice, check_positive
 from trainer.output import OnlyJson, show, table
+from trainer.resume import keep_settings
 from trainer.rows import Rows
-from trainer.settings import keep_settings
 from value_server.contract.units import UNITS
 
 app = App(help=__doc__)

@@ -27,13 +27,13 @@ from benchmarks.endpoint import Job
 from benchmarks.evidence.answers import Served
 from benchmarks.evidence.questions import SHAPE, Question, read_questions
 from benchmarks.evidence.tasks import stratified
-from benchmarks.evidence.tradeoff_figures import points_of, summary, table_rows
+from benchmarks.evidence.tradeoff_table import points_of, summary, table_rows
 from benchmarks.figures import write_figures
 from benchmarks.pictures import plot_tradeoff
 from trainer.checks import check, check_positive
 from trainer.output import OnlyJson, show, table
+from trainer.resume import keep_settings
 from trainer.rows import Rows
-from trainer.settings import keep_settings
 
 app = App(help=__doc__)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.01}

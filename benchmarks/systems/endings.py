@@ -27,7 +27,7 @@ from cyclopts import App
 from benchmarks.endpoint import Endpoint
 from benchmarks.servers import served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
-from lenvm_vllm.commands.demo.answers import PROMPTS
+from lenvm_vllm.commands.demo.questions import PROMPTS
 from trainer.output import table
 
 app = App(help=__doc__)

@@ -24,7 +24,7 @@ from benchmarks.metrics import metrics
 from benchmarks.systems.disturb import awake, paused
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
-from lenvm_vllm.commands.demo.answers import PROMPTS
+from lenvm_vllm.commands.demo.questions import PROMPTS
 from lenvm_vllm.commands.processes import Server
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 

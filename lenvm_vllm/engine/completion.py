@@ -8,7 +8,7 @@ from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.text.parts import Markers, Parts
 
 if TYPE_CHECKING:
-    from lenvm_vllm.text.units import Counter
+    from lenvm_vllm.text.counter import Counter
 
 _BEYOND_THE_END = 3  # tokens that vLLM may run a finished request for
 

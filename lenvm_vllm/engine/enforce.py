@@ -13,8 +13,8 @@ from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.candidates import eos_index
 from lenvm_vllm.steering.constants import GOES_ON, NATURAL
 from lenvm_vllm.text.characters import LONGEST
+from lenvm_vllm.text.counter import Closed
 from lenvm_vllm.text.letters import Letters
-from lenvm_vllm.text.units import Closed
 
 Tokens = dict[int, list[int]]  # of a row
 

@@ -1,1 +1,7 @@
-"""What the plugin leans on: names of vLLM's, and the machine."""
+"""What the plugin leans on.
+
+names        every name of vLLM's
+sampling     vLLM's own cut and penalties, done by its functions
+served       what this process serves
+machine      what a bare machine may lack
+"""

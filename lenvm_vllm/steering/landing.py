@@ -20,7 +20,7 @@ _NO_WIDTH = 1e-100  # is divided by in place of 0
 
 @dataclass(frozen=True)
 class Landing(Generic[Tokens]):
-    """Where it opens, its target, and where it closes. With the width w (`Aim.width`):
+    """Where it opens, its target, and where it closes. w: its width (`target/rails.py`, `Aim`).
 
         equal_to         N - w/2 ...... N ............ N + w
         at_most, range   N - 2w ...................... N       (N: the highest)

@@ -1,1 +1,5 @@
-"""What the engine tells the API server: counts, and how far each text is."""
+"""What the engine tells the API server, by files mapped into memory.
+
+metrics      counts, shown on vLLM's /metrics
+progress     how far each text is
+"""

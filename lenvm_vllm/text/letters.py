@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 from lenvm_vllm.text.characters import Characters
+from lenvm_vllm.text.counter import Counter, TokenUnits
 from lenvm_vllm.text.parts import Markers
 from lenvm_vllm.text.sentences import Sentences
 from lenvm_vllm.text.tokenizer import decoded, specials_of, texts_of
-from lenvm_vllm.text.units import Counter, TokenUnits
 from value_server.contract.units import UNITS
 
 logger = logging.getLogger("vllm.lenvm")

@@ -10,7 +10,7 @@ from benchmarks import report
 from benchmarks.estimates import Estimate
 from benchmarks.figures import write_figures
 from benchmarks.report import SECTION, write
-from trainer.settings import keep_settings
+from trainer.resume import keep_settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("figures.md", "report.html")

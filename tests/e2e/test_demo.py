@@ -13,7 +13,7 @@ from openai import OpenAI
 
 from lenvm_vllm.api.outcome import ENDS
 from lenvm_vllm.commands.demo import NAME
-from lenvm_vllm.commands.demo.answers import (
+from lenvm_vllm.commands.demo.questions import (
     BOTH,
     DEFAULT,
     EXACT,

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from lenvm_vllm.commands.demo import MODEL, NAME
-from lenvm_vllm.commands.demo.answers import PROMPTS
+from lenvm_vllm.commands.demo.questions import PROMPTS
 from tests.e2e.pairs import Pair
 from tests.support.servers import vllm_serve
 from value_server.contract.units import WORDS, count

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.data import Rollout, digest, make_example
+from trainer.resume import fingerprint
 from trainer.rows import Rows
-from trainer.settings import fingerprint
 from value_server.model.value_model import ValueModel
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.resume import check_same
 from trainer.rollouts.prompts import Prompt
-from trainer.settings import check_same
 
 SCHEMA = pa.schema(
     [

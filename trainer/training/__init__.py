@@ -1,1 +1,6 @@
-"""From rollouts to a checkpoint."""
+"""From rollouts to a checkpoint.
+
+train        the command; its options are here and in backbone, objective, recipe
+losses       the loss of each token; value_trainer: their mean, and the loop
+steps        what a stopped run leaves
+"""

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from trainer.settings import keep_settings
+from trainer.resume import keep_settings
 
 
 def open_steps(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:

@@ -30,7 +30,7 @@ from trainer.data import (
 )
 from trainer.evaluation.baselines import fit_baselines
 from trainer.evaluation.card import write_card
-from trainer.settings import fingerprint
+from trainer.resume import fingerprint
 from trainer.training.backbone import WEIGHTS, Backbone, load_shape
 from trainer.training.objective import Objective
 from trainer.training.recipe import Recipe

@@ -100,7 +100,7 @@ def serve_both(port: int, value_port: int, page: "Console", waiting: "Waiting") 
 
 def compare(port: int, value_port: int, page: "Console", waiting: "Waiting") -> None:
     """The tour, with the servers that it needs."""
-    from lenvm_vllm.commands.demo.answers import summary
+    from lenvm_vllm.commands.demo.questions import summary
     from lenvm_vllm.commands.demo.tour import INTRODUCTION, end, tour
 
     page.print(INTRODUCTION)

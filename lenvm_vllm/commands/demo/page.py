@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lenvm_vllm.commands.demo.answers import ARMS, LENGTHS, Answer
+from lenvm_vllm.commands.demo.questions import ARMS, LENGTHS, Answer
 
 WIDTH = 96  # longer lines are hard to read
 EVERY_S = 30  # between two lines that tell of the same wait, where nothing can move

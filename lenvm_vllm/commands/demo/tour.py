@@ -8,7 +8,8 @@ from pathlib import Path
 from openai import OpenAI
 from rich.console import Console
 
-from lenvm_vllm.commands.demo.answers import (
+from lenvm_vllm.commands.demo.page import console, show_answer, show_question, table
+from lenvm_vllm.commands.demo.questions import (
     BOTH,
     DEFAULT,
     EXACT,
@@ -26,7 +27,6 @@ from lenvm_vllm.commands.demo.answers import (
     ask,
     ask_all,
 )
-from lenvm_vllm.commands.demo.page import console, show_answer, show_question, table
 
 ASKED = PROMPTS[1:3]  # one at a time each of them takes a minute and a half
 # The prompt whose answers are shown for a length.

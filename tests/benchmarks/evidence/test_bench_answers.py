@@ -16,8 +16,8 @@ from benchmarks.evidence.lifebench import Plan
 from benchmarks.evidence.likelihood import batches, score_rows
 from benchmarks.evidence.tasks import OWN, Task, read_tasks, stratified
 from tests.support.tiny_llm import tiny_llm
+from trainer.resume import keep_settings
 from trainer.rows import Rows
-from trainer.settings import keep_settings
 
 ENGLISH = "Do it. It must be {word_count_type} {word_count} words long."
 CHINESE = "你的回答字数必须{word_count_type} {word_count}字。"

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.estimates import Sample, estimate
 from benchmarks.evidence.arms import ARMS, fields
-from benchmarks.evidence.lifebench_figures import cells, judged, lasts_of, summary, tables
+from benchmarks.evidence.lifebench_table import cells, judged, lasts_of, summary, tables
 from benchmarks.evidence.measures import (
     MODES,
     deviation,

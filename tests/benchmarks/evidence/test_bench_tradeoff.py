@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.evidence.questions import Question, read_questions
 from benchmarks.evidence.tradeoff import FEW, Plan, cut
-from benchmarks.evidence.tradeoff_figures import points_of, summary
+from benchmarks.evidence.tradeoff_table import points_of, summary
 from benchmarks.pictures import plot_tradeoff
 from tests.support.tiny import tiny_tokenizer
 

@@ -13,7 +13,8 @@ import pytest
 from openai import BadRequestError
 from rich.console import Console
 
-from lenvm_vllm.commands.demo.answers import (
+from lenvm_vllm.commands.demo.page import EVERY_S, Waiting, console, show_answer, table
+from lenvm_vllm.commands.demo.questions import (
     BOTH,
     DEFAULT,
     EXACT,
@@ -29,7 +30,6 @@ from lenvm_vllm.commands.demo.answers import (
     ask_all,
     summary,
 )
-from lenvm_vllm.commands.demo.page import EVERY_S, Waiting, console, show_answer, table
 from lenvm_vllm.commands.demo.tour import ASKED, SHOWN, asked, end
 
 HUNDRED = Length(100)

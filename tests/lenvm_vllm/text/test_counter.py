@@ -13,9 +13,9 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.text.counter import Closed, _most_of
 from lenvm_vllm.text.letters import Letters
 from lenvm_vllm.text.parts import Markers
-from lenvm_vllm.text.units import Closed, _most_of
 from lenvm_vllm.values.client import TimedOut
 from tests.support import fakes
 from tests.support.real_tokenizers import NAMES, real
