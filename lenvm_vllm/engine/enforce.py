@@ -99,10 +99,11 @@ def _close_inplace(logits: Tensor, rows: list[int], closed: Closed, ends: list[l
         empty = logits[rows].amax(-1, keepdim=True).isneginf()
         logits[at, few] = torch.where(empty, own, -torch.inf)
         return
+    own = logits[rows]  # a copy
     size = min(len(closed.mask), logits.shape[-1])
-    railed = torch.full_like(logits[rows], -torch.inf)  # also what no text is known of
-    railed[:, :size] = logits[rows, :size].masked_fill(closed.mask[:size], -torch.inf)
-    _replace_inplace(logits, rows, railed, ends)
+    railed = torch.full_like(own, -torch.inf)  # also what no text is known of
+    railed[:, :size] = own[:, :size].masked_fill(closed.mask[:size], -torch.inf)
+    _replace_inplace(logits, rows, own, railed, ends)
 
 
 def _hold_inplace(logits: Tensor, held: Tokens) -> None:
@@ -120,17 +121,16 @@ def _hold_inplace(logits: Tensor, held: Tokens) -> None:
 def _force_inplace(logits: Tensor, due: Tokens) -> None:
     """Close all but these tokens, where one of them is open."""
     if due:
-        rows = list(due)
-        railed = torch.full_like(logits[rows], -torch.inf)
-        _replace_inplace(logits, rows, railed, list(due.values()))
+        own = logits[list(due)]  # a copy
+        railed = torch.full_like(own, -torch.inf)
+        _replace_inplace(logits, list(due), own, railed, list(due.values()))
 
 
 def _replace_inplace(
-    logits: Tensor, rows: list[int], railed: Tensor, kept: list[list[int]]
+    logits: Tensor, rows: list[int], own: Tensor, railed: Tensor, kept: list[list[int]]
 ) -> None:
-    """`railed` (B, V) in place of `rows`, with the tokens `kept` of each as they are; a row that
-    would be empty stays."""
-    own = logits[rows]  # a copy
+    """`railed` (B, V) in place of `rows`, with the tokens `kept` of each as in `own` (B, V), which
+    are those rows; a row that would be empty stays."""
     index, ids = (x.to(logits.device) for x in eos_index(kept, logits.shape[-1]))
     railed[index, ids] = own[index, ids]
     empty = railed.isneginf().all(-1, keepdim=True)

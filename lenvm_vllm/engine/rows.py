@@ -12,7 +12,8 @@ from lenvm_vllm.engine.guide import Guide
 from lenvm_vllm.engine.plans import Plans
 from lenvm_vllm.engine.sessions import Client, Sessions
 from lenvm_vllm.engine.state import RequestState, session_of
-from lenvm_vllm.host.sampling import OwnSampling, cut_inplace, penalise_inplace
+from lenvm_vllm.host.own_cut import cut_inplace, penalise_inplace
+from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.steering.candidates import Writes
 from lenvm_vllm.target.admission import markers_of, resolved

@@ -107,7 +107,7 @@ def _request(tokens: int, **more: Any) -> wire.StepRequest:
 def _serve(url: str) -> str:
     if url.startswith("unix:"):
         return f"lenvm serve CHECKPOINT --uds {url.removeprefix('unix:')}"
-    port = url.rpartition(":")[2]
+    port = url.rstrip("/").rpartition(":")[2]
     return "lenvm serve CHECKPOINT" + (
         f" --port {port}" if port.isdigit() and port != "8100" else ""
     )

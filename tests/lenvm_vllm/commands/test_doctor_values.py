@@ -72,11 +72,12 @@ def test_tokens(values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also while a server loads its model."""
     port = free_port()
-    seen, advice = told(f"http://127.0.0.1:{port}", monkeypatch)
-    assert "refused" in seen
-    assert advice.startswith(
-        f"`lenvm serve CHECKPOINT --port {port}`, where CHECKPOINT is a folder"
-    )
+    for slash in ("", "/"):
+        seen, advice = told(f"http://127.0.0.1:{port}{slash}", monkeypatch)
+        assert "refused" in seen
+        assert advice.startswith(
+            f"`lenvm serve CHECKPOINT --port {port}`, where CHECKPOINT is a folder"
+        )
     assert "wait until its log says that it runs" in advice
     assert "set LENVM_URL" in advice
     _, advice = told(f"unix:{tmp_path}/socket", monkeypatch)

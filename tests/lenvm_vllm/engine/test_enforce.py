@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lenvm_vllm.engine.enforce import enforce_inplace
+from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.text.letters import Letters
+from lenvm_vllm.text.parts import Markers
 from lenvm_vllm.values.client import CircuitOpen, TimedOut
 from tests.support.fakes import EOS, Server, V, exactly, params, same_bits
+from tests.support.real_tokenizers import real
 from tests.support.v1_batch import added, apply, processor_with, rails_only, update
 
 INF = math.inf
@@ -110,3 +117,35 @@ def test_ends_beyond_the_vocabulary(target: Any, eos: int) -> None:
 
 
 # ---- what else a request may ask for
+
+
+@pytest.mark.parametrize("unit", ["words", "characters"])
+def test_a_token_that_is_not_known_yet_ends_no_sentence(unit: str) -> None:
+    """At a limit of words the text is decoded, which tokenizers refuse to do with a -1."""
+    tokenizer, asked = real("byte-level"), LengthTarget.parse({unit: 2, "mode": "at_most"})
+    letters = Letters(tokenizer, Markers())
+    text = [*tokenizer.encode("a." if unit == "characters" else "One two."), -1]
+    state = RequestState(asked, [9], text, [2], counter=letters.counter(unit, specials=False))
+    logits = torch.zeros(1, len(tokenizer))
+    enforce_inplace(logits, {0: state}, letters)
+    assert not logits.isneginf().all()
+
+
+def test_a_forced_row_is_copied_once() -> None:
+    """It is as wide as the vocabulary."""
+    served = processor_with(Server())
+    served.update_state(update(added=[added(0, params(exactly(1)))]))
+    with WideCopies() as copies:
+        served.apply(torch.zeros(1, V))
+    assert copies.count == 1
+
+
+class WideCopies(TorchDispatchMode):
+    """Counts rows of logits that are taken out of a batch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten.index.Tensor and made.shape == (1, V)
+        return made

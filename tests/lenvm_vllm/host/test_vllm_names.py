@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,17 @@ def test_one_that_has_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             vllm_names.VllmConfig  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
         vllm_names.Other  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["apply_top_k_top_p", "apply_all_penalties"])
+def test_the_engine_does_not_start_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step it would end all requests."""
+    importlib.import_module("lenvm_vllm.engine.rows")
+    for module in ("host.own_cut", "engine.rows"):
+        monkeypatch.delitem(sys.modules, f"lenvm_vllm.{module}")
+    monkeypatch.setitem(WHERE, name, f"vllm.gone:{name}")
+    with pytest.raises(ImportError, match=rf"no vllm\.gone\.{name}"):
+        importlib.import_module("lenvm_vllm.engine.rows")
 
 
 @pytest.mark.parametrize(
