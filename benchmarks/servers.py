@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from benchmarks.endpoint import Endpoint
-from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
+from lenvm_vllm.commands.servers import lenvm_serve, native_dtype, vllm_serve
+
+NICENESS = 10  # of vLLM
 
 
 @contextmanager
@@ -15,7 +17,7 @@ def value_served(
 ) -> Iterator[str]:
     """URL of a value server. model: hub name or folder of the backbone. dtype: of its weights."""
     logs.mkdir(parents=True, exist_ok=True)
-    flags = ("--dtype", dtype or "auto")
+    flags = ("--dtype", dtype or native_dtype())
     with lenvm_serve(checkpoint, logs / "values.log", *flags, base_model=model) as server:
         yield server.url
 
@@ -42,9 +44,10 @@ def served(
         *("--logits-processors", "lenvm_vllm", "benchmarks.ramp:Ramp"),
     )
     env = {"LENVM_TIMEOUT_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    log = logs / "vllm.log"
     with (
         value_served(model, checkpoint, logs, dtype) as values,
-        vllm_serve(model, logs / "vllm.log", *flags, values_url=values, env=env) as vllm,
+        vllm_serve(model, log, *flags, values_url=values, niceness=NICENESS, env=env) as vllm,
     ):
         yield Endpoint(f"{vllm.url}/v1", model, concurrency)
 

@@ -49,3 +49,8 @@ class Rows(dict[str, dict[str, Any]]):
         if self._file:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
+
+    def close(self) -> None:
+        """No more rows are added."""
+        if self._file:
+            self._file.close()

@@ -44,13 +44,16 @@ def arms(tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
 
 
 @contextmanager
-def servers(folder: Path, threads: int) -> Iterator[tuple[Server, Server]]:
-    """vLLM without and with the plugin, both stopped. threads: of the value server."""
+def servers(folder: Path, threads: int, niceness: int) -> Iterator[tuple[Server, Server]]:
+    """vLLM without and with the plugin, both stopped. threads: of the value server. niceness: of
+    vLLM."""
     values = lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL, threads=threads)
     flags = ("--served-model-name", NAME, "--max-num-seqs", 32)
     env = {"LENVM_TIMEOUT_S": "30"}
-    plain = vllm_serve(MODEL, folder / "plain.log", *flags, env=env)
-    plugin = vllm_serve(MODEL, folder / "plugin.log", *flags, values_url=values.url, env=env)
+    plain, plugin = (
+        vllm_serve(MODEL, folder / log, *flags, values_url=url, niceness=niceness, env=env)
+        for log, url in (("plain.log", None), ("plugin.log", values.url))
+    )
     with values, plain, paused(plain), plugin, paused(plugin):
         yield plain, plugin
 
@@ -100,6 +103,7 @@ def main(
     tokens: int = 128,
     rounds: int = 3,
     threads: int = 2,
+    niceness: int = 10,
 ) -> None:
     """Measure and print one JSON line.
 
@@ -113,9 +117,11 @@ def main(
         Of all arms one after the other; the ratios are medians over rounds.
     threads
         Of the value server.
+    niceness
+        Of vLLM, whose engine core spins on the core that the value server wants.
     """
     ratios: dict[str, dict[str, float]] = {"idle": {}, "guided": {}, "tilt": {}}
-    with tempfile.TemporaryDirectory() as name, servers(Path(name), threads) as both:
+    with tempfile.TemporaryDirectory() as name, servers(Path(name), threads, niceness) as both:
         for size in concurrency:
             rates = rates_of(both, size, tokens, rounds, Path(name))
             for arm, ratio in ratios.items():

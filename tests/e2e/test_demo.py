@@ -76,7 +76,7 @@ def test_nothing_is_left(
         assert line(shell) == "waiting for the value server"
         if not starting:
             while "Ctrl-C ends both" not in (said := line(shell)):
-                assert said in ("waiting for the value server", "waiting for vLLM")
+                assert said.startswith(("waiting for the value server", "waiting for vLLM"))
             assert_it_serves(f"http://127.0.0.1:{port}")
         processes = below(process, ENGINE)
         assert len(processes) > 4
@@ -99,7 +99,7 @@ def test_what_the_arms_get(pair: Pair) -> None:
     arms = (UNGUIDED, DEFAULT, BOTH, EXACT)
     questions = [Question(arm, "Why is the sky blue?", (length,)) for arm in arms]
     unguided, *guided = ask_all(create, questions)
-    with pytest.raises(RuntimeError, match=r"length_target\.tokens: 1 leaves no room"):
+    with pytest.raises(RuntimeError, match=r"length_target\.tokens: 1 is too short"):
         list(ask_all(create, [Question(DEFAULT, "Hi.", (Length(1),))]))
     assert unguided.end in ("own", "max_tokens")
     assert guided[-1].count == length.number

@@ -328,3 +328,8 @@ def test_what_is_wrong_is_a_400_that_names_it(client):
         assert reply.status_code == 400, (path, fields, reply.status_code, reply.text)
         assert name in reply.text, (path, fields, reply.text)
     assert length(post(client, CHAT, length_target={"tokens": 7, "tolerance": 0.0})) == 7
+
+
+def test_what_writes_no_text_is_left_alone(client: httpx.Client) -> None:
+    scoring = {"model": "tiny", "query": "a", "items": ["b"], "label_token_ids": [97, 98]}
+    assert client.post("/generative_scoring", json=scoring).status_code == 200

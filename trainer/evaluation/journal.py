@@ -28,5 +28,6 @@ def open_journal(
 
 def close_journal(journal: Rows) -> None:
     """The run has ended."""
+    journal.close()
     if journal.path:
         journal.path.unlink(missing_ok=True)

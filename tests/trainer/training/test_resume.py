@@ -9,7 +9,7 @@ import pytest
 import trainer.training.train
 from tests.support.training import contents, run, toy_rows, write
 from trainer.training.backbone import LoraShape, Tune
-from trainer.training.steps import last_step
+from trainer.training.steps import last_step, open_steps
 from trainer.training.value_trainer import ValueTrainer
 
 
@@ -115,6 +115,16 @@ def test_a_setting_that_changed_is_named(
     with pytest.raises(ValueError, match=rf"^{name}: .* was made with .* resume it starts anew"):
         run(data, stopped, base, **{name: value})
     assert contents(stopped) == before
+
+
+def test_steps_of_unknown_settings_are_not_gone_on_from(tmp_path: Path) -> None:
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state.parent.mkdir()
+    state.write_text("{}")
+    with pytest.raises(ValueError, match=r"^seed: .* was made with None, this run has 3; without"):
+        open_steps(tmp_path, {"seed": 3}, resume=True)
+    assert state.exists()
+    assert open_steps(tmp_path, {"seed": 3}, resume=False) is None
 
 
 def test_another_way_of_tuning_is_named(stopped: Path, base: Path, data: Path) -> None:
