@@ -55,7 +55,9 @@ class ServerSettings(BaseSettings):
         default=64, ge=1, description="Candidates of one session in one step."
     )
     session_ttl: float = Field(
-        default=600.0, gt=0, description="Seconds after which an unused session is dropped."
+        default=600.0,
+        gt=0,
+        description="Seconds after which an unused session or closed text is dropped.",
     )
     pass_tokens: int = Field(default=2048, ge=16, description="Most tokens in one forward pass.")
     prefill_tokens: int = Field(

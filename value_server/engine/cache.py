@@ -12,8 +12,10 @@ hashes: a collision is a miss, never a wrong answer.
 A candidate is an ordinary child of the session's last token, held until the session's next
 step. "Adopting" the candidate that was emitted is therefore the same look-up as sharing a prompt.
 
-Every session owns its whole path from the root, so a slot outlives its children. A slot that
-nobody owns is free at once.
+Every session owns its whole path from the root, so a slot outlives its children. A text that is
+closed is kept, as far as it is computed: the next turn of a chat, another sample or a continuation
+finds it. Kept texts go first when slots are wanted, the one that was closed longest ago before all
+others. A slot that no session owns and with which no kept text ends or goes on is free at once.
 """
 
 from array import array
@@ -52,7 +54,8 @@ class Session:
 
 
 class SlotCache:
-    """`slots` places for tokens, at most `max_sessions` sessions, dropped after `ttl` idle seconds.
+    """`slots` places for tokens, at most `max_sessions` sessions; what nobody has used for `ttl`
+    seconds is dropped, sessions and kept texts.
 
     client_sessions, client_slots: what one client's sessions may hold together, slots that are
     shared counted for each; beyond it the client's own oldest goes. None: all there is.
@@ -75,6 +78,7 @@ class SlotCache:
         self.client_sessions = client_sessions or max_sessions
         self.client_slots = client_slots or slots
         self.sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+        self.used = 0  # slots that sessions own
         self.evictions = 0
         self.expirations = 0
         self.created = 0  # slots given to a token that had none
@@ -83,14 +87,16 @@ class SlotCache:
         self.ready = bytearray(slots)  # 1: keys, values and logit of the slot are written
         self.token = array("i", bytes(4 * slots))
         self._parent = array("i", bytes(4 * slots))
-        self._owners = array("i", bytes(4 * slots))
+        self._owners = array("i", bytes(4 * slots))  # sessions, each time they hold the slot
+        self._children = array("i", bytes(4 * slots))
+        self._kept: OrderedDict[int, float] = OrderedDict()  # end of a kept text → when closed
         self._child: dict[tuple[int, int], int] = {}
         self._free = list(range(slots - 1, -1, -1))
 
     @property
-    def used(self) -> int:
-        """Slots in use."""
-        return self.size - len(self._free)
+    def kept(self) -> int:
+        """Slots that only kept texts need."""
+        return self.size - len(self._free) - self.used
 
     def update(
         self,
@@ -126,44 +132,31 @@ class SlotCache:
         """The request that used the session is over."""
         session.pinned = False
 
-    def close(self, name: str) -> bool:
-        """Forget the session; False if there is none."""
+    def close(self, name: str, keep: bool = True) -> bool:
+        """End the session; its text is kept, or forgotten. False if there is none."""
         session = self.sessions.pop(name, None)
         if session is None:
             return False
         self._release(session.candidates)
+        if keep:
+            self._keep(session.path)
         self._release(session.path)
         return True
 
     def expire(self) -> None:
-        """Forget the sessions that nobody has used for `ttl` seconds."""
+        """Forget the sessions and kept texts that nobody has used for `ttl` seconds."""
         limit = self.now() - self.ttl
         old = [n for n, s in self.sessions.items() if s.used_at < limit and not s.pinned]
         for name in old:
-            self.close(name)
+            self.close(name, keep=False)
         self.expirations += len(old)
+        while self._kept and next(iter(self._kept.values())) < limit:
+            self._forget()
 
-    def check_integrity(self) -> None:
-        """Raises RuntimeError unless free + owned = all and every owner is counted."""
-        owners = [0] * self.size
-        for session in self.sessions.values():
-            end = ROOT
-            for slot in session.path:
-                owners[slot] += 1
-                if self._parent[slot] != end:
-                    raise RuntimeError(f"slot {slot} hangs on {self._parent[slot]}, not on {end}")
-                end = slot
-            for slot in session.candidates:
-                owners[slot] += 1
-        owned = sum(1 for n in owners if n)
-        if len(self._free) + owned != self.size or len(self._child) != owned:
-            raise RuntimeError(
-                f"{len(self._free)} free + {owned} owned slots, expected {self.size} in all; "
-                f"{len(self._child)} in the tree"
-            )
-        for slot, count in enumerate(owners):
-            if count != self._owners[slot]:
-                raise RuntimeError(f"slot {slot}: {count} owners, {self._owners[slot]} counted")
+    def forget_kept(self) -> None:
+        """Forget all kept texts."""
+        while self._kept:
+            self._forget()
 
     def _open(self, name: str, client: str) -> Session:
         if self.client_sessions < self.max_sessions:
@@ -195,15 +188,13 @@ class SlotCache:
             slot = self._child.get((path[-1] if path else ROOT, token))
             if slot is None:
                 break
-            self._owners[slot] += 1
-            path.append(slot)
+            path.append(self._owned(slot))
         known = len(path) - start
         held = []
         if known == len(tokens):
             end = path[-1] if path else ROOT
-            held = [s for c in candidates if (s := self._child.get((end, c))) is not None]
-            for slot in held:
-                self._owners[slot] += 1
+            known_slots = (self._child.get((end, candidate)) for candidate in candidates)
+            held = [self._owned(slot) for slot in known_slots if slot is not None]
         old_path, old_candidates = session.path[start:], session.candidates
         session.path, session.candidates = path, []
         self._release(old_candidates)
@@ -225,28 +216,61 @@ class SlotCache:
         slot = self._child.get((parent, token))
         if slot is None:
             while not self._free:
-                self._evict(f"all {self.size} slots are in use")
+                if self._kept:
+                    self._forget()
+                else:
+                    self._evict(f"all {self.size} slots are in use")
             slot = self._free.pop()
             self._child[parent, token] = slot
             self._parent[slot] = parent
+            if parent != ROOT:
+                self._children[parent] += 1
             self.token[slot] = token
             self.ready[slot] = 0
             self.created += 1
+        return self._owned(slot)
+
+    def _owned(self, slot: int) -> int:
+        """The slot, with one more owner."""
+        self.used += not self._owners[slot]
         self._owners[slot] += 1
         return slot
 
     def _release(self, slots: Sequence[int]) -> None:
         for slot in reversed(slots):
             self._owners[slot] -= 1
-            if self._owners[slot] == 0:
-                del self._child[self._parent[slot], self.token[slot]]
-                self._free.append(slot)
+            self.used -= not self._owners[slot]
+            self._free_from(slot)
+
+    def _free_from(self, slot: int) -> None:
+        """Free the slot and what is before it in its text, as far as nobody needs it."""
+        while slot != ROOT:
+            if self._owners[slot] or self._children[slot] or slot in self._kept:
+                return
+            parent = self._parent[slot]
+            del self._child[parent, self.token[slot]]
+            self._free.append(slot)
+            if parent != ROOT:
+                self._children[parent] -= 1
+            slot = parent
+
+    def _keep(self, path: Sequence[int]) -> None:
+        """Keep a text that ends, as far as it is computed: what is ready is its beginning."""
+        end = next((slot for slot in reversed(path) if self.ready[slot]), None)
+        if end is not None:
+            self._kept[end] = self.now()
+            self._kept.move_to_end(end)
+
+    def _forget(self) -> None:
+        """The kept text that was closed longest ago."""
+        end, _ = self._kept.popitem(last=False)
+        self._free_from(end)
 
     def _evict(self, reason: str, client: str | None = None) -> None:
         """Close the least recently used session, of the client if one is named, not pinned."""
         for name, session in self.sessions.items():
             if not session.pinned and client in (None, session.client):
-                self.close(name)
+                self.close(name, keep=False)
                 self.evictions += 1
                 return
         raise CacheFullError(reason)

@@ -180,7 +180,8 @@ class Engine:
         z: NDArray[np.float32] = self._z[np.array(slots, dtype=np.int64)]
         if not np.isfinite(z).all():
             for row in job.rows:
-                self.cache.close(row.name)
+                self.cache.close(row.name, keep=False)
+            self.cache.forget_kept()  # the slot may be part of one
             raise ModelError("the model gave a logit that is not a finite number")
         return z
 
@@ -206,7 +207,7 @@ class Engine:
         length = min(self.prefill_tokens, self.max_position - 1, self.cache.size // 2)
         for candidates in ([0], [0, 1][: self.max_candidates]):
             self.run(Job([Row(name, 0, [0] * length, candidates)]))
-        self.cache.close(name)
+        self.cache.close(name, keep=False)
         self.forwarded = self.saved = 0
         self.cache.prefix_tokens = self.cache.prefix_hits = 0
 

@@ -80,7 +80,12 @@ class Metrics(Collector):
         engine, cache = self._engine, self._engine.cache
         for name, text, value in (
             ("sessions", "Sessions held.", len(cache.sessions)),
-            ("slots_used", "KV slots in use.", cache.used),
+            ("slots_used", "KV slots of sessions.", cache.used),
+            (
+                "slots_kept",
+                "KV slots of closed texts alone, which go when others want them.",
+                cache.kept,
+            ),
             ("slots", "KV slots in all.", cache.size),
         ):
             yield GaugeMetricFamily(f"lenvm_{name}", text, value)

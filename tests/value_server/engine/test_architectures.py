@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 from tests.support import tiny
+from tests.support.slots import check_integrity
 from value_server.contract.checkpoint import CheckpointError
 from value_server.engine.engine import Engine
 from value_server.engine.job import Job, Row
@@ -183,4 +184,4 @@ def test_warm_up_leaves_nothing_behind() -> None:
     served.warm_up()
     assert (served.forwarded, served.saved, served.cache.used) == (0, 0, 0)
     assert not served.cache.sessions
-    served.cache.check_integrity()
+    check_integrity(served.cache)

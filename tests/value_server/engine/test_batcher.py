@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.blocked import SECONDS, BlockedEngine, wait_until
+from tests.support.slots import check_integrity
 from tests.support.value_servers import naive
 from value_server.engine.batcher import Batcher
 from value_server.engine.errors import BusyError, ModelError, RequestError
@@ -27,7 +28,7 @@ def batcher(engine: BlockedEngine) -> Iterator[Batcher]:
     yield batcher
     engine.allow()
     batcher.stop()
-    engine.cache.check_integrity()
+    check_integrity(engine.cache)
 
 
 def step(name: str, tokens: list[int], start: int = 0) -> Job:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support import tiny
+from tests.support.slots import check_integrity
 from value_server.engine.batcher import Batcher
 from value_server.engine.engine import Engine
 from value_server.engine.errors import BusyError, ModelError, RequestError
@@ -49,6 +50,20 @@ def run_all(served: Engine, jobs: list[Job]) -> None:
         assert served.advance(jobs) > 0
     for job in jobs:
         served.release(job)
+
+
+def test_a_closed_text_is_continued_without_its_forwards(reference: ValueModel) -> None:
+    """Another ending: from 32 tokens before the end of an answer of 300."""
+    served, text = engine(), [i % 5 for i in range(300)]
+    served.run(Job([Row("answer", 0, text[:40], [1, 2])]))
+    for end in range(40, 300):
+        served.run(Job([Row("answer", end, [text[end]], [1, 2])]))
+    served.run(Job([], closed=["answer"]))
+    before = served.forwarded
+    begun = text[: 300 - 32]
+    z = served.run(Job([Row("ending", 0, begun, [0, 4])])).logits
+    assert served.forwarded - before == 2  # its candidates
+    np.testing.assert_allclose(z, naive(reference, [[*begun, 0], [*begun, 4]]), atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -90,7 +105,7 @@ def test_scores_do_not_depend_on_company_order_or_history(seed: int, reference: 
             expected = naive(reference, [[*texts[name], c] for c in step.candidates])
             np.testing.assert_allclose(result.logits, expected, atol=1e-4, rtol=0)
             checked += len(expected)
-        served.cache.check_integrity()
+        check_integrity(served.cache)
     assert checked > 100
     if served.cache.size == 200:
         assert served.cache.evictions > 0
@@ -160,7 +175,7 @@ def test_prompt_of_4000_tokens_delays_running_sessions_by_one_chunk_a_pass() -> 
     assert passes == 16  # 15 chunks of 256 and one of 160
     assert np.isfinite(served.result(long).logits).all()
     served.release(long)
-    served.cache.check_integrity()
+    check_integrity(served.cache)
 
 
 def test_prompt_of_more_positions_than_the_model_has_is_refused_at_once() -> None:
@@ -210,7 +225,7 @@ def test_full_pool_is_busy_and_recovers() -> None:
     served = engine(slots=64)
     with pytest.raises(BusyError, match="64 slots"):
         served.run(Job([Row("a", 0, [1] * 70, [2])]))
-    served.cache.check_integrity()
+    check_integrity(served.cache)
     served.run(Job([Row("b", 0, [1] * 40, [2])]))
 
 
@@ -224,7 +239,7 @@ def test_not_a_number_fails_its_request_only() -> None:
     with pytest.raises(ModelError, match="finite"):
         served.result(bad)
     assert np.isfinite(served.result(good).logits).all()
-    served.cache.check_integrity()
+    check_integrity(served.cache)
     again = served.run(Job([Row("z", 0, [6] * 20, [1, 2])]))  # in the slots of the bad one
     assert np.isfinite(again.logits).all()
 
@@ -251,7 +266,7 @@ def test_batcher_survives_a_failing_forward_and_serves_one_session_in_order(
         second = batcher.submit(Job([Row("a", 2, [3], [4])]))
         got = [first.result(30).logits[0], second.result(30).logits[0]]
         np.testing.assert_allclose(got, naive(reference, [[1, 2, 3], [1, 2, 3, 4]]), atol=1e-4)
-        served.cache.check_integrity()
+        check_integrity(served.cache)
     finally:
         batcher.stop()
     with pytest.raises(BusyError):

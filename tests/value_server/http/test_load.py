@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 
 from tests.support.blocked import SECONDS, BlockedEngine, wait_until
+from tests.support.slots import check_integrity
 from tests.support.value_servers import as_client, in_thread, naive, step, step_body
 from value_server.contract import wire
 from value_server.http.app import create_app
@@ -51,7 +52,7 @@ def served() -> Iterator[Served]:
             yield Served(engine, url, client)
         finally:
             engine.allow()
-    engine.cache.check_integrity()
+    check_integrity(engine.cache)
 
 
 def body(name: str, tokens: list[int]) -> bytes:

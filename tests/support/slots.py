@@ -1,0 +1,41 @@
+"""What has to hold of a slot cache after every operation."""
+
+from value_server.engine.cache import ROOT, SlotCache
+
+
+def check_integrity(cache: SlotCache) -> None:
+    """Raises RuntimeError unless free + owned + kept = all and every owner is counted."""
+    owners, children, kept = [0] * cache.size, [0] * cache.size, set()
+    for session in cache.sessions.values():
+        end = ROOT
+        for slot in session.path:
+            owners[slot] += 1
+            if cache._parent[slot] != end:
+                raise RuntimeError(f"slot {slot} hangs on {cache._parent[slot]}, not on {end}")
+            end = slot
+        for slot in session.candidates:
+            owners[slot] += 1
+    for end in cache._kept:
+        while end != ROOT:
+            kept.add(end)
+            end = cache._parent[end]
+    owned = {slot for slot, count in enumerate(owners) if count}
+    numbers = len(cache._free), len(owned), len(kept - owned)
+    if sum(numbers) != cache.size or len(cache._child) != len(owned | kept):
+        free, used, rest = numbers
+        raise RuntimeError(
+            f"{free} free + {used} owned + {rest} kept slots, expected {cache.size} in all; "
+            f"{len(cache._child)} in the tree"
+        )
+    if cache.used != len(owned):
+        raise RuntimeError(f"{cache.used} slots counted as used, {len(owned)} are")
+    for parent, _ in cache._child:
+        if parent != ROOT:
+            children[parent] += 1
+    for what, real, counted in (
+        ("owners", owners, cache._owners),
+        ("children", children, cache._children),
+    ):
+        for slot in owned | kept:
+            if real[slot] != counted[slot]:
+                raise RuntimeError(f"slot {slot}: {real[slot]} {what}, {counted[slot]} counted")
