@@ -37,6 +37,7 @@ def group_of(item: pytest.Item) -> str:
     return mark.args[0] if mark else item.nodeid.split("::")[0]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """By groups; those that take minutes first, so that no process waits for another at the end."""
     items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, group_of(item)))
