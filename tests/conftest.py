@@ -30,17 +30,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--without-compiler", action="store_true", help=text)
 
 
+VLLM = "tests/e2e"
+
+
 def group_of(item: pytest.Item) -> str:
-    """Tests of a group run one after the other in one process: those of a shared pair of servers
-    (tests/e2e), else those of a file."""
-    mark = item.get_closest_marker("pair")
-    return mark.args[0] if mark else item.nodeid.split("::")[0]
+    """Tests of a group run in one process: those of one file, but all that start vLLM, whose
+    engine keeps a core busy, are one group."""
+    path = item.nodeid.split("::")[0]
+    return VLLM if path.startswith(VLLM) else path
+
+
+def order_of(item: pytest.Item) -> tuple[bool, bool, str, str]:
+    """Those that take minutes first, and those that share servers side by side."""
+    group, pair = group_of(item), item.get_closest_marker("pair")
+    short = item.get_closest_marker("e2e") is None
+    return group != VLLM, short, group, pair.args[0] if pair else ""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By groups; those that take minutes first, so that no process waits for another at the end."""
-    items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, group_of(item)))
+    items.sort(key=order_of)
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
 
