@@ -69,7 +69,7 @@ def test_an_unknown_setting_is_an_error() -> None:
         (
             {"length_target": 50, "length_prefix_tokens": 55},
             {},
-            "prefix_tokens: 55 leave no token .* at most 55",
+            "prefix_tokens: 55 must be below the 55 tokens",
         ),
         (
             {"length_target": 50, "length_prefix_tokens": 20},

@@ -137,7 +137,7 @@ def test_where_the_model_thinks_the_answer_is_what_counts() -> None:
     ]
     assert scope({"tokens": 60, "scope": "completion"}, thinks) == "completion"
     assert scope({"tokens": 60, "prefix_tokens": 5}, thinks) == "completion"
-    with pytest.raises(LengthTargetError, match=r"best_of: 3 .* model thinks"):
+    with pytest.raises(LengthTargetError, match=r"best_of: 3 .* model reasons"):
         resolved(LengthTarget.parse({"tokens": 60, "best_of": 3}), thinks)
     # What went through once is not asked again.
     flat = resolved(LengthTarget.parse(60), thinks).to_xargs()
