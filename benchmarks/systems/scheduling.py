@@ -29,7 +29,7 @@ ARMS = {"fcfs": "fcfs", "forecast": "priority"}  # scheduling policies
 def read_prompts(data: Path, count: int, seed: int) -> list[str]:
     """`count` values of the field `prompt` at random; JSONL, plain or gzipped."""
     raw = data.read_bytes()
-    lines = (gzip.decompress(raw) if data.suffix == ".gz" else raw).decode().splitlines()
+    lines = (gzip.decompress(raw) if data.suffix == ".gz" else raw).splitlines()
     prompts = [str(json.loads(line)["prompt"]) for line in lines]
     short = [prompt for prompt in prompts if len(prompt) < 2000]
     return random.Random(seed).sample(short, count)

@@ -75,8 +75,17 @@ class Pair:
         os.kill(self.pid, signal.SIGKILL)
 
     def revive_values(self) -> None:
+        """Until vLLM has found it again."""
         self.pid = self.start_values()
-        time.sleep(5.5)  # the longest pause of the client's circuit breaker
+        model = self.client.get("/v1/models").json()["data"][0]["id"]
+        ask = {"model": model, "prompt": "Hi", "length_target": 8}
+        limit = time.monotonic() + 60
+        while True:
+            (choice,) = self.client.post("/v1/completions", json=ask).json()["choices"]
+            if choice["length_result"]["steered_steps"]:
+                return
+            assert time.monotonic() < limit
+            time.sleep(0.5)
 
     def is_well(self) -> bool:
         """Both servers answer."""

@@ -71,12 +71,12 @@ def test_the_last_line_and_a_run_that_goes_on(
     assert arms["prompt"]["ppl_ratio"] == 1.0
 
     answers = folder / "runs" / "lifebench" / "answers.jsonl"
-    before = answers.read_text()
+    before = answers.read_bytes()
     whole = before.splitlines(keepends=True)
-    answers.write_text("".join(whole[:-3]))  # as if killed three answers earlier
+    answers.write_bytes(b"".join(whole[:-3]))  # as if killed three answers earlier
     arms = run(folder, capsys, limit=2)
-    after = answers.read_text()
-    assert after.startswith("".join(whole[:-3]))
+    after = answers.read_bytes()
+    assert after.startswith(b"".join(whole[:-3]))
     assert len(after.splitlines()) == 2 * len(whole)
     assert arms["project"]["at_most"]["n"] == 2 * len(TARGETS)
 
@@ -97,7 +97,7 @@ def test_lifebench_in_its_own_unit(folder: Path, capsys: pytest.CaptureFixture[s
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["unit"] == "words"
     assert set(result["arms"]) == {"prompt", "single", "railed"}
-    for line in (output / "answers.jsonl").read_text().splitlines():
+    for line in (output / "answers.jsonl").read_bytes().splitlines():
         row = json.loads(line)
         assert row["arm"] == "prompt" or count(row["text"], "words") <= 1.1 * row["target"]
     with pytest.raises(ValueError, match=r"unit: .* made with 'own', this run has None"):
@@ -149,7 +149,7 @@ def test_tradeoff_from_data_to_the_last_line(
     assert points["at_most", 8]["tokens"] <= 8
     assert (folder / "runs" / "tradeoff" / "tradeoff.png").exists()
     answers = folder / "runs" / "tradeoff" / "answers.jsonl"
-    before = answers.read_text()
+    before = answers.read_bytes()
     assert run() == first
     assert answers.read_text() == before
 

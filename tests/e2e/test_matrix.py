@@ -263,7 +263,7 @@ def test_metrics_beside_vllms_own(client):
     post_all(client, [(CHAT, asked)] * 10)
     seen = {name: value - before[name] for name, value in figures(client).items()}
     assert seen["finished"] == 10 <= seen["requests"]  # a preempted one begins again
-    assert seen["steps"] >= 10 * 19
+    assert seen["steps"] >= 19  # of the engine, each of several texts
     assert 0 < seen["value_seconds"] < seen["plan_seconds"]
 
 

@@ -263,7 +263,7 @@ def test_a_text_longer_than_the_context() -> None:
     """Also for a stream that sets no max_tokens."""
     config = fakes.config()
     check_admission(LengthTarget.parse(1000), Limits(), config)  # its lower rail fits
-    with pytest.raises(ValueError, match=r"length_target: needs at least 1080 tokens; the context has 1000"):
+    with pytest.raises(ValueError, match=r"needs at least 1080 tokens; the context has 1000"):
         check_admission(LengthTarget.parse(1200), Limits(), config)
 
 
