@@ -151,7 +151,7 @@ def test_tradeoff_from_data_to_the_last_line(
     answers = folder / "runs" / "tradeoff" / "answers.jsonl"
     before = answers.read_bytes()
     assert run() == first
-    assert answers.read_text() == before
+    assert answers.read_bytes() == before
 
 
 def test_report_of_both(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
