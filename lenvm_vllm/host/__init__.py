@@ -1,7 +1,8 @@
 """What the plugin leans on.
 
 names        every name of vLLM's
-sampling     vLLM's own cut and penalties, done by its functions
+sampling     a request's own cut and penalties, which the plugin applies
+own_cut      vLLM's functions for that
 served       what this process serves
 machine      what a bare machine may lack
 """

@@ -85,7 +85,7 @@ class JobResult:
 class Job:
     """One request, and its answer in `future`; to cancel that is to leave.
 
-    closed: sessions to forget; found: how many of them there were.
+    closed: sessions that are over; found: how many of them there were.
     texts: whether the values of the whole texts are wanted, too.
     client: whose sessions they are.
     queue_seconds, prefill_seconds, compute_seconds: set by the Batcher; the wait for its first

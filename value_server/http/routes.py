@@ -120,7 +120,7 @@ async def token_values(request: TextRequest, http: Request) -> dict[str, list[fl
 
 @router.delete(wire.SESSIONS_PATH + "/{name}", status_code=204)
 async def close(name: str, http: Request) -> None:
-    """Forget a session."""
+    """End a session; its text is kept until its slots are wanted."""
     job = Job([], [own(http, name)])
     await shared(http).run(job, http)
     if not job.found:
