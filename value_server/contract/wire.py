@@ -7,14 +7,16 @@ of `candidates`, both packed little-endian int32. Everything else over HTTP is J
 Legend: B sessions of this step, T tokens, K candidates, all rows together.
 """
 
+import math
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MEDIA_TYPE = "application/msgpack"
+LONGEST_REASON = 160  # characters of why a row is refused
 
 STEP_PATH = "/v1/step"
 MODEL_PATH = "/v1/model"
@@ -37,11 +39,15 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     sessions: B ids, distinct, chosen by the client.
     starts: B; position in the session's text of its first token in this message. 0 opens the
         session anew. A start below what the server holds rewinds the session to it, so a
-        request may be repeated; one above is answered as unknown.
+        request may be repeated, and a text may come in pieces. A row that starts above what is
+        held takes nothing, and has no values.
     token_counts, candidate_counts: B.
     tokens: T int32, emitted since the last step (prompt included at start 0).
     candidates: K int32.
     closed: ids of sessions that ended; unknown ids are ignored.
+    budget_ms: milliseconds that the server may take from the message's arrival to its answer.
+        Rows without values by then are answered without, and their texts are computed on. 0: it
+        answers as soon as it has taken the texts. None: it waits until all rows have values.
     """
 
     version: int = WIRE_VERSION
@@ -52,20 +58,23 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     candidate_counts: list[int]
     candidates: bytes
     closed: list[str] = []
+    budget_ms: float | None = None
 
 
 class StepReply(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """model_id: of the ModelInfo by which the logits have to be read.
-    logits: K float32 z in the order of the request, NaN in rows listed in `unknown`.
+    logits: K float32 z in the order of the request, NaN in rows that have none in time.
 
-    unknown: indices of rows whose session is not held as far as its `starts`: send the whole
-        text again with start 0.
+    held: B; tokens of each row's text that the server has now: the `start` to go on from. Less
+        than the row's own start where its session is lost, the start where there was no room.
+    refused: row → why it will never have values; the others of the message are not concerned.
     """
 
     version: int = WIRE_VERSION
     model_id: str = ""
     logits: bytes
-    unknown: list[int] = []
+    held: list[int]
+    refused: dict[int, str] = {}
 
 
 class ModelInfo(msgspec.Struct, kw_only=True):
@@ -131,6 +140,8 @@ def decode_request(data: bytes) -> StepRequest:
             raise WireError(f"{len(numbers)} entries for {rows} sessions", name)
         if any(n < 0 for n in numbers):
             raise WireError(f"negative entry {min(numbers)}", name)
+    if request.budget_ms is not None and not 0 <= request.budget_ms < math.inf:
+        raise WireError(f"not a number of milliseconds: {request.budget_ms}", "budget_ms")
     _check_ids("tokens", request.tokens, sum(request.token_counts))
     _check_ids("candidates", request.candidates, sum(request.candidate_counts))
     return request
@@ -138,18 +149,26 @@ def decode_request(data: bytes) -> StepRequest:
 
 def largest_reply(request: StepRequest) -> int:
     """Bytes that the reply to `request`, or an error in its place, has at most."""
-    return 4096 + 4 * sum(request.candidate_counts) + 9 * len(request.sessions)
+    return 4096 + 4 * sum(request.candidate_counts) + (LONGEST_REASON + 32) * len(request.sessions)
 
 
-def decode_reply(data: bytes, candidates: int) -> StepReply:
-    """A checked reply to a request with K = `candidates`. Raises WireError."""
+def decode_reply(data: bytes, request: StepRequest) -> StepReply:
+    """A checked reply to `request`. Raises WireError."""
     try:
         reply = _reply_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"step reply: {error}") from error
     _check_version(reply.version)
+    rows, candidates = len(request.sessions), sum(request.candidate_counts)
     if len(reply.logits) != 4 * candidates:
         raise WireError(f"{len(reply.logits)} bytes for {candidates} candidates", "logits")
+    if len(reply.held) != rows:
+        raise WireError(f"{len(reply.held)} entries for {rows} sessions", "held")
+    wholes = zip(request.starts, request.token_counts, strict=True)
+    if any(not 0 <= n <= start + m for n, (start, m) in zip(reply.held, wholes, strict=True)):
+        raise WireError("more than was told, or less than nothing", "held")
+    if any(not 0 <= row < rows for row in reply.refused):
+        raise WireError(f"rows {sorted(reply.refused)} of {rows}", "refused")
     return reply
 
 
