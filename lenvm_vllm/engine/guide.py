@@ -1,17 +1,20 @@
 """From the logits of guided rows to their steered distribution: asks for values, then steers."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lenvm_vllm.engine.sessions import Sessions
+from lenvm_vllm.engine.pace import Pace
+from lenvm_vllm.engine.sessions import NOBODY, Sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.steering.candidates import Candidates, Cut, Writes, cut_candidates, plan_writes
 from lenvm_vllm.steering.landing import Landing, landing_of
 from lenvm_vllm.steering.policies import Goals, expected_rest, steer
+from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.text.sentences import Sentences
 from value_server.contract import wire
 from value_server.contract.values import remaining_goal
@@ -40,47 +43,51 @@ class Step:
 
 
 class Guide:
-    """Steers the rows of one step with one call to the value server."""
+    """Steers the rows of one step by one question to the value server. A row that has no values in
+    time is led by what its text shows: in its landing its sentences and then itself are ended."""
 
     def __init__(
-        self, sessions: Sessions, settings: Settings, sentences: Sentences | None = None
+        self,
+        sessions: Sessions,
+        settings: Settings,
+        counters: Counters,
+        sentences: Sentences | None = None,
     ) -> None:
         self.sessions = sessions
         self._settings = settings
+        self._counters = counters
         self._sentences = sentences
         self._closing_ids = torch.tensor(sentences.ids if sentences else [], dtype=torch.long)
+        self._pace = Pace(settings.wait_share, settings.wait_floor_s, settings.timeout_s)
 
     def plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
         """How to change `logits` (batch, V) so that the rows in `states` are steered.
 
-        None: change nothing. Raises ValueServerError.
+        None: change nothing.
         """
-        if not states and not self.sessions.has_closed:
-            return None
-        info = self.sessions.model()
+        turns = {row: s for row, s in states.items() if s.generated % s.target.every == 0}
+        info = self.sessions.model(time.perf_counter() + self._pace.wait_s) if turns else NOBODY
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         logits = logits[:, : info.vocab_size]
-        step = self._worth_asking(logits, states, info)
+        step = self._undecided(logits, turns, info) if turns else None
+        z = None
         if step is None:
             self.sessions.tell_closed()
-            return None
-        for state in step.states:
-            state.valued = False  # until they are there
-        z = self.sessions.values(step.states, step.candidates.ids, step.wanted)
-        known = ~(z.isnan() & step.wanted).any(-1)
-        if not known.any():
-            return None
-        return self._steer(step.pick(known), z[known], info.gamma, logits.shape[-1])
+        else:
+            z = self._values(step, info)
+        ended = {
+            row: s for row, s in turns.items() if not s.valued and self._may_end(s, logits[row])
+        }
+        plans = [self._end(ended)] if ended else []
+        if step is not None and z is not None:
+            plans += self._steer(step, z, info.gamma, ended.keys(), logits.shape[-1])
+        return Writes.together(plans) if plans else None
 
-    def _worth_asking(
-        self, logits: Tensor, states: dict[int, RequestState], info: wire.ModelInfo
+    def _undecided(
+        self, logits: Tensor, turns: dict[int, RequestState], info: wire.ModelInfo
     ) -> Step | None:
-        """The rows that have their turn and whose next token is not too certain; None: no row."""
-        turns = {row: s for row, s in states.items() if s.generated % s.target.every == 0}
-        rows = self.sessions.askable(turns, info)
-        if not rows:
-            return None
-        asking = [states[row] for row in rows]
+        """The rows whose next token is not too certain; None: no row."""
+        rows, asking = list(turns), list(turns.values())
         cuts = [cut_of(state, self._settings) for state in asking]
         width = min(self._settings.max_candidates, info.max_candidates)
         candidates = cut_candidates(logits[rows], cuts, width)
@@ -90,13 +97,39 @@ class Guide:
         step = Step(rows, asking, cuts, candidates, wanted).pick(undecided)
         return step if step.rows else None
 
-    def _steer(self, step: Step, z: Tensor, gamma: float, size: int) -> Writes:
-        """z: (B, K) value logits. size: of the vocabulary."""
+    def _values(self, step: Step, info: wire.ModelInfo) -> Tensor:
+        """(B, K) value logits, NaN in rows that have none in time."""
+        wanted = torch.zeros_like(step.wanted)
+        askable = self.sessions.askable(step.states, info)
+        wanted[askable] = step.wanted[askable]
+        self._pace.asks()
+        z = self.sessions.values(step.states, step.candidates.ids, wanted, self._pace.wait_s)
+        self._pace.goes_on()
+        known = (~z.isnan()).any(-1).tolist()
+        for state, valued in zip(step.states, known, strict=True):
+            state.valued = valued
+        self._counters.add("rows", len(known))
+        self._counters.add("valued_rows", sum(known))
+        self._counters.add("fallback_steps", not any(known))
+        return z
+
+    def _steer(
+        self, step: Step, z: Tensor, gamma: float, ended: Container[int], size: int
+    ) -> list[Writes]:
+        """z: (B, K) value logits. ended: rows that are not steered any more. size: of the
+        vocabulary."""
+        goals = goals_of(step.states, gamma, self._settings.max_kl)
+        known = (~z.isnan()).any(-1)
+        goes_on = torch.tensor([row not in ended for row in step.rows])
+        steered = (known | goals.lead_alone) & goes_on
+        if not steered.any():
+            return []
+        step, z, known = step.pick(steered), z[steered], known[steered]
         goals = goals_of(step.states, gamma, self._settings.max_kl)
         closes = self._closes(step, goals)
         before = step.candidates
         log_q, log_p0 = steer(before.log_q, before.log_p0, before.own_end, z, closes, goals)
-        rest = expected_rest(log_q, log_p0, z, gamma)
+        rest = expected_rest(log_q, log_p0, z, gamma).masked_fill(~known, torch.nan)
         told = zip(
             step.states,
             (goals.landed >= 0).tolist(),
@@ -106,9 +139,29 @@ class Guide:
         )
         for state, lands, ends, expected in told:
             state.landing, state.forced, state.expected = lands, ends, expected
-            state.valued = True
-            state.steered += 1
-        return plan_writes(step.rows, step.cuts, before, log_q, log_p0, size)
+            state.steered += state.valued
+        return [plan_writes(step.rows, step.cuts, before, log_q, log_p0, size)]
+
+    def _may_end(self, state: RequestState, own: Tensor) -> bool:
+        """Whether a text without values ends here: a sentence or line of it has ended in the
+        landing, and no other one fits. own: (V,) logits of its row."""
+        landing = landing_in_tokens(state)
+        if not 0 <= landing.share(0) <= 1 or state.held or self._sentences is None:
+            return False
+        if not self._sentences.is_whole(state.output_ids):
+            return False
+        ends = [token for token in state.proper_ends if token < len(own)]
+        sentence = self._sentences.tokens_a_sentence(state.output_ids)
+        near = landing.behind > 0 and landing.target < sentence / 2
+        return (near or landing.closes < sentence) and bool((own[ends] > -torch.inf).any())
+
+    def _end(self, ended: dict[int, RequestState]) -> Writes:
+        """Nothing but an end in these rows."""
+        pairs = [(row, token) for row, s in ended.items() for token in s.proper_ends]
+        for state in ended.values():
+            state.landing, state.forced, state.expected = True, True, 0.0
+        rows, ids = torch.tensor(pairs).unbind(-1)
+        return Writes(rows, ids, torch.zeros(len(rows), dtype=torch.float64))
 
     def _closes(self, step: Step, goals: Goals) -> Tensor:
         """(B, K) bool: candidates that end a sentence, of texts that are led to the end of one."""
@@ -147,6 +200,12 @@ def shares_of(states: Sequence[RequestState], settings: Settings) -> tuple[Tenso
     return mass.masked_fill(greedy, 1), most.masked_fill(greedy, settings.max_candidates)
 
 
+def landing_in_tokens(state: RequestState) -> Landing[float]:
+    """Of a text, from the next token."""
+    aim = state.aim
+    return landing_of(aim.mode, remaining_goal(aim.high, state.generated), aim.width)
+
+
 def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goals:
     """What each request wants of this step."""
 
@@ -155,7 +214,7 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
 
     targets, aims = [state.target for state in states], [state.aim for state in states]
     known = [(aim, state.generated) for aim, state in zip(aims, states, strict=True)]
-    landings = [landing_of(a.mode, remaining_goal(a.high, n), a.width) for a, n in known]
+    landings = [landing_in_tokens(state) for state in states]
     return Goals(
         exact=torch.tensor([aim.mode == "equal_to" for aim in aims]),
         tilts=torch.tensor([aim.mode == "tilt" for aim in aims]),

@@ -1,8 +1,9 @@
-"""The plan of each step, or none: whatever goes wrong with the values, the step goes on with the
-model's own distribution inside the guard rails, and the log says so once."""
+"""The plan of each step, or none: whatever goes wrong, the step goes on with the model's own
+distribution inside the guard rails, and the log says so once."""
 
 import logging
 import time
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from lenvm_vllm.engine.guide import Guide
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.candidates import Writes
 from lenvm_vllm.telemetry.metrics import Counters
-from lenvm_vllm.values.client import CircuitOpen, ValueServerError
+from lenvm_vllm.values.client import CircuitOpen
 
 logger = logging.getLogger("vllm.lenvm")
 
@@ -22,11 +23,9 @@ class Plans:
         self._trouble: str | None = None
 
     def plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
-        """As `Guide.plan`, but never raises; its time and its failures are counted.
-
-        The one place that decides to go on without values.
-        """
+        """As `Guide.plan`, but never raises; its time and its failures are counted."""
         started = time.perf_counter()
+        sessions = self._guide.sessions
         try:
             writes = self._guide.plan(logits, states)
         except Exception as error:
@@ -34,20 +33,29 @@ class Plans:
             self._counters.add("fallback_steps")
             for state in states.values():
                 state.valued = False
-            if not isinstance(error, CircuitOpen):
-                ours = isinstance(error, ValueServerError)
-                self._report(f"{type(error).__name__}: {error}", traceback=not ours)
-        if writes is not None:  # None: nothing was asked, so nothing is known
-            self._report(None)
+            self._report(f"{type(error).__name__}: {error}", traceback=True)
+        else:
+            if (trouble := sessions.trouble) is None:
+                if any(state.valued for state in states.values()):
+                    self._report(None)
+            elif not isinstance(trouble, CircuitOpen):
+                self._report(f"{type(trouble).__name__}: {trouble}")
         self._counters.add("steps")
         self._counters.add("plan_seconds", time.perf_counter() - started)
         return writes
 
+    def tell(self, states: Iterable[RequestState]) -> None:
+        """As `Sessions.tell`, but never raises."""
+        try:
+            self._guide.sessions.tell(states)
+        except Exception as error:
+            self._report(f"{type(error).__name__}: {error}", traceback=True)
+
     def _report(self, trouble: str | None, traceback: bool = False) -> None:
-        """Log a change between steered and not; later failures of one outage are silent."""
+        """Log a change between values and none; later failures of one outage are silent."""
         if trouble is not None and self._trouble is None:
             logger.error(
-                "length targets: no values (%s); requests go on with guard rails only",
+                "length targets: no values (%s); requests go on without them",
                 trouble,
                 exc_info=traceback,
             )

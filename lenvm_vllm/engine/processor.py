@@ -5,12 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from lenvm_vllm.engine.rows import EngineRows
-from lenvm_vllm.engine.sessions import Client
 from lenvm_vllm.engine.v1 import V1Batch
 from lenvm_vllm.engine.v2 import V2Slots
 from lenvm_vllm.host.names import V1LogitsProcessor, V2LogitsProcessor
 from lenvm_vllm.target.admission import Limits, check_admission
 from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.values.replicas import Replicas
 
 
 class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
@@ -20,7 +20,7 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     the runner in use tells on to `batch`, which knows what request a row belongs to.
     """
 
-    def __init__(self, vllm_config: Any, *args: Any, client: Client | None = None) -> None:
+    def __init__(self, vllm_config: Any, *args: Any, client: Replicas | None = None) -> None:
         """args: device and is_pin_memory of V1, vLLM's buffers by slot of V2."""
         rows = EngineRows(vllm_config, client)
         stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -37,6 +37,10 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Of V2: whether this request, in the slot `req_idx`, is guided."""
         return bool(self.batch.add(req_idx, sampling_params))
+
+    def apply_staged_writes(self) -> None:
+        """Of V2: the requests of a step are there, and its forward pass has not begun."""
+        self.batch.tell()
 
     def apply(self, logits: Tensor, *ctx: Any) -> Tensor:
         """logits: (rows, V) float32, changed in place. ctx: of V2, the slot of each row."""

@@ -1,7 +1,9 @@
 """What one engine step does to its guided rows, whichever model runner calls."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +12,7 @@ from lenvm_vllm.engine import ranks, telling
 from lenvm_vllm.engine.enforce import enforce_inplace
 from lenvm_vllm.engine.guide import Guide
 from lenvm_vllm.engine.plans import Plans
-from lenvm_vllm.engine.sessions import Client, Sessions
+from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState, session_of
 from lenvm_vllm.host.own_cut import cut_inplace, penalise_inplace
 from lenvm_vllm.host.sampling import OwnSampling
@@ -22,7 +24,7 @@ from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.telemetry.progress import KEY, Progress
 from lenvm_vllm.text.letters import Letters
 from lenvm_vllm.text.tokenizer import tokenizer_of
-from lenvm_vllm.values.replicas import connect
+from lenvm_vllm.values.replicas import Replicas, connect
 from value_server.contract.checkpoint import tokenizer_fingerprint
 from value_server.contract.units import UNITS
 
@@ -34,7 +36,7 @@ Rows = dict[int, RequestState]  # row of the logits → its request
 class EngineRows:
     """Steers rows of logits; each model runner's adapter says which request a row belongs to."""
 
-    def __init__(self, vllm_config: Any, client: Client | None = None) -> None:
+    def __init__(self, vllm_config: Any, client: Replicas | None = None) -> None:
         """Connects to nothing; the first request with a target does."""
         settings = load_settings(vllm_config.additional_config)
         tokenizer = tokenizer_of(vllm_config)
@@ -45,10 +47,10 @@ class EngineRows:
         self._progress = Progress()
         self._sessions = Sessions(
             client or connect(settings),
-            lambda: None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            cache(lambda: None if tokenizer is None else tokenizer_fingerprint(tokenizer)),
             self._counters,
         )
-        guide = Guide(self._sessions, settings, self._letters.sentences)
+        guide = Guide(self._sessions, settings, self._counters, self._letters.sentences)
         self._plans = Plans(guide, self._counters)
         # Where each rank samples requests of its own, each asks for its own.
         self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
@@ -103,6 +105,11 @@ class EngineRows:
         self._progress.close(state.row)
         if ranks.leads():
             self._count(state)
+
+    def tell(self, states: Iterable[RequestState]) -> None:
+        """Before vLLM's own forward pass: what of these texts the value server can begin with."""
+        if ranks.leads():
+            self._plans.tell(states)
 
     def _count(self, state: RequestState) -> None:
         """How a request ended, for the metrics."""

@@ -1,131 +1,237 @@
-"""The texts as the value server holds them: each step tells it what is new, and asks for values.
+"""The texts as the value servers hold them: what is new is told, long texts before they are
+needed, and each step asks for values, as long as it may wait.
 
-Knows nothing of vLLM: it takes request states, and a client that answers `step`.
+Knows nothing of vLLM: it takes request states, and a client that carries messages.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.telemetry.metrics import Counters
+from lenvm_vllm.values.client import ValueServerError
+from lenvm_vllm.values.replicas import Call, Replicas
 from value_server.contract import wire
 
 logger = logging.getLogger("vllm.lenvm")
 
+# Tokens of one message at most: after a restart of the server a thousand texts come in pieces.
+PIECE = 8192
+# New tokens from which on a text is told ahead of its step. Fewer cost the step's own pass nothing.
+LONG = 16
+# Seconds after which a text is told again for which the server had no room.
+AGAIN_S = 0.25
+# Of the time that a step may wait, the share that the server has; the rest is for the way.
+SERVERS_SHARE = 0.9
+# As long as no server has answered: any token is known, and gamma is one of the usual ones.
+NOBODY = wire.ModelInfo(
+    gamma=0.99,
+    base_model="",
+    tokenizer_fingerprint="",
+    vocab_size=2**31 - 1,
+    max_position=2**31 - 1,
+    max_sessions=2**31 - 1,
+    max_candidates=2**31 - 1,
+)
 
-class Client(Protocol):
-    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo: ...
 
-    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]: ...
+@dataclass(frozen=True)
+class _Told:
+    """What a message says of a text: these tokens, from `start` on; number: of its row in the step.
+
+    whole: whether that is all there is of it, so that candidates can be asked for.
+    """
+
+    state: RequestState
+    start: int
+    tokens: list[int]
+    whole: bool
+    number: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    call: Call
+    told: list[_Told]
 
 
 class Sessions:
     def __init__(
-        self, client: Client, fingerprint: Callable[[], str | None], counters: Counters
+        self, client: Replicas, fingerprint: Callable[[], str | None], counters: Counters
     ) -> None:
         """fingerprint: of the tokenizer that vLLM serves; asked for once per connection."""
         self._client = client
         self._fingerprint = fingerprint
         self._counters = counters
-        self._closed: list[str] = []
-        self._told: set[str] = set()
+        self._info = NOBODY
+        self._out: list[_Sent] = []  # messages whose answers nobody has read yet
+        self._logged: set[str] = set()
+        self.trouble: ValueServerError | None = None  # why there are no values at all
 
-    def model(self) -> wire.ModelInfo:
-        """Raises ValueServerError."""
-        return self._client.model(self._fingerprint)
+    def model(self, until: float = 0.0) -> wire.ModelInfo:
+        """The value model, or the last one that was known; waits at most until then, on the clock
+        `perf_counter`."""
+        try:
+            self._info, self.trouble = self._client.model(self._fingerprint, until), None
+        except ValueServerError as error:
+            self.trouble = error
+        return self._info
 
     def close(self, state: RequestState) -> None:
-        """Tell the server with the next step that this request is over."""
-        if state.sent:
-            self._closed.append(state.session)
-
-    @property
-    def has_closed(self) -> bool:
-        """Whether the server does not know yet of a request that is over."""
-        return bool(self._closed)
+        """Tell the server with the next message that this request is over."""
+        self._client.close(state.session)
 
     def tell_closed(self) -> None:
-        """A call for nothing else, where no row is asked about. Raises ValueServerError."""
-        if self._closed:
-            self._ask([], [])
+        """A message for nothing else, where no row is asked about."""
+        self._read_late()
+        if self._client.has_closed:
+            self._send([], None)
 
-    def askable(self, states: dict[int, RequestState], info: wire.ModelInfo) -> list[int]:
-        """Rows whose values the server can tell. The others are counted, and why is logged once."""
-        why = {row: _why_not(state, info) for row, state in states.items()}
-        rows = [row for row, reason in why.items() if reason is None]
-        reasons = [reason for reason in why.values() if reason]
-        reasons += [
-            f"a step has more rows than the value server takes, {info.max_sessions}"
-            for _ in rows[info.max_sessions :]
-        ]
+    def tell(self, states: Iterable[RequestState]) -> None:
+        """Long texts that are new, so that the server can begin with them. Waits for nothing."""
+        new = [state for state in states if state.length - state.sent >= LONG]
+        if not new:
+            return
+        info = self.model()
+        self._read_late()
+        if self.trouble is None:
+            told = self._told(enumerate(s for s in new if _why_not(s, info, ahead=True) is None))
+            if told := [t for t in told if t.tokens]:
+                self._send(told, None)
+
+    def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
+        """Numbers of those whose values the server can tell now. Why it cannot tell the others' is
+        counted, and logged once."""
+        why = [_why_not(state, info) for state in states]
+        reasons = [reason for reason in why if reason is not None]
         self._counters.add("unguided_rows", len(reasons))
-        for reason in sorted({*reasons} - self._told):
-            logger.warning("length targets: %s; such texts have guard rails only", reason)
-            self._told.add(reason)
-        return rows[: info.max_sessions]
+        for reason in sorted({*filter(None, reasons)} - self._logged):
+            logger.warning("length targets: %s; such texts are led without values", reason)
+            self._logged.add(reason)
+        return [number for number, reason in enumerate(why) if reason is None]
 
-    def values(self, states: Sequence[RequestState], tokens: Tensor, wanted: Tensor) -> Tensor:
-        """(B, K) float64 value logits of `tokens` (B, K) where `wanted`, NaN where there is none.
-
-        Raises ValueServerError.
-        """
-        ids = [row[mask].tolist() for row, mask in zip(tokens, wanted, strict=True)]
+    def values(
+        self, states: Sequence[RequestState], tokens: Tensor, wanted: Tensor, wait_s: float
+    ) -> Tensor:
+        """(B, K) float64 value logits of `tokens` (B, K) where `wanted`, NaN in rows that have none
+        after these seconds. A row in which nothing is wanted is not asked about."""
         z = torch.full(wanted.shape, torch.nan, dtype=torch.float64)
-        asked = list(range(len(states)))
-        for _ in range(2):  # a session that the server does not hold is told again, with its text
-            answer, unknown = self._ask([states[i] for i in asked], [ids[i] for i in asked])
-            mask = torch.zeros_like(wanted)
-            mask[asked] = wanted[asked]
-            z[mask] = torch.from_numpy(answer.astype(np.float64))
-            asked = [asked[row] for row in sorted(set(unknown))]  # in the order of `mask`
-            for i in asked:
-                states[i].sent = 0
-            if not asked:
-                break
-        z[asked] = torch.nan  # unknown twice: unguided in this step
+        started = time.perf_counter()
+        until = started + wait_s
+        for sent in [sent for sent in self._out if sent.call.seconds is None]:
+            if sent.call.is_there(until):  # what was told ahead of this step
+                self._take(sent)
+        self._read_late()
+        asked = wanted.any(-1).nonzero()[:, 0].tolist()
+        for _ in range(2):  # a text that turns out to be lost is told again
+            left = until - time.perf_counter()
+            if asked and left > 0 and self.trouble is None:
+                asked = self._ask(
+                    self._told((i, states[i]) for i in asked), tokens, wanted, left, z
+                )
+        self._counters.add("value_seconds", time.perf_counter() - started)
         return z
 
     def _ask(
-        self, states: Sequence[RequestState], ids: list[list[int]]
-    ) -> tuple[NDArray[np.float32], list[int]]:
-        """One call; a row whose session is held counts its tokens as sent."""
-        tokens = [state.unsent() or [] for state in states]
-        request = wire.StepRequest(
-            sessions=[state.session for state in states],
-            starts=[state.sent for state in states],
-            token_counts=[len(t) for t in tokens],
-            tokens=wire.pack_ids([token for t in tokens for token in t]),
-            candidate_counts=[len(c) for c in ids],
-            candidates=wire.pack_ids([token for c in ids for token in c]),
-            closed=self._closed,
-        )
-        started = time.perf_counter()
+        self, told: list[_Told], tokens: Tensor, wanted: Tensor, left: float, z: Tensor
+    ) -> list[int]:
+        """Fill z of the rows that are answered; returns those whose text has to be told again."""
+        until = time.perf_counter() + left
+        asks = wanted.clone()
+        asks[[t.number for t in told if not t.whole]] = False
+        again = []
+        for sent in self._send(told, left, lambda rows: (tokens[rows], asks[rows])):
+            if not sent.call.is_there(until):
+                continue
+            reply, rows = self._take(sent), [t.number for t in sent.told]
+            if reply is None:
+                again += rows  # its server is lost: another one may have them
+                continue
+            mine = z[rows]
+            mine[asks[rows]] = torch.from_numpy(wire.unpack_logits(reply.logits).astype(np.float64))
+            z[rows] = mine
+            held = zip(sent.told, reply.held, strict=True)
+            again += [t.number for t, there in held if there < t.start]
+        return sorted(again)
+
+    def _told(self, states: Iterable[tuple[int, RequestState]]) -> list[_Told]:
+        """Of texts by the number of their row: short ones first, as far as a message goes."""
+        now, room, told = time.perf_counter(), PIECE, []
+        for number, state in sorted(states, key=lambda entry: entry[1].length - entry[1].sent):
+            tokens = state.unsent()
+            part = tokens[:room] if state.again_at <= now else []
+            if part or not tokens:
+                told.append(_Told(state, state.sent, part, len(part) == len(tokens), number))
+                room -= len(part)
+        return sorted(told, key=lambda t: t.number)
+
+    def _send(
+        self,
+        told: list[_Told],
+        seconds: float | None,
+        asked: Callable[[list[int]], tuple[Tensor, Tensor]] | None = None,
+    ) -> list[_Sent]:
+        """asked: (B, K) tokens of the rows of these numbers, and which of them are candidates."""
+
+        def build(rows: list[int], closed: list[str]) -> wire.StepRequest:
+            mine = [told[row] for row in rows]
+            ids, mask = asked([t.number for t in mine]) if asked else (None, None)
+            return wire.StepRequest(
+                sessions=[t.state.session for t in mine],
+                starts=[t.start for t in mine],
+                token_counts=[len(t.tokens) for t in mine],
+                tokens=wire.pack_ids([token for t in mine for token in t.tokens]),
+                candidate_counts=[0] * len(mine) if mask is None else mask.sum(-1).tolist(),
+                candidates=b"" if ids is None else wire.pack_ids(ids[mask].numpy()),
+                closed=closed,
+                budget_ms=1000 * SERVERS_SHARE * (seconds or 0.0),
+            )
+
         try:
-            values, unknown = self._client.step(request)
-        finally:
-            self._counters.add("value_seconds", time.perf_counter() - started)
-        self._closed = []
-        for row, state in enumerate(states):
-            if row not in unknown:
-                state.sent += len(tokens[row])
-        return values, unknown
+            calls = self._client.send([t.state.session for t in told], build, seconds)
+        except ValueServerError as error:
+            self.trouble = error
+            return []
+        sent = [_Sent(call, [told[row] for row in call.rows]) for call in calls]
+        self._out += sent
+        return sent
+
+    def _read_late(self) -> None:
+        """The answers that have come meanwhile: their values are of a step that is over."""
+        for sent in list(self._out):
+            if sent.call.is_there(0.0):
+                self._take(sent)
+
+    def _take(self, sent: _Sent) -> wire.StepReply | None:
+        """The answer; None where its server is lost. Each text goes on from what the server has."""
+        self._out.remove(sent)
+        if (reply := self._client.read(sent.call)) is None:
+            return None
+        for row, (told, held) in enumerate(zip(sent.told, reply.held, strict=True)):
+            told.state.sent = held
+            told.state.refused = reply.refused.get(row)
+            if held == told.start == 0 and told.tokens:  # no room
+                told.state.again_at = time.perf_counter() + AGAIN_S
+        return reply
 
 
-def _why_not(state: RequestState, info: wire.ModelInfo) -> str | None:
+def _why_not(state: RequestState, info: wire.ModelInfo, ahead: bool = False) -> str | None:
     """Why the server cannot take this request's text and one token more, "" where the text is
-    not known yet; None where it can."""
-    tokens = state.unsent()
-    if tokens is None:
-        return "" if state.prompt_ids is not None else "a prompt has no tokens"
+    not known yet; None where it can. ahead: as far as it is known."""
+    if state.prompt_ids is None:
+        return "a prompt has no tokens"
+    if state.refused is not None:
+        return f"the value server refuses a text ({state.refused})"
+    if not ahead and not state.is_known:
+        return ""
     if state.length >= info.max_position:
         return f"a text is longer than the value model takes, {info.max_position} tokens"
-    if max(tokens, default=0) >= info.vocab_size:
+    if max(state.unsent(), default=0) >= info.vocab_size:
         return f"a text has tokens that the value model does not know, from {info.vocab_size} on"
     return None

@@ -24,7 +24,9 @@ class RequestState(RailedText):
     """One request with a length target.
 
     own: the request's own cut and penalties.
-    sent: tokens of prompt and output that the value server has been told.
+    sent: tokens of prompt and output that the value server has.
+    again_at: when it is told again, on the clock `perf_counter`, if there was no room for it.
+    refused: why the value server never has values for this text, if that is so.
     row: of the table that the API server reads, None where it reads none.
     valued: whether the values were there when they were last asked for.
     landing, forced, expected: of the last step that had values: whether ends were raised in it,
@@ -35,6 +37,8 @@ class RequestState(RailedText):
     temperature: float = 1.0
     own: OwnSampling = field(default_factory=OwnSampling)
     sent: int = 0
+    again_at: float = 0.0
+    refused: str | None = None
     row: int | None = None
     valued: bool = False
     landing: bool = False
@@ -44,13 +48,17 @@ class RequestState(RailedText):
     steered: int = 0
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def unsent(self) -> list[int] | None:
-        """Tokens from position `sent` on; None while they cannot be told."""
-        if self.prompt_ids is None:
-            return None
-        start = len(self.prompt_ids)
+    @property
+    def is_known(self) -> bool:
+        """Whether all of its tokens are known; of the last one that may be open for a while."""
+        return not self.output_ids or self.output_ids[-1] != -1
+
+    def unsent(self) -> list[int]:
+        """Tokens from position `sent` on, as far as they are known."""
+        prompt = self.prompt_ids or []
+        start = len(prompt)
         if self.sent < start:
-            tokens = self.prompt_ids[self.sent :] + self.output_ids
+            tokens = prompt[self.sent :] + self.output_ids
         else:
             tokens = self.output_ids[self.sent - start :]
-        return None if -1 in tokens else tokens
+        return tokens[: tokens.index(-1)] if -1 in tokens else tokens

@@ -23,7 +23,12 @@ class V1Batch:
         self._away: dict[int, tuple[RequestState, int]] = {}
 
     def update(self, batch_update: Any) -> None:
-        """Follow the batch: removed, then added (also on an occupied index), then moved."""
+        """Follow the batch, before vLLM's forward pass."""
+        self._follow(batch_update)
+        self.rows.tell(self._states.values())
+
+    def _follow(self, batch_update: Any) -> None:
+        """Removed, then added (also on an occupied index), then moved."""
         self._step += 1
         self._forget()
         if batch_update is None:

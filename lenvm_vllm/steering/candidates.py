@@ -3,6 +3,7 @@
 Legend: V vocabulary, B guided rows, K candidates, M written entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -83,6 +84,12 @@ class Writes:
     rows: Tensor
     ids: Tensor
     deltas: Tensor
+
+    @staticmethod
+    def together(parts: "Sequence[Writes]") -> "Writes":
+        """Of different rows."""
+        columns = zip(*((part.rows, part.ids, part.deltas) for part in parts), strict=True)
+        return Writes(*map(torch.cat, columns))
 
     def apply_inplace(self, logits: Tensor) -> None:
         """logits: (batch, V)."""

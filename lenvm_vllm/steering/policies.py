@@ -20,7 +20,7 @@ equal_to they lose, for the next sentence would be cut. Where no other sentence 
 end that the model finds natural is taken.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,20 @@ class Goals:
         return torch.where(inside, LANDING_REACH * self.max_kl, self.max_kl)
 
     @property
+    def lead_alone(self) -> Tensor:
+        """(B,) bool: whether a row without values is steered, too: near its landing, and where an
+        end would come too early."""
+        near = self.near_landing & (self.landed <= 1)
+        return ~self.tilts & (near | self.too_early | (self.exact & (self.landed < 0)))
+
+    def without_values(self, alone: Tensor) -> "Goals":
+        """The same, of which the rows `alone` (B,) bool have none: `project` leads them, and in
+        the landing any end will do."""
+        any_end = alone & self.exact & (self.landed >= 0)
+        lowest = torch.where(any_end, self.lowest.clamp(max=0), self.lowest)
+        return replace(self, lowest=lowest, greedy=self.greedy & ~alone)
+
+    @property
     def too_early(self) -> Tensor:
         """(B,) bool: no end yet, whatever its value."""
         return ~self.exact & (self.lowest > 0)
@@ -106,10 +120,13 @@ def steer(
     log_p0: (B,) log-probability of the end, -inf where it is no candidate.
     own_end: (B,) bool, whether it would come by itself; else only `project` may bring it about.
     z: (B, K) value logits after each candidate; padding is ignored. NaN where a candidate was
-        not scored: it counts with the mean of those that were.
+        not scored: it counts with the mean of those that were. A row without any goes on as if
+        its text would never end by itself; it is no tilt.
     closes: (B, K) bool, candidates that end a sentence.
     """
-    u = _values(log_q, z)
+    alone = (z.isnan() | log_q.isneginf()).all(-1)
+    goals = goals.without_values(alone)
+    u = torch.where(alone[:, None], (~log_q.isneginf()).double(), _values(log_q, z))
     own_p0 = log_p0.masked_fill(~own_end, -torch.inf)
     greedy = goals.greedy & ~goals.tilts
     new_q, new_p0 = log_q, log_p0

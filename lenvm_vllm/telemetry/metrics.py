@@ -23,7 +23,9 @@ FOLDER = "LENVM_METRICS_DIR"
 HELP = {
     "requests": "Requests with a length target; each sample counts.",
     "steps": "Engine steps in which a text could be steered.",
-    "fallback_steps": "Those of lenvm_steps that went on without values.",
+    "fallback_steps": "Those of lenvm_steps in which no text had values in time.",
+    "rows": "Texts in these steps whose next token values could have moved.",
+    "valued_rows": "Those of lenvm_rows that had their values in time.",
     "unguided_rows": "Texts in these steps for which no values could be asked.",
     "plan_seconds": "Time of the plugin in these steps, the value server's included.",
     "value_seconds": "Time in which these steps waited for the value server.",

@@ -19,6 +19,7 @@ _ABBREVIATION = regex.compile(
     r"|Sen|Rep|Gov|St|Mt|Ft|Fig|Figs|Eq|Vol|No|Nos|Nr|Art|Sec|Ch|pp?|vs|cf|ca|al|approx|est|e\.g|i\.e"
     r"|eg|ie|z\.B|d\.h|u\.a|bzw|ggf|vgl|evtl|Mme|Mlle|Mgr|Sra?|Sres|Dra|Srta|Ud|Uds|Sig)\.$"
 )
+_ENDS = regex.compile(rf"[\p{{Sentence_Terminal}}…]{_CLOSERS}(?=\s|$)|\n+")
 # What ends a sentence behind the right text: a fence, a Greek semicolon, a space, what closes.
 _MAY_END = regex.compile(rf"(?:[\p{{Sentence_Terminal}}…;\u037e]{_CLOSERS}|```|\s+)$")
 _CLOSES = regex.compile(rf"{_CLOSERS}$")
@@ -57,6 +58,20 @@ class Sentences:
         self._fences = {i for i, text in texts.items() if "```" in text}
         self._spaces = {i for i, text in texts.items() if text.isspace()}
         self.ids = sorted(i for i, text in texts.items() if may_end_sentence(text))
+
+    def is_whole(self, text: Sequence[int]) -> bool:
+        """Whether it stops at the end of a sentence, of a line or of a code block."""
+        tail = str(self._tokenizer.decode(list(text[-_TAIL:])))
+        if not tail.strip() or not (tail.endswith("\n") or ends_sentence(tail)):
+            return False
+        whole = str(self._tokenizer.decode(list(text)))
+        fences = len(_FENCE.findall(whole))
+        return fences % 2 == 0 and not whole.rstrip().endswith((":", ","))
+
+    def tokens_a_sentence(self, text: Sequence[int]) -> float:
+        """Of the sentences, or lines, that it has so far; all of it where it has none."""
+        whole = str(self._tokenizer.decode(list(text)))
+        return len(text) / max(1, len(_ENDS.findall(whole)))
 
     def ends(self, text: Sequence[int], token: int) -> bool:
         """Whether a sentence of `text` ends with `token`."""

@@ -1,5 +1,5 @@
 # ruff: noqa: N818 - names as in the tree below
-"""Client of the value server: one synchronous call per engine step.
+"""Client of one value server: a call, and its answer.
 
 ValueServerError
 ├── Unreachable     no connection, or it broke
@@ -17,8 +17,6 @@ from typing import Any
 
 import httpx
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from lenvm_vllm.values.endpoint import http_client
 from lenvm_vllm.values.traces import step_span
@@ -95,8 +93,8 @@ class ValueClient:
                 self._info = self._probe(fingerprint)
         return self._info
 
-    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
-        """(K,) logits in the order of the request, and the rows that the server does not hold.
+    def step(self, request: wire.StepRequest) -> wire.StepReply:
+        """The answer; each row's logits are all numbers or, where it has none in time, all NaN.
 
         Raises ValueServerError.
         """
@@ -138,8 +136,7 @@ class ValueClient:
             )
         return info
 
-    def _step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
-        rows = len(request.sessions)
+    def _step(self, request: wire.StepRequest) -> wire.StepReply:
         with step_span(request) as headers:
             body = self._ask(
                 "POST",
@@ -149,17 +146,11 @@ class ValueClient:
                 content=wire.encode(request),
                 headers={"Content-Type": wire.MEDIA_TYPE, **headers},
             )
-        message = wire.decode_reply(body, sum(request.candidate_counts))
-        if any(not 0 <= row < rows for row in message.unknown):
-            raise BadReply(f"unknown: rows {message.unknown} of {rows}")
-        if self._info is not None and message.model_id != self._info.model_id:
+        reply = wire.decode_reply(body, request)
+        if self._info is not None and reply.model_id != self._info.model_id:
             raise Mismatch("model_id: the server was started anew, with another model or limits")
-        logits = wire.unpack_logits(message.logits)
-        missing = np.repeat(np.isin(np.arange(rows), message.unknown), request.candidate_counts)
-        if not np.isfinite(logits[~missing]).all():
-            raise BadReply("logits: one of a known row is not a finite number")
         self._pause = self._first_pause
-        return logits, message.unknown
+        return reply
 
     def _ask(self, method: str, path: str, timeout_s: float, largest: int, **fields: Any) -> bytes:
         """The body of the answer, complete within `timeout_s` and of `largest` bytes at most."""

@@ -5,14 +5,16 @@ engine that knows the same list agrees) and stays there while that one lives. A 
 sessions go each to its own next one, with their whole text; nobody else's move. A replica that
 comes back, or a new one, gets new sessions only: to move an old one would compute its text anew.
 
-A lost replica is looked for beside the steps, so that none of them waits for it.
+Each replica has a thread, which carries one message at a time. A step waits for its answer as
+long as it may; while the answer is still out, that replica is not asked, and nobody waits for it.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -28,8 +30,9 @@ from value_server.contract.values import logit_in_gamma
 logger = logging.getLogger("vllm.lenvm")
 
 MOST_SESSIONS = 1 << 16  # whose places are remembered; one beyond is ranked anew
-
-Answer = tuple[NDArray[np.float32], list[int]]
+# Answers in a row that came too late, from which on a replica is asked without waiting for it,
+# until one comes in time: a step may wait in vain three times, not for ever.
+LATE_ANSWERS = 3
 
 
 class OneServer(Protocol):
@@ -40,24 +43,55 @@ class OneServer(Protocol):
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo: ...
 
-    def step(self, request: wire.StepRequest) -> Answer: ...
+    def step(self, request: wire.StepRequest) -> wire.StepReply: ...
 
 
 @dataclass(eq=False)
 class _Replica:
-    """info: of a live one. search: for a lost one. trouble: the kind that the log has told."""
+    """info: of a live one. search: for a lost one. trouble: the kind that the log has told.
+
+    call: whose answer nobody has read yet. late: answers in a row that came too late.
+    closed: sessions of it that are over, and it has not been told.
+    """
 
     url: str
     client: OneServer
+    thread: ThreadPoolExecutor
     info: wire.ModelInfo | None = None
     search: "Future[wire.ModelInfo] | None" = None
     trouble: str | None = None
+    call: "Call | None" = None
+    late: int = 0
+    closed: list[str] = field(default_factory=list)
 
-    def ask(self, request: wire.StepRequest) -> Answer | ValueServerError:
-        try:
-            return self.client.step(request)
-        except ValueServerError as error:
-            return error
+    @property
+    def is_slow(self) -> bool:
+        return self.late >= LATE_ANSWERS
+
+
+@dataclass(eq=False)
+class Call:
+    """A message to one server. rows: those of the step that it has.
+
+    seconds: that its answer may take; None: no values are asked for.
+    """
+
+    replica: _Replica
+    rows: list[int]
+    seconds: float | None
+    answer: "Future[tuple[wire.StepReply, float]]"
+
+    def is_there(self, until: float) -> bool:
+        """Whether it is answered; waits for it until then, on the clock `perf_counter`, but not
+        for a server that is slow."""
+        left = 0.0 if self.replica.is_slow else until - time.perf_counter()
+        if left > 0:
+            wait([self.answer], left)
+        return self.answer.done()
+
+
+# The message with these rows of the step, and these sessions to close; called in a thread.
+Build = Callable[[list[int], list[str]], wire.StepRequest]
 
 
 def connect(settings: Settings) -> "Replicas":
@@ -67,29 +101,32 @@ def connect(settings: Settings) -> "Replicas":
 
 
 class Replicas:
-    """One or more value servers that answer as one; see ValueClient for what is asked."""
+    """One or more value servers that answer as one. For one thread at a time."""
 
     def __init__(self, clients: Mapping[str, OneServer]) -> None:
         """clients: by URL."""
-        self._replicas = [_Replica(url, client) for url, client in clients.items()]
-        self._threads = ThreadPoolExecutor(len(clients), thread_name_prefix="lenvm-values")
+        self._replicas = [
+            _Replica(url, client, ThreadPoolExecutor(1, thread_name_prefix="lenvm-values"))
+            for url, client in clients.items()
+        ]
         self._places: dict[str, _Replica] = {}
-        self._met = False
         self._error: ValueServerError | None = None  # the last one that nobody was told
         self._gamma: float | None = None
 
-    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
-        """What all live replicas can do. The first call waits for all of them, later ones do not.
+    def model(self, fingerprint: Callable[[], str | None], until: float = 0.0) -> wire.ModelInfo:
+        """What all live replicas can do. Looks for lost ones; where none lives, until then, on the
+        clock `perf_counter`, but for no search twice.
 
         Raises ValueServerError when none lives.
         """
         lost = [replica for replica in self._replicas if replica.info is None]
+        begun = []
         for replica in lost:
             if replica.search is None and not replica.client.rests:
-                replica.search = self._threads.submit(replica.client.model, fingerprint)
-        if not self._met:
-            wait([replica.search for replica in lost if replica.search is not None])
-            self._met = True
+                replica.search = replica.thread.submit(replica.client.model, fingerprint)
+                begun.append(replica.search)
+        if len(lost) == len(self._replicas):
+            wait(begun, max(0.0, until - time.perf_counter()))
         for replica in lost:
             self._look(replica)
         return self._common([replica.info for replica in self._live() if replica.info])
@@ -99,29 +136,62 @@ class Replicas:
         """URLs of those that answer."""
         return [replica.url for replica in self._replicas if replica.info]
 
-    def step(self, request: wire.StepRequest) -> Answer:
-        """As ValueClient.step; all replicas at the same time. Rows of one that fails are unknown,
-        so that they come again with their whole text, and go to another one.
+    def close(self, session: str) -> None:
+        """This session is over: tell its server with the next message."""
+        place = self._places.pop(session, None)
+        if place is not None and place.info is not None:  # else it drops the session by itself
+            place.closed.append(session)
+
+    @property
+    def has_closed(self) -> bool:
+        """Whether a server that could be told does not know yet of a session that is over."""
+        return any(replica.closed and replica.call is None for replica in self._replicas)
+
+    def send(self, sessions: Sequence[str], build: Build, seconds: float | None) -> list[Call]:
+        """A message to each replica that has one of the sessions, or one to close, all at the same
+        time; a row whose replica has not answered yet is in none of them. seconds: that the
+        answers may take, see Call.
 
         Raises ValueServerError when no replica is left.
         """
-        shares = self._shares(request)
-        requests = [part_of(request, rows, closed) for rows, closed in shares.values()]
-        # One alone needs no thread: there is nobody to wait for meanwhile.
-        run = map if len(shares) == 1 else self._threads.map
-        answers = list(run(_Replica.ask, shares, requests))
-        logits = np.full(sum(request.candidate_counts), np.nan, dtype=np.float32)
-        owner = np.repeat(np.arange(len(request.sessions)), request.candidate_counts)
-        unknown: list[int] = []
-        for (replica, (rows, _)), answer in zip(shares.items(), answers, strict=True):
-            if isinstance(answer, ValueServerError):
-                self._lose(replica, answer)
-                unknown += rows
-                continue
-            logits[np.isin(owner, rows)] = self._in_our_gamma(answer[0], replica)
-            unknown += [rows[row] for row in answer[1]]
-        self._live()
-        return logits, unknown
+        shares: dict[_Replica, list[int]] = {r: [] for r in self._replicas if r.closed}
+        for row, session in enumerate(sessions):
+            shares.setdefault(self._place(session), []).append(row)
+        calls = []
+        for replica, rows in shares.items():
+            if replica.call is None:
+                closed, replica.closed = replica.closed, []
+                answer = replica.thread.submit(_ask, replica.client, build, rows, closed)
+                replica.call = Call(replica, rows, seconds, answer)
+                calls.append(replica.call)
+        return calls
+
+    def read(self, call: Call) -> wire.StepReply | None:
+        """The answer, which is there, in the gamma of all; None where there is none, and then the
+        replica is lost."""
+        replica = call.replica
+        replica.call = None
+        try:
+            reply, took = call.answer.result()
+        except ValueServerError as error:
+            self._lose(replica, error)
+            return None
+        if call.seconds is not None:
+            self._note_lateness(replica, took, call.seconds)
+        z = self._in_our_gamma(wire.unpack_logits(reply.logits), replica)
+        return msgspec.structs.replace(reply, logits=wire.pack_logits(z))
+
+    def _note_lateness(self, replica: _Replica, took: float, seconds: float) -> None:
+        was_slow = replica.is_slow
+        replica.late = replica.late + 1 if took > seconds else 0
+        if replica.is_slow and not was_slow:
+            logger.warning(
+                "value server %s: its answers take %.0f ms, a step waits %.0f ms; nobody waits for"
+                " them until they are in time",
+                *(replica.url, 1000 * took, 1000 * seconds),
+            )
+        if was_slow and not replica.is_slow:
+            logger.info("value server %s: its answers are in time again", replica.url)
 
     def _live(self) -> list[_Replica]:
         """Those that answer. Raises ValueServerError when there is none."""
@@ -130,17 +200,6 @@ class Replicas:
             error, self._error = self._error, None
             raise error or CircuitOpen("no value server answers")
         return live
-
-    def _shares(self, request: wire.StepRequest) -> dict[_Replica, tuple[list[int], list[str]]]:
-        """Rows of a step, and sessions to close, of each replica that is to be asked."""
-        shares: dict[_Replica, tuple[list[int], list[str]]] = {}
-        for row, session in enumerate(request.sessions):
-            shares.setdefault(self._place(session), ([], []))[0].append(row)
-        for session in request.closed:
-            place = self._places.pop(session, None)
-            if place is not None and place.info is not None:  # else it drops the session by itself
-                shares.setdefault(place, ([], []))[1].append(session)
-        return shares
 
     def _place(self, session: str) -> _Replica:
         """The replica of a session. Raises ValueServerError when none lives."""
@@ -164,12 +223,13 @@ class Replicas:
             self._lose(replica, error)
             return
         self._gamma = self._gamma or replica.info.gamma
+        replica.late = 0
         if replica.trouble is not None:
             logger.info("value server %s is back", replica.url)
         replica.trouble = None
 
     def _lose(self, replica: _Replica, error: ValueServerError) -> None:
-        replica.info = None
+        replica.info, replica.closed = None, []
         self._error = error
         if replica.trouble != type(error).__name__:
             replica.trouble = type(error).__name__
@@ -184,34 +244,22 @@ class Replicas:
 
     def _in_our_gamma(self, z: NDArray[np.float32], replica: _Replica) -> NDArray[np.float32]:
         """While checkpoints change, replicas may speak of the same lengths by another gamma."""
-        assert replica.info is not None
-        assert self._gamma is not None
-        if replica.info.gamma == self._gamma:
+        if replica.info is None or replica.info.gamma == self._gamma:
             return z
+        assert self._gamma is not None
         exact = torch.from_numpy(z.astype(np.float64))
         return logit_in_gamma(exact, replica.info.gamma, self._gamma).float().numpy()
+
+
+def _ask(
+    client: OneServer, build: Build, rows: list[int], closed: list[str]
+) -> tuple[wire.StepReply, float]:
+    """The answer, and the seconds that it took."""
+    begin = time.perf_counter()
+    reply = client.step(build(rows, closed))
+    return reply, time.perf_counter() - begin
 
 
 def rank(url: str, session: str) -> bytes:
     """How much a session belongs to a replica; the highest has it."""
     return hashlib.blake2b(f"{url} {session}".encode(), digest_size=8).digest()
-
-
-def part_of(request: wire.StepRequest, rows: list[int], closed: list[str]) -> wire.StepRequest:
-    """The request with these rows only, and these sessions to close."""
-    if len(rows) == len(request.sessions):
-        return msgspec.structs.replace(request, closed=closed)
-    return wire.StepRequest(
-        sessions=[request.sessions[row] for row in rows],
-        starts=[request.starts[row] for row in rows],
-        token_counts=[request.token_counts[row] for row in rows],
-        tokens=_ids_of(rows, request.tokens, request.token_counts),
-        candidate_counts=[request.candidate_counts[row] for row in rows],
-        candidates=_ids_of(rows, request.candidates, request.candidate_counts),
-        closed=closed,
-    )
-
-
-def _ids_of(rows: list[int], ids: bytes, counts: list[int]) -> bytes:
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return wire.pack_ids(wire.unpack_ids(ids)[np.isin(owner, rows)])

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 
+from lenvm_vllm.engine.rows import EngineRows
+from lenvm_vllm.values.replicas import Replicas
 from value_server.contract import wire
 from value_server.contract.values import logit_from_length
 
@@ -32,6 +33,8 @@ INFO = wire.ModelInfo(
 class Server:
     """Knows the length of every candidate; `error` is what it raises, if any."""
 
+    rests = False
+
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.calls = 0
@@ -40,21 +43,37 @@ class Server:
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
         self.calls += 1
-        if self.error is not None:
-            raise self.error
+        self._fail()
         return INFO
 
-    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
+    def step(self, request: wire.StepRequest) -> wire.StepReply:
+        self._fail()
         self.last = wire.decode_request(wire.encode(request))
         self.sessions = (self.sessions | set(request.sessions)) - set(request.closed)
         lengths = wire.unpack_ids(request.candidates).astype(np.float64)
-        return logit_from_length(torch.from_numpy(lengths), INFO.gamma).float().numpy(), []
+        z = logit_from_length(torch.from_numpy(lengths), INFO.gamma).float().numpy()
+        counts = zip(request.starts, request.token_counts, strict=True)
+        return wire.StepReply(logits=wire.pack_logits(z), held=[a + b for a, b in counts])
+
+    def _fail(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def rails_only(rows: EngineRows) -> EngineRows:
+    """Nothing is steered, not even without values."""
+    rows._plan = lambda logits, free: None  # type: ignore[method-assign]
+    return rows
+
+
+def replicas_of(server: Any) -> Replicas:
+    return Replicas({"http://values": server})
 
 
 def config(v2: bool = False, **lenvm: Any) -> Any:
     model = SimpleNamespace(skip_tokenizer_init=True, max_model_len=1000)
     return SimpleNamespace(
-        additional_config={"lenvm": lenvm},
+        additional_config={"lenvm": {"wait_floor_s": 30, "timeout_s": 30} | lenvm},
         model_config=model,
         parallel_config=SimpleNamespace(
             enable_batch_sharded_sampling=False, pipeline_parallel_size=1

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lenvm_vllm.engine.guide import Guide
@@ -21,6 +20,7 @@ from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import Counters
+from tests.support.fakes import replicas_of
 from value_server.contract import wire
 from value_server.contract.values import logit_from_length
 
@@ -46,8 +46,10 @@ class Server:
     """Keeps texts as the real server does and knows the length of every candidate.
 
     failures: raised by the next steps, None for one that works. unheld: sessions that it
-    never holds. backwards: name unknown rows last first.
+    never holds. pending: rows that have no values in time.
     """
+
+    rests = False
 
     def __init__(self, **info: Any) -> None:
         self.info = msgspec.structs.replace(INFO, **info)
@@ -56,14 +58,14 @@ class Server:
         self.closed: list[str] = []
         self.failures: list[Exception | None] = []
         self.unheld: set[str] = set()
-        self.backwards = False
+        self.pending: list[int] = []
         self.fingerprint: str | None = None
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
         self.fingerprint = fingerprint()
         return self.info
 
-    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]:
+    def step(self, request: wire.StepRequest) -> wire.StepReply:
         request = wire.decode_request(wire.encode(request))
         self.requests.append(request)
         if self.failures and (failure := self.failures.pop(0)):
@@ -71,13 +73,13 @@ class Server:
         self.closed += request.closed
         for session in request.closed:
             self.texts.pop(session, None)
-        unknown = [row for row, tell in enumerate(told(request)) if not self.take(*tell)]
+        lost = [row for row, tell in enumerate(told(request)) if not self.take(*tell)]
         lengths = wire.unpack_ids(request.candidates).astype(np.float64)
         z = logit_from_length(torch.from_numpy(lengths), GAMMA).float().numpy()
-        z[
-            np.isin(np.repeat(np.arange(len(request.sessions)), request.candidate_counts), unknown)
-        ] = np.nan
-        return z, unknown[::-1] if self.backwards else unknown
+        owner = np.repeat(np.arange(len(request.sessions)), request.candidate_counts)
+        z[np.isin(owner, [*lost, *self.pending])] = np.nan
+        held = [len(self.texts.get(session, [])) for session in request.sessions]
+        return wire.StepReply(logits=wire.pack_logits(z), held=held)
 
     def take(self, session: str, start: int, tokens: list[int]) -> bool:
         if session in self.unheld or start > len(self.texts.get(session, [])):
@@ -104,7 +106,9 @@ def asked(request: wire.StepRequest) -> list[list[int]]:
 
 
 def guide_of(server: Server, **fields: Any) -> Guide:
-    return Guide(Sessions(server, lambda: "ours", Counters()), Settings(**fields))
+    counters = Counters()
+    settings = Settings(**{"wait_floor_s": 30, "timeout_s": 30} | fields)
+    return Guide(Sessions(replicas_of(server), lambda: "ours", counters), settings, counters)
 
 
 def request(

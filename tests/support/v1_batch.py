@@ -12,11 +12,12 @@ from vllm.v1.sample.logits_processor import BatchUpdate
 
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.values.client import TimedOut
-from tests.support.fakes import Server, V, config
+from tests.support import fakes
+from tests.support.fakes import Server, V, config, replicas_of
 
 
 def processor_with(server: Server) -> LenvmLogitsProcessor:
-    return LenvmLogitsProcessor(config(), torch.device("cpu"), False, client=server)
+    return LenvmLogitsProcessor(config(), torch.device("cpu"), False, client=replicas_of(server))
 
 
 def update(removed: Any = (), added: Any = (), moved: Any = ()) -> BatchUpdate:
@@ -41,4 +42,6 @@ def suppressed(served: LenvmLogitsProcessor, rows: int = 4) -> dict[int, list[in
 
 
 def rails_only() -> LenvmLogitsProcessor:
-    return processor_with(Server(TimedOut("slow")))
+    served = processor_with(Server(TimedOut("slow")))
+    fakes.rails_only(served.batch.rows)
+    return served

@@ -20,7 +20,7 @@ from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.v2 import V2Slots
 from lenvm_vllm.plugin import PROCESSOR
-from tests.support.fakes import Server, V, config
+from tests.support.fakes import Server, V, config, replicas_of
 
 SLOTS = 5
 
@@ -52,7 +52,7 @@ class Runner:
         )
         self.lengths = [0] * SLOTS
         self.served = load(self.slots, PROCESSOR)
-        self.served.batch.rows = EngineRows(config(v2=True), server)
+        self.served.batch.rows = EngineRows(config(v2=True), replicas_of(server))
 
     def add(self, slot: int, wanted: Any, prompt: Any = (7, 8), output: Any = ()) -> bool:
         text = [*prompt, *output]

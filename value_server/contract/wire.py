@@ -169,7 +169,17 @@ def decode_reply(data: bytes, request: StepRequest) -> StepReply:
         raise WireError("more than was told, or less than nothing", "held")
     if any(not 0 <= row < rows for row in reply.refused):
         raise WireError(f"rows {sorted(reply.refused)} of {rows}", "refused")
+    _check_logits(unpack_logits(reply.logits), np.array(request.candidate_counts, dtype=np.int64))
     return reply
+
+
+def _check_logits(z: NDArray[np.float32], counts: NDArray[np.int64]) -> None:
+    if np.isinf(z).any():
+        raise WireError("one is infinite", "logits")
+    owner = np.repeat(np.arange(len(counts)), counts)
+    known = np.bincount(owner, ~np.isnan(z), minlength=len(counts))
+    if ((known != 0) & (known != counts)).any():
+        raise WireError("a row has values of some of its candidates only", "logits")
 
 
 def _check_version(version: int) -> None:

@@ -24,7 +24,7 @@ from lenvm_vllm.host import served
 from lenvm_vllm.host.sampling import KEY
 from lenvm_vllm.plugin import BARE, PROCESSOR, register
 from lenvm_vllm.values.client import TimedOut
-from tests.support.fakes import EOS, Server, V, config, free, params
+from tests.support.fakes import EOS, Server, V, config, free, params, replicas_of
 from tests.support.tiny_llm import tiny_llm
 
 OWN = {
@@ -136,7 +136,9 @@ def final(
     served.scheduler_config = SimpleNamespace(max_num_seqs=1)
     processors = build_logitsprocs(served, torch.device("cpu"), False, False, (PROCESSOR,))
     ours = next(p for p in processors.non_argmax_invariant if isinstance(p, LenvmLogitsProcessor))
-    ours.batch.rows = EngineRows(served, Server(TimedOut("slow")) if down else Server())
+    ours.batch.rows = EngineRows(
+        served, replicas_of(Server(TimedOut("slow")) if down else Server())
+    )
     for one in processors.all:
         one.update_state(BatchUpdate(1, [], [(0, wanted, list(prompt), list(output))], []))
 

@@ -43,7 +43,7 @@ quick = settings(deadline=None, max_examples=5)
 
 
 def rows_of(server: Any) -> EngineRows:
-    return EngineRows(fakes.config(max_scored=64), client=server)
+    return EngineRows(fakes.config(max_scored=64), client=fakes.replicas_of(server))
 
 
 def wanted(target: dict[str, Any], **fields: Any) -> RequestState:

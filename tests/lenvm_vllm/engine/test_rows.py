@@ -24,7 +24,17 @@ from vllm.v1.sample.sampler import Sampler
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.plugin import PROCESSOR
-from tests.support.fakes import EOS, Server, V, config, exactly, free, params, same_bits
+from tests.support.fakes import (
+    EOS,
+    Server,
+    V,
+    config,
+    exactly,
+    free,
+    params,
+    replicas_of,
+    same_bits,
+)
 from tests.support.v1_batch import added, apply, processor_with, rails_only, update
 from value_server.contract import wire
 
@@ -183,7 +193,7 @@ def sampled(wanted: SamplingParams, logits: Tensor, allowed: Tensor | None = Non
     config_.scheduler_config = SimpleNamespace(max_num_seqs=rows)
     processors = build_logitsprocs(config_, torch.device("cpu"), False, False, (PROCESSOR,))
     ours = next(p for p in processors.non_argmax_invariant if isinstance(p, LenvmLogitsProcessor))
-    ours.batch.rows = EngineRows(config_, Server())
+    ours.batch.rows = EngineRows(config_, replicas_of(Server()))
     change = BatchUpdate(rows, [], [added(row, wanted) for row in range(rows)], [])
     for one in processors.all:
         one.update_state(change)

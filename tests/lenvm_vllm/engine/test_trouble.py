@@ -14,7 +14,17 @@ from lenvm_vllm.engine import ranks as vllm_ranks
 from lenvm_vllm.engine import rows as engine_rows
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.values.client import CircuitOpen, TimedOut
-from tests.support.fakes import INFO, Server, V, config, exactly, free, params, same_bits
+from tests.support.fakes import (
+    INFO,
+    Server,
+    V,
+    config,
+    exactly,
+    free,
+    params,
+    replicas_of,
+    same_bits,
+)
 from tests.support.v1_batch import added, apply, processor_with, update
 
 
@@ -158,6 +168,6 @@ def test_a_tokenizer_that_cannot_decode_its_tokens(
     """Leaves the texts without leads to their ends, and vLLM with a plugin that starts."""
     tokenizer = SimpleNamespace(encode=lambda text, **_: [1], decode=lambda ids, **_: 1 / 0)
     monkeypatch.setattr(engine_rows, "tokenizer_of", lambda vllm_config: tokenizer)
-    EngineRows(config(), Server())
+    EngineRows(config(), replicas_of(Server()))
     (record,) = log
     assert "cannot read the tokenizer's texts (" in record.getMessage()

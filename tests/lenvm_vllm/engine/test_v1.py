@@ -16,7 +16,7 @@ from vllm.v1.sample.logits_processor import (
 )
 
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
-from tests.support.fakes import EOS, Server, V, config, exactly, free, params
+from tests.support.fakes import EOS, Server, V, config, exactly, free, params, replicas_of
 from tests.support.v1_batch import added, apply, processor_with, rails_only, suppressed, update
 from value_server.contract import wire
 
@@ -123,7 +123,7 @@ def test_requests_without_a_turn_keep_their_sessions() -> None:
     server = Server()
     staged = config()
     staged.parallel_config.pipeline_parallel_size = 2
-    served = LenvmLogitsProcessor(staged, torch.device("cpu"), False, client=server)
+    served = LenvmLogitsProcessor(staged, torch.device("cpu"), False, client=replicas_of(server))
     outputs: list[list[int]] = [[], [], []]
     wishes = [added(0, params(free(30)), output) for output in outputs]
     served.update_state(update(added=[wishes[0]]))

@@ -19,7 +19,7 @@ from lenvm_vllm.telemetry import metrics
 from lenvm_vllm.telemetry.metrics import FOLDER, Counters, exposition, share_folder
 from lenvm_vllm.text.parts import Markers
 from lenvm_vllm.values.client import TimedOut
-from tests.support.fakes import EOS, Server, V, config, free, params
+from tests.support.fakes import EOS, Server, V, config, free, params, replicas_of
 from tests.support.through import send_through
 from tests.support.v2_slots import Runner
 
@@ -138,7 +138,7 @@ def test_outcome(target: Any, output: list[int], outcome: Any) -> None:
 @pytest.mark.usefixtures("folder")
 def test_v1_counts() -> None:
     server = Server()
-    served = LenvmLogitsProcessor(config(), torch.device("cpu"), False, client=server)
+    served = LenvmLogitsProcessor(config(), torch.device("cpu"), False, client=replicas_of(server))
     outputs: list[list[int]] = [[], [], []]
     wishes = [params(free(4)), params(free(4)), params()]
     served.update_state(

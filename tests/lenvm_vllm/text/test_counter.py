@@ -156,7 +156,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def rows_without_values() -> EngineRows:
-    return EngineRows(fakes.config(), fakes.Server(TimedOut("slow")))
+    return EngineRows(fakes.config(), fakes.replicas_of(fakes.Server(TimedOut("slow"))))
 
 
 def write(

@@ -82,7 +82,7 @@ def test_a_call_is_text_where_nobody_takes_it_out(
     monkeypatch.setattr("lenvm_vllm.engine.rows.markers_of", lambda *_: markers)
     xargs = LengthTarget.parse({"characters": 9, "mode": "at_most"}).to_xargs()
     made = SamplingParams(extra_args=xargs | {HAS_CALLS: int(with_tools)})
-    state = EngineRows(fakes.config(), fakes.Server()).open(
+    state = EngineRows(fakes.config(), fakes.replicas_of(fakes.Server())).open(
         made, ids("Say"), [start, *ids("one two three")]
     )
     assert state is not None

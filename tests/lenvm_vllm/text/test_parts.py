@@ -15,7 +15,7 @@ from lenvm_vllm.target.admission import Limits, check_admission, markers_of, res
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 from lenvm_vllm.text.parts import Markers, Parts, call_markers
 from lenvm_vllm.values.client import TimedOut
-from tests.support.fakes import EOS, Server, V, config
+from tests.support.fakes import EOS, Server, V, config, replicas_of
 from tests.support.tiny import THINKING, tiny_tokenizer
 
 THINK, OVER, CALL, CALLED = 30, 31, 26, 27
@@ -32,7 +32,7 @@ def request(
 
 def open_tokens(state: RequestState, closed: Any = (), server: Any = None) -> list[int]:
     """The tokens that are left of a step in which all but `closed` are possible."""
-    rows = EngineRows(config(), server or Server(TimedOut("slow")))
+    rows = EngineRows(config(), replicas_of(server or Server(TimedOut("slow"))))
     logits = torch.zeros(1, V)
     logits[0, list(closed)] = -torch.inf
     rows.steer_inplace(logits, {0: state})
@@ -153,7 +153,7 @@ def test_where_the_model_thinks_the_answer_is_what_counts() -> None:
 
 def write(state: RequestState, token: int = 5, longest: int = 400) -> list[int]:
     """A model that goes on with `token` wherever it may."""
-    rows = EngineRows(config(), Server(TimedOut("slow")))
+    rows = EngineRows(config(), replicas_of(Server(TimedOut("slow"))))
     while state.output_ids[-1:] != [EOS] and len(state.output_ids) < longest:
         logits = torch.zeros(1, V)
         logits[0, token] = 20.0

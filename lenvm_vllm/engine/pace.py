@@ -1,0 +1,42 @@
+"""How long a step may wait for values: a share of what vLLM's own step takes."""
+
+import time
+from collections.abc import Callable
+
+_WEIGHT = 0.1  # of a new step in the running mean
+# Times the mean, as which a longer step counts: a pause between two requests is no step.
+_LONGEST = 2.0
+
+
+class Pace:
+    """share, floor_s, most_s: settings `wait_share`, `wait_floor_s`, `timeout_s`."""
+
+    def __init__(
+        self,
+        share: float,
+        floor_s: float,
+        most_s: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._share, self._floor, self._most = share, floor_s, most_s
+        self._clock = clock
+        self._waited: float | None = None  # when the last wait was over
+        self._step_s = 0.0  # running mean of vLLM's own step
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that a step may wait."""
+        return min(self._most, max(self._floor, self._share * self._step_s))
+
+    def asks(self) -> None:
+        """A step asks for values: since the last wait vLLM did its own part."""
+        if self._waited is None:
+            return
+        took = self._clock() - self._waited
+        longest = _LONGEST * (self._step_s or self._floor)
+        self._step_s += _WEIGHT * (min(took, longest) - self._step_s)
+        self._waited = None
+
+    def goes_on(self) -> None:
+        """The wait is over."""
+        self._waited = self._clock()
