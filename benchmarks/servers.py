@@ -43,7 +43,7 @@ def served(
         *(("--dtype", dtype) if dtype else ()),
         *("--logits-processors", "lenvm_vllm", "benchmarks.ramp:Ramp"),
     )
-    env = {"LENVM_TIMEOUT_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    env = {"LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
     log = logs / "vllm.log"
     with (
         value_served(model, checkpoint, logs, dtype) as values,

@@ -49,9 +49,8 @@ def servers(folder: Path, threads: int, niceness: int) -> Iterator[tuple[Server,
     vLLM."""
     values = lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL, threads=threads)
     flags = ("--served-model-name", NAME, "--max-num-seqs", 32)
-    env = {"LENVM_TIMEOUT_S": "30"}
     plain, plugin = (
-        vllm_serve(MODEL, folder / log, *flags, values_url=url, niceness=niceness, env=env)
+        vllm_serve(MODEL, folder / log, *flags, values_url=url, niceness=niceness)
         for log, url in (("plain.log", None), ("plugin.log", values.url))
     )
     with values, plain, paused(plain), plugin, paused(plugin):

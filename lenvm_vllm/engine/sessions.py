@@ -109,9 +109,9 @@ class Sessions:
         """Numbers of those whose values the server can tell now. Why it cannot tell the others' is
         counted, and logged once."""
         why = [_why_not(state, info) for state in states]
-        reasons = [reason for reason in why if reason is not None]
+        reasons = [reason for reason in why if reason]
         self._counters.add("unguided_rows", len(reasons))
-        for reason in sorted({*filter(None, reasons)} - self._logged):
+        for reason in sorted({*reasons} - self._logged):
             logger.warning("length targets: %s; such texts are led without values", reason)
             self._logged.add(reason)
         return [number for number, reason in enumerate(why) if reason is None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.target.request import PROMPT
 
 
 class V2Slots:
@@ -29,7 +30,14 @@ class V2Slots:
             self.rows.close(ended)
         if (state := self.rows.open(sampling_params, [], [])) is not None:
             self._states[req_idx] = state
+            prompt = sampling_params.extra_args.get(PROMPT, [])
+            if len(prompt) == self._slots.prompt_len.np[req_idx]:
+                state.prompt_ids = prompt
         return state is not None
+
+    def tell(self) -> None:
+        """Before vLLM's forward pass: what is known on the host, which the last tokens are not."""
+        self.rows.tell(self._states.values())
 
     def steer_inplace(self, logits: Tensor, ctx: Any) -> None:
         """logits: (rows, V) float32, one row a request. ctx: vLLM's LogitsContext."""
@@ -55,7 +63,7 @@ class V2Slots:
             own = [next(tokens) for _ in new]
             split = max(0, prompt_len - new.start)
             assert state.prompt_ids is not None
-            state.prompt_ids += own[:split]
+            state.prompt_ids = [*state.prompt_ids, *own[:split]]
             state.output_ids += own[split:]
 
     def _read_last(self, slot: int, state: RequestState) -> None:

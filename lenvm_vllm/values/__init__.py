@@ -1,6 +1,6 @@
 """Talks to value servers.
 
-client       one server: a call a step, and the circuit breaker
-replicas     several as one, and the search for a lost one
+client       one server: a call, and the circuit breaker
+replicas     several as one, each with a thread of its own, and the search for a lost one
 endpoint     how any of them is reached; traces: a span for each call
 """

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -161,7 +162,10 @@ class Replicas:
         for replica, rows in shares.items():
             if replica.call is None:
                 closed, replica.closed = replica.closed, []
-                answer = replica.thread.submit(_ask, replica.client, build, rows, closed)
+                context = copy_context()  # the span that the message is part of
+                answer = replica.thread.submit(
+                    context.run, _ask, replica.client, build, rows, closed
+                )
                 replica.call = Call(replica, rows, seconds, answer)
                 calls.append(replica.call)
         return calls
@@ -176,22 +180,24 @@ class Replicas:
         except ValueServerError as error:
             self._lose(replica, error)
             return None
-        if call.seconds is not None:
-            self._note_lateness(replica, took, call.seconds)
         z = self._in_our_gamma(wire.unpack_logits(reply.logits), replica)
+        if call.seconds is not None and len(z):
+            # Without any values the time was spent in vain; an answer at once is no loss.
+            in_vain = took > call.seconds / 2 and bool(np.isnan(z).all())
+            self._note_lateness(replica, took, call.seconds, in_vain or took > call.seconds)
         return msgspec.structs.replace(reply, logits=wire.pack_logits(z))
 
-    def _note_lateness(self, replica: _Replica, took: float, seconds: float) -> None:
+    def _note_lateness(self, replica: _Replica, took: float, seconds: float, late: bool) -> None:
         was_slow = replica.is_slow
-        replica.late = replica.late + 1 if took > seconds else 0
+        replica.late = replica.late + 1 if late else 0
         if replica.is_slow and not was_slow:
             logger.warning(
-                "value server %s: its answers take %.0f ms, a step waits %.0f ms; nobody waits for"
-                " them until they are in time",
+                "value server %s: no values in time (%.0f ms, a step waits %.0f ms); steps go on"
+                " without waiting until they come in time again",
                 *(replica.url, 1000 * took, 1000 * seconds),
             )
         if was_slow and not replica.is_slow:
-            logger.info("value server %s: its answers are in time again", replica.url)
+            logger.info("value server %s: its values are in time again", replica.url)
 
     def _live(self) -> list[_Replica]:
         """Those that answer. Raises ValueServerError when there is none."""

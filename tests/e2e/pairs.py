@@ -28,7 +28,11 @@ from tests.support.tiny_llm import tiny_llm
 ROOT = Path(__file__).parents[2]
 KEY = "k"
 # The first answer of a tiny model takes no time, and other endings a share of that.
-PATIENT = {"LENVM_TIMEOUT_S": "30", "LENVM_ENDINGS_PATIENCE": "100"}
+PATIENT = {
+    "LENVM_TIMEOUT_S": "30",
+    "LENVM_WAIT_FLOOR_S": "30",
+    "LENVM_ENDINGS_PATIENCE": "100",
+}
 # Room for six of the sixteen requests that run at a time: all kinds of them are preempted.
 LITTLE_MEMORY = ("--block-size", "32", "--num-gpu-blocks-override", "18")
 DOORS = (

@@ -71,7 +71,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     model = tiny_llm(folder / "model", more=THINKING)
     adapter = tiny_adapter(model, folder / "adapter")
     url = f"http://127.0.0.1:{(port := free_port())}"
-    env = {"LENVM_URL": url, "LENVM_TIMEOUT_S": "30"}
+    env = {"LENVM_URL": url, "LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
         two = vllm_serve(
