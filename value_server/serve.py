@@ -1,6 +1,7 @@
 """`lenvm serve`: load a checkpoint, listen."""
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from value_server.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 LAST_S = 10  # for answers that are being written when the server ends
+BROKEN = 70  # exit code of a server whose engine does not work any more (EX_SOFTWARE)
 
 
 def serve(
@@ -61,7 +63,11 @@ def serve(
         log.debug("load failed", exc_info=error)
         reason = " ".join(str(error).split()) or repr(error)
         sys.exit(f"error: cannot serve {checkpoint}: {reason}")
-    ValueServer(_config(app, settings), app.state.shared.batcher, settings.drain_s).run()
+    server = ValueServer(_config(app, settings), app.state.shared.batcher, settings.drain_s)
+    server.run()
+    if server.broken:
+        logging.shutdown()
+        os._exit(BROKEN)  # a thread that is stuck in a kernel would hold up any other exit
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -84,10 +90,14 @@ def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
 
 
 class ValueServer(uvicorn.Server):
-    """SIGTERM: refuse what comes, finish what runs, and end. A second one, or SIGINT: at once."""
+    """SIGTERM: refuse what comes, finish what runs, and end. A second one, or SIGINT: at once.
+
+    An engine that does not work any more ends it, too; then `broken` is set.
+    """
 
     def __init__(self, config: uvicorn.Config, batcher: Batcher, drain_s: float) -> None:
         super().__init__(config)
+        self.broken = False
         self._batcher, self._drain_s = batcher, drain_s
         self._end = float("inf")
 
@@ -96,13 +106,20 @@ class ValueServer(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         log.info("SIGTERM: finishing %d requests", self._batcher.depth)
-        self._batcher.drain()
-        self._end = time.monotonic() + self._drain_s
+        self._drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; asked ten times a second."""
-        drained = time.monotonic() >= self._end and self._batcher.depth == 0
-        return await super().on_tick(counter) or drained
+        if not (self.broken or self._batcher.works):
+            log.error("the engine does not work any more: ending with exit code %d", BROKEN)
+            self.broken = True
+            self._drain()
+        done = self.broken or self._batcher.depth == 0
+        return await super().on_tick(counter) or (done and time.monotonic() >= self._end)
+
+    def _drain(self) -> None:
+        self._batcher.drain()
+        self._end = time.monotonic() + self._drain_s
 
 
 def build_app(checkpoint: Path, settings: ServerSettings) -> FastAPI:

@@ -62,7 +62,7 @@ class Load:
             self.counts["busy" if error.status == 503 else "failed"] += 1
             return
         self.counts["steps"] += 1
-        self.counts["unknown"] += len(names) - len(answers)
+        self.counts["pending"] += len(names) - len(answers)
         for name, logits in answers.items():  # one candidate a row: the reference is slow
             pick = self.draw.randrange(len(logits))
             self._compare([*texts[name], candidates[name][pick]], float(logits[pick]))
@@ -139,7 +139,7 @@ def run(server: Server, minutes: float, clients: int) -> dict[str, float]:
     with contextlib.suppress(TimeoutError):  # the others expire
         wait_until(lambda: metrics(server.url)["lenvm_sessions"] == 0, patience_s=60)
     total: Counter[str] = sum((load.counts for load in loads), Counter())
-    names = ("steps", "checked", "wrong", "failed", "busy", "unknown")
+    names = ("steps", "checked", "wrong", "failed", "busy", "pending")
     return {
         **{name: total[name] for name in names},
         "worst_error": max(load.worst for load in loads),

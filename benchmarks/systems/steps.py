@@ -11,9 +11,9 @@ from value_server.engine.job import Row
 
 
 class Client(Protocol):
-    """See ValueClient and Replicas."""
+    """See ValueClient."""
 
-    def step(self, request: wire.StepRequest) -> tuple[NDArray[np.float32], list[int]]: ...
+    def step(self, request: wire.StepRequest) -> wire.StepReply: ...
 
 
 def step_request(rows: Sequence[Row], closed: Sequence[str] = ()) -> wire.StepRequest:
@@ -48,20 +48,17 @@ class Sessions:
     def ask(
         self, client: Client, candidates: Mapping[str, Sequence[int]], closed: Sequence[str] = ()
     ) -> dict[str, NDArray[np.float32]]:
-        """One step of the sessions that have candidates: the logits of each.
+        """One step of the sessions that have candidates: the logits of those that have some.
 
-        A session that the server does not hold has none, and sends its whole text the next time.
-        Raises ValueServerError.
+        Each goes on the next time from what the server has of it. Raises ValueServerError.
         """
         rows = [
             Row(name, self.sent[name], self.texts[name][self.sent[name] :], own)
             for name, own in candidates.items()
         ]
-        logits, unknown = client.step(step_request(rows, closed))
+        reply = client.step(step_request(rows, closed))
+        self.sent.update(zip(candidates, reply.held, strict=True))
         ends = np.cumsum([len(row.candidates) for row in rows])
-        answers = {}
-        for number, (row, own) in enumerate(zip(rows, np.split(logits, ends[:-1]), strict=True)):
-            self.sent[row.name] = 0 if number in unknown else len(self.texts[row.name])
-            if number not in unknown:
-                answers[row.name] = own
-        return answers
+        logits = np.split(wire.unpack_logits(reply.logits), ends[:-1])
+        answers = zip(candidates, logits, strict=True)
+        return {name: own for name, own in answers if not np.isnan(own).any()}

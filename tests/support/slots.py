@@ -1,6 +1,7 @@
 """What has to hold of a slot cache after every operation."""
 
-from value_server.engine.cache import ROOT, SlotCache
+from value_server.engine.cache import SlotCache
+from value_server.engine.tree import ROOT
 
 
 def check_integrity(cache: SlotCache) -> None:
@@ -15,7 +16,14 @@ def check_integrity(cache: SlotCache) -> None:
             end = slot
         for slot in session.candidates:
             owners[slot] += 1
-    for end in cache._kept:
+    for session in cache.idle.values():
+        if session.candidates:
+            raise RuntimeError(f"idle session {session.name!r} has candidates")
+    ends = [*cache._kept, *(session.path[-1] for session in cache.idle.values() if session.path)]
+    for end in set(ends):
+        if cache._ends[end] != ends.count(end):
+            raise RuntimeError(f"slot {end}: {ends.count(end)} texts, {cache._ends[end]} counted")
+    for end in ends:
         while end != ROOT:
             kept.add(end)
             end = cache._parent[end]

@@ -113,9 +113,12 @@ def step_body(*rows: tuple[str, int, list[int], list[int]], **options: Any) -> b
     )
 
 
-def step(client: httpx.Client, *rows: tuple[str, int, list[int], list[int]]) -> wire.StepReply:
-    reply = client.post(wire.STEP_PATH, content=step_body(*rows)).raise_for_status()
-    return wire.decode_reply(reply.content, sum(len(r[3]) for r in rows))
+def step(
+    client: httpx.Client, *rows: tuple[str, int, list[int], list[int]], **options: Any
+) -> wire.StepReply:
+    body = step_body(*rows, **options)
+    reply = client.post(wire.STEP_PATH, content=body).raise_for_status()
+    return wire.decode_reply(reply.content, wire.decode_request(body))
 
 
 def naive(ids: list[int], **model: int) -> torch.Tensor:

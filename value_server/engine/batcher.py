@@ -1,25 +1,28 @@
 """One thread owns the engine; everything that waits goes into its next forward pass.
 
-A job whose future is cancelled, because its caller has left, is not computed any further.
-
     submit ─▶ inbox ─▶ waiting ─admit─▶ active ─advance, pass by pass─▶ answered
+
+A job whose future is cancelled, because its caller has gone, is not computed any further. One that
+is left, because its caller waits no longer, is: when the same sessions are asked for again, their
+texts are there, or nearly.
 """
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
 from value_server.engine.engine import Engine
-from value_server.engine.errors import BusyError, ModelError, RequestError
+from value_server.engine.errors import BusyError, ModelError, PassFailedError, RequestError
 from value_server.engine.job import Job, JobResult
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # between looks for abandoned sessions
+STUCK_S = 300.0  # a forward pass that takes longer will not end
 
 
 class Batcher:
@@ -38,6 +41,7 @@ class Batcher:
         self.max_waiting = max_waiting
         self.on_pass = on_pass
         self.draining = False  # what runs is finished, what comes is refused
+        self.pace = engine.pace
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: the last
         self._waiting: list[Job] = []
         self._active: list[Job] = []
@@ -45,6 +49,7 @@ class Batcher:
         self._taken = 0
         self._left = 0  # the engine's thread alone counts it
         self._stopped = False
+        self._pass_began: float | None = None
         self._thread = threading.Thread(target=self._loop, name="value-engine", daemon=True)
 
     def start(self) -> None:
@@ -55,16 +60,23 @@ class Batcher:
         self.draining = True
 
     def stop(self) -> None:
-        """Finish the current pass, fail what waits, end the thread."""
+        """Finish the current pass, fail what waits, end the thread; do not wait for a stuck one."""
         with self._lock:
             self.draining = True
             self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(None if self.works else 0)
 
     @property
-    def alive(self) -> bool:
+    def works(self) -> bool:
+        """Whether the thread is there and gets on; where it does not, only a new process helps."""
+        began = self._pass_began
+        stuck = began is not None and time.perf_counter() - began > STUCK_S
+        return self._thread.is_alive() and not stuck and not self.pace.broken
+
+    @property
+    def ready(self) -> bool:
         """Whether jobs are served."""
-        return self._thread.is_alive() and not self.draining
+        return self.works and not self.draining
 
     @property
     def depth(self) -> int:
@@ -72,23 +84,34 @@ class Batcher:
         return self._taken - self._left
 
     def submit(self, job: Job) -> "Future[JobResult]":
-        """Queue a job. Raises RequestError at once if it can never be served or the queue is full.
+        """Queue a job. Raises RequestError at once if it cannot be served.
 
-        The future fails with BusyError, ModelError or nothing else. To cancel it is to leave.
+        Rows of steps that cannot be served are refused one by one, and where the queue is full
+        they have no values; texts raise. The future fails with BusyError, ModelError or nothing
+        else. To cancel it is to leave nothing behind.
         """
         self.engine.check(job.rows)
+        if job.texts:
+            for row in job.rows:
+                if row.refused:
+                    raise row.refused
+        self.pace.asked(job.budget)
         with self._lock:  # else two callers could share the last place
             if self.draining:
                 raise BusyError("the server is shutting down")
-            if self.depth >= self.max_waiting:
+            if self.depth < self.max_waiting:
+                self._put(job)
+            elif job.texts:
                 raise BusyError(f"{self.max_waiting} requests wait already")
-            self._put(job)
+            else:
+                job.future.set_result(job.answer())
         return job.future
 
-    def forget(self, name: str) -> None:
-        """Close a session some time soon; nobody waits for it, and it is never refused."""
-        with self._lock:
-            self._put(Job([], [name]))
+    def leave(self, job: Job) -> JobResult:
+        """What the job has now; its caller waits no longer, and its texts are computed on."""
+        answer = job.answer()
+        job.left = True
+        return answer
 
     def _put(self, job: Job) -> None:
         job.submitted = time.perf_counter()
@@ -96,7 +119,7 @@ class Batcher:
         self._inbox.put(job)
 
     def _loop(self) -> None:
-        while not self._stopped:
+        while not self._stopped and not self.pace.broken:
             try:
                 self._receive()
                 self._forsake()
@@ -107,15 +130,21 @@ class Batcher:
             except Exception:
                 # Not the model (that is handled below): a bug of ours. Serve on without the jobs.
                 log.exception("value engine: unexpected error")
+                self.pace.fails(0)
                 for job in list(self._active):
                     self._end(job, ModelError("internal error of the value engine"))
+        if self.pace.broken:
+            log.error("value engine: %d passes in a row failed: it is broken", self.pace.failures)
+        with self._lock:
+            self.draining = True
+        self._receive()
         for job in [*self._active, *self._waiting]:
             self._end(job, BusyError("the server is shutting down"))
 
     def _receive(self) -> None:
         """Take everything out of the inbox; wait for something if there is nothing to do."""
         with suppress(queue.Empty):
-            idle = not (self._active or self._waiting)
+            idle = not (self._active or self._waiting or self._stopped or self.pace.broken)
             job = self._inbox.get(block=idle, timeout=IDLE_SECONDS)
             while True:
                 if job is None:
@@ -125,68 +154,84 @@ class Batcher:
                 job = self._inbox.get_nowait()
 
     def _forsake(self) -> None:
-        """Drop the jobs whose callers have left."""
+        """Drop the jobs whose callers are gone, and what those want no more who have left."""
         for job in [*self._waiting, *self._active]:
-            if job.future.cancelled():
+            if job.future.cancelled() or (job.left and self.draining):
                 self._end(job, BusyError("its caller has left"))
+            elif job.left and job in self._active:
+                self.engine.leave(job)
 
     def _admit(self) -> None:
-        """Waiting → active, in order; a job waits while an earlier one touches its sessions."""
-        touched = {name for job in self._active for name in job.touched}
-        full = False
+        """Waiting → active, in order; a job waits while an earlier one touches its sessions.
+
+        Those who have left hold nobody up.
+        """
+        touched = {name for job in self._active if not job.left for name in job.touched}
         for job in list(self._waiting):
-            if not full and touched.isdisjoint(job.touched):
-                full = not self._try_admit(job)
-            touched |= job.touched
+            if touched.isdisjoint(job.touched):
+                self._try_admit(job)
+            if not job.left:
+                touched |= job.touched
         self._answer()
 
-    def _try_admit(self, job: Job) -> bool:
-        """False: no slots now, but active jobs will give some back."""
+    def _try_admit(self, job: Job) -> None:
+        """Waiting → active, unless a text has to wait for the slots of others."""
+        for other in self._earlier(job):
+            if other.left:
+                self.engine.drop(other, job.touched)
         try:
             self.engine.admit(job)
-        except BusyError as error:
-            if self._active:
-                return False
-            self._end(job, error)
         except Exception:
             log.exception("value engine: cannot admit a job")
+            self.engine.release(job)
             self._end(job, ModelError("internal error of the value engine"))
-        else:
-            job.queue_seconds = time.perf_counter() - job.submitted
-            self._waiting.remove(job)
-            self._active.append(job)
-        return True
+            return
+        if job.texts and not all(row.session for row in job.rows):
+            if not any(other.texts for other in self._active):
+                self._end(job, BusyError("all slots or sessions are in use: try again"))
+            return
+        job.queue_seconds = time.perf_counter() - job.submitted
+        self._waiting.remove(job)
+        self._active.append(job)
+        if job.left:
+            self._tell(job, job.answer())
+
+    def _earlier(self, job: Job) -> list[Job]:
+        return [*self._active, *self._waiting[: self._waiting.index(job)]]
 
     def _advance(self) -> None:
-        """One pass. If it fails for all jobs together, each has its own try."""
+        """One pass, of those first who wait for it."""
+        begin = self._pass_began = time.perf_counter()
         try:
-            self._forward(self._active)
-        except Exception as error:
-            log.warning("value engine: a pass of %d jobs failed: %r", len(self._active), error)
-            for job in list(self._active):
-                try:
-                    self._forward([job])
-                except Exception as own_error:
-                    log.exception("value engine: forward pass failed")
-                    self._end(job, ModelError(f"the forward pass failed: {own_error}"))
+            jobs = sorted(self._active, key=lambda job: job.left)
+            queries = self.engine.advance(jobs)
+        except PassFailedError as failure:
+            self._bear(failure)
+        else:
+            seconds = time.perf_counter() - begin
+            self.pace.worked(queries, seconds)
+            self.on_pass(queries, len(jobs), seconds)
+            for job in jobs:
+                job.prefill_seconds += job.compute_seconds
+                job.compute_seconds = seconds
+        finally:
+            self._pass_began = None
         self._answer()
 
-    def _forward(self, jobs: Sequence[Job]) -> None:
-        begin = time.perf_counter()
-        queries = self.engine.advance(jobs)
-        seconds = time.perf_counter() - begin
-        self.on_pass(queries, len(jobs), seconds)
-        for job in jobs:
-            job.prefill_seconds += job.compute_seconds
-            job.compute_seconds = seconds
+    def _bear(self, failure: PassFailedError) -> None:
+        """The next pass is smaller; a row that fails alone, and nothing else does, is refused."""
+        log.warning("value engine: %s", failure)
+        if self.pace.fails(failure.queries) and self.engine.works():
+            self.pace.failures = 0
+            for row in failure.rows:
+                self.engine.refuse(row, f"the forward pass failed: {failure.__cause__}")
 
     def _answer(self) -> None:
-        """Answer the active jobs that are done."""
-        for job in [job for job in self._active if self.engine.is_done(job)]:
-            try:
-                self._end(job, self.engine.result(job))
-            except RequestError as error:
-                self._end(job, error)
+        """Answer the active jobs that are settled."""
+        for job in [job for job in self._active if self.engine.settle(job)]:
+            without = [row for row in job.rows if row.z is None] if job.texts else []
+            lost = BusyError("its slots went to others: try again")
+            self._end(job, (without[0].refused or lost) if without else job.answer())
 
     def _end(self, job: Job, outcome: JobResult | RequestError) -> None:
         """The job, waiting or active, is over."""
@@ -196,7 +241,10 @@ class Batcher:
         else:
             self._waiting.remove(job)
         self._left += 1
-        with suppress(InvalidStateError):  # the caller has left
+        self._tell(job, job.answer() if job.left else outcome)
+
+    def _tell(self, job: Job, outcome: JobResult | RequestError) -> None:
+        with suppress(InvalidStateError):  # the caller is gone, or has its answer
             if isinstance(outcome, RequestError):
                 job.future.set_exception(outcome)
             else:

@@ -1,21 +1,17 @@
-"""Who owns which KV slot. Plain Python, no torch: tested against a naive model in milliseconds.
+"""Which texts have slots. Plain Python, no torch: tested against a naive model in milliseconds.
 
-A slot holds the keys, the values and the logit of one token in one place of one text. Slots form
-a tree: the key (slot of the token before, token) finds the slot of a token, so a slot stands for
-a whole prefix and two texts that begin alike share their slots. The dictionary compares keys, not
-hashes: a collision is a miss, never a wrong answer.
+A session owns the slots of its text and of its last step's candidates (tree.py). A candidate is an
+ordinary child of the text's last token, so adopting the one that was emitted is the same look-up
+as sharing a prompt.
 
-        A: the cat |sat on                the ── cat ─┬─ sat ── on
-        B: the cat |ran         →                     └─ ran ─┬ (candidate: off)
-                                                              └ (candidate: away)
+    line ──▶ in use ──▶ idle ──▶ gone          in use: asked for within ACTIVE_S, or computed
+      ▲         │         │                    idle:   not, but its text is still here
+      └─────────┴─────────┘ asked again        kept:   a closed text, found again by its tokens
 
-A candidate is an ordinary child of the session's last token, held until the session's next
-step. "Adopting" the candidate that was emitted is therefore the same look-up as sharing a prompt.
-
-Every session owns its whole path from the root, so a slot outlives its children. A text that is
-closed is kept, as far as it is computed: the next turn of a chat, another sample or a continuation
-finds it. Kept texts go first when slots are wanted, the one that was closed longest ago before all
-others. A slot that no session owns and with which no kept text ends or goes on is free at once.
+When slots are wanted, kept texts go first, the one closed longest ago before all others, then idle
+sessions, the least recently used first. What is in use goes for nobody who comes in: newcomers
+wait in a line (line.py). Only when those in use grow beyond all slots does the youngest of them go
+back to the line, so that the oldest go on.
 """
 
 from array import array
@@ -23,11 +19,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-ROOT = -1
+from value_server.engine.line import Line, Room
+from value_server.engine.tree import SlotTree
+
+ACTIVE_S = 5.0  # a session that was asked for within so many seconds is in use
 
 
 class CacheFullError(Exception):
-    """No slot or session is left, even after idle sessions lost theirs."""
+    """Everything is in use by older sessions."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,15 +36,18 @@ class Session:
     path: slot of each token from the start of the text.
     candidates: slots of the last step's candidates, each a child of `path`'s end; an entry per
         candidate asked for, so a slot may stand here twice (and is owned twice).
-    pinned: part of a running request; not evicted, not expired.
-    client: whose it is.
+    pinned: part of a running request; in use however long that takes.
+    lost: its slots are gone.
     """
 
+    name: str
+    client: str
+    ticket: int
     path: "array[int]" = field(default_factory=lambda: array("i"))
     candidates: list[int] = field(default_factory=list)
     pinned: bool = False
+    lost: bool = False
     used_at: float = 0.0
-    client: str = ""
 
     @property
     def size(self) -> int:
@@ -53,12 +55,12 @@ class Session:
         return len(self.path) + len(self.candidates)
 
 
-class SlotCache:
+class SlotCache(SlotTree):
     """`slots` places for tokens, at most `max_sessions` sessions; what nobody has used for `ttl`
     seconds is dropped, sessions and kept texts.
 
-    client_sessions, client_slots: what one client's sessions may hold together, slots that are
-    shared counted for each; beyond it the client's own oldest goes. None: all there is.
+    client_sessions, client_slots: what one client may have in use, slots that are shared counted
+    for each of its sessions. None: all there is.
     `now` is a clock in seconds. Not thread-safe: one thread owns it.
     """
 
@@ -71,32 +73,29 @@ class SlotCache:
         client_sessions: int | None = None,
         client_slots: int | None = None,
     ) -> None:
-        self.size = slots
+        super().__init__(slots)
         self.max_sessions = max_sessions
         self.ttl = ttl
         self.now = now
         self.client_sessions = client_sessions or max_sessions
         self.client_slots = client_slots or slots
-        self.sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
-        self.used = 0  # slots that sessions own
-        self.evictions = 0
-        self.expirations = 0
-        self.created = 0  # slots given to a token that had none
+        self.sessions: OrderedDict[str, Session] = OrderedDict()  # in use, least recently first
+        self.idle: OrderedDict[str, Session] = OrderedDict()  # likewise
+        self.line = Line()
+        self.evictions = self.expirations = self.preemptions = 0
         self.prefix_tokens = 0  # tokens of texts sent from their start, and how many had a slot
         self.prefix_hits = 0
-        self.ready = bytearray(slots)  # 1: keys, values and logit of the slot are written
-        self.token = array("i", bytes(4 * slots))
-        self._parent = array("i", bytes(4 * slots))
-        self._owners = array("i", bytes(4 * slots))  # sessions, each time they hold the slot
-        self._children = array("i", bytes(4 * slots))
         self._kept: OrderedDict[int, float] = OrderedDict()  # end of a kept text → when closed
-        self._child: dict[tuple[int, int], int] = {}
-        self._free = list(range(slots - 1, -1, -1))
 
     @property
-    def kept(self) -> int:
-        """Slots that only kept texts need."""
-        return self.size - len(self._free) - self.used
+    def largest(self) -> int:
+        """Slots that one session can have at most."""
+        return min(self.size, self.client_slots)
+
+    def held(self, name: str) -> int:
+        """Tokens of the session's text that are here."""
+        session = self.sessions.get(name) or self.idle.get(name)
+        return len(session.path) if session else 0
 
     def update(
         self,
@@ -105,172 +104,197 @@ class SlotCache:
         tokens: Sequence[int],
         candidates: Sequence[int],
         client: str = "",
+        waits: bool = True,
     ) -> Session | None:
         """Make the session's text its first `start` tokens plus `tokens`, and hold `candidates`.
 
-        Pins the session. Slots that are new are not `ready`. None if the session is not held as
-        far as `start`. Raises CacheFullError; the session, if it existed, then still holds its
-        first `start` tokens, so the same request may be repeated.
+        Pins the session. Slots that are new are not `ready`. None if it has no room, or is not
+        held as far as `start`: `held` then tells from where to go on. waits: whether it has a
+        place in the line until it comes in.
         """
-        session = self.sessions.get(name)
-        if session is None and start == 0:
-            session = self._open(name, client)
-        if session is None or start > len(session.path):
+        if start > self.held(name):
             return None
-        session.pinned = True
-        session.used_at = self.now()
-        self.sessions.move_to_end(name)
+        session = self.sessions.get(name)
+        if session is None:
+            session = self._enter(name, start, tokens, candidates, client, waits)
+            if session is None:
+                return None
+        self._touch(session)
         try:
-            self._keep_limits(session, start + len(tokens) + len(candidates))
             self._move(session, start, tokens, candidates)
         except CacheFullError:
-            session.pinned = False
-            raise
+            return None
+        session.pinned = True
         return session
 
     def unpin(self, session: Session) -> None:
         """The request that used the session is over."""
         session.pinned = False
+        if not session.lost:
+            self._touch(session)
+
+    def drop_candidates(self, session: Session) -> None:
+        """Those that are not computed: nobody waits for them."""
+        late = [slot for slot in session.candidates if not self.ready[slot]]
+        session.candidates = [slot for slot in session.candidates if self.ready[slot]]
+        self._release(late)
 
     def close(self, name: str, keep: bool = True) -> bool:
         """End the session; its text is kept, or forgotten. False if there is none."""
-        session = self.sessions.pop(name, None)
+        self.line.leave(name)
+        session = self.sessions.get(name) or self.idle.get(name)
         if session is None:
             return False
-        self._release(session.candidates)
         if keep:
             self._keep(session.path)
-        self._release(session.path)
+        self._remove(session)
         return True
 
     def expire(self) -> None:
-        """Forget the sessions and kept texts that nobody has used for `ttl` seconds."""
-        limit = self.now() - self.ttl
-        old = [n for n, s in self.sessions.items() if s.used_at < limit and not s.pinned]
-        for name in old:
-            self.close(name, keep=False)
-        self.expirations += len(old)
-        while self._kept and next(iter(self._kept.values())) < limit:
+        """What is not used any more is idle, then gone."""
+        now = self.now()
+        unused, old = now - min(ACTIVE_S, self.ttl), now - self.ttl
+        for session in [s for s in self.sessions.values() if s.used_at < unused]:
+            if not session.pinned:
+                self._rest(session)
+        for session in [s for s in self.idle.values() if s.used_at < old]:
+            self._remove(session)
+            self.expirations += 1
+        while self._kept and next(iter(self._kept.values())) < old:
             self._forget()
+        self.line.forget(unused)
 
     def forget_kept(self) -> None:
-        """Forget all kept texts."""
         while self._kept:
             self._forget()
 
-    def _open(self, name: str, client: str) -> Session:
-        if self.client_sessions < self.max_sessions:
-            own = sum(session.client == client for session in self.sessions.values())
-            if own >= self.client_sessions:
-                self._evict(f"a client's {self.client_sessions} sessions are in use", client)
-        if len(self.sessions) >= self.max_sessions:
-            self._evict(f"all {self.max_sessions} sessions are in use")
-        session = self.sessions[name] = Session(client=client)
+    def _enter(
+        self,
+        name: str,
+        start: int,
+        tokens: Sequence[int],
+        candidates: Sequence[int],
+        client: str,
+        waits: bool,
+    ) -> Session | None:
+        """A session that was not in use, in use from now on; None if it has no room."""
+        idle = self.idle.get(name)
+        path = idle.path[:start] if idle else array("i")
+        found = self._find(path, tokens)
+        new = len(tokens) - len(found) + len(set(candidates))
+        slots, size = new + self._unowned((*path, *found)), start + len(tokens) + len(candidates)
+        ticket = idle.ticket if idle else None
+        asker = self.line.ask(name, client, slots, size, self.now(), ticket)
+        own = [s.size for s in self.sessions.values() if s.client == client]
+        server = Room(len(self.sessions), self.max_sessions, self.used, self.size)
+        quota = Room(len(own), self.client_sessions, sum(own), self.client_slots)
+        let_in = self.line.may_enter(asker, server, quota)
+        if let_in or not waits:
+            self.line.leave(name)
+        if not let_in:
+            return None
+        if idle:
+            for slot in idle.path:
+                self._owned(slot)
+            self._let_go(self.idle.pop(name).path)
+        elif len(self.sessions) + len(self.idle) >= self.max_sessions:
+            self._evict(client)
+        session = self.sessions[name] = idle or Session(name, client, asker.ticket)
         return session
 
-    def _keep_limits(self, session: Session, size: int) -> None:
-        """Make room for `size` slots of the session among those of its client."""
-        if self.client_slots >= self.size:
-            return  # the pool itself is the limit
-        while True:
-            own = sum(s.size for s in self.sessions.values() if s.client == session.client)
-            if own - session.size + size <= self.client_slots:
-                return
-            self._evict(f"a client's {self.client_slots} slots are in use", session.client)
+    def _touch(self, session: Session) -> None:
+        session.used_at = self.now()
+        self.sessions.move_to_end(session.name)
 
     def _move(
         self, session: Session, start: int, tokens: Sequence[int], candidates: Sequence[int]
     ) -> None:
+        """Raises CacheFullError; the session then has its first `start` tokens, nothing else."""
         # Keep what is known already, release the rest, and only then ask for new slots.
         #   path:  [0, start) as it was | [start, start + known) found | [.., end) new
         path = session.path[:start]
-        for token in tokens:
-            slot = self._child.get((path[-1] if path else ROOT, token))
-            if slot is None:
-                break
-            path.append(self._owned(slot))
-        known = len(path) - start
-        held = []
-        if known == len(tokens):
-            end = path[-1] if path else ROOT
-            known_slots = (self._child.get((end, candidate)) for candidate in candidates)
-            held = [self._owned(slot) for slot in known_slots if slot is not None]
-        old_path, old_candidates = session.path[start:], session.candidates
+        known = self._find(path, tokens)
+        end = [*path[-1:], *known][-1:]
+        whole = len(known) == len(tokens)
+        scored = [slot for c in set(candidates) if whole for slot in self._find(end, [c])]
+        held = [self._owned(slot) for slot in (*known, *scored)]
+        old = [*session.path[start:], *session.candidates]
         session.path, session.candidates = path, []
-        self._release(old_candidates)
-        self._release(old_path)
+        self._release(old)
         try:
-            for token in tokens[known:]:
-                path.append(self._own(path[-1] if path else ROOT, token))
-            end = path[-1] if path else ROOT
+            missing = len(tokens) + len(set(candidates)) - len(held)
+            self._make_room(session, missing, start + len(tokens) + len(candidates))
+            for token in tokens:
+                path.append(self._own(path, token))
             for token in candidates:
-                session.candidates.append(self._own(end, token))
+                session.candidates.append(self._own(path, token))
         finally:
             self._release(held)
         if start == 0:
             self.prefix_tokens += len(tokens)
-            self.prefix_hits += known
+            self.prefix_hits += len(known)
 
-    def _own(self, parent: int, token: int) -> int:
-        """The child of `parent` for `token`, with one more owner; a new slot if need be."""
-        slot = self._child.get((parent, token))
-        if slot is None:
-            while not self._free:
-                if self._kept:
-                    self._forget()
-                else:
-                    self._evict(f"all {self.size} slots are in use")
-            slot = self._free.pop()
-            self._child[parent, token] = slot
-            self._parent[slot] = parent
-            if parent != ROOT:
-                self._children[parent] += 1
-            self.token[slot] = token
-            self.ready[slot] = 0
-            self.created += 1
-        return self._owned(slot)
+    def _make_room(self, session: Session, slots: int, size: int) -> None:
+        """Free slots for a session in use, that will have `size` of its client's."""
+        of_client = (s.size for s in self.sessions.values() if s.client == session.client)
+        own = sum(of_client) - session.size
+        while self.client_slots < self.size and own + size > self.client_slots:
+            own -= self._preempt(session, session.client)
+        while len(self._free) < slots:
+            if self._kept:
+                self._forget()
+            elif self.idle:
+                self._evict(session.client)
+            else:
+                self._preempt(session)
 
-    def _owned(self, slot: int) -> int:
-        """The slot, with one more owner."""
-        self.used += not self._owners[slot]
-        self._owners[slot] += 1
-        return slot
+    def _preempt(self, asker: Session, client: str | None = None) -> int:
+        """Send the youngest session in use, of the client if one is named, back to the line.
 
-    def _release(self, slots: Sequence[int]) -> None:
-        for slot in reversed(slots):
-            self._owners[slot] -= 1
-            self.used -= not self._owners[slot]
-            self._free_from(slot)
+        Returns its size. Raises CacheFullError if that is the asker itself.
+        """
+        among = (s for s in self.sessions.values() if client in (None, s.client))
+        youngest = max(among, key=lambda session: session.ticket)
+        if youngest is asker:
+            raise CacheFullError
+        size, ticket = youngest.size, youngest.ticket
+        self._remove(youngest)
+        self.line.ask(youngest.name, youngest.client, size, size, self.now(), ticket)
+        self.preemptions += 1
+        return size
 
-    def _free_from(self, slot: int) -> None:
-        """Free the slot and what is before it in its text, as far as nobody needs it."""
-        while slot != ROOT:
-            if self._owners[slot] or self._children[slot] or slot in self._kept:
-                return
-            parent = self._parent[slot]
-            del self._child[parent, self.token[slot]]
-            self._free.append(slot)
-            if parent != ROOT:
-                self._children[parent] -= 1
-            slot = parent
+    def _evict(self, client: str) -> None:
+        """The least recently used idle session, of the client if it has one."""
+        own = (session for session in self.idle.values() if session.client == client)
+        self._remove(next(own, None) or next(iter(self.idle.values())))
+        self.evictions += 1
+
+    def _rest(self, session: Session) -> None:
+        """In use → idle: its candidates go, its text stays."""
+        self._release(session.candidates)
+        session.candidates = []
+        self._hold(session.path)
+        self._release(session.path)
+        self.idle[session.name] = self.sessions.pop(session.name)
+
+    def _remove(self, session: Session) -> None:
+        if self.idle.pop(session.name, None):
+            self._let_go(session.path)
+        else:
+            del self.sessions[session.name]
+            self._release(session.candidates)
+            self._release(session.path)
+        session.path, session.candidates, session.lost = array("i"), [], True
 
     def _keep(self, path: Sequence[int]) -> None:
         """Keep a text that ends, as far as it is computed: what is ready is its beginning."""
         end = next((slot for slot in reversed(path) if self.ready[slot]), None)
         if end is not None:
+            if end not in self._kept:
+                self._hold([end])
             self._kept[end] = self.now()
             self._kept.move_to_end(end)
 
     def _forget(self) -> None:
         """The kept text that was closed longest ago."""
-        end, _ = self._kept.popitem(last=False)
-        self._free_from(end)
-
-    def _evict(self, reason: str, client: str | None = None) -> None:
-        """Close the least recently used session, of the client if one is named, not pinned."""
-        for name, session in self.sessions.items():
-            if not session.pinned and client in (None, session.client):
-                self.close(name, keep=False)
-                self.evictions += 1
-                return
-        raise CacheFullError(reason)
+        self._let_go([self._kept.popitem(last=False)[0]])

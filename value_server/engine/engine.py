@@ -8,9 +8,12 @@ Not thread-safe: one thread, the batcher's, owns it. Only `check` may be called 
 Legend: Q queries of a pass, K candidates, T tokens, H hidden size.
 """
 
+import logging
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +22,16 @@ from torch import Tensor
 
 from value_server.engine import selfcheck
 from value_server.engine.attention import NAME, Pass, groups_of
-from value_server.engine.cache import CacheFullError, SlotCache
-from value_server.engine.errors import BusyError, ModelError, RequestError
+from value_server.engine.cache import Session, SlotCache
+from value_server.engine.errors import ModelError, PassFailedError, RequestError
 from value_server.engine.job import Job, JobResult, Row
 from value_server.engine.linear import compile_inplace, pack_inplace
 from value_server.engine.memory import KVPool, on_device
+from value_server.engine.pace import Pace
 from value_server.engine.scheduler import is_done, next_pass
 from value_server.model.value_model import ValueModel
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -65,8 +71,7 @@ class Engine:
             pack_inplace(model.backbone, weight_dtype or first.dtype)
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
         self.max_candidates = max_candidates
-        self.pass_tokens = pass_tokens
-        self.prefill_tokens = prefill_tokens
+        self.pace = Pace(pass_tokens, prefill_tokens)
         self.cache = SlotCache(slots, max_sessions, session_ttl, now, client_sessions, client_slots)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
@@ -77,122 +82,159 @@ class Engine:
         self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raises RequestError for what no state of the server could answer."""
-        self._check_ids("tokens", [row.tokens for row in rows])
-        self._check_ids("candidates", [row.candidates for row in rows])
+        """Refuse the rows that no state of the server could answer."""
+        everything = [ids for row in rows for ids in (row.tokens, row.candidates) if len(ids)]
+        good = not everything or (
+            min(map(min, everything)) >= 0 and max(map(max, everything)) < self.vocab_size
+        )
         for row in rows:
-            if len(row.candidates) > self.max_candidates:
-                raise RequestError(
-                    f"candidate_counts: {len(row.candidates)} candidates for one session, "
-                    f"at most {self.max_candidates}",
-                    "candidate_counts",
-                )
-            length = row.start + len(row.tokens) + bool(row.candidates)
-            if length > self.max_position:
-                raise RequestError(
-                    f"tokens: the text would be {length} tokens long with a candidate, "
-                    f"the model has {self.max_position} positions",
-                    "tokens",
-                )
+            row.refused = self._fault(row, good)
 
-    def _check_ids(self, name: str, rows: Sequence[Sequence[int]]) -> None:
-        ids = list(chain.from_iterable(rows))
-        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise RequestError(
-                f"{name}: id {wrong} is outside the vocabulary of {self.vocab_size}", name
+    def _fault(self, row: Row, good_ids: bool) -> RequestError | None:
+        for field, ids in (("tokens", row.tokens), ("candidates", row.candidates)):
+            wrong = None if good_ids else next((i for i in ids if not self._is_known(i)), None)
+            if wrong is not None:
+                what = f"id {wrong} is outside the vocabulary of {self.vocab_size}"
+                return RequestError(f"{field}: {what}", field)
+        if len(row.candidates) > self.max_candidates:
+            field, what = "candidate_counts", f"{len(row.candidates)} candidates for one session"
+            return RequestError(f"{field}: {what}, at most {self.max_candidates}", field)
+        length = row.start + len(row.tokens)
+        if length + bool(row.candidates) > self.max_position:
+            return RequestError(
+                f"tokens: the text would be {length + bool(row.candidates)} tokens long with a "
+                f"candidate, the model has {self.max_position} positions",
+                "tokens",
             )
+        if length + len(row.candidates) > self.cache.largest:
+            return RequestError(
+                f"tokens: the text would need {length + len(row.candidates)} slots with its "
+                f"candidates, one session can have {self.cache.largest}",
+                "tokens",
+            )
+        return None
+
+    def _is_known(self, token: int) -> bool:
+        return 0 <= token < self.vocab_size
 
     def admit(self, job: Job) -> None:
-        """Give the job its slots. Raises BusyError; the job may be admitted again later."""
+        """Give the rows of the job their slots; those that have no room are settled without."""
         for name in job.closed:
             job.found += self.cache.close(name)
         created = self.cache.created
         for row in job.rows:
-            row.session = None
-        try:
-            for row in job.rows:
-                row.session = self.cache.update(
-                    row.name, row.start, row.tokens, row.candidates, job.client
-                )
-        except Exception as error:
-            self.release(job)
-            if isinstance(error, CacheFullError):
-                raise BusyError(f"{error}: try again") from error
-            raise
+            if row.refused or row.dropped:
+                continue
+            row.session = self.cache.update(
+                row.name, row.start, row.tokens, row.candidates, job.client, not job.texts
+            )
+            row.held = self.cache.held(row.name)
         asked = sum(len(row.tokens) + len(row.candidates) for row in job.rows if row.session)
         self.saved += asked - (self.cache.created - created)
 
     def release(self, job: Job) -> None:
-        """The job is over, well or not: its sessions may be evicted again."""
+        """The job is over, well or not: its sessions may be idle again, those of texts go."""
         for row in job.rows:
-            if row.session:
+            if job.texts:
+                self.cache.close(row.name)
+            elif row.session:
                 self.cache.unpin(row.session)
 
-    def is_done(self, job: Job) -> bool:
-        """Whether `result` has everything."""
-        return all(is_done(self.cache, row.session) for row in job.rows if row.session)
+    def leave(self, job: Job) -> None:
+        """Nobody waits for the job: of its candidates none is computed any more."""
+        for row in job.rows:
+            if row.session and not row.settled:
+                self.cache.drop_candidates(row.session)
 
-    @torch.inference_mode()
+    def drop(self, job: Job, names: set[str]) -> None:
+        """Another job asks for these sessions: compute nothing of them for this one."""
+        for row in job.rows:
+            if row.name in names and not row.dropped:
+                row.dropped = True
+                if row.session:
+                    self.cache.unpin(row.session)
+                    row.session = None
+
+    def settle(self, job: Job) -> bool:
+        """Give the rows that are done their values; whether all rows of the job are settled."""
+        for row in job.rows:
+            if row.settled or row.session is None:
+                continue
+            if row.session.lost:
+                row.held, row.session = 0, None
+            elif is_done(self.cache, row.session):
+                self._read(row, row.session, job)
+        return all(row.settled for row in job.rows)
+
+    def _read(self, row: Row, session: Session, job: Job) -> None:
+        z = self._z[np.array(session.candidates, dtype=np.int64)]
+        text_z = self._z[np.array(session.path, dtype=np.int64)] if job.texts else z
+        if np.isfinite(z).all() and np.isfinite(text_z).all():
+            row.text_z = text_z if job.texts else None
+            row.z = z
+        else:
+            self.refuse(row, "the model gave a logit that is not a finite number")
+
+    def refuse(self, row: Row, why: str) -> None:
+        """The row never gets values, and its text goes."""
+        row.refused, row.held, row.session = ModelError(why), 0, None
+        self.cache.close(row.name, keep=False)
+        self.cache.forget_kept()  # a slot of it may be part of one
+
     def advance(self, jobs: Sequence[Job]) -> int:
         """One forward pass for all jobs; returns its Q.
 
-        Whatever it raises, no slot counts as computed that is not, and the pass may be repeated.
+        Raises PassFailedError. No slot then counts as computed that is not, and the pass may be
+        repeated.
         """
         waiting = chain.from_iterable(job.rows for job in jobs)
-        rows = next_pass(self.cache, waiting, self.pass_tokens, self.prefill_tokens)
+        rows = next_pass(self.cache, waiting, self.pace.limits())
         if not rows:
             return 0
         written = np.concatenate([row.slots(row.begin) for row in rows])
-        positions = np.concatenate([row.positions for row in rows])
-        ids = self._token[written].astype(np.int64)
-        groups = groups_of(rows, self.pool.padding, self.device)
-        output = self.model.backbone(
-            input_ids=on_device(ids, self.device)[None],  # (1, Q)
-            position_ids=on_device(positions, self.device)[None],
-            use_cache=False,
-            lenvm_pass=Pass(self.pool, on_device(written, self.device), groups, self._windows),
-        )
-        z = self.model.head(output.last_hidden_state[0])  # (Q, H) → (Q,)
-        self._z[written] = z.float().cpu().numpy()
+        try:
+            self._z[written] = self._forward(rows, self._token[written], written)
+        except Exception as error:
+            raise PassFailedError(rows, len(written), error) from error
         self._ready[written] = 1
         self.forwarded += len(written)
         return len(written)
 
-    def result(self, job: Job) -> JobResult:
-        """The logits of a finished job.
+    def works(self) -> bool:
+        """Whether a pass of a single token works, in a slot that no text has."""
+        session = Session("", "", 0, path=array("i", [self.pool.spare]))
+        row = Row("", 0, [], session=session, end=1)
+        try:
+            self._forward([row], np.zeros(1), row.slots(0))
+        except Exception as error:  # as many as a pass has
+            log.warning("value engine: a pass of one token failed: %r", error)
+            return False
+        return True
 
-        Raises ModelError if one is not a finite number; the sessions of the job are then gone.
-        """
-        logits = [np.empty(0, dtype=np.float32)]
-        texts = []
-        for row in job.rows:
-            if row.session is None:
-                logits.append(np.full(len(row.candidates), np.nan, dtype=np.float32))
-                continue
-            logits.append(self._logits(row.session.candidates, job))
-            if job.texts:
-                texts.append(self._logits(row.session.path, job))
-        unknown = [index for index, row in enumerate(job.rows) if row.session is None]
-        return JobResult(np.concatenate(logits), unknown, texts)
-
-    def _logits(self, slots: Sequence[int], job: Job) -> NDArray[np.float32]:
-        z: NDArray[np.float32] = self._z[np.array(slots, dtype=np.int64)]
-        if not np.isfinite(z).all():
-            for row in job.rows:
-                self.cache.close(row.name, keep=False)
-            self.cache.forget_kept()  # the slot may be part of one
-            raise ModelError("the model gave a logit that is not a finite number")
+    @torch.inference_mode()
+    def _forward(
+        self, rows: Sequence[Row], tokens: NDArray[Any], written: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """(Q,) z of a pass, whose keys and values go into the slots `written`."""
+        positions = np.concatenate([row.positions for row in rows])
+        groups = groups_of(rows, self.pool.padding, self.device)
+        output = self.model.backbone(
+            input_ids=on_device(tokens.astype(np.int64), self.device)[None],  # (1, Q)
+            position_ids=on_device(positions, self.device)[None],
+            use_cache=False,
+            lenvm_pass=Pass(self.pool, on_device(written, self.device), groups, self._windows),
+        )
+        z: NDArray[np.float32] = self.model.head(output.last_hidden_state[0]).float().cpu().numpy()
         return z
 
     def run(self, job: Job) -> JobResult:
-        """Serve one job alone."""
+        """Serve one job alone. Rows that have no room have no values."""
         self.check(job.rows)
         self.admit(job)
         try:
-            while not self.is_done(job):
+            while not self.settle(job):
                 self.advance([job])
-            return self.result(job)
+            return job.answer()
         finally:
             self.release(job)
 
@@ -204,7 +246,7 @@ class Engine:
         name = "warm-up"
         with selfcheck.named(self.model):
             self._check_backbone(name)
-        length = min(self.prefill_tokens, self.max_position - 1, self.cache.size // 2)
+        length = min(self.pace.limits().prefill, self.max_position - 1, self.cache.size // 2)
         for candidates in ([0], [0, 1][: self.max_candidates]):
             self.run(Job([Row(name, 0, [0] * length, candidates)]))
         self.cache.close(name, keep=False)

@@ -9,6 +9,9 @@ RequestError 422 ┬ UnknownSessionError 404
                  └ ModelError 500
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class RequestError(Exception):
     """A request that cannot be served. `field`: the part of the request at fault, if one is."""
@@ -63,3 +66,12 @@ class ModelError(RequestError):
 
     status = 500
     type = "model_error"
+
+
+class PassFailedError(Exception):
+    """A forward pass of `rows`, with so many tokens and candidates, raised; nobody is told this."""
+
+    def __init__(self, rows: Sequence[Any], queries: int, error: Exception) -> None:
+        super().__init__(f"a forward pass of {len(rows)} rows, {queries} tokens, failed: {error}")
+        self.rows = rows
+        self.queries = queries

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from value_server.engine.cache import Session
+from value_server.engine.errors import RequestError
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +22,10 @@ class Row:
                 computed         this pass        later     `scored` are those of this pass
 
     name, start, tokens, candidates: what is asked; see contract.wire.StepRequest.
-    session: its slots, from admission on; None is unknown.
+    session: its slots, from admission on as long as it has and needs them.
+    dropped: a later job has asked for the session; this one is not computed any further.
+    held, refused: what is known of the answer so far.
+    z, text_z: (K,) and (T,) logits of the candidates and the text, when they are all there.
     begin, end, scored: its share of the next pass, which the scheduler sets; `scored` are slots.
     first: where its queries begin among those of the pass.
     """
@@ -31,10 +35,29 @@ class Row:
     tokens: Sequence[int]
     candidates: Sequence[int] = ()
     session: Session | None = None
+    dropped: bool = False
+    held: int = field(init=False)
+    refused: RequestError | None = None
+    z: NDArray[np.float32] | None = None
+    text_z: NDArray[np.float32] | None = None
     begin: int = 0
     end: int = 0
     scored: Sequence[int] = ()
     first: int = 0
+
+    def __post_init__(self) -> None:
+        self.held = self.start
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """(K,) z, NaN as long as they are not there."""
+        z = self.z  # the engine's thread may set it any time
+        return np.full(len(self.candidates), np.nan, dtype=np.float32) if z is None else z
+
+    @property
+    def settled(self) -> bool:
+        """Whether its answer will not change any more; asked once it was admitted."""
+        return self.session is None or self.z is not None
 
     @property
     def queries(self) -> int:
@@ -71,23 +94,30 @@ class Row:
 
 @dataclass(frozen=True)
 class JobResult:
-    """logits: (K,) z of the candidates, NaN in unknown rows; unknown: their indices.
+    """What the rows of a job had when it was answered; see contract.wire.StepReply.
 
+    logits: (K,) z of all candidates, NaN in rows without values.
+    pending: rows that have none, and are not refused.
     texts: (T,) z of each row's text, where the job asks for it.
     """
 
     logits: NDArray[np.float32]
-    unknown: list[int]
+    pending: int
+    held: list[int]
+    refused: dict[int, RequestError]
     texts: list[NDArray[np.float32]]
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request, and its answer in `future`; to cancel that is to leave.
+    """One request, and its answer in `future`; to cancel that is to leave nothing behind.
 
     closed: sessions that are over; found: how many of them there were.
-    texts: whether the values of the whole texts are wanted, too.
+    texts: whether the values of the whole texts are wanted, too; such a job gets all or an error.
     client: whose sessions they are.
+    budget: seconds that its caller waits; None: as long as it takes.
+    left: nobody waits for its values. It is answered once it has its slots, if it is not yet, and
+        its texts are computed until other jobs ask for their sessions.
     queue_seconds, prefill_seconds, compute_seconds: set by the Batcher; the wait for its first
         pass, the passes up to the last one, and the last one.
     """
@@ -96,6 +126,8 @@ class Job:
     closed: Sequence[str] = ()
     texts: bool = False
     client: str = ""
+    budget: float | None = None
+    left: bool = False
     found: int = 0
     future: "Future[JobResult]" = field(default_factory=Future)
     submitted: float = 0.0
@@ -107,3 +139,14 @@ class Job:
     def touched(self) -> set[str]:
         """Sessions that no other job may use at the same time."""
         return {row.name for row in self.rows}.union(self.closed)
+
+    def answer(self) -> JobResult:
+        """What there is now. Any thread may ask."""
+        logits = [row.logits for row in self.rows]  # before `held`: the engine's thread goes on
+        return JobResult(
+            np.concatenate([np.empty(0, dtype=np.float32), *logits]),
+            sum(row.z is None and not row.refused for row in self.rows),
+            [row.held for row in self.rows],
+            {i: row.refused for i, row in enumerate(self.rows) if row.refused},
+            [row.text_z for row in self.rows if row.text_z is not None],
+        )

@@ -12,13 +12,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 class KVPool:
-    """Keys and values per layer, (Hkv, slots + 1, D) each; made at a layer's first use.
+    """Keys and values per layer, (Hkv, slots + 2, D) each; made at a layer's first use.
 
-    The last slot is the padding: it stays zero.
+    Behind the texts' slots: the padding, which stays zero, and a spare one for trials.
     """
 
     def __init__(self, slots: int) -> None:
-        self.padding = slots
+        self.padding, self.spare = slots, slots + 1
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ class KVPool:
         return self._layers[index]
 
     def _new(self, like: Tensor) -> Tensor:
-        return like.new_zeros(like.shape[1], self.padding + 1, like.shape[3])
+        return like.new_zeros(like.shape[1], self.spare + 1, like.shape[3])
 
     @property
     def bytes_per_slot(self) -> int:

@@ -1,14 +1,15 @@
 """Which tokens go into the next forward pass. Plain Python, no torch.
 
-A pass takes what is missing of every row of every job, up to two limits: `pass_tokens` in all and
-`prefill_tokens` of long texts. Short rows go first, so a long prompt, spread over several passes,
-delays nobody's step by more than its share of one pass.
+A pass takes what is missing of every row of every job, up to its limits (pace.py). Short rows go
+first, so a long prompt, spread over several passes, delays nobody's step by more than its share
+of one pass.
 """
 
 from collections.abc import Iterable
 
 from value_server.engine.cache import Session, SlotCache
 from value_server.engine.job import Row
+from value_server.engine.pace import Limits
 
 SHORT = 32  # new tokens up to which a row is a step, not a prompt
 
@@ -18,18 +19,16 @@ def is_done(cache: SlotCache, session: Session) -> bool:
     return _missing(cache, session) == 0 and all(cache.ready[slot] for slot in session.candidates)
 
 
-def next_pass(
-    cache: SlotCache, rows: Iterable[Row], pass_tokens: int, prefill_tokens: int
-) -> list[Row]:
+def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row]:
     """The rows of the next pass, with their shares of it.
 
     No slot occurs twice; at least one token does, if any row is not done.
     """
-    known = [(row, row.session) for row in rows if row.session is not None]
+    known = [(row, row.session) for row in rows if row.session and not row.settled]
     known.sort(key=lambda pair: _missing(cache, pair[1]) > SHORT)  # stable: first come first
     taken: set[int] = set()
     chosen: list[Row] = []
-    room, long_room = pass_tokens, prefill_tokens
+    room, long_room = limits.tokens, limits.prefill
     for row, session in known:
         path = session.path
         row.begin = len(path) - _missing(cache, session)
@@ -45,11 +44,11 @@ def next_pass(
             missing = (s for s in session.candidates if not cache.ready[s] and s not in taken)
             row.scored = list(dict.fromkeys(missing))[: room - (row.end - row.begin)]
         taken.update(path[row.begin : row.end], row.scored)
-        row.first = pass_tokens - room
+        row.first = limits.tokens - room
         room -= row.queries
         if row.queries:
             chosen.append(row)
-        if room <= 0:
+        if room <= 0 or len(chosen) == limits.rows:
             break
     return chosen
 

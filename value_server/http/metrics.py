@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from value_server.engine.engine import Engine
-from value_server.engine.job import Job
+from value_server.engine.job import Job, JobResult
 
 SECONDS = tuple(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5))
 COUNTS = tuple(float(2**n) for n in range(13))
@@ -44,9 +44,9 @@ class Metrics(Collector):
         self._pass = self._seconds("pass", "Time of a forward pass.")
         self._pass_queries = self._counts("tokens", "Tokens and candidates in a forward pass.")
         self._pass_jobs = self._counts("requests", "Requests in a forward pass.")
-        self.errors = Counter(
-            "lenvm_errors", "Requests refused or failed.", ["type"], registry=self.registry
-        )
+        self.errors = self._counter("errors", "Requests refused or failed.", "type")
+        self._pending = self._counter("rows_pending", "Rows of steps answered without values.")
+        self._refused = self._counter("rows_refused", "Rows of steps refused.", "type")
         self.registry.register(self)
 
     def on_pass(self, queries: int, jobs: int, seconds: float) -> None:
@@ -55,8 +55,12 @@ class Metrics(Collector):
         self._pass_queries.observe(queries)
         self._pass_jobs.observe(jobs)
 
-    def on_step(self, job: Job, encode_seconds: float, seconds: float) -> None:
+    def on_step(self, job: Job, result: JobResult, encode_seconds: float, seconds: float) -> None:
         """A step was answered, `seconds` after its body was there."""
+        for error in result.refused.values():
+            self._refused.labels(error.type).inc()
+        if not job.left or job.budget:
+            self._pending.inc(result.pending)
         self._step.observe(seconds)
         self._encode.observe(encode_seconds)
         self._queue.observe(job.queue_seconds)
@@ -79,11 +83,13 @@ class Metrics(Collector):
         """What the engine keeps: gauges, and counters, whose names get `_total`."""
         engine, cache = self._engine, self._engine.cache
         for name, text, value in (
-            ("sessions", "Sessions held.", len(cache.sessions)),
-            ("slots_used", "KV slots of sessions.", cache.used),
+            ("sessions", "Sessions in use.", len(cache.sessions)),
+            ("sessions_idle", "Sessions that may go when others want slots.", len(cache.idle)),
+            ("sessions_waiting", "Sessions that wait for slots.", len(cache.line)),
+            ("slots_used", "KV slots of sessions in use.", cache.used),
             (
                 "slots_kept",
-                "KV slots of closed texts alone, which go when others want them.",
+                "KV slots of idle and closed texts alone, which go when others want them.",
                 cache.kept,
             ),
             ("slots", "KV slots in all.", cache.size),
@@ -91,6 +97,12 @@ class Metrics(Collector):
             yield GaugeMetricFamily(f"lenvm_{name}", text, value)
         for name, text, value in (
             ("evictions", "Idle sessions that lost their slots to others.", cache.evictions),
+            (
+                "preemptions",
+                "Sessions in use that lost their slots to older ones.",
+                cache.preemptions,
+            ),
+            ("pass_failures", "Forward passes that failed.", engine.pace.failed),
             ("expirations", "Sessions dropped because nobody used them.", cache.expirations),
             ("prefix_tokens", "Tokens of texts sent from their start.", cache.prefix_tokens),
             ("prefix_hits", "Of these, tokens that were held already.", cache.prefix_hits),
@@ -102,6 +114,9 @@ class Metrics(Collector):
     def render(self) -> bytes:
         """The text format of Prometheus."""
         return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"lenvm_{name}", text, labels, registry=self.registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(f"lenvm_{name}_seconds", text, buckets=SECONDS, registry=self.registry)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from value_server.engine.errors import (
 )
 from value_server.engine.job import Job, JobResult, Row
 from value_server.http.metrics import Metrics
+from value_server.http.telemetry import log_refusal
 from value_server.http.text import Prediction, TextRequest, Texts
 
 LOOK_SECONDS = 0.2  # between looks whether anybody still waits; a step is faster
@@ -42,19 +44,25 @@ class Shared:
     texts: Texts
     info: wire.ModelInfo
 
-    async def run(self, job: Job, http: Request) -> JobResult:
-        """The job's result. Raises RequestError; ClientGoneError, the job cancelled, if the client
-        leaves."""
+    async def run(self, job: Job, http: Request, end: float | None = None) -> JobResult:
+        """The job's result; what there is of it at `end` (time.perf_counter), if that is given.
+
+        Raises RequestError; ClientGoneError, the job cancelled, if the client leaves.
+        """
         future = asyncio.wrap_future(self.batcher.submit(job))
         try:
             while True:
-                done, _ = await asyncio.wait([future], timeout=LOOK_SECONDS)
+                left = math.inf if end is None else end - time.perf_counter()
+                done, _ = await asyncio.wait([future], timeout=max(0.0, min(left, LOOK_SECONDS)))
                 if done:
                     return future.result()
+                if left <= LOOK_SECONDS:
+                    return self.batcher.leave(job)
                 if await http.is_disconnected():
                     raise ClientGoneError("the client has left")
         finally:
-            future.cancel()  # nothing, if it is done
+            if not job.left:
+                future.cancel()  # nothing, if it is done
 
     async def lengths(self, request: TextRequest, http: Request) -> list[float]:
         """Tokens to expect after each token of the text."""
@@ -68,8 +76,6 @@ class Shared:
                 raise
             message = error.message.replace("tokens", request.given, 1)  # as the client calls them
             raise RequestError(message, request.given) from error
-        finally:
-            self.batcher.forget(name)
         z = torch.from_numpy(result.texts[0])
         lengths: list[float] = length_from_logit(z.double(), self.info.gamma).tolist()
         return lengths
@@ -89,19 +95,28 @@ async def step(http: Request) -> Response:
     begin = time.perf_counter()
     message = wire.decode_request(body)
     http.state.sessions = message.sessions
-    closed = [own(http, name) for name in message.closed]
-    job = Job(list(rows_of(message, http)), closed, client=http.state.client)
+    budget = None if message.budget_ms is None else message.budget_ms / 1e3
+    job = Job(
+        list(rows_of(message, http)),
+        [own(http, name) for name in message.closed],
+        client=http.state.client,
+        budget=budget,
+        left=budget == 0,
+    )
     decoded = time.perf_counter()
-    result = await server.run(job, http)
+    result = await server.run(job, http, begin + budget if budget else None)
     answered = time.perf_counter()
     reply = wire.StepReply(
         model_id=server.info.model_id,
         logits=wire.pack_logits(result.logits),
-        unknown=result.unknown,
+        held=result.held,
+        refused={row: str(why)[: wire.LONGEST_REASON] for row, why in result.refused.items()},
     )
     content = wire.encode(reply)
     end = time.perf_counter()
-    server.metrics.on_step(job, decoded - begin + end - answered, end - begin)
+    for row, why in result.refused.items():
+        log_refusal(http, why, message.sessions[row])
+    server.metrics.on_step(job, result, decoded - begin + end - answered, end - begin)
     return Response(content, media_type=wire.MEDIA_TYPE)
 
 
@@ -138,8 +153,10 @@ async def model(http: Request) -> dict[str, Any]:
 
 
 @router.get("/health")
-async def health() -> Response:
-    """200 while the server answers."""
+async def health(http: Request) -> Response:
+    """200 while the engine gets on; where it does not, only a new process helps."""
+    if not shared(http).batcher.works:
+        return error_response(503, "broken", "the engine does not work any more", None)
     return JSONResponse({"status": "ok"})
 
 
@@ -147,8 +164,8 @@ async def health() -> Response:
 async def is_ready(http: Request) -> Response:
     """200 while step requests are served; before that the model loads and nobody listens."""
     batcher = shared(http).batcher
-    if not batcher.alive:
-        why = "shutting down" if batcher.draining else "the engine's thread does not run"
+    if not batcher.ready:
+        why = "shutting down" if batcher.works else "the engine does not work any more"
         return error_response(503, "not_ready", why, None)
     return JSONResponse({"status": "ready"})
 

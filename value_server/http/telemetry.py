@@ -48,9 +48,16 @@ def configure_logs(form: Literal["text", "json"]) -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
 
 
-def log_refusal(request: Request, error: RequestError) -> None:
-    """A request that was not served. The error's own message may quote a text: it stays out."""
-    names = getattr(request.state, "sessions", None) or [request.headers.get("x-request-id", "")]
+def log_refusal(request: Request, error: RequestError, session: str | None = None) -> None:
+    """A request that was not served, or of a step the row of one session.
+
+    The error's own message may quote a text: it stays out.
+    """
+    names = (
+        [session]
+        if session
+        else getattr(request.state, "sessions", None) or [request.headers.get("x-request-id", "")]
+    )
     requests = [name[:LONGEST] for name in names[:MOST]]
     field = (error.field or "").split(".")[0]
     field = field if field in FIELDS else ""

@@ -5,6 +5,7 @@ tolerance is 1e-4, and each run compares thousands.
 """
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.support import tiny
 from tests.support.slots import check_integrity
 from value_server.engine.batcher import Batcher
 from value_server.engine.engine import Engine
-from value_server.engine.errors import BusyError, ModelError, RequestError
+from value_server.engine.errors import BusyError
 from value_server.engine.job import Job, Row
 from value_server.model.value_model import ValueModel
 
@@ -46,7 +47,7 @@ def run_all(served: Engine, jobs: list[Job]) -> None:
     for job in jobs:
         served.check(job.rows)
         served.admit(job)
-    while not all(served.is_done(job) for job in jobs):
+    while not all(served.settle(job) for job in jobs):
         assert served.advance(jobs) > 0
     for job in jobs:
         served.release(job)
@@ -76,7 +77,7 @@ def test_scores_do_not_depend_on_company_order_or_history(seed: int, reference: 
         prefill_tokens=rng.choice([16, 40, 256]),
     )
     texts: dict[str, list[int]] = {}
-    unknown = checked = 0
+    without = checked = 0
     for _ in range(60):
         jobs: list[Job] = []
         names = [f"s{i}" for i in rng.sample(range(7), rng.randrange(1, 4))]
@@ -95,11 +96,11 @@ def test_scores_do_not_depend_on_company_order_or_history(seed: int, reference: 
             jobs.append(Job([Row(name, start, new, candidates)]))
         run_all(served, jobs)
         for job, name in zip(jobs, names, strict=True):
-            step, result = job.rows[0], served.result(job)
-            if result.unknown:
+            step, result = job.rows[0], job.answer()
+            if result.pending:
                 assert np.isnan(result.logits).all()
-                texts.pop(name)
-                unknown += 1
+                texts[name] = texts.get(name, [])[: result.held[0]]
+                without += 1
                 continue
             texts[name] = texts.get(name, [])[: step.start] + list(step.tokens)
             expected = naive(reference, [[*texts[name], c] for c in step.candidates])
@@ -108,7 +109,7 @@ def test_scores_do_not_depend_on_company_order_or_history(seed: int, reference: 
         check_integrity(served.cache)
     assert checked > 100
     if served.cache.size == 200:
-        assert served.cache.evictions > 0
+        assert without > 0
 
 
 def test_bfloat16_is_close() -> None:
@@ -147,8 +148,8 @@ def test_long_prompt_is_prefilled_in_chunks_and_delays_nobody() -> None:
     assert served.advance([long]) == 64
     served.admit(short)
     assert served.advance([long, short]) == 67
-    assert served.is_done(short)
-    assert not served.is_done(long)
+    assert served.settle(short)
+    assert not served.settle(long)
 
 
 def test_prompt_of_4000_tokens_delays_running_sessions_by_one_chunk_a_pass() -> None:
@@ -159,7 +160,7 @@ def test_prompt_of_4000_tokens_delays_running_sessions_by_one_chunk_a_pass() -> 
     long = Job([Row("long", 0, [i % 250 for i in range(4000)], [1, 2])])
     served.admit(long)
     passes = 0
-    while not served.is_done(long):
+    while not served.settle(long):
         # Alternately an adopted candidate and a token that was none.
         token = 1 if passes % 2 else 3
         steps = [Job([Row(n, 2 + passes, [token], [1, 2])]) for n in names]
@@ -169,22 +170,27 @@ def test_prompt_of_4000_tokens_delays_running_sessions_by_one_chunk_a_pass() -> 
         assert served.advance([long, *steps]) <= 8 * 3 + 256 + 2
         passes += 1
         for job in steps:
-            assert served.is_done(job)
-            assert np.isfinite(served.result(job).logits).all()
+            assert served.settle(job)
+            assert np.isfinite(job.answer().logits).all()
             served.release(job)
     assert passes == 16  # 15 chunks of 256 and one of 160
-    assert np.isfinite(served.result(long).logits).all()
+    assert np.isfinite(long.answer().logits).all()
     served.release(long)
     check_integrity(served.cache)
 
 
 def test_prompt_of_more_positions_than_the_model_has_is_refused_at_once() -> None:
     served = Engine(tiny.tiny_model(max_position=4096), slots=8192)
-    served.check([Row("a", 0, [1] * 4095, [2])])
-    for row in (Row("a", 0, [1] * 4096, [2]), Row("a", 4000, [1] * 96, [2])):
-        with pytest.raises(RequestError, match=r"4097 tokens long .* 4096 positions"):
-            served.check([row])
-    served.check([Row("a", 0, [1] * 4096)])  # no candidate: its values alone
+    rows = [
+        Row("a", 0, [1] * 4095, [2]),
+        Row("b", 0, [1] * 4096),  # no candidate: its values alone
+        Row("c", 0, [1] * 4096, [2]),
+        Row("d", 4000, [1] * 96, [2]),
+    ]
+    served.check(rows)
+    assert [row.refused is None for row in rows] == [True, True, False, False]
+    for row in rows[2:]:
+        assert re.search(r"4097 tokens long .* 4096 positions", str(row.refused))
 
 
 def test_text_values_are_those_of_one_forward(reference: ValueModel) -> None:
@@ -205,40 +211,46 @@ def test_text_values_are_those_of_one_forward(reference: ValueModel) -> None:
         (Row("a", 500, [1] * 12, [1]), "tokens"),
     ],
 )
-def test_impossible_requests_name_their_field(row: Row, field: str) -> None:
+def test_impossible_rows_name_their_field_and_concern_no_other(row: Row, field: str) -> None:
     served = engine()
-    with pytest.raises(RequestError, match=field) as caught:
-        served.run(Job([row]))
-    assert caught.value.field == field
-    assert served.cache.used == 0
+    result = served.run(Job([row, Row("good", 0, [1], [2])]))
+    assert {index: error.field for index, error in result.refused.items()} == {0: field}
+    assert field in str(result.refused[0])
+    assert np.isnan(result.logits[:-1]).all()
+    assert np.isfinite(result.logits[-1])
+    assert set(served.cache.sessions) == {"good"}
 
 
-def test_unknown_session_is_answered_not_raised() -> None:
+def test_a_row_is_told_how_much_of_its_text_is_here() -> None:
     served = engine()
     result = served.run(Job([Row("a", 0, [1], [2]), Row("b", 5, [1], [2, 3])]))
-    assert result.unknown == [1]
+    assert result.held == [1, 0]
+    assert result.pending == 1
     assert np.isfinite(result.logits[0])
     assert np.isnan(result.logits[1:]).all()
+    assert served.run(Job([Row("a", 3, [7], [2])])).held == [1]
 
 
-def test_full_pool_is_busy_and_recovers() -> None:
+def test_a_text_that_never_fits_is_refused_and_others_are_served() -> None:
     served = engine(slots=64)
-    with pytest.raises(BusyError, match="64 slots"):
-        served.run(Job([Row("a", 0, [1] * 70, [2])]))
+    result = served.run(Job([Row("a", 0, [1] * 70, [2]), Row("b", 0, [1] * 40, [2])]))
+    assert "71 slots" in str(result.refused[0])
+    assert np.isnan(result.logits[0])
+    assert np.isfinite(result.logits[1])
     check_integrity(served.cache)
-    served.run(Job([Row("b", 0, [1] * 40, [2])]))
 
 
-def test_not_a_number_fails_its_request_only() -> None:
+def test_not_a_number_fails_its_row_only() -> None:
     """A NaN in one session's keys must not reach its neighbours through padding."""
     served = engine()
     with torch.no_grad():
         served.model.backbone.get_input_embeddings().weight[200] = float("nan")
-    bad, good = Job([Row("x", 0, [200] * 9, [1])]), Job([Row("y", 0, [5] * 12, [1])])
-    run_all(served, [bad, good])
-    with pytest.raises(ModelError, match="finite"):
-        served.result(bad)
-    assert np.isfinite(served.result(good).logits).all()
+    result = served.run(Job([Row("x", 0, [200] * 9, [1]), Row("y", 0, [5] * 12, [1])]))
+    told = {row: str(why) for row, why in result.refused.items()}
+    assert told == {0: "the model gave a logit that is not a finite number"}
+    assert np.isnan(result.logits[0])
+    assert np.isfinite(result.logits[1])
+    assert set(served.cache.sessions) == {"y"}
     check_integrity(served.cache)
     again = served.run(Job([Row("z", 0, [6] * 20, [1, 2])]))  # in the slots of the bad one
     assert np.isfinite(again.logits).all()
@@ -251,16 +263,16 @@ def test_batcher_survives_a_failing_forward_and_serves_one_session_in_order(
     batcher = Batcher(served)
     batcher.start()
     try:
-        advance, failures = served.advance, [RuntimeError("joint"), RuntimeError("own")]
+        forward, failures = served._forward, [RuntimeError("twice"), RuntimeError("alone")]
 
-        def failing(jobs: list[Job]) -> int:
+        def failing(*given: Any) -> Any:
             if failures:
-                raise failures.pop()
-            return advance(jobs)
+                raise failures.pop(0)
+            return forward(*given)
 
-        served.advance = failing  # type: ignore[assignment, method-assign]
-        with pytest.raises(ModelError, match=r"own|joint"):
-            batcher.submit(Job([Row("a", 0, [1, 2], [3])])).result(30)
+        served._forward = failing  # type: ignore[method-assign]
+        result = batcher.submit(Job([Row("a", 0, [1, 2], [3])])).result(30)
+        assert "alone" in str(result.refused[0])
         # Two requests for one session, both waiting: the second builds on the first.
         first = batcher.submit(Job([Row("a", 0, [1, 2], [3])]))
         second = batcher.submit(Job([Row("a", 2, [3], [4])]))

@@ -17,6 +17,7 @@ def rows_of(lengths: list[int], new: int) -> list[Row]:
     rows, first = [], 0
     for number, length in enumerate(lengths):
         session = cache.update(f"s{number}", 0, [number, *range(length - 1)], [])
+        assert session is not None
         row = Row("", 0, [], session=session, begin=length - new, end=length, first=first)
         rows.append(row)
         first += row.queries

@@ -20,7 +20,7 @@ def client() -> Iterator[httpx.Client]:
     with server() as serving:
         with httpx.Client(base_url=serving.url, timeout=60, trust_env=False) as client:
             yield client
-            assert step(client, ("after", 0, [1], [2])).unknown == []
+            assert step(client, ("after", 0, [1], [2])).held == [1]
         assert serving.process.poll() is None
         assert "Traceback" not in serving.log.read_text()
 

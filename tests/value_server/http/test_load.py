@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import numpy as np
@@ -96,30 +97,40 @@ def test_client_who_leaves_the_queue_is_never_computed(served: Served) -> None:
 
 
 def test_who_finds_the_queue_full_is_told_at_once(served: Served) -> None:
-    """40 requests for 8 places: 32 answers come before the engine does anything at all."""
+    """40 steps and 20 texts for 8 places: 52 answers come before the engine does anything at all;
+    steps have no values, texts a 503."""
 
     def post(number: int) -> tuple[httpx.Response, float]:
-        content = body(f"s{number}", [number])
-        reply = httpx.post(f"{served.url}{wire.STEP_PATH}", content=content, timeout=SECONDS)
-        return reply, time.monotonic()
+        if number % 3:
+            fields: dict[str, Any] = {"content": body(f"s{number}", [number])}
+        else:
+            fields = {"json": {"token_ids": [number]}}
+        path = wire.STEP_PATH if number % 3 else wire.PREDICT_PATH
+        return httpx.post(f"{served.url}{path}", timeout=SECONDS, **fields), time.monotonic()
 
-    with ThreadPoolExecutor(40) as pool:
-        futures = [pool.submit(post, number) for number in range(40)]
-        wait_until(lambda: sum(future.done() for future in futures) == 32)
+    with ThreadPoolExecutor(60) as pool:
+        futures = [pool.submit(post, number) for number in range(60)]
+        wait_until(lambda: sum(future.done() for future in futures) == 52)
         assert served.client.get("/ready").status_code == 200
         opened = time.monotonic()
         served.engine.allow()
         answers = [future.result(SECONDS) for future in futures]
-    refused = [(reply, at) for reply, at in answers if reply.status_code == 503]
-    assert len(refused) == 32
-    for reply, at in refused:
-        assert at < opened
+    early = [reply for reply, at in answers if at < opened]
+    assert len(early) == 52
+    busy = [reply for reply, _ in answers if reply.status_code == 503]
+    for reply in busy:
         assert reply.headers["retry-after"] == "1"
         assert reply.json()["error"]["type"] == "busy"
-    for reply, _ in answers:
-        if reply.status_code != 503:
-            assert np.isfinite(wire.unpack_logits(wire.decode_reply(reply.content, 2).logits)).all()
-    assert served.figure('lenvm_errors_total{type="busy"}') == 32
+        assert reply in early
+    pending = 0
+    for number, (reply, _) in enumerate(answers):
+        if reply.status_code != 503 and number % 3:
+            told = wire.decode_reply(reply.content, wire.decode_request(body("", [number])))
+            assert np.isfinite(wire.unpack_logits(told.logits)).all() == (told.held == [1])
+            pending += told.held == [0]
+    assert pending + len(busy) == 52
+    assert served.figure('lenvm_errors_total{type="busy"}') == len(busy)
+    assert served.figure("lenvm_rows_pending_total") == pending
     check_step(served, "later", [3])
 
 
