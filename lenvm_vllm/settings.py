@@ -41,9 +41,10 @@ class Settings(BaseSettings):
         commas between them, or as a JSON list.
     token, token_file: bearer token, or the file that holds it, if the server asks for one.
     tls_ca: PEM file of the authority that signs the certificates of https:// servers.
-    wait_share: how long a step waits for values, in times of what vLLM's own step takes. Texts
-        that have none by then go on without.
-    wait_floor_s: seconds that it waits at least.
+    wait_share: how long a step may wait for values, in times of what vLLM's own step takes. Texts
+        that have none by then go on without. An answer that usually takes less is not waited for
+        so long.
+    wait_floor_s: seconds that a step waits at least.
     timeout_s: seconds after which a value server that does not answer counts as lost.
     max_kl: nats that one step of `project` may move the text, unless the request says.
     endings: that an answer with a length in tokens and guard rails may have at most, unless the
@@ -71,8 +72,8 @@ class Settings(BaseSettings):
     token: SecretStr | None = None
     token_file: Path | None = None
     tls_ca: Path | None = None
-    wait_share: float = Field(1.0, ge=0)
-    wait_floor_s: float = Field(0.02, ge=0)
+    wait_share: float = Field(2.0, ge=0)
+    wait_floor_s: float = Field(0.01, ge=0)
     timeout_s: float = Field(2.0, gt=0)
     max_kl: float = Field(constants.MAX_KL, ge=0)
     endings: int = Field(8, ge=1, le=64)

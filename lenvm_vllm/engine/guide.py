@@ -103,7 +103,7 @@ class Guide:
         askable = self.sessions.askable(step.states, info)
         wanted[askable] = step.wanted[askable]
         self._pace.asks()
-        z = self.sessions.values(step.states, step.candidates.ids, wanted, self._pace.wait_s)
+        z = self.sessions.values(step.states, step.candidates.ids, wanted, self._pace)
         self._pace.goes_on()
         known = (~z.isnan()).any(-1).tolist()
         for state, valued in zip(step.states, known, strict=True):

@@ -18,22 +18,24 @@ class Pace:
         most_s: float,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._share, self._floor, self._most = share, floor_s, most_s
+        self._share, self._most = share, most_s
+        self.floor_s = min(floor_s, most_s)
         self._clock = clock
         self._waited: float | None = None  # when the last wait was over
         self._step_s = 0.0  # running mean of vLLM's own step
 
     @property
     def wait_s(self) -> float:
-        """Seconds that a step may wait."""
-        return min(self._most, max(self._floor, self._share * self._step_s))
+        """Seconds that a step may wait at most; an answer that usually takes less is waited for
+        less long, but `floor_s` at least."""
+        return min(self._most, max(self.floor_s, self._share * self._step_s))
 
     def asks(self) -> None:
         """A step asks for values: since the last wait vLLM did its own part."""
         if self._waited is None:
             return
         took = self._clock() - self._waited
-        longest = _LONGEST * (self._step_s or self._floor)
+        longest = _LONGEST * (self._step_s or self.floor_s)
         self._step_s += _WEIGHT * (min(took, longest) - self._step_s)
         self._waited = None
 

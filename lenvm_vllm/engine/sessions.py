@@ -5,6 +5,7 @@ Knows nothing of vLLM: it takes request states, and a client that carries messag
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.values.client import ValueServerError
@@ -89,9 +91,9 @@ class Sessions:
 
     def tell_closed(self) -> None:
         """A message for nothing else, where no row is asked about."""
-        self._read_late()
+        self._read()
         if self._client.has_closed:
-            self._send([], None)
+            self._send([])
 
     def tell(self, states: Iterable[RequestState]) -> None:
         """Long texts that are new, so that the server can begin with them. Waits for nothing."""
@@ -99,11 +101,11 @@ class Sessions:
         if not new:
             return
         info = self.model()
-        self._read_late()
+        self._read()
         if self.trouble is None:
             told = self._told(enumerate(s for s in new if _why_not(s, info, ahead=True) is None))
             if told := [t for t in told if t.tokens]:
-                self._send(told, None)
+                self._send(told)
 
     def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
         """Numbers of those whose values the server can tell now. Why it cannot tell the others' is
@@ -117,36 +119,32 @@ class Sessions:
         return [number for number, reason in enumerate(why) if reason is None]
 
     def values(
-        self, states: Sequence[RequestState], tokens: Tensor, wanted: Tensor, wait_s: float
+        self, states: Sequence[RequestState], tokens: Tensor, wanted: Tensor, pace: Pace
     ) -> Tensor:
         """(B, K) float64 value logits of `tokens` (B, K) where `wanted`, NaN in rows that have none
-        after these seconds. A row in which nothing is wanted is not asked about."""
+        in time. A row in which nothing is wanted is not asked about."""
         z = torch.full(wanted.shape, torch.nan, dtype=torch.float64)
         started = time.perf_counter()
-        until = started + wait_s
-        for sent in [sent for sent in self._out if sent.call.seconds is None]:
-            if sent.call.is_there(until):  # what was told ahead of this step
-                self._take(sent)
-        self._read_late()
+        until = started + pace.wait_s
+        self._read(until)
         asked = wanted.any(-1).nonzero()[:, 0].tolist()
         for _ in range(2):  # a text that turns out to be lost is told again
-            left = until - time.perf_counter()
-            if asked and left > 0 and self.trouble is None:
-                asked = self._ask(
-                    self._told((i, states[i]) for i in asked), tokens, wanted, left, z
-                )
+            most = until - time.perf_counter()
+            if asked and most > 0 and self.trouble is None:
+                told = self._told((number, states[number]) for number in asked)
+                asks = wanted.clone()
+                asks[[t.number for t in told if not t.whole]] = False
+                sent = self._send(told, (tokens, asks), min(pace.floor_s, most), most)
+                asked = self._take_values(sent, asks, until, z)
         self._counters.add("value_seconds", time.perf_counter() - started)
         return z
 
-    def _ask(
-        self, told: list[_Told], tokens: Tensor, wanted: Tensor, left: float, z: Tensor
+    def _take_values(
+        self, messages: list[_Sent], asks: Tensor, until: float, z: Tensor
     ) -> list[int]:
         """Fill z of the rows that are answered; returns those whose text has to be told again."""
-        until = time.perf_counter() + left
-        asks = wanted.clone()
-        asks[[t.number for t in told if not t.whole]] = False
         again = []
-        for sent in self._send(told, left, lambda rows: (tokens[rows], asks[rows])):
+        for sent in messages:
             if not sent.call.is_there(until):
                 continue
             reply, rows = self._take(sent), [t.number for t in sent.told]
@@ -174,27 +172,33 @@ class Sessions:
     def _send(
         self,
         told: list[_Told],
-        seconds: float | None,
-        asked: Callable[[list[int]], tuple[Tensor, Tensor]] | None = None,
+        asked: tuple[Tensor, Tensor] | None = None,
+        least: float = math.inf,
+        most: float = math.inf,
     ) -> list[_Sent]:
-        """asked: (B, K) tokens of the rows of these numbers, and which of them are candidates."""
+        """asked: (B, K) tokens of all rows of the step, and which of them are candidates; None: no
+        values are wanted. least, most: seconds that an answer may take."""
+        numbers, counts = [t.number for t in told], [0] * len(told)
+        if asked:
+            ids, mask = (part[numbers] for part in asked)
+            counts = mask.sum(-1).tolist()
 
-        def build(rows: list[int], closed: list[str]) -> wire.StepRequest:
+        def build(rows: list[int], closed: list[str], seconds: float) -> wire.StepRequest:
             mine = [told[row] for row in rows]
-            ids, mask = asked([t.number for t in mine]) if asked else (None, None)
             return wire.StepRequest(
                 sessions=[t.state.session for t in mine],
                 starts=[t.start for t in mine],
                 token_counts=[len(t.tokens) for t in mine],
                 tokens=wire.pack_ids([token for t in mine for token in t.tokens]),
-                candidate_counts=[0] * len(mine) if mask is None else mask.sum(-1).tolist(),
-                candidates=b"" if ids is None else wire.pack_ids(ids[mask].numpy()),
+                candidate_counts=[counts[row] for row in rows],
+                candidates=wire.pack_ids(ids[rows][mask[rows]].numpy()) if asked else b"",
                 closed=closed,
-                budget_ms=1000 * SERVERS_SHARE * (seconds or 0.0),
+                budget_ms=1000 * SERVERS_SHARE * seconds if asked else 0.0,
             )
 
         try:
-            calls = self._client.send([t.state.session for t in told], build, seconds)
+            sessions = [t.state.session for t in told]
+            calls = self._client.send(sessions, counts, build, least, most)
         except ValueServerError as error:
             self.trouble = error
             return []
@@ -202,10 +206,13 @@ class Sessions:
         self._out += sent
         return sent
 
-    def _read_late(self) -> None:
-        """The answers that have come meanwhile: their values are of a step that is over."""
+    def _read(self, until: float = 0.0) -> None:
+        """The answers that have come meanwhile: values of a step that is over are of no use.
+
+        until: as long as what was told ahead of this step is waited for.
+        """
         for sent in list(self._out):
-            if sent.call.is_there(0.0):
+            if sent.call.is_there(0.0 if sent.call.candidates else until):
                 self._take(sent)
 
     def _take(self, sent: _Sent) -> wire.StepReply | None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -25,15 +26,13 @@ from numpy.typing import NDArray
 
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.values.client import CircuitOpen, ValueClient, ValueServerError
+from lenvm_vllm.values.patience import Patience
 from value_server.contract import wire
 from value_server.contract.values import logit_in_gamma
 
 logger = logging.getLogger("vllm.lenvm")
 
 MOST_SESSIONS = 1 << 16  # whose places are remembered; one beyond is ranked anew
-# Answers in a row that came too late, from which on a replica is asked without waiting for it,
-# until one comes in time: a step may wait in vain three times, not for ever.
-LATE_ANSWERS = 3
 
 
 class OneServer(Protocol):
@@ -51,7 +50,7 @@ class OneServer(Protocol):
 class _Replica:
     """info: of a live one. search: for a lost one. trouble: the kind that the log has told.
 
-    call: whose answer nobody has read yet. late: answers in a row that came too late.
+    call: whose answer nobody has read yet. patience: how long its answers are waited for.
     closed: sessions of it that are over, and it has not been told.
     """
 
@@ -62,37 +61,37 @@ class _Replica:
     search: "Future[wire.ModelInfo] | None" = None
     trouble: str | None = None
     call: "Call | None" = None
-    late: int = 0
+    patience: Patience = field(default_factory=Patience)
     closed: list[str] = field(default_factory=list)
-
-    @property
-    def is_slow(self) -> bool:
-        return self.late >= LATE_ANSWERS
 
 
 @dataclass(eq=False)
 class Call:
-    """A message to one server. rows: those of the step that it has.
+    """A message to one server. rows: those of the step that it has. candidates: of all of them.
 
-    seconds: that its answer may take; None: no values are asked for.
+    seconds: that its answer may take.
     """
 
     replica: _Replica
     rows: list[int]
-    seconds: float | None
+    candidates: int
+    seconds: float
     answer: "Future[tuple[wire.StepReply, float]]"
+    sent: float = field(default_factory=time.perf_counter)
 
     def is_there(self, until: float) -> bool:
-        """Whether it is answered; waits for it until then, on the clock `perf_counter`, but not
-        for a server that is slow."""
-        left = 0.0 if self.replica.is_slow else until - time.perf_counter()
+        """Whether it is answered; waits for it until then, on the clock `perf_counter`, but no
+        longer than such an answer may take, and not for a server that is slow."""
+        until = min(until, self.sent + self.seconds)
+        left = 0.0 if self.replica.patience.is_slow else until - time.perf_counter()
         if left > 0:
             wait([self.answer], left)
         return self.answer.done()
 
 
-# The message with these rows of the step, and these sessions to close; called in a thread.
-Build = Callable[[list[int], list[str]], wire.StepRequest]
+# The message with these rows of the step, these sessions to close, and the seconds that its answer
+# may take; called in a thread.
+Build = Callable[[list[int], list[str], float], wire.StepRequest]
 
 
 def connect(settings: Settings) -> "Replicas":
@@ -148,11 +147,18 @@ class Replicas:
         """Whether a server that could be told does not know yet of a session that is over."""
         return any(replica.closed and replica.call is None for replica in self._replicas)
 
-    def send(self, sessions: Sequence[str], build: Build, seconds: float | None) -> list[Call]:
+    def send(
+        self,
+        sessions: Sequence[str],
+        candidates: Sequence[int],
+        build: Build,
+        least: float,
+        most: float,
+    ) -> list[Call]:
         """A message to each replica that has one of the sessions, or one to close, all at the same
-        time; a row whose replica has not answered yet is in none of them. seconds: that the
-        answers may take, see Call.
+        time; a row whose replica has not answered yet is in none of them.
 
+        candidates: their number in each row. least, most: seconds that an answer may take.
         Raises ValueServerError when no replica is left.
         """
         shares: dict[_Replica, list[int]] = {r: [] for r in self._replicas if r.closed}
@@ -162,11 +168,12 @@ class Replicas:
         for replica, rows in shares.items():
             if replica.call is None:
                 closed, replica.closed = replica.closed, []
+                asked = sum(candidates[row] for row in rows)
+                seconds = replica.patience.seconds(asked, least, most)
+                make = partial(build, rows, closed, seconds)
                 context = copy_context()  # the span that the message is part of
-                answer = replica.thread.submit(
-                    context.run, _ask, replica.client, build, rows, closed
-                )
-                replica.call = Call(replica, rows, seconds, answer)
+                answer = replica.thread.submit(context.run, _ask, replica.client, make)
+                replica.call = Call(replica, rows, asked, seconds, answer)
                 calls.append(replica.call)
         return calls
 
@@ -181,22 +188,23 @@ class Replicas:
             self._lose(replica, error)
             return None
         z = self._in_our_gamma(wire.unpack_logits(reply.logits), replica)
-        if call.seconds is not None and len(z):
+        if call.candidates:
             # Without any values the time was spent in vain; an answer at once is no loss.
             in_vain = took > call.seconds / 2 and bool(np.isnan(z).all())
-            self._note_lateness(replica, took, call.seconds, in_vain or took > call.seconds)
+            self._note(call, took, in_vain or took > call.seconds)
         return msgspec.structs.replace(reply, logits=wire.pack_logits(z))
 
-    def _note_lateness(self, replica: _Replica, took: float, seconds: float, late: bool) -> None:
-        was_slow = replica.is_slow
-        replica.late = replica.late + 1 if late else 0
-        if replica.is_slow and not was_slow:
+    def _note(self, call: Call, took: float, late: bool) -> None:
+        replica, patience = call.replica, call.replica.patience
+        was_slow = patience.is_slow
+        patience.note(call.candidates, took, late)
+        if patience.is_slow and not was_slow:
             logger.warning(
                 "value server %s: no values in time (%.0f ms, a step waits %.0f ms); steps go on"
                 " without waiting until they come in time again",
-                *(replica.url, 1000 * took, 1000 * seconds),
+                *(replica.url, 1000 * took, 1000 * call.seconds),
             )
-        if was_slow and not replica.is_slow:
+        if was_slow and not patience.is_slow:
             logger.info("value server %s: its values are in time again", replica.url)
 
     def _live(self) -> list[_Replica]:
@@ -229,7 +237,7 @@ class Replicas:
             self._lose(replica, error)
             return
         self._gamma = self._gamma or replica.info.gamma
-        replica.late = 0
+        replica.patience.forget()
         if replica.trouble is not None:
             logger.info("value server %s is back", replica.url)
         replica.trouble = None
@@ -257,12 +265,10 @@ class Replicas:
         return logit_in_gamma(exact, replica.info.gamma, self._gamma).float().numpy()
 
 
-def _ask(
-    client: OneServer, build: Build, rows: list[int], closed: list[str]
-) -> tuple[wire.StepReply, float]:
+def _ask(client: OneServer, make: Callable[[], wire.StepRequest]) -> tuple[wire.StepReply, float]:
     """The answer, and the seconds that it took."""
     begin = time.perf_counter()
-    reply = client.step(build(rows, closed))
+    reply = client.step(make())
     return reply, time.perf_counter() - begin
 
 
