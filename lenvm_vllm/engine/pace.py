@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-_WEIGHT = 0.1  # of a new step in the running mean
+_WEIGHT = 0.2  # of a new step in the running mean
 # Times the mean, as which a longer step counts: a pause between two requests is no step.
 _LONGEST = 2.0
 
@@ -35,8 +35,8 @@ class Pace:
         if self._waited is None:
             return
         took = self._clock() - self._waited
-        longest = _LONGEST * (self._step_s or self.floor_s)
-        self._step_s += _WEIGHT * (min(took, longest) - self._step_s)
+        known = self._step_s or took
+        self._step_s = known + _WEIGHT * (min(took, _LONGEST * known) - known)
         self._waited = None
 
     def goes_on(self) -> None:
