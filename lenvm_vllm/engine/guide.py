@@ -11,7 +11,14 @@ from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import NOBODY, Sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
-from lenvm_vllm.steering.candidates import Candidates, Cut, Writes, cut_candidates, plan_writes
+from lenvm_vllm.steering.candidates import (
+    Candidates,
+    Cut,
+    Writes,
+    cut_candidates,
+    eos_index,
+    plan_writes,
+)
 from lenvm_vllm.steering.landing import Landing, landing_of
 from lenvm_vllm.steering.policies import Goals, expected_rest, steer
 from lenvm_vllm.telemetry.metrics import Counters
@@ -78,7 +85,7 @@ class Guide:
         ended = {
             row: s for row, s in turns.items() if not s.valued and self._may_end(s, logits[row])
         }
-        plans = [self._end(ended)] if ended else []
+        plans = [self._end(ended, logits.shape[-1])] if ended else []
         if step is not None and z is not None:
             plans += self._steer(step, z, info.gamma, ended.keys(), logits.shape[-1])
         return Writes.together(plans) if plans else None
@@ -155,12 +162,12 @@ class Guide:
         near = landing.behind > 0 and landing.target < sentence / 2
         return (near or landing.closes < sentence) and bool((own[ends] > -torch.inf).any())
 
-    def _end(self, ended: dict[int, RequestState]) -> Writes:
-        """Nothing but an end in these rows."""
-        pairs = [(row, token) for row, s in ended.items() for token in s.proper_ends]
+    def _end(self, ended: dict[int, RequestState], size: int) -> Writes:
+        """Nothing but an end in these rows. size: of the vocabulary."""
+        index, ids = eos_index([s.proper_ends for s in ended.values()], size)
         for state in ended.values():
             state.landing, state.forced, state.expected = True, True, 0.0
-        rows, ids = torch.tensor(pairs).unbind(-1)
+        rows = torch.tensor(list(ended))[index]
         return Writes(rows, ids, torch.zeros(len(rows), dtype=torch.float64))
 
     def _closes(self, step: Step, goals: Goals) -> Tensor:
