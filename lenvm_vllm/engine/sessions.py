@@ -128,7 +128,10 @@ class Sessions:
         until = started + pace.wait_s
         self._read(until)
         asked = wanted.any(-1).nonzero()[:, 0].tolist()
-        for _ in range(2):  # a text that turns out to be lost is told again
+        if not asked:
+            self.tell_closed()
+        # A text that turns out to be lost is told again, to its server or to the one in its place.
+        for _ in range(3):
             most = until - time.perf_counter()
             if asked and most > 0 and self.trouble is None:
                 told = self._told((number, states[number]) for number in asked)
