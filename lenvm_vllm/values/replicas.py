@@ -78,13 +78,14 @@ class Call:
     seconds: float
     answer: "Future[tuple[wire.StepReply, float]]"
     sent: float = field(default_factory=time.perf_counter)
+    _waited: bool = False
 
     def is_there(self, until: float) -> bool:
-        """Whether it is answered; waits for it until then, on the clock `perf_counter`, but no
-        longer than such an answer may take, and not for a server that is slow."""
-        until = min(until, self.sent + self.seconds)
-        left = 0.0 if self.replica.patience.is_slow else until - time.perf_counter()
-        if left > 0:
+        """Whether it is answered; waits for it until then, on the clock `perf_counter`, but once,
+        no longer than such an answer may take, and not for a server that is slow."""
+        left = min(until, self.sent + self.seconds) - time.perf_counter()
+        if left > 0 and not self._waited and not self.replica.patience.is_slow:
+            self._waited = True
             wait([self.answer], left)
         return self.answer.done()
 
