@@ -6,7 +6,10 @@ come, which makes a perfect value model easy: the length of candidate x is x.
 
 import math
 import random
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import msgspec
@@ -20,6 +23,7 @@ from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import Counters
+from lenvm_vllm.values.replicas import Replicas
 from tests.support.fakes import replicas_of
 from value_server.contract import wire
 from value_server.contract.values import logit_from_length
@@ -28,6 +32,7 @@ V = 400
 EOS = 0
 GAMMA = 0.99
 NO_LIMIT = 1e6
+SECONDS = 30.0  # longer than anything here takes
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377)
 
 
@@ -45,8 +50,9 @@ INFO = wire.ModelInfo(
 class Server:
     """Keeps texts as the real server does and knows the length of every candidate.
 
-    failures: raised by the next steps, None for one that works. unheld: sessions that it
-    never holds. pending: rows that have no values in time.
+    failures: raised by the next steps, None for one that works. unheld: sessions that it has no
+    room for. refused: sessions that never get values, and why. pending: rows that have none in
+    time. gate: no step is answered while it is shut.
     """
 
     rests = False
@@ -58,7 +64,10 @@ class Server:
         self.closed: list[str] = []
         self.failures: list[Exception | None] = []
         self.unheld: set[str] = set()
+        self.refused: dict[str, str] = {}
         self.pending: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
         self.fingerprint: str | None = None
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
@@ -68,6 +77,7 @@ class Server:
     def step(self, request: wire.StepRequest) -> wire.StepReply:
         request = wire.decode_request(wire.encode(request))
         self.requests.append(request)
+        assert self.gate.wait(SECONDS)
         if self.failures and (failure := self.failures.pop(0)):
             raise failure
         self.closed += request.closed
@@ -77,9 +87,11 @@ class Server:
         lengths = wire.unpack_ids(request.candidates).astype(np.float64)
         z = logit_from_length(torch.from_numpy(lengths), GAMMA).float().numpy()
         owner = np.repeat(np.arange(len(request.sessions)), request.candidate_counts)
-        z[np.isin(owner, [*lost, *self.pending])] = np.nan
-        held = [len(self.texts.get(session, [])) for session in request.sessions]
-        return wire.StepReply(logits=wire.pack_logits(z), held=held)
+        names = request.sessions
+        refused = {row: self.refused[s] for row, s in enumerate(names) if s in self.refused}
+        z[np.isin(owner, [*lost, *refused, *self.pending])] = np.nan
+        held = [len(self.texts.get(session, [])) for session in names]
+        return wire.StepReply(logits=wire.pack_logits(z), held=held, refused=refused)
 
     def take(self, session: str, start: int, tokens: list[int]) -> bool:
         if session in self.unheld or start > len(self.texts.get(session, [])):
@@ -105,10 +117,35 @@ def asked(request: wire.StepRequest) -> list[list[int]]:
     return [[next(ids) for _ in range(count)] for count in request.candidate_counts]
 
 
-def guide_of(server: Server, **fields: Any) -> Guide:
-    counters = Counters()
-    settings = Settings(**{"wait_floor_s": 30, "timeout_s": 30} | fields)
-    return Guide(Sessions(replicas_of(server), lambda: "ours", counters), settings, counters)
+def sessions_of(client: Any) -> Sessions:
+    """client: a server, or `Replicas`."""
+    replicas = client if isinstance(client, Replicas) else replicas_of(client)
+    return Sessions(replicas, lambda: "ours", Counters())
+
+
+def guide_of(client: Any, sentences: Any = None, **fields: Any) -> Guide:
+    """client: as of `sessions_of`."""
+    settings = Settings(**{"wait_floor_s": SECONDS, "timeout_s": SECONDS} | fields)
+    return Guide(sessions_of(client), settings, Counters(), sentences)
+
+
+def values(sessions: Sessions, states: Sequence[RequestState], wait_s: float = SECONDS) -> Tensor:
+    """(B, 4) value logits of one step that waits so long, NaN in rows without."""
+    info = sessions.model(time.perf_counter() + wait_s)
+    tokens = torch.tensor([[10, 20, 40, 80]]).expand(len(states), -1)
+    wanted = torch.zeros(tokens.shape, dtype=torch.bool)
+    wanted[sessions.askable(states, info)] = True
+    return sessions.values(states, tokens, wanted, wait_s)
+
+
+def valued(sessions: Sessions, states: Sequence[RequestState], wait_s: float = SECONDS) -> Any:
+    """Whether each has values in a step; see `values`."""
+    return (~values(sessions, states, wait_s).isnan()).all(-1).tolist()
+
+
+def settle(sessions: Sessions) -> None:
+    """Until every message is answered."""
+    wait([sent.call.answer for sent in sessions._out], SECONDS)
 
 
 def request(
@@ -139,9 +176,10 @@ def steered(guide: Guide, logits: Tensor, states: dict[int, RequestState]) -> Te
 
 
 def guided_rows(guide: Guide, logits: Tensor, states: dict[int, RequestState]) -> list[int]:
-    """The rows that come out different."""
+    """The rows that come out different, and by values."""
     after = steered(guide, logits, states)
-    return [row for row in range(len(logits)) if not torch.equal(after[row], logits[row])]
+    changed = (after != logits).any(-1)
+    return [row for row in sorted(states) if states[row].valued and changed[row]]
 
 
 def toy_logits(state: RequestState, rng: random.Random) -> Tensor:

@@ -94,11 +94,14 @@ def test_perfect_values_keep_one_sided_targets(policy: str) -> None:
 
 
 def test_without_values_the_toy_lands_elsewhere() -> None:
-    states = [request(32) for _ in range(20)]
+    """In its landing, 30 to 35 tokens, but not on the token, and in no other."""
+    states = [request(32) for _ in range(40)]
     server = Server()
     server.unheld = {state.session for state in states}
     write(guide_of(server), states)
-    assert sum(len(state.output_ids) == 32 for state in states) < 5
+    lengths = [len(state.output_ids) for state in states]
+    assert lengths.count(32) < 20
+    assert all(30 <= length <= 36 for length in lengths)
 
 
 # ---- the result
@@ -180,7 +183,7 @@ def test_tokens_that_end_a_sentence_are_led_to_in_the_landing() -> None:
         def ends(self, text: Any, token: int) -> bool:
             return len(text) == 28 and token == 20  # there, and not in any text
 
-    guide = Guide(guide_of(Server()).sessions, Settings(), Ends())  # type: ignore[arg-type]
+    guide = guide_of(Server(), Ends())
     early, late = (
         steered(guide, logits, {0: request(30, output=[50] * out)})[0].softmax(-1)
         for out in (5, 28)

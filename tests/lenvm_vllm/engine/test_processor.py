@@ -36,7 +36,7 @@ def test_the_constructor_connects_to_nothing() -> None:
         with pytest.raises(BlockingIOError):
             listener.accept()
         served.update_state(update(added=[added(0, params(9))]))
-        assert suppressed(served, 1) == {0: [EOS]}
+        assert EOS in suppressed(served, 1)[0]
         listener.accept()[0].close()
 
 

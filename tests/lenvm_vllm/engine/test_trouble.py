@@ -42,6 +42,11 @@ def log() -> Iterator[list[logging.LogRecord]]:
     engine_rows.logger.setLevel(level)
 
 
+def of_all(log: list[logging.LogRecord]) -> list[logging.LogRecord]:
+    """What is said of all requests, and not of one server."""
+    return [record for record in log if record.msg.startswith("length targets:")]
+
+
 @pytest.mark.parametrize("error", [TimedOut("slow"), RuntimeError("a bug")])
 def test_trouble_and_recovery_are_logged_once(log: list[logging.LogRecord], error: Any) -> None:
     server = Server()
@@ -51,15 +56,16 @@ def test_trouble_and_recovery_are_logged_once(log: list[logging.LogRecord], erro
         for failure in (None, None, error, CircuitOpen("not yet"), TimedOut("again"), error):
             server.error = failure
             served.apply(torch.zeros(1, V))
-        assert len(log) == 2 * outage + 1
+        assert len(of_all(log)) == 2 * outage + 1
         server.error = None
         for _ in range(3):
             served.apply(torch.zeros(1, V))
-        assert len(log) == 2 * outage + 2
-    assert [record.levelname for record in log] == ["ERROR", "INFO"] * 2
-    assert f"{type(error).__name__}: {error}" in log[0].getMessage()
-    assert "steered again" in log[1].getMessage()
-    assert bool(log[0].exc_info) == isinstance(error, RuntimeError)  # a bug shows where it is
+        assert len(of_all(log)) == 2 * outage + 2
+    told = of_all(log)
+    assert [record.levelname for record in told] == ["ERROR", "INFO"] * 2
+    assert f"{type(error).__name__}: {error}" in told[0].getMessage()
+    assert "steered again" in told[1].getMessage()
+    assert bool(told[0].exc_info) == isinstance(error, RuntimeError)  # a bug shows where it is
 
 
 def test_a_request_that_nobody_validated_goes_on_unguided(log: list[logging.LogRecord]) -> None:
@@ -75,7 +81,7 @@ def test_a_request_that_nobody_validated_goes_on_unguided(log: list[logging.LogR
 def test_texts_that_have_no_values_are_counted_and_logged_once(
     log: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = msgspec.structs.replace(INFO, max_sessions=2, max_position=10)
+    few = msgspec.structs.replace(INFO, max_position=10)
     monkeypatch.setattr(Server, "model", lambda self, fingerprint: few)
     served = processor_with(Server())
     counted: list[float] = []
@@ -92,14 +98,10 @@ def test_texts_that_have_no_values_are_counted_and_logged_once(
         if output == 0:
             for *_, tokens in entries:
                 tokens.append(9)
-    assert counted == [4, 3]
+    assert counted == [2, 2]
     told = [record.getMessage() for record in log]
-    assert len(told) == 3
-    for reason in (
-        "more rows than .* takes, 2",
-        "longer than .* 10 tokens",
-        "from 32",
-    ):
+    assert len(told) == 2
+    for reason in ("longer than .* 10 tokens", "from 32"):
         assert any(re.search(reason, line) for line in told), reason
 
 
@@ -111,7 +113,7 @@ def test_a_step_that_asks_nothing_is_no_recovery(log: list[logging.LogRecord]) -
     server.error = None
     output.append(-1)
     served.apply(torch.zeros(1, V))
-    assert [record.levelname for record in log] == ["ERROR"]
+    assert [record.levelname for record in of_all(log)] == ["ERROR"]
 
 
 def test_steering_resumes() -> None:
@@ -119,9 +121,9 @@ def test_steering_resumes() -> None:
     served = processor_with(server)
     served.update_state(update(added=[added(0, params(free(9)))]))
     logits = torch.randn(1, V)
-    assert same_bits(apply(served, logits), logits)
+    without = apply(served, logits)
     server.error = None
-    assert not same_bits(apply(served, logits), logits)
+    assert not same_bits(apply(served, logits), without)
 
 
 # ---- several ranks
@@ -159,7 +161,9 @@ def test_one_rank_asks_for_all(monkeypatch: pytest.MonkeyPatch, error: Any) -> N
         results.append(apply(served, logits))
         assert server.calls == (rank == 0)
     assert same_bits(*results)
-    assert results[0][0].isfinite().sum() == (15 if error is None else V - 1)
+    # Where no bug is in the way, the candidates are cut also without values.
+    bug = isinstance(error, RuntimeError)
+    assert results[0][0].isfinite().sum() == (V - 1 if bug else 15)
 
 
 def test_a_tokenizer_that_cannot_decode_its_tokens(

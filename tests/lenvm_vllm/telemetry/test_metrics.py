@@ -156,6 +156,8 @@ def test_v1_counts() -> None:
         "requests": 2,
         "steps": 2,
         "fallback_steps": 1,
+        "rows": 4,
+        "valued_rows": 2,
         "finished": 1,
         "deviation_tokens": 2,
         "deviation_ratio": 0.5,

@@ -70,12 +70,14 @@ def next_logits(text: list[int], rng: random.Random) -> Tensor:
     return logits
 
 
+def rows_without_values() -> EngineRows:
+    return EngineRows(fakes.config(), fakes.replicas_of(fakes.Server(TimedOut("slow"))))
+
+
 @pytest.mark.parametrize("mode", ["equal_to", "at_most"])
 def test_no_text_ends_in_a_character(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lenvm_vllm.engine.rows.tokenizer_of", lambda config: TOKENIZER)
-    rows, rng = EngineRows(
-        fakes.config(), fakes.replicas_of(fakes.Server(TimedOut("slow"))), random.Random(0)
-    )
+    rows, rng = rows_without_values(), random.Random(0)
     for tokens in [*range(2, 14)] * 4:
         target = LengthTarget.parse({"mode": mode, "tokens": tokens, "tolerance": 0.0})
         state = RequestState(target, [1], [], [END])
@@ -94,7 +96,7 @@ def test_the_rail_stands_where_a_grammar_leaves_no_whole_character() -> None:
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patched:
         patched.setattr("lenvm_vllm.engine.rows.tokenizer_of", lambda config: TOKENIZER)
-        rows = EngineRows(fakes.config(), fakes.replicas_of(fakes.Server(TimedOut("slow"))))
+        rows = fakes.rails_only(rows_without_values())
     target = LengthTarget.parse({"tokens": 2, "tolerance": 0.0})
     state, first = RequestState(target, [1], [], [END]), ids_of("語")[0]
     logits = torch.full((1, len(TOKENIZER)), -math.inf)

@@ -15,7 +15,7 @@ from lenvm_vllm.target.admission import Limits, check_admission, markers_of, res
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 from lenvm_vllm.text.parts import Markers, Parts, call_markers
 from lenvm_vllm.values.client import TimedOut
-from tests.support.fakes import EOS, Server, V, config, replicas_of
+from tests.support.fakes import EOS, Server, V, config, rails_only, replicas_of
 from tests.support.tiny import THINKING, tiny_tokenizer
 
 THINK, OVER, CALL, CALLED = 30, 31, 26, 27
@@ -32,7 +32,8 @@ def request(
 
 def open_tokens(state: RequestState, closed: Any = (), server: Any = None) -> list[int]:
     """The tokens that are left of a step in which all but `closed` are possible."""
-    rows = EngineRows(config(), replicas_of(server or Server(TimedOut("slow"))))
+    rows = EngineRows(config(), replicas_of(server or Server()))
+    rows = rows if server else rails_only(rows)
     logits = torch.zeros(1, V)
     logits[0, list(closed)] = -torch.inf
     rows.steer_inplace(logits, {0: state})

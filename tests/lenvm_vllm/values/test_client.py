@@ -70,7 +70,8 @@ def connect(server: Server, **options: Any) -> ValueClient:
 
 
 def reply(z: Any = Z, **fields: Any) -> bytes:
-    return wire.encode(wire.StepReply(logits=wire.pack_logits(np.float32(z)), **fields))
+    told = {"held": [2, 3]} | fields
+    return wire.encode(wire.StepReply(logits=wire.pack_logits(np.float32(z)), **told))
 
 
 def info(**changes: Any) -> bytes:
@@ -82,10 +83,10 @@ def ours() -> str:
 
 
 def test_step() -> None:
-    server = Server(reply([1.5, -2.0, np.nan], unknown=[1]))
-    z, unknown = connect(server, token="secret").step(STEP)
-    np.testing.assert_array_equal(z, np.float32([1.5, -2.0, np.nan]))
-    assert unknown == [1]
+    server = Server(reply([1.5, -2.0, np.nan], held=[2, 0], refused={1: "too long"}))
+    told = connect(server, token="secret").step(STEP)
+    np.testing.assert_array_equal(wire.unpack_logits(told.logits), np.float32([1.5, -2.0, np.nan]))
+    assert (told.held, told.refused) == ([2, 0], {1: "too long"})
     (request,) = server.requests
     assert (request.method, request.url.path) == ("POST", wire.STEP_PATH)
     assert request.headers["Authorization"] == "Bearer secret"
@@ -140,10 +141,13 @@ def test_model_errors(answer: Any, error: type[Exception], message: str | None) 
         (reply()[:-3], BadReply),
         (reply(Z[:2]), BadReply),
         (reply(version=wire.WIRE_VERSION + 1), BadReply),
-        (reply(unknown=[2]), BadReply),
-        (reply(unknown=[-1]), BadReply),
+        (reply(held=[2]), BadReply),
+        (reply(held=[3, 3]), BadReply),
+        (reply(held=[2, -1]), BadReply),
+        (reply(refused={2: "too long"}), BadReply),
+        (reply(refused={-1: "too long"}), BadReply),
         (reply([1.5, np.nan, 0.0]), BadReply),
-        (reply([1.5, np.inf, np.nan], unknown=[1]), BadReply),
+        (reply([1.5, np.inf, np.nan]), BadReply),
         (reply() + bytes(10_000), BadReply),
         (msgspec.msgpack.encode({"version": 1, "logits": "text"}), BadReply),
         (msgspec.msgpack.encode([1, 2]), BadReply),
@@ -185,13 +189,16 @@ def test_circuit_opens_backs_off_and_closes() -> None:
     down, clock = httpx.ConnectError("down"), Clock()
     server = Server(down, down, down, down, reply(), down, reply())
     client = connect(server, clock=clock, backoff_s=(1.0, 4.0))
+    assert not client.rests
     for asked, pause in enumerate((1.0, 2.0, 4.0, 4.0), start=1):
         failing(lambda: client.step(STEP), Unreachable)
         clock.time += pause - 0.01
+        assert client.rests
         failing(lambda: client.step(STEP), CircuitOpen)
         failing(lambda: client.model(ours), CircuitOpen)
         assert len(server.requests) == asked
         clock.time += 0.01
+        assert not client.rests
     client.step(STEP)
     failing(lambda: client.step(STEP), Unreachable)
     clock.time += 1.0  # after a good answer the first pause again

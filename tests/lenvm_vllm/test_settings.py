@@ -1,0 +1,39 @@
+"""The settings of the plugin."""
+
+from typing import Any
+
+import pytest
+
+from lenvm_vllm.settings import load_settings
+
+
+@pytest.mark.parametrize(
+    ("given", "urls"),
+    [
+        ("http://a:1", ("http://a:1",)),
+        ("http://a:1, https://b:2 ,unix:/run/s", ("http://a:1", "https://b:2", "unix:/run/s")),
+        ('["http://a:1", "http://b:2"]', ("http://a:1", "http://b:2")),
+        (["http://a:1", "http://b:2"], ("http://a:1", "http://b:2")),
+    ],
+)
+def test_urls(given: Any, urls: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings({"lenvm": {"url": given}}).url == urls
+    if isinstance(given, str):
+        monkeypatch.setenv("LENVM_URL", given)
+        assert load_settings().url == urls
+
+
+@pytest.mark.parametrize(
+    "given", ["", "a:1", "http://a:1,", "http://a,http://a", [], "[3]", "[", 3]
+)
+def test_wrong_urls_are_named(given: Any) -> None:
+    with pytest.raises(ValueError, match="url"):
+        load_settings({"lenvm": {"url": given}})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"wait_share": -0.1}, {"wait_floor_s": -1}, {"timeout_s": 0}, {"wait": 1}]
+)
+def test_wrong_waits_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        load_settings({"lenvm": wrong})
