@@ -1,0 +1,234 @@
+"""A step waits for values as long as it may: what comes later, and from whom it is not awaited.
+
+The servers answer when the test lets them. A step that came back before that has not waited.
+"""
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from lenvm_vllm.engine.guide import Guide
+from lenvm_vllm.engine.sessions import Sessions
+from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.values.client import TimedOut, Unreachable
+from lenvm_vllm.values.replicas import LATE_ANSWERS, Replicas, rank
+from tests.support.toy import (
+    SECONDS,
+    Server,
+    flat_logits,
+    guide_of,
+    request,
+    sessions_of,
+    settle,
+    steered,
+    told,
+    valued,
+)
+
+SHORT = 0.02  # seconds that a step waits for a server that does not answer
+
+
+def shut(server: Server) -> None:
+    server.gate = threading.Event()
+
+
+def late_step(server: Server, sessions: Sessions, states: list[RequestState]) -> None:
+    """One whose answer comes after it."""
+    shut(server)
+    assert not any(valued(sessions, states, SHORT))
+    server.gate.set()
+    settle(sessions)
+
+
+def begun(count: int = 1) -> tuple[Server, Sessions, list[RequestState]]:
+    """Requests whose prompts the server has."""
+    server = Server()
+    sessions, states = sessions_of(server), [request() for _ in range(count)]
+    assert all(valued(sessions, states))
+    return server, sessions, states
+
+
+# ---- one late answer
+
+
+def test_a_late_answer_is_waited_for_once_and_nothing_is_asked_meanwhile() -> None:
+    server, sessions, (state,) = begun()
+    shut(server)
+    state.output_ids.append(80)
+    assert valued(sessions, [state], SHORT) == [False]
+    for _ in range(3):
+        state.output_ids.append(40)
+        assert valued(sessions, [state], SECONDS / 3) == [False]  # it is not waited for again
+    assert len(server.requests) == 2
+    server.gate.set()
+
+
+def test_what_was_not_told_meanwhile_is_told_and_nothing_twice() -> None:
+    server, sessions, (state,) = begun()
+    shut(server)
+    for token in (80, 40, 20):
+        state.output_ids.append(token)
+        valued(sessions, [state], SHORT)
+    server.gate.set()
+    settle(sessions)
+    assert valued(sessions, [state]) == [True]
+    rows = [row[1:] for message in server.requests for row in told(message)]
+    assert rows == [(0, [7, 50]), (2, [80]), (3, [40, 20])]
+
+
+def test_a_request_that_ends_while_its_answer_is_out() -> None:
+    server, sessions, (gone, stays) = begun(2)
+    shut(server)
+    valued(sessions, [gone, stays], SHORT)
+    sessions.close(gone)
+    valued(sessions, [stays], SHORT)
+    server.gate.set()
+    settle(sessions)
+    assert valued(sessions, [stays]) == [True]
+    assert server.closed == [gone.session]
+    assert set(server.texts) == {stays.session}
+
+
+def test_a_server_that_never_answers_is_lost_when_its_client_says_so() -> None:
+    server, sessions, (state,) = begun()
+    shut(server)
+    server.failures = [TimedOut("slow")]
+    assert valued(sessions, [state], SHORT) == [False]
+    server.gate.set()
+    settle(sessions)
+    assert valued(sessions, [state]) == [True]  # is found again at once, since it does not rest
+
+
+def test_what_was_sent_ahead_is_waited_for_in_one_step_only() -> None:
+    server, sessions, (old,) = begun()
+    new = request(prompt=[9] * 100)
+    shut(server)
+    sessions.tell([new])
+    assert valued(sessions, [old, new], SHORT) == [False, False]
+    for _ in range(3):
+        assert valued(sessions, [old, new], SECONDS / 3) == [False, False]
+    server.gate.set()
+    settle(sessions)
+    assert valued(sessions, [old, new]) == [True, True]
+
+
+def test_rows_without_an_answer_are_led_alone() -> None:
+    """In its landing a text is brought to its end; one before it is left as it is."""
+    server = Server()
+    guide = guide_of(server)
+    states = {0: request(30, output=[50] * 10), 1: request(30, output=[50] * 30)}
+    server.pending = [1]
+    logits = flat_logits(2, (0, 10, 20, 40, 80))
+    after = steered(guide, logits, states).softmax(-1)
+    assert [states[row].valued for row in states] == [True, False]
+    assert after[0, 0] == 0  # no end before the landing
+    assert after[1, 0] > 0.9
+    assert after[1, 10] == pytest.approx(float(after[1, 80]))  # no values move the text
+
+
+# ---- servers that are slow
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Any:
+    logger = logging.getLogger("vllm.lenvm")
+    logger.addHandler(caplog.handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+
+
+def test_one_that_is_late_again_and_again_is_asked_without_waiting(log: Any) -> None:
+    server, sessions, states = begun()
+    for _ in range(LATE_ANSWERS):
+        late_step(server, sessions, states)
+    shut(server)
+    before = len(server.requests)
+    assert valued(sessions, states, SECONDS) == [False]  # is asked, and not waited for
+    server.gate.set()
+    settle(sessions)
+    assert len(server.requests) == before + 1
+    assert valued(sessions, states) == [True]  # that one came in time: so it is waited for again
+    lines = [record.getMessage() for record in log.records if "in time" in record.getMessage()]
+    assert len(lines) == 2
+    assert "nobody waits" in lines[0]
+    assert "in time again" in lines[1]
+
+
+def test_fewer_late_answers_change_nothing(log: Any) -> None:
+    server, sessions, states = begun()
+    for _ in range(2):
+        for _ in range(LATE_ANSWERS - 1):
+            late_step(server, sessions, states)
+        assert valued(sessions, states) == [True]
+    assert "nobody waits" not in log.text
+
+
+# ---- several servers
+
+
+def two() -> tuple[list[Server], Replicas, list[RequestState]]:
+    """Twenty requests, in the order of the servers that have them."""
+    servers = {"http://a": Server(), "http://b": Server()}
+    replicas = Replicas(servers)
+    while len(replicas.live) < 2:
+        replicas.model(lambda: "ours")
+    states = [request(prompt=[1, 2]) for _ in range(20)]
+    states.sort(key=lambda state: rank("http://a", state.session) < rank("http://b", state.session))
+    return list(servers.values()), replicas, states
+
+
+def of(server: Server, states: list[RequestState]) -> list[bool]:
+    return [state.session in server.texts for state in states]
+
+
+def test_one_that_hangs_leaves_the_rows_of_the_others_their_values() -> None:
+    (a, b), replicas, states = two()
+    sessions = sessions_of(replicas)
+    assert all(valued(sessions, states))
+    mine = of(a, states)
+    assert 0 < sum(mine) < 20
+    shut(b)
+    for state in states:
+        state.output_ids.append(80)
+    assert valued(sessions, states, 1.0) == mine  # long, for that of the other to come
+    for _ in range(3):
+        assert valued(sessions, states, SECONDS) == mine
+    b.gate.set()
+    settle(sessions)
+    assert all(valued(sessions, states))
+
+
+def test_a_bug_in_one_answer_leaves_the_other_to_be_read() -> None:
+    (a, b), replicas, states = two()
+    sessions = sessions_of(replicas)
+    assert all(valued(sessions, states))
+    for state in states:
+        state.output_ids.append(80)
+    a.failures = [RuntimeError("a bug")]
+    with pytest.raises(RuntimeError, match="a bug"):
+        valued(sessions, states)
+    settle(sessions)
+    assert all(valued(sessions, states))
+    assert [len(message.sessions) for message in b.requests] == [sum(of(b, states))] * 3
+    assert told(b.requests[-1])[0][1:] == (3, [])  # the answer of the step before was read
+
+
+def test_a_guided_step_survives_the_loss_of_its_server() -> None:
+    """All rows have values in the very step in which one goes."""
+    (a, b), replicas, states = two()
+    guide: Guide = guide_of(replicas)
+    rows = dict(enumerate(states))
+    for output in ([], [50], [50, 60]):
+        for state in states:
+            state.output_ids = list(output)
+        guide.plan(torch.zeros(20, 400), rows)
+        assert all(state.valued for state in states)
+        a.failures = [Unreachable("gone")] * (output == [])
+        a.rests = True
+    assert set(b.texts) == {state.session for state in states}
