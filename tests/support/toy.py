@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lenvm_vllm.engine.guide import Guide
+from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
@@ -135,7 +136,7 @@ def values(sessions: Sessions, states: Sequence[RequestState], wait_s: float = S
     tokens = torch.tensor([[10, 20, 40, 80]]).expand(len(states), -1)
     wanted = torch.zeros(tokens.shape, dtype=torch.bool)
     wanted[sessions.askable(states, info)] = True
-    return sessions.values(states, tokens, wanted, wait_s)
+    return sessions.values(states, tokens, wanted, Pace(0.0, wait_s, wait_s))
 
 
 def valued(sessions: Sessions, states: Sequence[RequestState], wait_s: float = SECONDS) -> Any:

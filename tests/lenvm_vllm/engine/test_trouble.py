@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,20 +25,6 @@ from tests.support.fakes import (
     same_bits,
 )
 from tests.support.v1_batch import added, apply, processor_with, update
-
-
-@pytest.fixture
-def log() -> Iterator[list[logging.LogRecord]]:
-    """What the plugin logs; vLLM's loggers do not propagate."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    level = engine_rows.logger.level
-    engine_rows.logger.addHandler(handler)
-    engine_rows.logger.setLevel(logging.INFO)
-    yield records
-    engine_rows.logger.removeHandler(handler)
-    engine_rows.logger.setLevel(level)
 
 
 def of_all(log: list[logging.LogRecord]) -> list[logging.LogRecord]:

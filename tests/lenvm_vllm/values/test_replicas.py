@@ -87,20 +87,21 @@ def ask(
 ) -> dict[str, list[float]]:
     """Each session brings two tokens, and row i asks for i + 1 candidates. The lengths of those
     whose text is there."""
+    counts = [row + 1 for row in range(len(names))]
 
-    def build(rows: list[int], closed: list[str]) -> wire.StepRequest:
+    def build(rows: list[int], closed: list[str], seconds: float) -> wire.StepRequest:
         return wire.StepRequest(
             sessions=[names[row] for row in rows],
             starts=[start] * len(rows),
             token_counts=[2] * len(rows),
             tokens=wire.pack_ids([5, 6] * len(rows)),
-            candidate_counts=[row + 1 for row in rows],
+            candidate_counts=[counts[row] for row in rows],
             candidates=wire.pack_ids([c for row in rows for c in candidates_of(row)]),
             closed=closed,
         )
 
     told = {}
-    for call in replicas.send(names, build, SECONDS):
+    for call in replicas.send(names, counts, build, SECONDS, SECONDS):
         assert call.is_there(soon())
         if (reply := replicas.read(call)) is None:
             continue
