@@ -133,7 +133,7 @@ class Guide:
             return []
         step, z, known = step.pick(steered), z[steered], known[steered]
         goals = goals_of(step.states, gamma, self._settings.max_kl)
-        closes = self._closes(step, goals)
+        closes = self._closes(step, goals.without_values(~known))
         before = step.candidates
         log_q, log_p0 = steer(before.log_q, before.log_p0, before.own_end, z, closes, goals)
         rest = expected_rest(log_q, log_p0, z, gamma).masked_fill(~known, torch.nan)
