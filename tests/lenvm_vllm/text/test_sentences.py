@@ -82,3 +82,42 @@ def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
     tokenizer, found = sentences()
     *before, token = tokenizer.encode(text, add_special_tokens=False)
     assert found.ends(before, token) is ends
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("It ends.", True),
+        ("It ends.\n", True),
+        ("A line\n", True),
+        ("It goes", False),
+        ("", False),
+        ("\n\n", False),  # nothing has been said
+        ("These are:\n", False),
+        ("One,\n", False),
+        ("Steps:\n3.", False),
+        ("```\nx = 1\n", False),  # inside of a code block
+        ("```\nx = 1\n" + "y = 2\n" * 9, False),
+        ("```\nx = 1\n```", True),
+        ("```\nx = 1\n```\n", True),
+    ],
+)
+def test_a_whole_text(text: str, whole: bool) -> None:
+    tokenizer, found = sentences()
+    assert found.is_whole(tokenizer.encode(text, add_special_tokens=False)) is whole
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("It goes", 7),
+        ("It ends. It ends.", 8.5),
+        ("- one\n- two\n", 6),
+        ("v3.5 is it.", 11),
+        ("", 0),
+    ],
+)
+def test_tokens_a_sentence(text: str, tokens: float) -> None:
+    """A token is a byte here."""
+    tokenizer, found = sentences()
+    assert found.tokens_a_sentence(tokenizer.encode(text, add_special_tokens=False)) == tokens

@@ -1,0 +1,157 @@
+"""Texts that have no values: their rails hold, and they end where a sentence does."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.sampling_params import SamplingParams
+
+from lenvm_vllm.engine.rows import EngineRows
+from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.values.client import TimedOut
+from tests.support import fakes, toy
+from tests.support.real_tokenizers import real
+from value_server.contract.units import count
+
+TEXTS = 40
+TOKENIZER = real("byte-level")
+END = TOKENIZER.eos_token_id
+(STOP,) = TOKENIZER.encode(".", add_special_tokens=False)
+SAID = " the cat and old river was never in its long house of stone while rain fell"
+WORDS = TOKENIZER.encode(SAID, add_special_tokens=False)  # a token each
+SIZE = max(*WORDS, STOP, END) + 1  # of the vocabulary, as far as it is used
+LOG_WORDS = torch.linspace(0, -2, len(WORDS)).log_softmax(-1)
+
+
+def next_logits(text: list[int], rng: random.Random) -> Tensor:
+    """Of a model whose sentences have six words or more, and which hardly ever ends by itself."""
+    here = len(text) - max((i + 1 for i, token in enumerate(text) if token == STOP), default=0)
+    stop = 0.0 if here < 3 else 0.002 if here < 6 else rng.choice([0.02, 0.1, 0.4])
+    end = 2e-3 if text and here == 0 else 1e-7
+    logits = torch.full((SIZE,), -math.inf)
+    logits[WORDS] = LOG_WORDS + math.log(1 - stop - end)
+    logits[STOP], logits[END] = math.log(stop or 1e-7), math.log(end)
+    return logits
+
+
+def write(target: dict[str, Any], server: Any, seed: int = 0) -> list[RequestState]:
+    rng, made = random.Random(seed), SamplingParams(max_tokens=600)
+    made.extra_args = LengthTarget.parse(target).to_xargs()
+    made.update_from_generation_config({}, END)
+    rows = EngineRows(fakes.config(), fakes.replicas_of(server))
+    opened = [rows.open(made, [1, 2], []) for _ in range(TEXTS)]
+    states = [state for state in opened if state is not None]
+    while running := [state for state in states if state.output_ids[-1:] != [END]]:
+        logits = torch.stack([next_logits(state.output_ids, rng) for state in running])
+        rows.tell(running)
+        rows.steer_inplace(logits, dict(enumerate(running)))
+        for state, p in zip(running, logits.softmax(-1), strict=True):
+            state.output_ids.append(int(p.multinomial(1)))
+    return states
+
+
+@pytest.fixture(autouse=True)
+def _tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lenvm_vllm.engine.rows.tokenizer_of", lambda config: TOKENIZER)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("target", "least", "most"),
+    [
+        ({"tokens": 100}, 90, 110),
+        ({"tokens": 100, "policy": "greedy"}, 90, 110),
+        ({"tokens": 60, "tolerance": 0.2}, 48, 72),
+        ({"mode": "at_most", "tokens": 80}, 2, 80),
+        ({"mode": "range", "min_tokens": 50, "max_tokens": 80}, 50, 80),
+        ({"words": 80}, 72, 88),
+        ({"mode": "at_most", "characters": 300}, 1, 300),
+    ],
+)
+def test_texts_without_values_end_with_a_sentence(
+    target: dict[str, Any], least: int, most: int
+) -> None:
+    states = write(target, fakes.Server(TimedOut("slow")))
+    assert not any(state.valued for state in states)
+    texts = [TOKENIZER.decode(state.output_ids[:-1]) for state in states]
+    unit = states[0].target.unit
+    sizes = [
+        len(state.output_ids) if unit == "tokens" else count(text, unit)
+        for state, text in zip(states, texts, strict=True)
+    ]
+    assert least <= min(sizes)
+    assert max(sizes) <= most
+    assert sum(text.endswith(".") for text in texts) >= 0.85 * TEXTS
+
+
+# ---- one step
+
+
+class Whole:
+    """Sentences of ten tokens, of which one has ended."""
+
+    ids: tuple[int, ...] = ()
+
+    def __init__(self, whole: bool = True) -> None:
+        self.is_whole = lambda text: whole
+        self.tokens_a_sentence = lambda text: 10.0
+
+
+def after(state: RequestState, sentences: Any = None, **closed: Any) -> dict[int, float]:
+    """The next token's probabilities where the server has no values, of an unlikely end."""
+    server = toy.Server()
+    server.pending = [0]
+    logits = toy.flat_logits(1, (toy.EOS, 10, 20, 40, 80))
+    logits[:, toy.EOS] = -5.0
+    logits[:, closed.get("closed", [])] = -math.inf
+    p = toy.steered(toy.guide_of(server, sentences), logits, {0: state}).softmax(-1)[0]
+    return {token: float(p[token]) for token in p.nonzero()[:, 0].tolist()}
+
+
+def text_of(tokens: int, target: Any = 30, **fields: Any) -> RequestState:
+    return toy.request(target, output=[50] * tokens, **fields)
+
+
+def test_a_finished_sentence_in_the_landing_is_the_end_where_no_other_fits() -> None:
+    assert after(text_of(29), Whole()) == {toy.EOS: 1.0}
+    assert 0 < after(text_of(29), Whole(whole=False))[toy.EOS] < 0.5
+    assert toy.EOS not in after(text_of(20), Whole())  # before the landing
+    limit = {"mode": "at_most", "tokens": 30}
+    assert after(text_of(25, limit), Whole()) == {toy.EOS: 1.0}
+    assert len(after(text_of(10, limit), Whole())) == 5
+
+
+def test_an_end_that_cannot_come_is_not_forced() -> None:
+    """It is no token of the vocabulary, or a grammar has removed it."""
+    assert after(text_of(29, eos_ids=[toy.EOS, 10_000]), Whole()) == {toy.EOS: 1.0}
+    assert sorted(after(text_of(29), Whole(), closed=[toy.EOS])) == [10, 20, 40, 80]
+
+
+def test_ends_gain_through_the_landing() -> None:
+    ends = [after(text_of(tokens))[toy.EOS] for tokens in (29, 30, 31)]
+    assert ends == sorted(ends)
+    assert ends[0] < 0.02 < 0.1 < ends[-1]
+
+
+def test_no_end_comes_too_early() -> None:
+    assert toy.EOS not in after(text_of(20, {"mode": "at_least", "tokens": 90}))
+    assert toy.EOS not in after(text_of(20, 90))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"mode": "tilt", "beta": -5.0},
+        {"mode": "at_most", "tokens": 300},
+        {"mode": "at_least", "tokens": 5},
+    ],
+)
+def test_what_needs_no_lead_stays_as_it_is(target: dict[str, Any]) -> None:
+    server = toy.Server()
+    server.pending = [0]
+    assert toy.guide_of(server).plan(toy.flat_logits(1), {0: text_of(9, target)}) is None
+    assert len(server.requests) == 1
