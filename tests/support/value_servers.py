@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,16 @@ def served(
     uds: Path | None = None,
     scheme: str = "http",
     verify: Any = True,
+    program: Sequence[str] = LENVM,
     **environment: str,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """URL and process of a small server, interrupted at the end unless it has ended before."""
+    """URL and process of a small server, interrupted at the end unless it has ended before.
+
+    program: in the place of `lenvm`.
+    """
     port = free_port()
     url = f"{scheme}://127.0.0.1:{port}"
-    command = [*LENVM, "serve", str(checkpoint), "--dtype", "float32", "--slots", "400", *flags]
+    command = [*program, "serve", str(checkpoint), "--dtype", "float32", "--slots", "400", *flags]
     command += ["--threads", "1", *(["--uds", str(uds)] if uds else ["--port", str(port)])]
     with contextlib.ExitStack() as stack:
         log = log or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"

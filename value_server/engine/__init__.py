@@ -3,7 +3,11 @@
 job.py         what is asked: a job is one request, with a row for each session
 batcher.py     how the server batches: jobs wait, go pass by pass together, and are answered
 scheduler.py   which tokens of which rows go into the next pass
-cache.py       who owns which slot; texts that begin alike share theirs
+pace.py        how much goes into it
+tree.py        the slots, as a tree of tokens; texts that begin alike share theirs
+session.py     a text that has slots
+cache.py       which texts have slots
+line.py        who may come in where not all have room
 engine.py      a pass: rows → backbone → head → logits
 attention.py   attention of a pass over the slots, in groups of rows
 linear.py      linear layers for passes of a few rows

@@ -14,12 +14,13 @@ wait in a line (line.py). Only when those in use grow beyond all slots does the 
 back to the line, so that the oldest go on.
 """
 
+import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from value_server.engine.line import Line, Room
+from value_server.engine.session import Session
 from value_server.engine.tree import SlotTree
 
 ACTIVE_S = 5.0  # a session that was asked for within so many seconds is in use
@@ -29,38 +30,12 @@ class CacheFullError(Exception):
     """Everything is in use by older sessions."""
 
 
-@dataclass(slots=True, eq=False)
-class Session:
-    """One text and the candidates of its last step, as slots.
-
-    path: slot of each token from the start of the text.
-    candidates: slots of the last step's candidates, each a child of `path`'s end; an entry per
-        candidate asked for, so a slot may stand here twice (and is owned twice).
-    pinned: part of a running request; in use however long that takes.
-    lost: its slots are gone.
-    """
-
-    name: str
-    client: str
-    ticket: int
-    path: "array[int]" = field(default_factory=lambda: array("i"))
-    candidates: list[int] = field(default_factory=list)
-    pinned: bool = False
-    lost: bool = False
-    used_at: float = 0.0
-
-    @property
-    def size(self) -> int:
-        """Slots, those shared with others counted as its own."""
-        return len(self.path) + len(self.candidates)
-
-
 class SlotCache(SlotTree):
     """`slots` places for tokens, at most `max_sessions` sessions; what nobody has used for `ttl`
     seconds is dropped, sessions and kept texts.
 
     client_sessions, client_slots: what one client may have in use, slots that are shared counted
-    for each of its sessions. None: all there is.
+    for each of its sessions. None: no limit of its own.
     `now` is a clock in seconds. Not thread-safe: one thread owns it.
     """
 
@@ -77,8 +52,8 @@ class SlotCache(SlotTree):
         self.max_sessions = max_sessions
         self.ttl = ttl
         self.now = now
-        self.client_sessions = client_sessions or max_sessions
-        self.client_slots = client_slots or slots
+        self.client_sessions = client_sessions or sys.maxsize
+        self.client_slots = client_slots or sys.maxsize
         self.sessions: OrderedDict[str, Session] = OrderedDict()  # in use, least recently first
         self.idle: OrderedDict[str, Session] = OrderedDict()  # likewise
         self.line = Line()
@@ -180,9 +155,10 @@ class SlotCache(SlotTree):
         """A session that was not in use, in use from now on; None if it has no room."""
         idle = self.idle.get(name)
         path = idle.path[:start] if idle else array("i")
-        found = self._find(path, tokens)
-        new = len(tokens) - len(found) + len(set(candidates))
-        slots, size = new + self._unowned((*path, *found)), start + len(tokens) + len(candidates)
+        known, scored = self._known(path, tokens, candidates)
+        found = [*path, *known, *scored]
+        slots = start + len(tokens) + len(set(candidates)) - len(found) + self._unowned(found)
+        size = start + len(tokens) + len(candidates)
         ticket = idle.ticket if idle else None
         asker = self.line.ask(name, client, slots, size, self.now(), ticket)
         own = [s.size for s in self.sessions.values() if s.client == client]
@@ -213,10 +189,7 @@ class SlotCache(SlotTree):
         # Keep what is known already, release the rest, and only then ask for new slots.
         #   path:  [0, start) as it was | [start, start + known) found | [.., end) new
         path = session.path[:start]
-        known = self._find(path, tokens)
-        end = [*path[-1:], *known][-1:]
-        whole = len(known) == len(tokens)
-        scored = [slot for c in set(candidates) if whole for slot in self._find(end, [c])]
+        known, scored = self._known(path, tokens, candidates)
         held = [self._owned(slot) for slot in (*known, *scored)]
         old = [*session.path[start:], *session.candidates]
         session.path, session.candidates = path, []
@@ -234,11 +207,21 @@ class SlotCache(SlotTree):
             self.prefix_tokens += len(tokens)
             self.prefix_hits += len(known)
 
+    def _known(
+        self, path: Sequence[int], tokens: Sequence[int], candidates: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Slots that are there already: of the first tokens behind `path`, and of candidates."""
+        known = self._find(path, tokens)
+        if len(known) < len(tokens):
+            return known, []
+        end = known[-1:] or path[-1:]
+        return known, [slot for token in set(candidates) for slot in self._find(end, [token])]
+
     def _make_room(self, session: Session, slots: int, size: int) -> None:
         """Free slots for a session in use, that will have `size` of its client's."""
         of_client = (s.size for s in self.sessions.values() if s.client == session.client)
         own = sum(of_client) - session.size
-        while self.client_slots < self.size and own + size > self.client_slots:
+        while own + size > self.client_slots:
             own -= self._preempt(session, session.client)
         while len(self._free) < slots:
             if self._kept:

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from value_server.engine import selfcheck
 from value_server.engine.attention import NAME, Pass, groups_of
-from value_server.engine.cache import Session, SlotCache
+from value_server.engine.cache import SlotCache
 from value_server.engine.errors import ModelError, PassFailedError, RequestError
 from value_server.engine.job import Job, JobResult, Row
 from value_server.engine.linear import compile_inplace, pack_inplace
 from value_server.engine.memory import KVPool, on_device
 from value_server.engine.pace import Pace
 from value_server.engine.scheduler import is_done, next_pass
+from value_server.engine.session import Session
 from value_server.model.value_model import ValueModel
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class Engine:
             row.session = self.cache.update(
                 row.name, row.start, row.tokens, row.candidates, job.client, not job.texts
             )
-            row.held = self.cache.held(row.name)
+            told = row.start + len(row.tokens)
+            row.held = told if row.session else min(row.start, self.cache.held(row.name))
         asked = sum(len(row.tokens) + len(row.candidates) for row in job.rows if row.session)
         self.saved += asked - (self.cache.created - created)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from value_server.engine.cache import Session
 from value_server.engine.errors import RequestError
+from value_server.engine.session import Session
 
 
 @dataclass(slots=True, eq=False)

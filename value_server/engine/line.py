@@ -48,14 +48,11 @@ class Line:
     """The sessions that wait, by name."""
 
     def __init__(self) -> None:
-        self._askers: dict[str, Asker] = {}
+        self.askers: dict[str, Asker] = {}
         self._tickets = 0
 
     def __len__(self) -> int:
-        return len(self._askers)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._askers
+        return len(self.askers)
 
     def new_ticket(self) -> int:
         self._tickets += 1
@@ -65,10 +62,10 @@ class Line:
         self, name: str, client: str, slots: int, size: int, now: float, ticket: int | None = None
     ) -> Asker:
         """A place, the one that it has if it has one. ticket: that it has from before."""
-        old = self._askers.get(name)
+        old = self.askers.get(name)
         if ticket is None:
             ticket = old.ticket if old else self.new_ticket()
-        asker = self._askers[name] = Asker(client, slots, size, ticket, now)
+        asker = self.askers[name] = Asker(client, slots, size, ticket, now)
         return asker
 
     def may_enter(self, asker: Asker, server: Room, client: Room) -> bool:
@@ -81,12 +78,12 @@ class Line:
         return not asker.over and server.takes(asker.slots, all_ahead)
 
     def leave(self, name: str) -> None:
-        self._askers.pop(name, None)
+        self.askers.pop(name, None)
 
     def forget(self, before: float) -> None:
         """Those who have not asked since."""
-        for name in [name for name, asker in self._askers.items() if asker.asked_at < before]:
-            del self._askers[name]
+        for name in [name for name, asker in self.askers.items() if asker.asked_at < before]:
+            del self.askers[name]
 
     def _ahead(self, asker: Asker) -> Iterator[Asker]:
-        return (other for other in self._askers.values() if other.ticket < asker.ticket)
+        return (other for other in self.askers.values() if other.ticket < asker.ticket)

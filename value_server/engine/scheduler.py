@@ -7,9 +7,10 @@ of one pass.
 
 from collections.abc import Iterable
 
-from value_server.engine.cache import Session, SlotCache
+from value_server.engine.cache import SlotCache
 from value_server.engine.job import Row
 from value_server.engine.pace import Limits
+from value_server.engine.session import Session
 
 SHORT = 32  # new tokens up to which a row is a step, not a prompt
 

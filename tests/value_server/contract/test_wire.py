@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from value_server.contract.wire import (
+    LONGEST_REASON,
     WIRE_VERSION,
     StepReply,
     StepRequest,
@@ -17,6 +18,7 @@ from value_server.contract.wire import (
     decode_reply,
     decode_request,
     encode,
+    largest_reply,
     pack_ids,
     pack_logits,
     unpack_ids,
@@ -36,6 +38,7 @@ def request(rows: list[tuple[list[int], list[int]]], **changes: Any) -> StepRequ
         "candidate_counts": [len(candidates) for _, candidates in rows],
         "candidates": pack_ids([c for _, candidates in rows for c in candidates]),
         "closed": ["old"],
+        "budget_ms": 12.5,
     }
     return StepRequest(**(fields | changes))
 
@@ -52,13 +55,25 @@ def test_request_round_trip(rows: list[tuple[list[int], list[int]]]) -> None:
     assert unpack_ids(got.candidates).tolist() == [c for _, some in rows for c in some]
 
 
-@given(st.lists(st.floats(width=32), max_size=8), st.lists(st.integers(0, 9)))
-def test_reply_round_trip(z: list[float], unknown: list[int]) -> None:
-    """Infinite and NaN logits included: both have a meaning."""
-    logits = np.array(z, dtype=np.float32)
-    got = decode_reply(encode(StepReply(logits=pack_logits(logits), unknown=unknown)), len(z))
+@given(st.lists(st.floats(width=32, allow_infinity=False) | st.none(), max_size=8))
+def test_reply_round_trip(z: list[float | None]) -> None:
+    """A row for each logit; NaN: it has none in time."""
+    sent = request([([1], [2])] * len(z))
+    logits = np.array([np.nan if value is None else value for value in z], dtype=np.float32)
+    refused = {row: "too long" for row, value in enumerate(z) if value is None}
+    held = [0 if row in refused else row + 1 for row in range(len(z))]
+    reply = StepReply(logits=pack_logits(logits), held=held, refused=refused)
+    got = decode_reply(encode(reply), sent)
+    assert got == reply
     np.testing.assert_array_equal(unpack_logits(got.logits), logits)
-    assert got.unknown == unknown
+    assert len(encode(reply)) < largest_reply(sent)
+
+
+def test_the_longest_reasons_fit_the_largest_reply() -> None:
+    sent = request([([1], [2])] * 100)
+    refused = dict.fromkeys(range(100), "x" * LONGEST_REASON)
+    reply = StepReply(logits=pack_logits(np.full(100, np.nan)), held=[1] * 100, refused=refused)
+    assert len(encode(reply)) < largest_reply(sent)
 
 
 def test_bytes_are_little_endian() -> None:
@@ -80,6 +95,9 @@ def test_bytes_are_little_endian() -> None:
         ({"candidate_counts": [1, 2, 3]}, "candidate_counts: 3 entries for 2 sessions"),
         ({"candidate_counts": [4, -1]}, "candidate_counts: negative entry -1"),
         ({"candidates": b""}, "candidates: 0 bytes, the counts say 12"),
+        ({"budget_ms": -0.1}, "budget_ms: not a number of milliseconds: -0.1"),
+        ({"budget_ms": float("nan")}, "budget_ms: not a number"),
+        ({"budget_ms": float("inf")}, "budget_ms: not a number"),
     ],
 )
 def test_request_that_contradicts_itself(changes: dict[str, Any], message: str) -> None:
@@ -109,30 +127,40 @@ def test_unknown_field_is_named() -> None:
 
 
 def test_every_truncation_is_refused() -> None:
-    whole, reply = encode(request(TWO_ROWS)), encode(StepReply(logits=bytes(12)))
+    sent = request(TWO_ROWS)
+    whole, reply = encode(sent), encode(StepReply(logits=bytes(12), held=[3, 1]))
     for size in range(len(whole)):
         with pytest.raises(WireError):
             decode_request(whole[:size])
     for size in range(len(reply)):
         with pytest.raises(WireError):
-            decode_reply(reply[:size], 3)
+            decode_reply(reply[:size], sent)
 
 
 @given(st.binary(max_size=64))
 def test_noise_is_a_wire_error_or_a_message(data: bytes) -> None:
-    for decode in (decode_request, lambda d: decode_reply(d, 0)):
+    for decode in (decode_request, lambda d: decode_reply(d, request([]))):
         with contextlib.suppress(WireError):
             decode(data)
+
+
+NAN, INF = (pack_logits(np.float32([value])) for value in (np.nan, np.inf))
 
 
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (StepReply(version=0, logits=bytes(8)), "version: got 0"),
-        (StepReply(logits=bytes(7)), "logits: 7 bytes for 2 candidates"),
-        (StepReply(logits=bytes(12)), "logits: 12 bytes for 2 candidates"),
+        (StepReply(version=0, logits=bytes(12), held=[3, 1]), "version: got 0"),
+        (StepReply(logits=bytes(7), held=[3, 1]), "logits: 7 bytes for 3 candidates"),
+        (StepReply(logits=bytes(16), held=[3, 1]), "logits: 16 bytes for 3 candidates"),
+        (StepReply(logits=bytes(8) + INF, held=[3, 1]), "logits: one is infinite"),
+        (StepReply(logits=bytes(8) + NAN, held=[3, 1]), "logits: .* some of its candidates only"),
+        (StepReply(logits=bytes(12), held=[3]), "held: 1 entries for 2 sessions"),
+        (StepReply(logits=bytes(12), held=[4, 1]), "held: more than was told"),
+        (StepReply(logits=bytes(12), held=[-1, 1]), "held: .* less than nothing"),
+        (StepReply(logits=bytes(12), held=[3, 1], refused={2: ""}), r"refused: rows \[2\] of 2"),
     ],
 )
 def test_reply_that_does_not_fit(reply: StepReply, message: str) -> None:
     with pytest.raises(WireError, match=message):
-        decode_reply(encode(reply), 2)
+        decode_reply(encode(reply), request(TWO_ROWS))

@@ -1,8 +1,10 @@
-"""The batcher: callers who leave, a queue that is full, and what a job is told of its times."""
+"""The batcher: callers who leave or wait no longer, a queue that is full, passes that fail."""
 
+import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 
 from tests.support.blocked import SECONDS, BlockedEngine, wait_until
 from tests.support.slots import check_integrity
+from tests.support.tiny import tiny_model
 from tests.support.value_servers import naive
 from value_server.engine.batcher import Batcher
+from value_server.engine.engine import Engine
 from value_server.engine.errors import BusyError, ModelError, RequestError
 from value_server.engine.job import Job, JobResult, Row
 
@@ -190,3 +194,175 @@ def test_what_can_never_be_served_takes_no_place(batcher: Batcher) -> None:
     with pytest.raises(RequestError, match="1025 tokens"):
         batcher.submit(Job([Row("a", 0, [1] * 1025)], texts=True))
     assert batcher.depth == 0
+
+
+def told(name: str, tokens: list[int], start: int = 0) -> Job:
+    """A message that waits for nothing."""
+    return Job([Row(name, start, tokens)], budget=0.0, left=True)
+
+
+def test_who_waits_for_nothing_is_answered_before_any_pass(
+    engine: BlockedEngine, batcher: Batcher
+) -> None:
+    result = batcher.submit(told("a", [i % 200 for i in range(100)])).result(SECONDS)
+    assert (result.held, engine.passes) == ([100], 0)
+    engine.allow()
+    wait_until(lambda: engine.forwarded == 100)
+    wait_until(lambda: batcher.depth == 0)
+    text = [i % 200 for i in range(100)]
+    again = batcher.submit(Job([Row("a", 100, [], [1, 2])])).result(SECONDS)
+    np.testing.assert_allclose(again.logits, expected(text), atol=1e-4)
+    assert engine.forwarded == 102
+
+
+def test_a_job_that_is_left_has_what_is_there_and_is_computed_on(
+    engine: BlockedEngine, batcher: Batcher
+) -> None:
+    """Rows are answered one by one; candidates that come too late are not computed."""
+    text = [i % 200 for i in range(200)]
+    job = Job([Row("long", 0, text, [1, 2]), Row("short", 0, [7], [1, 2])])
+    batcher.submit(job)
+    engine.wait_for_pass()
+    engine.allow(1)
+    engine.wait_for_pass()
+    answer = batcher.leave(job)
+    assert answer.held == [200, 1]
+    assert np.isnan(answer.logits[:2]).all()
+    np.testing.assert_allclose(answer.logits[2:], expected([7]), atol=1e-4)
+    engine.allow()
+    wait_until(lambda: batcher.depth == 0)
+    assert engine.forwarded == 203
+    again = batcher.submit(Job([Row("long", 200, [], [1, 2])])).result(SECONDS)
+    np.testing.assert_allclose(again.logits, expected(text), atol=1e-4)
+    assert engine.forwarded == 205
+
+
+def test_a_newer_message_does_not_wait_for_one_that_is_left(
+    engine: BlockedEngine, batcher: Batcher
+) -> None:
+    text = [i % 200 for i in range(400)]
+    batcher.submit(told("a", text)).result(SECONDS)
+    engine.wait_for_pass()
+    newer = batcher.submit(Job([Row("a", 100, [5], [1, 2])]))  # another text, from there
+    engine.allow()
+    np.testing.assert_allclose(newer.result(SECONDS).logits, expected([*text[:100], 5]), atol=1e-4)
+    assert engine.forwarded == 103
+    assert not engine.cache.sessions["a"].pinned
+
+
+def test_rows_without_room_are_answered_at_once(engine: BlockedEngine, batcher: Batcher) -> None:
+    engine.allow()
+    batcher.submit(step("large", [3] * 1000)).result(SECONDS)
+    batcher.submit(step("other", [4] * 1000)).result(SECONDS)
+    for name in ("b", "c"):
+        batcher.submit(step(name, [ord(name)] * 1000)).result(SECONDS)
+    passes = engine.passes
+    job = Job([Row("late", 0, [9] * 200, [1, 2]), Row("b", 1000, [1], [1, 2])])
+    result = batcher.submit(job).result(SECONDS)
+    assert (result.held, result.pending) == ([0, 1001], 1)
+    assert np.isfinite(result.logits[2:]).all()
+    assert engine.passes == passes + 1
+    with pytest.raises(BusyError, match="in use"):
+        batcher.submit(Job([Row("text", 0, [9] * 200)], texts=True)).result(SECONDS)
+
+
+@pytest.mark.parametrize("limit", [{"max_sessions": 8}, {"slots": 270}])
+def test_two_engines_with_twice_the_sessions_do_not_evict_each_other(limit: dict[str, int]) -> None:
+    """Those who came first have values in every step; nothing is computed twice."""
+    engine = BlockedEngine(**limit)
+    engine.allow(10_000)
+    batcher = Batcher(engine)
+    batcher.start()
+    names = [f"{client}{n}" for client in "ab" for n in range(8)]
+    held, with_values = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for length in range(10, 30):
+        for client in "ab":
+            own = [name for name in names if name[0] == client]
+            texts = {name: [names.index(name)] + [5] * (length - 1) for name in own}
+            rows = [Row(name, held[name], texts[name][held[name] :], [1, 2, 5]) for name in own]
+            result = batcher.submit(Job(rows, client=client)).result(SECONDS)
+            held.update(zip(own, result.held, strict=True))
+            for name, z in zip(own, result.logits.reshape(-1, 3), strict=True):
+                with_values[name] += bool(np.isfinite(z).all())
+    batcher.stop()
+    assert all(with_values[name] == 20 for name in names[:8])
+    assert engine.cache.evictions == 0
+    assert engine.cache.preemptions <= 8  # each of the others once at most
+    fresh = sum(10 + 3 * steps for steps in with_values.values() if steps)
+    assert engine.forwarded == fresh
+    check_integrity(engine.cache)
+
+
+class Faulty(Engine):
+    """An engine whose passes fail where `fault` says so, given their rows and tokens."""
+
+    def __init__(self, fault: Callable[[Sequence[Row], int], bool], **options: int) -> None:
+        super().__init__(tiny_model(max_position=1024), slots=4096, **options)
+        self.fault = fault
+
+    def _forward(self, rows: Sequence[Row], tokens: Any, written: Any) -> Any:
+        if self.fault(rows, len(written)):
+            raise RuntimeError("out of memory")
+        return super()._forward(rows, tokens, written)
+
+
+@contextlib.contextmanager
+def faulty(fault: Callable[[Sequence[Row], int], bool]) -> Iterator[tuple[Faulty, Batcher]]:
+    engine = Faulty(fault)
+    batcher = Batcher(engine)
+    batcher.start()
+    yield engine, batcher
+    batcher.stop()
+    check_integrity(engine.cache)
+
+
+def test_what_is_too_large_for_the_memory_goes_in_smaller_passes() -> None:
+    with faulty(lambda _, queries: queries > 40) as (engine, batcher):
+        text = [i % 200 for i in range(400)]
+        result = batcher.submit(step("a", text)).result(SECONDS)
+        np.testing.assert_allclose(result.logits, expected(text), atol=1e-4)
+        assert engine.pace.failed > 0
+        assert batcher.ready
+        engine.fault = lambda *_: False
+        for n in range(200):
+            batcher.submit(step("a", [9], start=400 + n)).result(SECONDS)
+        assert engine.pace.limits().tokens == 2048
+
+
+def test_a_row_that_fails_alone_is_refused_alone() -> None:
+    with faulty(lambda rows, _: any(row.name == "bad" for row in rows)) as (_, batcher):
+        names = ("a", "bad", "b", "c")
+        job = Job([Row(name, 0, [i] * 9, [1, 2]) for i, name in enumerate(names)])
+        result = batcher.submit(job).result(SECONDS)
+        assert {row: str(why) for row, why in result.refused.items()} == {
+            1: "the forward pass failed: out of memory"
+        }
+        z = result.logits.reshape(4, 2)
+        for row in (0, 2, 3):
+            np.testing.assert_allclose(z[row], expected([row] * 9), atol=1e-4)
+        with pytest.raises(ModelError, match="the forward pass failed"):
+            batcher.submit(Job([Row("bad", 0, [4])], texts=True)).result(SECONDS)
+        assert batcher.ready
+
+
+def test_passes_that_fail_whatever_they_are_end_the_service() -> None:
+    with faulty(lambda *_: True) as (_, batcher):
+        late = batcher.submit(step("a", [3] * 200)), batcher.submit(step("b", [4]))
+        for future in late:
+            with pytest.raises(BusyError):
+                future.result(SECONDS)
+        wait_until(lambda: not batcher.works)
+        assert not batcher.ready
+        with pytest.raises(BusyError):
+            batcher.submit(step("c", [1]))
+
+
+def test_a_pass_that_does_not_end_is_noticed(
+    engine: BlockedEngine, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("value_server.engine.batcher.STUCK_S", 0.0)
+    assert batcher.works
+    batcher.submit(step("a", [1]))
+    engine.wait_for_pass()
+    wait_until(lambda: not batcher.works)
+    assert not batcher.ready

@@ -1,16 +1,28 @@
-"""The slot cache against a naive model: sessions as token lists, slots as a set of prefixes.
+"""The slot cache against a naive one: who is in use, idle or waiting, with what text and how many
+slots. A leak, a double free, a wrong share or a wrong turn shows within a few operations."""
 
-Two texts share a slot exactly if they agree up to it, so the slots in use must be as many as the
-distinct prefixes (and prefix + candidate) of all sessions. A leak, a double free or a wrong share
-shows in that count within a few operations.
-"""
-
-import random
+import sys
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.support.naive_cache import NaiveCache, prefixes
 from tests.support.slots import check_integrity
-from value_server.engine.cache import ROOT, CacheFullError, SlotCache
+from value_server.engine.cache import ACTIVE_S, SlotCache
+from value_server.engine.line import HEADROOM
+from value_server.engine.session import Session
+from value_server.engine.tree import ROOT
+
+NAMES = ("a", "b", "c", "d", "e", "f", "g")
+PAUSES = st.sampled_from([0.0, 0.0, 0.0, 0.0, 0.0, 0.3, 1.0, 2.0, 6.0, 40.0])
+WORDS = st.lists(st.integers(0, 2), min_size=5, max_size=40)
+ASKS = st.tuples(
+    *(st.just("ask"), PAUSES, st.sampled_from(NAMES), st.sampled_from([0, 0, 1, 1, 1, 1, 2, 3])),
+    *(WORDS | st.lists(st.integers(0, 2), max_size=2), st.lists(st.integers(0, 2), max_size=3)),
+)
+OTHERS = st.tuples(st.sampled_from(["close", "done", "computed"]), PAUSES, st.sampled_from(NAMES))
 
 
 class Clock:
@@ -27,7 +39,8 @@ def make(slots: int = 32, max_sessions: int = 4, ttl: float = 10.0) -> tuple[Slo
 
 
 def text(cache: SlotCache, name: str) -> list[int]:
-    return [cache.token[slot] for slot in cache.sessions[name].path]
+    session = cache.sessions.get(name) or cache.idle[name]
+    return [cache.token[slot] for slot in session.path]
 
 
 def kept(cache: SlotCache) -> list[list[int]]:
@@ -46,78 +59,89 @@ def compute(cache: SlotCache, name: str) -> None:
         cache.ready[slot] = 1
 
 
-def prefixes(texts: dict[str, tuple[list[int], list[int]]]) -> set[tuple[int, ...]]:
-    found = set()
-    for tokens, candidates in texts.values():
-        found |= {tuple(tokens[: i + 1]) for i in range(len(tokens))}
-        found |= {(*tokens, c) for c in candidates}
-    return found
+def use(cache: SlotCache, name: str, *asked: Any, **more: Any) -> Session | None:
+    """A step that is answered at once."""
+    session = cache.update(name, *asked, **more)
+    if session is not None:
+        cache.unpin(session)
+    return session
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_operations_agree_with_naive_model(seed: int) -> None:
-    rng = random.Random(seed)
-    cache, clock = make(slots=rng.choice([40, 80, 400]), max_sessions=6, ttl=30.0)
-    naive: dict[str, tuple[list[int], list[int]]] = {}
-    closed: list[list[int]] = []
-    full = unknown = found = 0
-    for _ in range(1500):
-        clock.time += rng.random()
-        name = f"s{rng.randrange(9)}"
-        if rng.random() < 0.05:
-            known = naive.pop(name, None)
-            closed += [known[0]] if known else []
-            assert cache.close(name) == (known is not None)
-        elif rng.random() < 0.02:
-            clock.time += rng.choice([0, 40])
-            cache.expire()
-        else:
-            old = naive.get(name, ([], []))[0]
-            start = rng.choice([0, len(old), len(old), len(old), rng.randrange(len(old) + 3)])
-            tokens = [rng.randrange(3) for _ in range(rng.choice([0, 1, 1, 1, 2, 12]))]
-            candidates = [rng.randrange(3) for _ in range(rng.randrange(4))]
-            if closed and rng.random() < 0.1:
-                start, tokens = 0, closed[-1] + tokens  # the next turn of a closed text
-            hits = cache.prefix_hits
-            try:
-                session = cache.update(name, start, tokens, candidates)
-            except CacheFullError:
-                full += 1
-                # Still held as far as `start`: the request may be repeated.
-                assert name not in cache.sessions or text(cache, name)[:start] == old[:start]
-                cache.close(name, keep=False)
-                session = None
-            else:
-                held = start == 0 or (name in naive and start <= len(old))
-                assert (session is not None) == held
-                unknown += not held
-            if session is not None:
-                naive[name] = (old[:start] + tokens, candidates)
-                ends = [cache.token[slot] for slot in session.candidates]
-                assert ends == candidates
-                found += cache.prefix_hits > hits
-                cache.unpin(session)
-                if rng.random() < 0.8:
-                    compute(cache, name)
-        # Evicted and expired sessions are the cache's decision; the others must agree.
-        naive = {n: t for n, t in naive.items() if n in cache.sessions}
-        assert set(cache.sessions) == set(naive)
-        for n, (tokens, _c) in naive.items():
-            assert text(cache, n) == tokens
-        texts = kept(cache)
-        assert all(any(old[: len(t)] == t for old in closed) for t in texts)
-        assert cache.used == len(prefixes(naive))
-        alone = prefixes({str(i): (t, []) for i, t in enumerate(texts)}) - prefixes(naive)
-        assert cache.kept == len(alone)
+class Both:
+    """A cache, a naive one, and what was closed."""
+
+    def __init__(self, slots: int, sessions: int, quota: tuple[int, int]) -> None:
+        self.clock = Clock()
+        self.cache = SlotCache(slots, sessions, 30.0, self.clock, *quota)
+        self.naive = NaiveCache(slots, sessions, 30.0, quota)
+        self.closed: list[list[int]] = []
+
+    def do(self, what: str, pause: float, name: str, *asked: Any) -> None:
+        self.clock.time += pause
+        self.naive.time = self.clock.time
+        self.cache.expire()
+        self.naive.expire()
+        if what == "ask":
+            self.ask(name, *asked)
+        elif what == "close":
+            self.closed += [text(self.cache, name)] if self.cache.held(name) else []
+            assert self.cache.close(name) == self.naive.close(name)
+        elif name in self.cache.sessions and what == "done":
+            self.cache.unpin(self.cache.sessions[name])
+            session = self.naive.used[name] = self.naive.used.pop(name)
+            session.pinned, session.used_at = False, self.clock.time
+        elif name in self.cache.sessions:
+            compute(self.cache, name)
+        self.compare()
+
+    def ask(self, name: str, place: int, tokens: list[int], candidates: list[int]) -> None:
+        """place: 0 anew, 1 behind the text, 2 within it, 3 beyond it."""
+        held = self.cache.held(name)
+        start = (0, held, held // 2, held + 1)[place]
+        if start + len(tokens) + len(candidates) > self.cache.largest:
+            return  # the engine asks for no such text
+        asked = (name, start, tokens, candidates, str(NAMES.index(name) % 2))
+        session = self.cache.update(*asked)
+        assert (session is not None) == self.naive.update(*asked)
+        if session is not None:
+            assert [self.cache.token[slot] for slot in session.candidates] == candidates
+
+    def compare(self) -> None:
+        cache, naive = self.cache, self.naive
+        assert set(cache.sessions) == set(naive.used)
+        assert list(cache.idle) == list(naive.idle)
+        assert set(cache.line.askers) == set(naive.line)
+        for group in (naive.used, naive.idle):
+            for name, known in group.items():
+                assert text(cache, name) == known.tokens
+        assert cache.used == len(prefixes(naive.used))
+        assert (cache.evictions, cache.preemptions) == (naive.evictions, naive.preemptions)
+        assert all(any(old[: len(t)] == t for old in self.closed) for t in kept(cache))
         check_integrity(cache)
-    assert unknown > 0
-    assert found > 0
-    for name in list(cache.sessions):
-        cache.close(name)
-    assert cache.used == 0
-    cache.forget_kept()
-    assert cache.kept == 0
-    check_integrity(cache)
+
+    def empty(self) -> None:
+        for name in NAMES:
+            self.cache.close(name)
+        assert self.cache.used == 0
+        self.cache.forget_kept()
+        assert self.cache.kept == 0
+        check_integrity(self.cache)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(40, 130),
+    st.integers(2, 7),
+    st.sampled_from([(sys.maxsize, sys.maxsize), (2, 120), (3, 60)]),
+    st.lists(ASKS | ASKS | ASKS | OTHERS, min_size=50, max_size=90),
+)
+def test_it_does_what_the_naive_one_does(
+    slots: int, sessions: int, quota: tuple[int, int], operations: list[Any]
+) -> None:
+    both = Both(slots, sessions, quota)
+    for operation in operations:
+        both.do(*operation)
+    both.empty()
 
 
 def test_emitted_candidate_keeps_its_slot() -> None:
@@ -169,7 +193,7 @@ def test_kept_texts_go_before_any_session() -> None:
         cache.update(name, 0, tokens, [])
         compute(cache, name)
         cache.close(name)
-    cache.unpin(cache.update("idle", 0, [3] * 3, []))  # type: ignore[arg-type]
+    use(cache, "idle", 0, [3] * 3, [])
     cache.update("a", 0, [4] * 2, [])
     assert kept(cache) == [[2, 2, 2]]
     assert "idle" in cache.sessions
@@ -191,44 +215,101 @@ def test_a_text_that_is_closed_again_and_again_is_kept_once() -> None:
 
 
 def test_least_recently_used_idle_session_is_evicted() -> None:
-    cache, _ = make(slots=10)
+    cache, clock = make(slots=10)
     for name, token in (("a", 1), ("b", 2)):
-        cache.unpin(cache.update(name, 0, [token] * 4, []))  # type: ignore[arg-type]
-    cache.unpin(cache.update("a", 4, [1], []))  # type: ignore[arg-type]
-    cache.update("c", 0, [3] * 3, [])
-    assert set(cache.sessions) == {"a", "c"}
+        use(cache, name, 0, [token] * 4, [])
+    use(cache, "a", 4, [1], [])
+    clock.time = ACTIVE_S + 1
+    cache.expire()
+    assert (list(cache.idle), cache.used, cache.kept) == (["b", "a"], 0, 9)
+    use(cache, "c", 0, [3] * 3, [])
+    assert (set(cache.sessions), set(cache.idle)) == ({"c"}, {"a"})
     assert cache.update("b", 4, [2], []) is None
+    assert (cache.held("a"), cache.held("b")) == (5, 0)
     assert cache.evictions == 1
 
 
-def test_pinned_sessions_are_neither_evicted_nor_expired() -> None:
+def test_who_is_idle_comes_back_with_its_text() -> None:
     cache, clock = make(slots=10)
-    cache.update("a", 0, [1] * 8, [])
-    with pytest.raises(CacheFullError, match="10 slots"):
-        cache.update("b", 0, [2] * 4, [])
+    use(cache, "a", 0, [1, 2, 3], [7, 8])
+    compute(cache, "a")
+    clock.time = ACTIVE_S + 1
+    cache.expire()
+    session = cache.update("a", 3, [7], [])
+    assert session is not None
+    assert [cache.ready[slot] for slot in session.path] == [1, 1, 1, 0]  # candidates do not stay
+    assert (cache.used, cache.kept, len(cache.idle)) == (4, 0, 0)
+    check_integrity(cache)
+
+
+def test_what_is_in_use_goes_for_no_newcomer() -> None:
+    cache, clock = make(slots=10)
+    use(cache, "a", 0, [1] * 5, [])
+    pinned = cache.update("pinned", 0, [2] * 3, [])
+    assert use(cache, "b", 0, [3] * 4, []) is None
     clock.time = 100.0
     cache.expire()
-    assert "a" in cache.sessions
+    assert set(cache.sessions) == {"pinned"}
+    assert use(cache, "b", 0, [3] * 4, []) is not None
+    assert pinned is cache.sessions["pinned"]
     check_integrity(cache)
 
 
 def test_abandoned_session_expires() -> None:
     cache, clock = make(ttl=10.0)
-    cache.unpin(cache.update("a", 0, [1], [2]))  # type: ignore[arg-type]
+    use(cache, "a", 0, [1], [2])
     clock.time = 9.0
     cache.expire()
-    assert (cache.expirations, cache.used) == (0, 2)
+    assert (cache.expirations, cache.used, cache.kept) == (0, 0, 1)
     clock.time = 11.0
     cache.expire()
-    assert (cache.expirations, cache.used) == (1, 0)
+    assert (cache.expirations, cache.kept) == (1, 0)
 
 
-def test_too_many_sessions_in_use() -> None:
-    cache, _ = make(max_sessions=2)
-    cache.update("a", 0, [1], [])
-    cache.update("b", 0, [1], [])
-    with pytest.raises(CacheFullError, match="2 sessions"):
-        cache.update("c", 0, [1], [])
+def test_newcomers_wait_in_a_line() -> None:
+    cache, clock = make(slots=HEADROOM, max_sessions=9)
+    use(cache, "a", 0, [1] * 20, [])
+    assert use(cache, "large", 0, [2] * 20, []) is None
+    assert use(cache, "small", 0, [3] * 5, []) is None  # it would fit, if nobody were ahead of it
+    assert use(cache, "a", 20, [1], []) is not None
+    cache.close("a")
+    assert use(cache, "small", 0, [3] * 5, []) is not None  # it fits, and so does the large one
+    assert use(cache, "large", 0, [2] * 20, []) is not None
+    assert len(cache.line) == 0
+    assert use(cache, "third", 0, [4] * 20, []) is None
+    assert use(cache, "last", 0, [5] * 5, []) is None
+    for _ in range(4):
+        clock.time += ACTIVE_S / 2
+        use(cache, "large", 20, [], [])
+        use(cache, "small", 5, [], [])
+        use(cache, "last", 0, [5] * 5, [])
+        cache.expire()
+    assert "last" in cache.sessions  # the third has not been asked for any more
+    check_integrity(cache)
+
+
+def test_who_comes_in_beside_others_has_room_to_grow() -> None:
+    cache, _ = make(slots=4 * HEADROOM, max_sessions=9)
+    assert use(cache, "alone", 0, [1] * 4 * HEADROOM, []) is not None
+    use(cache, "alone", 28, [], [])
+    assert use(cache, "b", 0, [2] * 97, []) is None
+    assert use(cache, "b", 0, [2] * 96, []) is not None  # 4 are left
+
+
+def test_the_oldest_go_on_when_all_grow() -> None:
+    cache, _ = make(slots=12, max_sessions=9)
+    for name, token in (("a", 1), ("b", 2), ("c", 3)):
+        use(cache, name, 0, [token] * 4, [])
+    assert use(cache, "c", 4, [3], []) is None  # it is the youngest, and keeps what it has
+    assert text(cache, "c") == [3] * 4
+    assert use(cache, "a", 4, [1], []) is not None
+    assert (set(cache.sessions), set(cache.line.askers)) == ({"a", "b"}, {"c"})
+    assert use(cache, "d", 0, [4], []) is None  # the one that was thrown out is ahead of it
+    cache.close("b")
+    assert use(cache, "c", 0, [3] * 5, []) is not None
+    assert use(cache, "d", 0, [4], []) is not None
+    assert (cache.preemptions, cache.evictions) == (1, 0)
+    check_integrity(cache)
 
 
 def test_integrity_check_names_both_numbers() -> None:
@@ -243,28 +324,28 @@ def limited(sessions: int, slots: int) -> SlotCache:
     return SlotCache(40, 10, 10.0, Clock(), sessions, slots)
 
 
-def test_who_opens_too_many_sessions_loses_the_own_oldest() -> None:
+def test_a_client_has_so_many_sessions_in_use() -> None:
     cache = limited(sessions=2, slots=40)
-    cache.unpin(cache.update("other", 0, [9], [], client="x"))
+    use(cache, "other", 0, [9], [], client="x")
     for name in ("a", "b", "c"):
-        cache.unpin(cache.update(name, 0, [1], [2], client="y"))
-    assert set(cache.sessions) == {"other", "b", "c"}
-    cache.update("b", 1, [2], [], client="y")
-    cache.update("c", 1, [2], [], client="y")
-    with pytest.raises(CacheFullError, match="a client's 2 sessions"):
-        cache.update("d", 0, [1], [], client="y")
-    cache.update("e", 0, [1], [], client="x")
+        use(cache, name, 0, [1], [2], client="y")
+    assert set(cache.sessions) == {"other", "a", "b"}
+    assert use(cache, "more", 0, [1], [], client="x") is not None  # no other waits for that
+    cache.now.time = ACTIVE_S + 1  # type: ignore[attr-defined]
+    cache.expire()
+    assert use(cache, "c", 0, [1], [2], client="y") is not None
+    assert set(cache.idle) == {"other", "more", "a", "b"}
     check_integrity(cache)
 
 
-def test_who_fills_the_pool_loses_the_own_oldest() -> None:
+def test_a_client_has_so_many_slots_in_use() -> None:
     cache = limited(sessions=10, slots=12)
-    cache.unpin(cache.update("other", 0, [9] * 5, [], client="x"))
+    use(cache, "other", 0, [9] * 5, [], client="x")
     for name, text in (("a", [1] * 6), ("b", [2] * 5), ("c", [3] * 3)):
-        cache.unpin(cache.update(name, 0, text, [4], client="y"))
-    assert set(cache.sessions) == {"other", "b", "c"}
-    assert cache.update("c", 3, [4] * 3, [], client="y") is not None  # 6 + 6
-    with pytest.raises(CacheFullError, match="a client's 12 slots"):
-        cache.update("c", 6, [4] * 7, [], client="y")
-    assert set(cache.sessions) == {"other", "c"}
+        use(cache, name, 0, text, [], client="y")
+    assert set(cache.sessions) == {"other", "a", "b"}
+    assert use(cache, "b", 5, [4] * 2, [], client="y") is None  # the youngest of this client
+    assert use(cache, "a", 6, [4] * 2, [], client="y") is not None
+    assert set(cache.sessions) == {"other", "a"}
+    assert cache.largest == 12
     check_integrity(cache)

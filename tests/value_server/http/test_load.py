@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -132,6 +133,38 @@ def test_who_finds_the_queue_full_is_told_at_once(served: Served) -> None:
     assert served.figure('lenvm_errors_total{type="busy"}') == len(busy)
     assert served.figure("lenvm_rows_pending_total") == pending
     check_step(served, "later", [3])
+
+
+def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
+    """While a pass runs, steps are answered without values; those of later steps are there."""
+    ask = partial(step, served.client)
+    text = [i % 200 for i in range(200)]
+    assert ask(("a", 0, text, []), budget_ms=0.0).held == [200]
+    served.engine.wait_for_pass()
+    late = ask(("b", 0, [7], [1, 2]), budget_ms=30.0)  # the pass does not even end
+    assert late.held == [0]
+    assert np.isnan(wire.unpack_logits(late.logits)).all()
+    served.engine.allow()
+    again = ask(("b", 0, [7], [1, 2]), ("a", 200, [], [1, 2]), budget_ms=1000 * SECONDS)
+    assert again.held == [1, 200]
+    expected = [naive([*t, c], max_position=1024)[-1] for t in ([7], text) for c in (1, 2)]
+    np.testing.assert_allclose(wire.unpack_logits(again.logits), expected, atol=1e-4)
+    assert served.figure("lenvm_rows_pending_total") == 1
+    assert served.engine.forwarded == 200 + 1 + 4
+
+
+def test_metrics_tell_of_rows(served: Served) -> None:
+    served.engine.allow()
+    rows = [("good", 0, [1], [2]), ("long", 0, [1] * 2000, [2]), ("lost", 7, [1], [2, 3])]
+    step(served.client, *rows)
+    for n in range(4):
+        step(served.client, (f"large {n}", 0, [n] * 1020, [2]))
+    assert served.figure('lenvm_rows_refused_total{type="invalid_request"}') == 1
+    assert served.figure("lenvm_rows_pending_total") == 2
+    assert served.figure("lenvm_sessions_waiting") == 1
+    assert served.figure("lenvm_sessions_idle") == 0
+    assert served.figure("lenvm_preemptions_total") == 0
+    assert served.figure("lenvm_pass_failures_total") == 0
 
 
 def test_metrics_split_a_step(served: Served) -> None:

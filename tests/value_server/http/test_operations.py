@@ -3,6 +3,7 @@
 import contextlib
 import math
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from value_server.contract.values import length_from_logit
 from value_server.engine.engine import Engine
 from value_server.http.app import create_app
 from value_server.http.text import Texts
-from value_server.serve import ValueServer
+from value_server.serve import BROKEN, ValueServer
 
 
 def test_what_runs_is_finished_and_what_comes_is_refused() -> None:
@@ -66,6 +67,29 @@ def test_signals_of_a_real_server_on_a_unix_socket(checkpoint: Path, tmp_path: P
             assert client.get("/health").status_code == 200
             process.send_signal(signal.SIGTERM)  # at once
             assert process.wait(SECONDS) == 128 + signal.SIGTERM
+
+
+@pytest.mark.e2e
+def test_a_server_whose_model_fails_for_good_ends(checkpoint: Path, tmp_path: Path) -> None:
+    """Not ready first, then an exit code that tells a supervisor to start another one."""
+    fails = tmp_path / "fails"
+    program = (sys.executable, "-m", "tests.support.failing_server")
+    log = tmp_path / "log"
+    with (
+        served(checkpoint, "--drain-s", "3", log=log, program=program, FAILS=str(fails)) as (
+            url,
+            process,
+        ),
+        as_client(url) as client,
+    ):
+        assert step(client, ("a", 0, [1], [2])).held == [1]
+        fails.touch()
+        assert client.post(wire.STEP_PATH, content=step_body(("a", 1, [5], [2]))).status_code == 503
+        for path, kind in (("/ready", "not_ready"), ("/health", "broken")):
+            reply = client.get(path)
+            assert (reply.status_code, reply.json()["error"]["type"]) == (503, kind)
+        assert process.wait(SECONDS) == BROKEN
+    assert "ending with exit code 70" in log.read_text()
 
 
 def is_back(replicas: Replicas) -> bool:

@@ -1,0 +1,30 @@
+"""A text that has slots. No torch."""
+
+from array import array
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One text and the candidates of its last step, as slots.
+
+    path: slot of each token from the start of the text.
+    candidates: slots of the last step's candidates, each a child of `path`'s end; an entry per
+        candidate asked for, so a slot may stand here twice (and is owned twice).
+    pinned: part of a running request; in use however long that takes.
+    lost: its slots are gone.
+    """
+
+    name: str
+    client: str
+    ticket: int
+    path: "array[int]" = field(default_factory=lambda: array("i"))
+    candidates: list[int] = field(default_factory=list)
+    pinned: bool = False
+    lost: bool = False
+    used_at: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Slots, those shared with others counted as its own."""
+        return len(self.path) + len(self.candidates)
