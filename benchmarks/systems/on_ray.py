@@ -14,14 +14,19 @@ from pathlib import Path
 
 import psutil
 import ray
+import torch
 from cyclopts import App
 from ray import serve
 from tqdm import tqdm
 
-from benchmarks.systems.steps import Sessions
 from benchmarks.systems.timing import wait_until
 from lenvm_vllm.commands.processes import free_port
+from lenvm_vllm.engine.pace import Pace
+from lenvm_vllm.engine.sessions import Sessions
+from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import load_settings
+from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.values.client import ValueServerError
 from lenvm_vllm.values.replicas import Replicas, connect
 from tests.support.tiny import tiny_checkpoint
@@ -30,27 +35,22 @@ from value_server.settings import ServerSettings
 
 app = App(help=__doc__)
 SESSIONS = 20
+WAIT_S = 10.0  # that a step waits: what is lost is lost with the server, not late
 
 
-def opened(generation: int) -> Sessions:
-    sessions = Sessions()
-    for number in range(SESSIONS):
-        sessions.open(f"g{generation}-{number}", [number, generation % 250])
-    return sessions
+def opened(generation: int) -> list[RequestState]:
+    target = LengthTarget.parse(30)
+    return [RequestState(target, [number, generation % 250], [], [0]) for number in range(SESSIONS)]
 
 
-def step(sessions: Sessions, servers: Replicas) -> int:
-    """One as the plugin makes it, all texts a token longer; rows without an answer after the
-    second try."""
-    servers.model(lambda: None)
-    missing = list(sessions.texts)
-    for _ in range(2):
-        if missing:
-            answers = sessions.ask(servers, dict.fromkeys(missing, (1, 2)))
-            missing = [name for name in missing if name not in answers]
-    for text in sessions.texts.values():
-        text.append(len(text) % 250)
-    return len(missing)
+def step(sessions: Sessions, states: list[RequestState]) -> int:
+    """One as the plugin makes it, all texts a token longer; rows that have no values in time."""
+    sessions.model()
+    tokens = torch.tensor([[1, 2]] * len(states))
+    z = sessions.values(states, tokens, tokens > 0, Pace(1.0, WAIT_S, WAIT_S))
+    for state in states:
+        state.output_ids.append(state.length % 250)
+    return int(z.isnan().any(-1).sum())
 
 
 def kill(name: str) -> None:
@@ -70,14 +70,14 @@ def both_live(servers: Replicas) -> bool:
 
 def run(servers: Replicas, steps: int) -> dict[str, int]:
     """The last line."""
-    unanswered, lost = 0, False
+    sessions, unanswered, lost = Sessions(servers, lambda: None, Counters()), 0, False
     wait_until(lambda: both_live(servers))
     for number in tqdm(range(2 * steps)):
         if number % 50 == 0:
-            sessions = opened(number)
+            states = opened(number)
         if number == steps:
             kill("values-0")
-        unanswered += step(sessions, servers)
+        unanswered += step(sessions, states)
         lost |= len(servers.live) < 2
     wait_until(lambda: both_live(servers))
     result = {"steps": 2 * steps, "rows": 2 * steps * SESSIONS, "unanswered_rows": unanswered}
