@@ -28,6 +28,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         self.port: int = self.server_address[1]
         self._target, self._spoils, self._draw = target, "nothing", random.Random(0)
+        self._lag_s = LAG_S
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -38,9 +39,9 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.server_close()
 
     @contextlib.contextmanager
-    def spoilt(self, how: Spoils) -> Iterator[None]:
+    def spoilt(self, how: Spoils, lag_s: float = LAG_S) -> Iterator[None]:
         """As long as the block lasts."""
-        self._spoils = how
+        self._spoils, self._lag_s = how, lag_s
         yield
         self._spoils = "nothing"
 
@@ -57,7 +58,7 @@ class Proxy(socketserver.ThreadingTCPServer):
     def _pieces(self, data: bytearray) -> Iterator[bytearray]:
         """What of an answer goes on, and when. Raises OSError where it breaks."""
         if self._spoils == "lag":
-            time.sleep(LAG_S)
+            time.sleep(self._lag_s)
         elif self._spoils == "corrupt":
             for _ in range(1 + len(data) // 64):
                 data[self._draw.randrange(len(data))] ^= 1 << self._draw.randrange(8)

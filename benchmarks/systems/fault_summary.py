@@ -1,0 +1,156 @@
+"""What a run of the faults says: a row for each, and one result for all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.systems.latency import Latency, within
+from benchmarks.systems.streams import Answer, Span
+
+KINDS = {"guided": True, "neighbour": False}  # of streams
+
+
+@dataclass(frozen=True)
+class Window:
+    """A time of the run. fault: None of a healthy time. only: the fault that a healthy time is
+    for; None: all others. timed: whether its latencies count.
+
+    rows, valued: guided rows that asked for values, and those that had them. recovery_s: from the
+    fault's end until there were values.
+    """
+
+    span: Span
+    fault: str | None = None
+    only: str | None = None
+    timed: bool = True
+    rows: float = 0.0
+    valued: float = 0.0
+    recovery_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All of a run. gaps: by whether the stream was guided. asides: times that do not count."""
+
+    windows: Sequence[Window]
+    answers: Sequence[Answer]
+    gaps: Mapping[bool, Sequence[Span]]
+    asides: Sequence[Span]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of healthy times, all together and those for one fault, and of each fault."""
+        kinds = dict.fromkeys((window.fault, window.only) for window in self.windows)
+        return [self._row(fault, only) for fault, only in kinds]
+
+    def _row(self, fault: str | None, only: str | None) -> dict[str, Any]:
+        windows = [w for w in self.windows if (w.fault, w.only) == (fault, only)]
+        answers = [a for a in self.answers if any(_ended_in(a, window) for window in windows)]
+        mine = [a for a in answers if a.wish and a.result and not a.extra]
+        blind = [answer for answer in answers if answer.blind]
+        back = [w.recovery_s for w in windows if w.recovery_s is not None]
+        return {
+            "fault": fault or f"healthy{f', {only}' if only else ''}",
+            "requests": len(answers),
+            "lost": sum(answer.reason is None for answer in answers),
+            "outside_rails": sum(not answer.inside for answer in answers),
+            "values": _share(sum(w.valued for w in windows), sum(w.rows for w in windows)),
+            "steered": _share(
+                sum(a.result["steered_steps"] or 0 for a in mine),
+                sum(a.result["steps"] or 0 for a in mine),
+            ),
+            "blind": len(blind),
+            "whole": sum(answer.whole for answer in blind),
+            **{kind: self._latency(windows, kind, fault, only) for kind in KINDS},
+            "back_s": [round(seconds, 2) for seconds in back],
+        }
+
+    def _latency(
+        self, windows: Sequence[Window], kind: str, fault: str | None, only: str | None
+    ) -> dict[str, Any] | None:
+        """Of one kind of streams; of a fault with its ratios to the healthy times."""
+        spans = [window.span for window in windows if window.timed]
+        latency = Latency.of(within(self.gaps[KINDS[kind]], spans, self.asides))
+        if latency is None:
+            return None
+        base = self._healthy(kind, fault) if fault else None
+        if base is None:
+            return asdict(latency)
+        return asdict(latency) | {
+            "p99_ratio": round(latency.p99 / base.p99, 2),
+            "worst_ratio": round(latency.worst / base.p99, 2),
+        }
+
+    def _healthy(self, kind: str, fault: str) -> Latency | None:
+        """What a fault is compared with."""
+        healthy = [window for window in self.windows if window.fault is None]
+        own = [window for window in healthy if window.only == fault]
+        spans = [window.span for window in own or healthy if window.only in (None, fault)]
+        return Latency.of(within(self.gaps[KINDS[kind]], spans, self.asides))
+
+    def result(self) -> dict[str, Any]:
+        """Of the whole run; None where nothing of the kind was seen."""
+        rows = self.rows()
+        healthy = next(row for row in rows if row["fault"] == "healthy")
+        back = [w.recovery_s for w in self.windows if w.recovery_s is not None]
+        return {
+            "requests": len(self.answers),
+            "lost": sum(answer.reason is None for answer in self.answers),
+            "outside_rails": sum(not answer.inside for answer in self.answers),
+            "faults": len(back),
+            "recovery_s_p95": round(float(np.percentile(back, 95)), 2) if back else None,
+            "neighbour_itl_p99_ratio_worst": _worst(rows, ["neighbour"], "p99_ratio"),
+            "guided_itl_p99_ratio_worst": _worst(rows, ["guided"], "p99_ratio"),
+            "worst_gap_ratio": _worst(rows, list(KINDS), "worst_ratio"),
+            "steps_with_values": healthy["values"],
+            "whole": _share(sum(row["whole"] for row in rows), sum(row["blind"] for row in rows)),
+        }
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as a table shows them."""
+    return [
+        {
+            **{name: row[name] for name in ("fault", "requests", "lost", "outside_rails")},
+            **{name: row[name] for name in ("values", "steered")},
+            "whole": f"{row['whole']}/{row['blind']}",
+            **{f"{kind} ms": _told(row[kind]) for kind in KINDS},
+            **{f"{kind} ratios": _ratios(row[kind]) for kind in KINDS},
+            "back s": ", ".join(map(str, row["back_s"])),
+        }
+        for row in rows
+    ]
+
+
+def few(rows: Sequence[Mapping[str, Any]], enough: int) -> list[str]:
+    """Names of those in which a p99 rests on fewer gaps."""
+    return [row["fault"] for row in rows if any(row[k] and row[k]["n"] < enough for k in KINDS)]
+
+
+def _told(latency: Mapping[str, Any] | None) -> str:
+    if latency is None:
+        return ""
+    p50, p99, worst = (round(latency[name]) for name in ("p50", "p99", "worst"))
+    return f"{p50} / {p99} / {worst} (n {latency['n']})"
+
+
+def _ratios(latency: Mapping[str, Any] | None) -> str:
+    return (
+        f"{latency['p99_ratio']} / {latency['worst_ratio']}"
+        if latency and "p99_ratio" in latency
+        else ""
+    )
+
+
+def _ended_in(answer: Answer, window: Window) -> bool:
+    return window.span[0] <= answer.ended < window.span[1]
+
+
+def _share(part: float, whole: float) -> float | None:
+    return round(part / whole, 3) if whole else None
+
+
+def _worst(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], name: str) -> float | None:
+    ratios = [row[kind].get(name) for row in rows for kind in kinds if row[kind]]
+    return max((value for value in ratios if value is not None), default=None)

@@ -1,0 +1,236 @@
+"""The faults: each a context manager that goes on as long as its block, and what it is held to."""
+
+import itertools
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import msgspec
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from benchmarks.systems.disturb import meanwhile, paused
+from benchmarks.systems.stage import Stage
+from benchmarks.systems.steps import step_request
+from benchmarks.systems.streams import PATIENCE_S, Wish
+from lenvm_vllm.commands.demo import MODEL
+from lenvm_vllm.commands.processes import Server
+from value_server.contract import wire
+from value_server.engine.job import Row
+
+Disturb = Callable[[Stage], AbstractContextManager[None]]
+
+VOCABULARY = range(1000, 40_000)  # ids of ordinary tokens
+# A text has some 40 tokens of prompt, 60 to 100 of its own and up to 15 candidates.
+SLOTS_NEEDED = 120
+SMALL = 2048  # slots of a server that is easily filled
+SESSIONS = 8  # of a server that is asked for more
+PAUSE_S = 3.0  # of a server that is stopped
+LONG = 6000  # tokens
+LONG_S = 12.0  # from one long prompt to the next
+RARE = " Kyrgyz"  # one token, which no other text here has
+
+
+def lag(seconds: float) -> Disturb:
+    """Each answer of the value server comes so much later."""
+    return lambda stage: stage.proxy.spoilt("lag", seconds)
+
+
+@contextmanager
+def gone(stage: Stage, how: signal.Signals) -> Iterator[None]:
+    """The value server ends by this signal, and is started anew behind the block."""
+    stage.values.signal(how)
+    yield
+    with stage.aside():
+        stage.values.stop()
+        stage.values.start()
+
+
+def stopped(stage: Stage) -> AbstractContextManager[None]:
+    """Stopped for PAUSE_S, awake as long, again and again."""
+
+    def turn() -> None:
+        with paused(stage.values):
+            time.sleep(PAUSE_S)
+        time.sleep(PAUSE_S)
+
+    return meanwhile(turn)
+
+
+def starved(server: Server) -> AbstractContextManager[None]:
+    """A twentieth of the time."""
+
+    def turn() -> None:
+        with paused(server):
+            time.sleep(0.095)
+        time.sleep(0.005)
+
+    return meanwhile(turn)
+
+
+@contextmanager
+def restarted(stage: Stage) -> Iterator[None]:
+    with stage.aside():
+        stage.vllm.stop()
+        stage.vllm.start()
+    yield
+
+
+@contextmanager
+def filled(stage: Stage) -> Iterator[None]:
+    """Others want as many slots as there are, again and again."""
+    draw, numbers = random.Random(0), itertools.count()
+    with stage.replaced("--slots", SMALL), _client(stage.values) as http:
+
+        def turn() -> None:
+            texts = [draw.choices(VOCABULARY, k=400) for _ in range(SMALL // 400)]
+            rows = [Row(f"other-{next(numbers)}", 0, text) for text in texts]
+            http.post(wire.STEP_PATH, content=wire.encode(step_request(rows)))
+
+        with meanwhile(turn):
+            yield
+
+
+@contextmanager
+def halved(stage: Stage) -> Iterator[None]:
+    """Half the slots that the guided texts of the load need."""
+    with stage.replaced("--slots", SLOTS_NEEDED * stage.clients // 2):
+        yield
+
+
+class Engine:
+    """Another one with texts of its own, which grow by a token each step and begin anew in turn."""
+
+    def __init__(self, texts: int) -> None:
+        self._draw = random.Random(0)
+        self._numbers = itertools.count()
+        self._texts = dict(self._new() for _ in range(texts))
+        self._held = dict.fromkeys(self._texts, 0)
+
+    def step(self, http: httpx.Client) -> None:
+        """As the plugin asks; where the server does not answer it goes on."""
+        rows = [
+            Row(name, self._held[name], text[self._held[name] :], self._tokens(4))
+            for name, text in self._texts.items()
+        ]
+        request = msgspec.structs.replace(step_request(rows), budget_ms=50)
+        reply = http.post(wire.STEP_PATH, content=wire.encode(request))
+        if reply.status_code == httpx.codes.OK:
+            held = wire.decode_reply(reply.content, request).held
+            self._held = dict(zip(self._texts, held, strict=True))
+        for text in self._texts.values():
+            text += self._tokens(1)
+        for name in [name for name, text in self._texts.items() if len(text) > 140]:
+            del self._texts[name], self._held[name]
+            new, text = self._new()
+            self._texts[new], self._held[new] = text, 0
+
+    def _new(self) -> tuple[str, list[int]]:
+        return f"engine-{next(self._numbers)}", self._tokens(self._draw.randrange(40, 140))
+
+    def _tokens(self, count: int) -> list[int]:
+        return self._draw.choices(VOCABULARY, k=count)
+
+
+@contextmanager
+def crowded(stage: Stage) -> Iterator[None]:
+    """Another engine steps twice as many sessions as the value server takes."""
+    engine = Engine(2 * SESSIONS)
+    with stage.replaced("--max-sessions", SESSIONS), _client(stage.values) as http:
+
+        def turn() -> None:
+            engine.step(http)
+            time.sleep(0.1)
+
+        with meanwhile(turn):
+            yield
+
+
+def long_prompts(wish: Wish | None) -> Disturb:
+    """A prompt of LONG tokens every LONG_S, guided or not."""
+
+    def disturb(stage: Stage) -> AbstractContextManager[None]:
+        draw = random.Random(str(wish))
+
+        def turn() -> None:
+            begun = time.monotonic()
+            asked = {"prompt": draw.choices(VOCABULARY, k=LONG), "max_tokens": 16}
+            with stage.load.client() as http:
+                stage.load.ask(http, asked, wish)
+            time.sleep(max(0.0, begun + LONG_S - time.monotonic()))
+
+        return meanwhile(turn)
+
+    return disturb
+
+
+@contextmanager
+def poisoned(stage: Stage) -> Iterator[None]:
+    """One guided request at a time has a token in its prompt whose values are NaN."""
+    with stage.aside():
+        model = _with_nan(stage.folder / "nan")
+    content = f"Write about the history of the{RARE} people."
+
+    def turn() -> None:
+        with stage.load.client() as http:
+            asked = {"messages": [{"role": "user", "content": content}]}
+            stage.load.ask(http, asked, {"tokens": 60})
+
+    with stage.replaced(model=model), meanwhile(turn):
+        yield
+
+
+def _with_nan(folder: Path) -> Path:
+    """A copy of the backbone in which the embedding of RARE is NaN; made once."""
+    if folder.exists():
+        return folder
+    (token,) = AutoTokenizer.from_pretrained(MODEL).encode(RARE)
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _client(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=PATIENCE_S)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """hold: how long, as a share of the usual. timed: whether it is held to latencies.
+
+    beside: what the load has beside it in the healthy time that it is compared with.
+    """
+
+    disturb: Disturb
+    hold: float = 1.0
+    timed: bool = True
+    beside: Disturb | None = None
+
+
+FAULTS: dict[str, Fault] = {
+    "killed": Fault(lambda stage: gone(stage, signal.SIGKILL)),
+    "paused": Fault(stopped),
+    "corrupt": Fault(lambda stage: stage.proxy.spoilt("corrupt")),
+    "5 ms": Fault(lag(0.005)),
+    "50 ms": Fault(lag(0.05)),
+    "500 ms": Fault(lag(0.5)),
+    "late": Fault(lag(3.0)),
+    "restarted": Fault(lambda stage: gone(stage, signal.SIGTERM)),
+    "cut": Fault(lambda stage: stage.proxy.spoilt("cut")),
+    "trickle": Fault(lambda stage: stage.proxy.spoilt("trickle")),
+    "starved": Fault(lambda stage: starved(stage.values)),
+    "filled": Fault(filled),
+    "half the slots": Fault(halved),
+    "twice the sessions": Fault(crowded),
+    "a row of NaN": Fault(poisoned),
+    "long prompts": Fault(long_prompts({"tokens": 12}), 1.5, beside=long_prompts(None)),
+    "vllm restarted": Fault(restarted, 0.0, timed=False),
+}
