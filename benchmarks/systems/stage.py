@@ -71,12 +71,12 @@ class Stage:
             self.asides.append((begin, time.perf_counter()))
 
     @contextmanager
-    def replaced(self, *flags: object, model: Path = MODEL) -> Iterator[None]:
-        """Another value server in the usual one's place. flags, model: as of `value_server`."""
+    def replaced(self, *flags: object, slots: int = SLOTS, model: Path = MODEL) -> Iterator[None]:
+        """Another value server in the usual one's place. See `value_server`."""
         usual = self.values
         with self.aside():
             usual.stop()
-            self.values = value_server(self.folder, self.port, *flags, model=model)
+            self.values = value_server(self.folder, self.port, *flags, slots=slots, model=model)
             self.values.start()
             with contextlib.suppress(TimeoutError):
                 self.recovery_s(NEW_S)
@@ -89,9 +89,12 @@ class Stage:
                 usual.start()
 
 
-def value_server(folder: Path, port: int, *flags: object, model: Path = MODEL) -> Server:
-    """Of the shipped checkpoint, not started yet. flags: of `lenvm serve`. model: its backbone."""
-    flags = ("--slots", SLOTS, *flags)
+def value_server(
+    folder: Path, port: int, *flags: object, slots: int = SLOTS, model: Path = MODEL
+) -> Server:
+    """Of the shipped checkpoint, not started yet. flags: more of `lenvm serve`. model: its
+    backbone."""
+    flags = ("--slots", slots, *flags)
     server = lenvm_serve(CHECKPOINT, folder / "values.log", *flags, base_model=model, port=port)
     return dataclasses.replace(server, command=["nice", "-n", str(NICENESS), *server.command])
 

@@ -86,7 +86,7 @@ def restarted(stage: Stage) -> Iterator[None]:
 def filled(stage: Stage) -> Iterator[None]:
     """Others want as many slots as there are, again and again."""
     draw, numbers = random.Random(0), itertools.count()
-    with stage.replaced("--slots", SMALL), _client(stage.values) as http:
+    with stage.replaced(slots=SMALL), _client(stage.values) as http:
 
         def turn() -> None:
             texts = [draw.choices(VOCABULARY, k=400) for _ in range(SMALL // 400)]
@@ -100,7 +100,7 @@ def filled(stage: Stage) -> Iterator[None]:
 @contextmanager
 def halved(stage: Stage) -> Iterator[None]:
     """Half the slots that the guided texts of the load need."""
-    with stage.replaced("--slots", SLOTS_NEEDED * stage.clients // 2):
+    with stage.replaced(slots=SLOTS_NEEDED * stage.clients // 2):
         yield
 
 
