@@ -10,6 +10,7 @@ from benchmarks.systems.latency import Latency, within
 from benchmarks.systems.streams import Answer, Span
 
 KINDS = {"guided": True, "neighbour": False}  # of streams
+ENDS = {"whole": True, "whole_steered": False}  # whether the end came without values
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class Observed:
     def _row(self, fault: str | None, only: str | None) -> dict[str, Any]:
         windows = [w for w in self.windows if (w.fault, w.only) == (fault, only)]
         answers = [a for a in self.answers if any(_ended_in(a, window) for window in windows)]
-        mine = [a for a in answers if a.wish and a.result and not a.extra]
-        blind = [answer for answer in answers if answer.blind]
+        choosy = [answer for answer in answers if answer.choosy]
         back = [w.recovery_s for w in windows if w.recovery_s is not None]
         return {
             "fault": fault or f"healthy{f', {only}' if only else ''}",
@@ -56,15 +56,23 @@ class Observed:
             "lost": sum(answer.reason is None for answer in answers),
             "outside_rails": sum(not answer.inside for answer in answers),
             "values": _share(sum(w.valued for w in windows), sum(w.rows for w in windows)),
-            "steered": _share(
-                sum(a.result["steered_steps"] or 0 for a in mine),
-                sum(a.result["steps"] or 0 for a in mine),
-            ),
-            "blind": len(blind),
-            "whole": sum(answer.whole for answer in blind),
+            "steered": self._steered(windows),
+            **{name: _wholes(choosy, blind) for name, blind in ENDS.items()},
             **{kind: self._latency(windows, kind, fault, only) for kind in KINDS},
             "back_s": [round(seconds, 2) for seconds in back],
         }
+
+    def _steered(self, windows: Sequence[Window]) -> float | None:
+        """Share of the load's guided tokens that had values."""
+        known = [
+            known
+            for answer in self.answers
+            if not answer.extra
+            for at, known in answer.valued
+            if any(begin <= at < end for begin, end in (w.span for w in windows))
+            and not any(begin <= at < end for begin, end in self.asides)
+        ]
+        return _share(sum(known), len(known))
 
     def _latency(
         self, windows: Sequence[Window], kind: str, fault: str | None, only: str | None
@@ -104,7 +112,7 @@ class Observed:
             "guided_itl_p99_ratio_worst": _worst(rows, ["guided"], "p99_ratio"),
             "worst_gap_ratio": _worst(rows, list(KINDS), "worst_ratio"),
             "steps_with_values": healthy["values"],
-            "whole": _share(sum(row["whole"] for row in rows), sum(row["blind"] for row in rows)),
+            **{name: _all_wholes(rows, name) for name in ENDS},
         }
 
 
@@ -114,7 +122,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             **{name: row[name] for name in ("fault", "requests", "lost", "outside_rails")},
             **{name: row[name] for name in ("values", "steered")},
-            "whole": f"{row['whole']}/{row['blind']}",
+            **{name: "/".join(map(str, row[name])) for name in ENDS},
             **{f"{kind} ms": _told(row[kind]) for kind in KINDS},
             **{f"{kind} ratios": _ratios(row[kind]) for kind in KINDS},
             "back s": ", ".join(map(str, row["back_s"])),
@@ -141,6 +149,16 @@ def _ratios(latency: Mapping[str, Any] | None) -> str:
         if latency and "p99_ratio" in latency
         else ""
     )
+
+
+def _wholes(answers: Sequence[Answer], blind: bool) -> tuple[int, int]:
+    """How many of those that ended without values, or with them, ended whole; of how many."""
+    ended = [answer for answer in answers if answer.blind == blind]
+    return sum(answer.whole for answer in ended), len(ended)
+
+
+def _all_wholes(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    return _share(sum(row[name][0] for row in rows), sum(row[name][1] for row in rows))
 
 
 def _ended_in(answer: Answer, window: Window) -> bool:

@@ -20,7 +20,7 @@ from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 SLOTS = 16384
 LONGEST = 8192  # tokens of a text, as many as the model has positions
 # Of a prompt that vLLM computes in one step: a long one takes many steps, and none takes long.
-CHUNK = 256
+CHUNK = 64
 NICENESS = 5  # of the value server: what is measured beside it, on its cores, comes first
 NEW_S = 10.0  # in which vLLM finds another value server
 

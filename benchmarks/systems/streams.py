@@ -59,8 +59,8 @@ class Answer:
     """What came of a request. wish: None of an unguided one. extra: it belongs to a fault, and
     not to the load.
 
-    valued: of each token whether its step had values, of guided ones, the last token excepted.
-    reason: why it ended; None of one that was lost.
+    valued: of each token of a guided one, the last excepted, when it came and whether its step had
+    values. reason: why it ended; None of one that was lost.
     """
 
     wish: Wish | None
@@ -70,7 +70,7 @@ class Answer:
     tokens: int = 0
     reason: str | None = None
     result: dict[str, Any] = field(default_factory=dict)
-    valued: list[bool] = field(default_factory=list)
+    valued: list[tuple[float, bool]] = field(default_factory=list)
 
     @property
     def inside(self) -> bool:
@@ -81,12 +81,16 @@ class Answer:
         return rails.first <= self.tokens <= (rails.last or MAX_TOKENS)
 
     @property
-    def blind(self) -> bool:
-        """Whether it was brought to its end without values, and had a choice of places to end."""
-        landing = self.valued[-LANDING:]
+    def choosy(self) -> bool:
+        """Whether it is guided and had a choice of places to end."""
         exact = self.wish is not None and self.wish.get("tolerance") == 0.0
-        ended = bool(landing) and self.reason is not None
-        return ended and not exact and sum(landing) < len(landing) / 2
+        return bool(self.valued) and self.reason is not None and not exact
+
+    @property
+    def blind(self) -> bool:
+        """Whether it was brought to its end without values."""
+        landing = [known for _, known in self.valued[-LANDING:]]
+        return sum(landing) < len(landing) / 2
 
     @property
     def whole(self) -> bool:
@@ -175,13 +179,13 @@ class Load:
                         if last is not None and not answer.extra:
                             gaps.append((last, now))
                         last = now
-                    _follow(answer, choice)
+                    _follow(answer, choice, now)
 
 
-def _follow(answer: Answer, choice: dict[str, Any]) -> None:
+def _follow(answer: Answer, choice: dict[str, Any], now: float) -> None:
     delta = choice.get("delta", choice)
     answer.text += delta.get("content", delta.get("text")) or ""
     answer.reason = choice.get("finish_reason") or answer.reason
     answer.result = choice.get(RESULT) or answer.result
     if progress := choice.get(PROGRESS):
-        answer.valued.append(progress["expected"] is not None)
+        answer.valued.append((now, progress["expected"] is not None))

@@ -1,5 +1,6 @@
 """The faults: each a context manager that goes on as long as its block, and what it is held to."""
 
+import contextlib
 import itertools
 import random
 import shutil
@@ -19,8 +20,9 @@ from benchmarks.systems.disturb import meanwhile, paused
 from benchmarks.systems.stage import Stage
 from benchmarks.systems.steps import step_request
 from benchmarks.systems.streams import PATIENCE_S, Wish
-from lenvm_vllm.commands.demo import MODEL
+from lenvm_vllm.commands.demo import MODEL, NAME
 from lenvm_vllm.commands.processes import Server
+from lenvm_vllm.target.misplaced import FIELD
 from value_server.contract import wire
 from value_server.engine.job import Row
 
@@ -33,7 +35,7 @@ SMALL = 2048  # slots of a server that is easily filled
 SESSIONS = 8  # of a server that is asked for more
 PAUSE_S = 3.0  # of a server that is stopped
 LONG = 6000  # tokens
-LONG_S = 12.0  # from one long prompt to the next
+LONG_S = 6.0  # from one long prompt to the next
 RARE = " Kyrgyz"  # one token, which no other text here has
 
 
@@ -153,19 +155,24 @@ def crowded(stage: Stage) -> Iterator[None]:
 
 
 def long_prompts(wish: Wish | None) -> Disturb:
-    """A prompt of LONG tokens every LONG_S, guided or not."""
+    """A prompt of LONG tokens every LONG_S, guided or not; who is not answered by then leaves."""
 
-    def disturb(stage: Stage) -> AbstractContextManager[None]:
+    @contextmanager
+    def disturb(stage: Stage) -> Iterator[None]:
         draw = random.Random(str(wish))
+        body = {"model": NAME, "max_tokens": 16} | ({FIELD: wish} if wish else {})
+        with _client(stage.vllm, LONG_S) as http:
 
-        def turn() -> None:
-            begun = time.monotonic()
-            asked = {"prompt": draw.choices(VOCABULARY, k=LONG), "max_tokens": 16}
-            with stage.load.client() as http:
-                stage.load.ask(http, asked, wish)
-            time.sleep(max(0.0, begun + LONG_S - time.monotonic()))
+            def turn() -> None:
+                end = time.monotonic() + LONG_S
+                with contextlib.suppress(httpx.ReadTimeout):
+                    http.post(
+                        "/v1/completions", json={**body, "prompt": draw.choices(VOCABULARY, k=LONG)}
+                    )
+                time.sleep(max(0.0, end - time.monotonic()))
 
-        return meanwhile(turn)
+            with meanwhile(turn):
+                yield
 
     return disturb
 
@@ -198,8 +205,8 @@ def _with_nan(folder: Path) -> Path:
     return folder
 
 
-def _client(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=PATIENCE_S)
+def _client(server: Server, timeout_s: float = PATIENCE_S) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=timeout_s)
 
 
 @dataclass(frozen=True)

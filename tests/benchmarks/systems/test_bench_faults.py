@@ -26,17 +26,18 @@ def test_what_ends_whole(text: str, natural: bool, whole: bool) -> None:
 
 
 def _answer(length: int, valued: list[bool], ended: float, **wish: object) -> Answer:
-    result = {"end": "whole", "steps": length, "steered_steps": sum(valued)}
+    known = [(ended - 1, one) for one in valued]
     text = "It ends." if length % 2 == 0 else "It"
-    return Answer(wish, False, ended, text, length, "stop", result, valued)
+    return Answer(wish, False, ended, text, length, "stop", {"end": "whole"}, known)
 
 
 def test_a_text_is_blind_if_most_of_its_landing_had_no_values() -> None:
     late = [*[True] * 50, *[False] * 10]
     assert _answer(60, late, 0.0, tokens=60).blind
     assert not _answer(60, late[::-1], 0.0, tokens=60).blind
-    assert not _answer(60, late, 0.0, tokens=60, tolerance=0.0).blind  # it has one place to end
-    assert not Answer(None, text="It", reason="stop").blind
+    assert _answer(60, late, 0.0, tokens=60).choosy
+    assert not _answer(60, late, 0.0, tokens=60, tolerance=0.0).choosy  # it has one place to end
+    assert not Answer(None, text="It", reason="stop").choosy
 
 
 def test_rails() -> None:
@@ -82,7 +83,8 @@ def test_a_fault_is_compared_with_healthy_times() -> None:
     assert rows["late"]["guided"]["p99_ratio"] == 2
     assert rows["long prompts"]["neighbour"]["p99_ratio"] == 1.25  # its own healthy time
     assert rows["vllm restarted"]["guided"] is None
-    assert (rows["late"]["values"], rows["late"]["blind"], rows["late"]["whole"]) == (0.2, 2, 1)
+    assert (rows["late"]["values"], rows["late"]["steered"]) == (0.2, round(50 / 60, 3))
+    assert (rows["late"]["whole"], rows["late"]["whole_steered"]) == ((1, 2), (0, 0))
     assert "p99_ratio" not in rows["healthy"]["guided"]
     assert len(lines(list(rows.values()))) == len(rows)
     assert few(list(rows.values()), 30) == ["healthy, long prompts", "long prompts"]
