@@ -91,10 +91,10 @@ class Observed:
         }
 
     def _healthy(self, kind: str, fault: str) -> Latency | None:
-        """What a fault is compared with."""
+        """What a fault is compared with: its own healthy time, or where it has none all others."""
         healthy = [window for window in self.windows if window.fault is None]
-        own = [window for window in healthy if window.only == fault]
-        spans = [window.span for window in own or healthy if window.only in (None, fault)]
+        own = [window.span for window in healthy if window.only == fault]
+        spans = own or [window.span for window in healthy if window.only is None]
         return Latency.of(within(self.gaps[KINDS[kind]], spans, self.asides))
 
     def result(self) -> dict[str, Any]:
@@ -144,11 +144,9 @@ def _told(latency: Mapping[str, Any] | None) -> str:
 
 
 def _ratios(latency: Mapping[str, Any] | None) -> str:
-    return (
-        f"{latency['p99_ratio']} / {latency['worst_ratio']}"
-        if latency and "p99_ratio" in latency
-        else ""
-    )
+    if latency is None or "p99_ratio" not in latency:
+        return ""
+    return f"{latency['p99_ratio']} / {latency['worst_ratio']}"
 
 
 def _wholes(answers: Sequence[Answer], blind: bool) -> tuple[int, int]:
