@@ -122,10 +122,6 @@ class Load:
             for one in work:
                 one.result()
 
-    def ask(self, http: httpx.Client, asked: dict[str, Any], wish: Wish | None) -> Answer:
-        """A request beside the load, whose tokens are not timed. asked: messages or a prompt."""
-        return self._ask(http, asked, Answer(wish, extra=True))
-
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self._vllm.url, timeout=PATIENCE_S)
 
@@ -135,39 +131,40 @@ class Load:
             while not self._stop.is_set():
                 content = f"{draw.choice(PROMPTS)} ({draw.randrange(10**6)})"
                 wish = draw.choice(WISHES) if guided else None
-                self._ask(http, {"messages": [{"role": "user", "content": content}]}, Answer(wish))
+                self.ask(http, content, wish)
 
-    def _ask(self, http: httpx.Client, asked: dict[str, Any], answer: Answer) -> Answer:
-        """One that fails without a restart of vLLM is lost; else it is asked again."""
+    def ask(self, http: httpx.Client, content: str, wish: Wish | None, extra: bool = False) -> None:
+        """One that fails without a restart of vLLM is lost; else it is asked again.
+
+        extra: as of `Answer`; its tokens are not timed.
+        """
         body = {
             "model": NAME,
+            "messages": [{"role": "user", "content": content}],
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,  # else a token without text of its own would send nothing
             "temperature": 1.0,
             "top_k": 15,
             "max_tokens": MAX_TOKENS,
-            **asked,
         }
-        if answer.wish is not None:
-            body[FIELD] = {**answer.wish, "progress": 1}
+        if wish is not None:
+            body[FIELD] = {**wish, "progress": 1}
         while True:
             wait_until(lambda: self._vllm.up, PATIENCE_S)
-            process, mine = self._vllm.process, Answer(answer.wish, answer.extra)
+            process, answer = self._vllm.process, Answer(wish, extra)
             with contextlib.suppress(httpx.HTTPError):
-                self._read(http, body, mine)
-            if mine.reason or (self._vllm.up and self._vllm.process is process):
+                self._read(http, body, answer)
+            if answer.reason or (self._vllm.up and self._vllm.process is process):
                 break
             self.counts["resent"] += 1
-        mine.ended = time.perf_counter()
-        self.answers.append(mine)
-        return mine
+        answer.ended = time.perf_counter()
+        self.answers.append(answer)
 
     def _read(self, http: httpx.Client, body: dict[str, Any], answer: Answer) -> None:
         """The stream into `answer`."""
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         gaps, last = self.gaps[answer.wish is not None], None
-        with http.stream("POST", path, json=body) as reply:
+        with http.stream("POST", "/v1/chat/completions", json=body) as reply:
             for line in reply.iter_lines():
                 now = time.perf_counter()
                 if not line.startswith("data: {"):
@@ -183,8 +180,7 @@ class Load:
 
 
 def _follow(answer: Answer, choice: dict[str, Any], now: float) -> None:
-    delta = choice.get("delta", choice)
-    answer.text += delta.get("content", delta.get("text")) or ""
+    answer.text += choice["delta"].get("content") or ""
     answer.reason = choice.get("finish_reason") or answer.reason
     answer.result = choice.get(RESULT) or answer.result
     if progress := choice.get(PROGRESS):

@@ -55,12 +55,12 @@ def gone(stage: Stage, how: signal.Signals) -> Iterator[None]:
 
 
 def stopped(stage: Stage) -> AbstractContextManager[None]:
-    """Stopped for PAUSE_S, awake as long, again and again."""
+    """Awake for PAUSE_S, then stopped as long, again and again."""
 
     def turn() -> None:
+        time.sleep(PAUSE_S)
         with paused(stage.values):
             time.sleep(PAUSE_S)
-        time.sleep(PAUSE_S)
 
     return meanwhile(turn)
 
@@ -186,8 +186,7 @@ def poisoned(stage: Stage) -> Iterator[None]:
 
     def turn() -> None:
         with stage.load.client() as http:
-            asked = {"messages": [{"role": "user", "content": content}]}
-            stage.load.ask(http, asked, {"tokens": 60})
+            stage.load.ask(http, content, {"tokens": 60}, extra=True)
 
     with stage.replaced(model=model), meanwhile(turn):
         yield
