@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.systems.disturb import meanwhile, paused
 from benchmarks.systems.stage import Stage
-from benchmarks.systems.steps import step_request
+from benchmarks.systems.steps import Sessions, step_request
 from benchmarks.systems.streams import PATIENCE_S, Wish
 from lenvm_vllm.commands.demo import MODEL, NAME
 from lenvm_vllm.commands.processes import Server
@@ -33,6 +33,7 @@ VOCABULARY = range(1000, 40_000)  # ids of ordinary tokens
 SLOTS_NEEDED = 120
 SMALL = 2048  # slots of a server that is easily filled
 SESSIONS = 8  # of a server that is asked for more
+STEP_S = 0.1  # of another engine
 PAUSE_S = 3.0  # of a server that is stopped
 LONG = 6000  # tokens
 LONG_S = 6.0  # from one long prompt to the next
@@ -107,34 +108,36 @@ def halved(stage: Stage) -> Iterator[None]:
 
 
 class Engine:
-    """Another one with texts of its own, which grow by a token each step and begin anew in turn."""
+    """Another one with texts of its own, which grow by a token each step; a long one is over, and
+    a new one begins."""
 
-    def __init__(self, texts: int) -> None:
-        self._draw = random.Random(0)
-        self._numbers = itertools.count()
-        self._texts = dict(self._new() for _ in range(texts))
-        self._held = dict.fromkeys(self._texts, 0)
+    def __init__(self, http: httpx.Client, texts: int) -> None:
+        self._http, self._draw = http, random.Random(0)
+        self._names = (f"engine-{number}" for number in itertools.count())
+        self._sessions = Sessions()
+        for _ in range(texts):
+            self._open()
 
-    def step(self, http: httpx.Client) -> None:
-        """As the plugin asks; where the server does not answer it goes on."""
-        rows = [
-            Row(name, self._held[name], text[self._held[name] :], self._tokens(4))
-            for name, text in self._texts.items()
-        ]
-        request = msgspec.structs.replace(step_request(rows), budget_ms=50)
-        reply = http.post(wire.STEP_PATH, content=wire.encode(request))
-        if reply.status_code == httpx.codes.OK:
-            held = wire.decode_reply(reply.content, request).held
-            self._held = dict(zip(self._texts, held, strict=True))
-        for text in self._texts.values():
+    def turn(self) -> None:
+        """A step, and the time until the next."""
+        texts = self._sessions.texts
+        over = [name for name, text in texts.items() if len(text) > SLOTS_NEEDED]
+        for name in over:
+            self._sessions.close(name)
+            self._open()
+        for text in texts.values():
             text += self._tokens(1)
-        for name in [name for name, text in self._texts.items() if len(text) > 140]:
-            del self._texts[name], self._held[name]
-            new, text = self._new()
-            self._texts[new], self._held[new] = text, 0
+        self._sessions.ask(self, {name: self._tokens(4) for name in texts}, over)
+        time.sleep(STEP_S)
 
-    def _new(self) -> tuple[str, list[int]]:
-        return f"engine-{next(self._numbers)}", self._tokens(self._draw.randrange(40, 140))
+    def step(self, request: wire.StepRequest) -> wire.StepReply:
+        """As the plugin asks."""
+        request = msgspec.structs.replace(request, budget_ms=1e3 * STEP_S)
+        reply = self._http.post(wire.STEP_PATH, content=wire.encode(request)).raise_for_status()
+        return wire.decode_reply(reply.content, request)
+
+    def _open(self) -> None:
+        self._sessions.open(next(self._names), self._tokens(self._draw.randrange(40, SLOTS_NEEDED)))
 
     def _tokens(self, count: int) -> list[int]:
         return self._draw.choices(VOCABULARY, k=count)
@@ -143,14 +146,8 @@ class Engine:
 @contextmanager
 def crowded(stage: Stage) -> Iterator[None]:
     """Another engine steps twice as many sessions as the value server takes."""
-    engine = Engine(2 * SESSIONS)
     with stage.replaced("--max-sessions", SESSIONS), _client(stage.values) as http:
-
-        def turn() -> None:
-            engine.step(http)
-            time.sleep(0.1)
-
-        with meanwhile(turn):
+        with meanwhile(Engine(http, 2 * SESSIONS).turn):
             yield
 
 
