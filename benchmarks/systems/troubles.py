@@ -127,7 +127,8 @@ class Engine:
             self._open()
         for text in texts.values():
             text += self._tokens(1)
-        self._sessions.ask(self, {name: self._tokens(4) for name in texts}, over)
+        with contextlib.suppress(httpx.HTTPError):  # it goes on without an answer
+            self._sessions.ask(self, {name: self._tokens(4) for name in texts}, over)
         time.sleep(STEP_S)
 
     def step(self, request: wire.StepRequest) -> wire.StepReply:
@@ -146,9 +147,12 @@ class Engine:
 @contextmanager
 def crowded(stage: Stage) -> Iterator[None]:
     """Another engine steps twice as many sessions as the value server takes."""
-    with stage.replaced("--max-sessions", SESSIONS), _client(stage.values) as http:
-        with meanwhile(Engine(http, 2 * SESSIONS).turn):
-            yield
+    with (
+        stage.replaced("--max-sessions", SESSIONS),
+        _client(stage.values) as http,
+        meanwhile(Engine(http, 2 * SESSIONS).turn),
+    ):
+        yield
 
 
 def long_prompts(wish: Wish | None) -> Disturb:
