@@ -18,7 +18,7 @@ PIECE_S = 0.2  # between the bytes of a trickle
 class Proxy(socketserver.ThreadingTCPServer):
     """Loopback port `port` → `target`, as long as its block lasts.
 
-    Spoils: lag, every piece of an answer comes late; corrupt, some of its bits are flipped; cut,
+    Spoils: lag, every answer comes late; corrupt, some of its bits are flipped; cut,
     the connection breaks in the middle; trickle, it comes byte by byte.
     """
 
@@ -57,7 +57,7 @@ class Proxy(socketserver.ThreadingTCPServer):
 
     def _pieces(self, data: bytearray) -> Iterator[bytearray]:
         """What of an answer goes on, and when. Raises OSError where it breaks."""
-        if self._spoils == "lag":
+        if self._spoils == "lag" and data.startswith(b"HTTP/"):
             time.sleep(self._lag_s)
         elif self._spoils == "corrupt":
             for _ in range(1 + len(data) // 64):
