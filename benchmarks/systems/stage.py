@@ -43,13 +43,9 @@ class Stage:
     asides: list[Span] = field(default_factory=list)
 
     def counts(self) -> tuple[float, float]:
-        """Guided rows of all steps so far, and those that had values; steps where rows are not
-        told."""
+        """Guided rows so far whose values mattered, and those that had them in time."""
         found = metrics(self.vllm.url)
-        if "lenvm_rows_total" in found:
-            return found["lenvm_rows_total"], found["lenvm_valued_rows_total"]
-        steps = found["lenvm_steps_total"]
-        return steps, steps - found["lenvm_fallback_steps_total"]
+        return found["lenvm_rows_total"], found["lenvm_valued_rows_total"]
 
     def recovery_s(self, patience_s: float = PATIENCE_S) -> float:
         """Seconds until the next values. Raises RuntimeError if vLLM has died, TimeoutError."""
