@@ -111,9 +111,17 @@ class Observed:
             "neighbour_itl_p99_ratio_worst": _worst(rows, ["neighbour"], "p99_ratio"),
             "guided_itl_p99_ratio_worst": _worst(rows, ["guided"], "p99_ratio"),
             "worst_gap_ratio": _worst(rows, list(KINDS), "worst_ratio"),
+            "healthy_itl_p99_ms": self._drift(),
             "steps_with_values": healthy["values"],
             **{name: _all_wholes(rows, name) for name in ENDS},
         }
+
+    def _drift(self) -> list[float]:
+        """The neighbours' 99th percentile in each healthy time: how far two of the same differ."""
+        healthy = [w.span for w in self.windows if w.fault is None and w.only is None]
+        gaps = self.gaps[KINDS["neighbour"]]
+        found = [Latency.of(within(gaps, [span], self.asides)) for span in healthy]
+        return [latency.p99 for latency in found if latency]
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -96,3 +96,4 @@ def test_the_result_has_the_worst() -> None:
     assert (result["requests"], result["lost"], result["outside_rails"]) == (3, 1, 0)
     assert (result["faults"], result["steps_with_values"], result["whole"]) == (3, 0.9, 0.5)
     assert result["worst_gap_ratio"] == 2
+    assert result["healthy_itl_p99_ms"] == [100.0, 100.0]
