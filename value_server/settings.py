@@ -49,7 +49,7 @@ class ServerSettings(BaseSettings):
     max_sessions: int = Field(
         default=512,
         ge=1,
-        description="Sessions held at once; the least recently used idle one goes first.",
+        description="Sessions held at once; idle ones go first, newcomers wait.",
     )
     max_candidates: int = Field(
         default=64, ge=1, description="Candidates of one session in one step."
@@ -64,7 +64,9 @@ class ServerSettings(BaseSettings):
         default=512, ge=16, description="Of --pass-tokens, the most for long prompts."
     )
     max_waiting: int = Field(
-        default=1024, ge=1, description="Unfinished requests, beyond which the server answers 503."
+        default=1024,
+        ge=1,
+        description="Unfinished requests, beyond which steps have no values, others a 503.",
     )
     drain_s: float = Field(
         default=1.0,
@@ -82,12 +84,12 @@ class ServerSettings(BaseSettings):
     client_sessions: int | None = Field(
         default=None,
         ge=1,
-        description="Sessions of one client (token or address), beyond which its oldest goes.",
+        description="Sessions in use of one client (token or address); more of its own wait.",
     )
     client_slots: int | None = Field(
         default=None,
         ge=64,
-        description="Tokens and candidates of one client's sessions, shared ones counted for each.",
+        description="Tokens and candidates of one client in use, shared ones counted for each.",
     )
     token: SecretStr | None = Field(
         default=None,

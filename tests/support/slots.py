@@ -1,4 +1,4 @@
-"""What has to hold of a slot cache after every operation."""
+"""A slot cache looked into: its texts, and what has to hold after every operation."""
 
 from value_server.engine.cache import SlotCache
 from value_server.engine.tree import ROOT
@@ -47,3 +47,32 @@ def check_integrity(cache: SlotCache) -> None:
         for slot in owned | kept:
             if real[slot] != counted[slot]:
                 raise RuntimeError(f"slot {slot}: {real[slot]} {what}, {counted[slot]} counted")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def text(cache: SlotCache, name: str) -> list[int]:
+    session = cache.sessions.get(name) or cache.idle[name]
+    return [cache.token[slot] for slot in session.path]
+
+
+def kept(cache: SlotCache) -> list[list[int]]:
+    """The kept texts, the one closed longest ago first."""
+    texts: list[list[int]] = []
+    for end in cache._kept:
+        texts.append([])
+        while end != ROOT:
+            texts[-1].insert(0, cache.token[end])
+            end = cache._parent[end]
+    return texts
+
+
+def compute(cache: SlotCache, name: str) -> None:
+    for slot in (*cache.sessions[name].path, *cache.sessions[name].candidates):
+        cache.ready[slot] = 1

@@ -23,6 +23,7 @@ from tests.support import tiny
 from tests.support.blocked import SECONDS, wait_until
 from tests.support.collector import Collector
 from value_server.contract import wire
+from value_server.engine.job import Job, Row
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,3 +130,13 @@ def naive(ids: list[int], **model: int) -> torch.Tensor:
     """(T,) logits of a text by the tiny model, plainly."""
     with torch.inference_mode():
         return tiny.tiny_model(**model)(torch.tensor([ids]))[0]  # type: ignore[arg-type]
+
+
+def job(name: str, tokens: list[int], start: int = 0) -> Job:
+    """A step of one session with the candidates 1 and 2."""
+    return Job([Row(name, start, tokens, [1, 2])])
+
+
+def expected(text: list[int]) -> list[torch.Tensor]:
+    """Their logits behind the text."""
+    return [naive([*text, c], max_position=1024)[-1] for c in (1, 2)]

@@ -248,9 +248,10 @@ class Engine:
         name = "warm-up"
         with selfcheck.named(self.model):
             self._check_backbone(name)
-        length = min(self.pace.limits().prefill, self.max_position - 1, self.cache.size // 2)
+        length = min(self.pace.limits().prefill, self.max_position - 1, self.cache.largest // 2)
         for candidates in ([0], [0, 1][: self.max_candidates]):
-            self.run(Job([Row(name, 0, [0] * length, candidates)]))
+            for error in self.run(Job([Row(name, 0, [0] * length, candidates)])).refused.values():
+                raise error
         self.cache.close(name, keep=False)
         self.forwarded = self.saved = 0
         self.cache.prefix_tokens = self.cache.prefix_hits = 0

@@ -16,7 +16,7 @@ from tests.support import tiny
 from tests.support.slots import check_integrity
 from value_server.engine.batcher import Batcher
 from value_server.engine.engine import Engine
-from value_server.engine.errors import BusyError
+from value_server.engine.errors import BusyError, ModelError
 from value_server.engine.job import Job, Row
 from value_server.model.value_model import ValueModel
 
@@ -254,6 +254,15 @@ def test_not_a_number_fails_its_row_only() -> None:
     check_integrity(served.cache)
     again = served.run(Job([Row("z", 0, [6] * 20, [1, 2])]))  # in the slots of the bad one
     assert np.isfinite(again.logits).all()
+
+
+def test_a_model_that_gives_no_numbers_is_not_served() -> None:
+    served = engine(client_slots=64)
+    served.warm_up()
+    with torch.no_grad():
+        served.model.head.register_forward_hook(lambda *given: given[-1] * float("nan"))
+    with pytest.raises(ModelError, match="finite"):
+        served.warm_up()
 
 
 def test_batcher_survives_a_failing_forward_and_serves_one_session_in_order(

@@ -116,7 +116,7 @@ def test_a_plugin_reads_another_checkpoint_rightly() -> None:
         """The length to expect, and how much of the text the server has."""
         end = time.perf_counter() + SECONDS
         gamma = replicas.model(lambda: None, end).gamma
-        (call,) = replicas.send(["a"], lambda *_: message(start, tokens), None)
+        (call,) = replicas.send(["a"], [1], lambda *_: message(start, tokens), SECONDS, SECONDS)
         assert call.is_there(end)
         if (reply := replicas.read(call)) is None:
             return math.nan, 0
