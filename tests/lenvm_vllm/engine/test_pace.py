@@ -42,16 +42,15 @@ def test_the_mean_follows_the_steps() -> None:
     after = [steps.take(0.15) for _ in range(60)]
     assert before == pytest.approx(0.1)
     assert after == sorted(after)
-    assert after[0] == pytest.approx(0.11)
+    assert 0.1 < after[0] < 0.12
     assert after[-1] == pytest.approx(0.15, rel=0.01)
 
 
 def test_a_pause_counts_as_a_step_of_twice_the_length() -> None:
-    steps = Steps()
-    steps.take(*[0.1] * 10)
-    assert steps.take(1e6) == pytest.approx(0.1 + 0.2 * (0.2 - 0.1))
+    usual = [0.1] * 10
+    assert Steps().take(*usual, 1e6) == pytest.approx(Steps().take(*usual, 0.2))
     assert Steps(most_s=2.0).take(1e6) == 2.0  # nor does one that comes first count for ever
-    assert Steps(most_s=2.0).take(1e6, *[0.1] * 80) == pytest.approx(0.1, rel=0.01)
+    assert Steps(most_s=2.0).take(1e6, *[0.1] * 120) == pytest.approx(0.1, rel=0.01)
 
 
 @pytest.mark.parametrize(("took", "waits"), [(0.001, 0.02), (0.1, 0.1), (9.0, 2.0)])
