@@ -173,7 +173,8 @@ class Replicas:
                 seconds = replica.patience.seconds(asked, least, most)
                 make = partial(build, rows, closed, seconds)
                 context = copy_context()  # the span that the message is part of
-                answer = replica.thread.submit(context.run, _ask, replica.client, make)
+                ask = partial(_ask, replica.client, make, time.perf_counter())
+                answer = replica.thread.submit(context.run, ask)
                 replica.call = Call(replica, rows, asked, seconds, answer)
                 calls.append(replica.call)
         return calls
@@ -266,9 +267,10 @@ class Replicas:
         return logit_in_gamma(exact, replica.info.gamma, self._gamma).float().numpy()
 
 
-def _ask(client: OneServer, make: Callable[[], wire.StepRequest]) -> tuple[wire.StepReply, float]:
-    """The answer, and the seconds that it took."""
-    begin = time.perf_counter()
+def _ask(
+    client: OneServer, make: Callable[[], wire.StepRequest], begin: float
+) -> tuple[wire.StepReply, float]:
+    """The answer, and the seconds since `begin`, on the clock `perf_counter`."""
     reply = client.step(make())
     return reply, time.perf_counter() - begin
 
