@@ -178,18 +178,23 @@ def long_prompts(wish: Wish | None) -> Disturb:
     return disturb
 
 
-@contextmanager
-def poisoned(stage: Stage) -> Iterator[None]:
-    """One guided request at a time has a token in its prompt whose values are NaN."""
-    with stage.aside():
-        model = _with_nan(stage.folder / "nan")
+def one_more(stage: Stage) -> AbstractContextManager[None]:
+    """One guided request more at a time, whose prompt has the token RARE."""
     content = f"Write about the history of the{RARE} people."
 
     def turn() -> None:
         with stage.load.client() as http:
             stage.load.ask(http, content, {"tokens": 60}, extra=True)
 
-    with stage.replaced(model=model), meanwhile(turn):
+    return meanwhile(turn)
+
+
+@contextmanager
+def poisoned(stage: Stage) -> Iterator[None]:
+    """The values of that token, and of all behind it, are NaN."""
+    with stage.aside():
+        model = _with_nan(stage.folder / "nan")
+    with stage.replaced(model=model), one_more(stage):
         yield
 
 
@@ -237,7 +242,7 @@ FAULTS: dict[str, Fault] = {
     "filled": Fault(filled),
     "half the slots": Fault(halved),
     "twice the sessions": Fault(crowded),
-    "a row of NaN": Fault(poisoned),
+    "a row of NaN": Fault(poisoned, beside=one_more),
     "long prompts": Fault(long_prompts({"tokens": 12}), 1.5, beside=long_prompts(None)),
     "vllm restarted": Fault(restarted, 0.0, timed=False),
 }
