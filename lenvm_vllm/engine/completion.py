@@ -39,6 +39,8 @@ class Completion:
     def parts(self) -> Parts:
         """The parts of the completion, as far as its tokens are known."""
         parts = self._parts
+        if parts is not None and parts.followed == len(self.output_ids):
+            return parts  # asked for many times between two tokens
         if parts is None or parts.followed > len(self.output_ids):
             self._parts = parts = Parts(self.markers, self._turn())
             self._begin_count()

@@ -96,7 +96,7 @@ class Guide:
         rows, asking = list(turns), list(turns.values())
         cuts = [cut_of(state, self._settings) for state in asking]
         width = min(self._settings.max_candidates, info.max_candidates)
-        candidates = cut_candidates(logits[rows], cuts, width)
+        candidates = cut_candidates(logits, cuts, width, rows)
         wanted = candidates.scored(*shares_of(asking, self._settings))
         least = torch.tensor([s.target.min_entropy for s in asking], dtype=torch.float64)
         undecided = wanted.any(-1) & (candidates.entropy() >= least)
