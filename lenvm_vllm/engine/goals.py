@@ -2,21 +2,29 @@
 how many candidates are scored, where its value should be, and which candidates end a sentence."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.steering.candidates import Candidates, Cut
-from lenvm_vllm.steering.landing import Landing, landing_of
+from lenvm_vllm.steering.landing import Landing
 from lenvm_vllm.steering.policies import Goals
 from lenvm_vllm.text.sentences import Sentences
-from value_server.contract.values import remaining_goal
 
 
 def cut_of(state: RequestState, settings: Settings) -> Cut:
     """The candidate cut of a request: its own, or the plugin's where it sets none."""
+    ends = state.ends
+    if state.cut is None or state.cut.eos_ids != ends:
+        state.cut = _cut_of(state, ends, settings)
+    return state.cut
+
+
+def _cut_of(state: RequestState, ends: list[int], settings: Settings) -> Cut:
     own, min_p = state.own, state.own.min_p
     top_k, top_p = own.top_k, own.top_p
     end_top_k, end_top_p = 0, 0.0
@@ -29,7 +37,7 @@ def cut_of(state: RequestState, settings: Settings) -> Cut:
         end_top_k, end_top_p = max(top_k, settings.top_k), max(top_p, settings.top_p)
     # A greedy request is steered at T = 1; vLLM then takes the most probable token.
     temperature = state.temperature or 1.0
-    return Cut(temperature, top_k, top_p, min_p, state.ends, end_top_k, end_top_p)
+    return Cut(temperature, top_k, top_p, min_p, ends, end_top_k, end_top_p)
 
 
 def shares_of(states: Sequence[RequestState], settings: Settings) -> tuple[Tensor, Tensor]:
@@ -42,31 +50,28 @@ def shares_of(states: Sequence[RequestState], settings: Settings) -> tuple[Tenso
 
 def landing_in_tokens(state: RequestState) -> Landing[float]:
     """Of a text, from the next token."""
-    aim = state.aim
-    return landing_of(aim.mode, remaining_goal(aim.high, state.generated), aim.width)
+    landing = state.aim.landing
+    return replace(landing, target=landing.target - (state.generated + 1))
 
 
 def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goals:
     """What each request wants of this step."""
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
-
-    targets, aims = [state.target for state in states], [state.aim for state in states]
-    known = [(aim, state.generated) for aim, state in zip(aims, states, strict=True)]
-    landings = [landing_of(a.mode, remaining_goal(a.high, n), a.width) for a, n in known]
+    targets = [state.target for state in states]
+    # (B, 1) tokens so far and the next one
+    next_ = np.array([[float(state.generated + 1)] for state in states]).reshape(-1, 1)
+    numbers = np.array([state.aim.numbers for state in states], np.float64).reshape(-1, 6)
+    numbers[:, 2:4] -= next_  # what remains behind the next token
+    exact, tilts, lowest, target, before, behind = torch.from_numpy(numbers).unbind(-1)
+    bounds = [max_kl if target.max_kl is None else target.max_kl for target in targets]
     return Goals(
-        exact=torch.tensor([aim.mode == "equal_to" for aim in aims]),
-        tilts=torch.tensor([aim.mode == "tilt" for aim in aims]),
+        exact=exact.bool(),
+        tilts=tilts.bool(),
         greedy=torch.tensor([target.policy == "greedy" for target in targets]),
-        lowest=column([remaining_goal(aim.fewest, n) for aim, n in known]),
-        landing=Landing(
-            column([landing.target for landing in landings]),
-            column([landing.before for landing in landings]),
-            column([landing.behind for landing in landings]),
-        ),
-        beta=column([target.beta or 0.0 for target in targets]),
-        max_kl=column([max_kl if t.max_kl is None else t.max_kl for t in targets]),
+        lowest=lowest,
+        landing=Landing(target, before, behind),
+        beta=torch.tensor([target.beta or 0.0 for target in targets], dtype=torch.float64),
+        max_kl=torch.tensor(bounds, dtype=torch.float64),
         gamma=gamma,
     )
 

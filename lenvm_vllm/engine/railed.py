@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from lenvm_vllm.engine.completion import Completion
+from lenvm_vllm.engine.completion import Completion, once_a_token
 from lenvm_vllm.steering.constants import ANSWER_PART, LEAST
 from lenvm_vllm.target.rails import Aim, Rails, aim_in_tokens, aim_of, bounds_of, rails_of
 from lenvm_vllm.text.characters import LONGEST
@@ -34,8 +34,15 @@ class RailedText(Completion):
             return aim_of(self.target, wall)
         so_far, amount, ratio = self.generated, self.amount, self.counter.ratio
         return aim_in_tokens(
-            self.target, lambda limit: so_far + 1 + round((limit - amount) * ratio), wall
+            self.target,
+            self._limits,
+            lambda limit: so_far + 1 + round((limit - amount) * ratio),
+            wall,
         )
+
+    @cached_property
+    def _limits(self) -> tuple[int, int]:
+        return self.target.limits
 
     @property
     def rails(self) -> Rails:
@@ -50,7 +57,7 @@ class RailedText(Completion):
         """The rails in words or characters; none of a target in tokens."""
         return Rails() if self.counter is None else bounds_of(self.target)
 
-    @property
+    @once_a_token
     def room(self) -> int | None:
         """Words or characters that may come still; None where no rail limits them. A marker that
         is not whole takes some, as long as it may turn out to be text."""
@@ -98,7 +105,7 @@ class RailedText(Completion):
         behind = len(self.markers.think_end) - begun - 1
         return full or self.rails.forces(self.generated + behind)
 
-    @property
+    @once_a_token
     def text_left(self) -> int | None:
         """Tokens that may come between the next one and the end that a rail forces; None where
         none does."""
@@ -153,7 +160,7 @@ class RailedText(Completion):
         came = self.output_ids[at : at + 1]
         return self._gave_way or any(token not in (-1, *tokens) for token in came)
 
-    @property
+    @once_a_token
     def held(self) -> list[int]:
         """Ends that the next token must not be."""
         parts = self.parts
