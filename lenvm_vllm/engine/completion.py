@@ -1,8 +1,9 @@
 """A completion as far as it has come, and how much it has of what its target counts."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.text.parts import Markers, Parts
@@ -11,6 +12,25 @@ if TYPE_CHECKING:
     from lenvm_vllm.text.counter import Counter
 
 _BEYOND_THE_END = 3  # tokens that vLLM may run a finished request for
+T = TypeVar("T")
+
+
+class once_a_token(Generic[T]):  # noqa: N801 - as `property`
+    """A property of a text that is found once between two tokens, though a step asks for it many
+    times. Found anew when a token comes or becomes known, or when the text begins anew."""
+
+    def __init__(self, find: Callable[[Any], T]) -> None:
+        self._find = find
+        self._name = f"_{find.__name__}_once"
+
+    def __get__(self, text: Any, owner: Any = None) -> T:
+        parts: Parts = text.parts
+        at = parts, parts.followed, len(text.output_ids)
+        known = text.__dict__.get(self._name)
+        if known is None or known[0] != at:
+            known = text.__dict__[self._name] = at, self._find(text)
+        found: T = known[1]
+        return found
 
 
 @dataclass
@@ -39,6 +59,8 @@ class Completion:
     def parts(self) -> Parts:
         """The parts of the completion, as far as its tokens are known."""
         parts = self._parts
+        if parts is not None and parts.followed == len(self.output_ids):
+            return parts  # asked for many times between two tokens
         if parts is None or parts.followed > len(self.output_ids):
             self._parts = parts = Parts(self.markers, self._turn())
             self._begin_count()
@@ -54,7 +76,7 @@ class Completion:
                     self._begin_part(parts, self.counter, counts)
         return parts
 
-    @property
+    @once_a_token
     def counts(self) -> bool:
         """Whether the next token is one of those that the target is about."""
         return self._counts(self.parts)
@@ -89,7 +111,7 @@ class Completion:
             for token in prompt[split:]:
                 self.counter.follow(token)
 
-    @property
+    @once_a_token
     def amount(self) -> int:
         """So far of the target's unit, of which an end that is a token counts as one, and the
         marker that ends a thinking as nothing, also while it is not whole."""
@@ -99,7 +121,7 @@ class Completion:
         begun = min(closed, len(self._before)) if self._thinks else 0
         return self._before[-begun][0] if begun else self.counter.amount
 
-    @property
+    @once_a_token
     def generated(self) -> int:
         """Tokens so far of those that the target is about."""
         parts = self.parts

@@ -18,6 +18,8 @@ from lenvm_vllm.text.letters import Letters
 
 Tokens = dict[int, list[int]]  # of a row
 
+_FIRST = 64  # tokens
+
 
 def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> Tokens:
     """logits: (batch, V). Returns of each row that is forced the tokens of which one must come."""
@@ -35,7 +37,12 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
     held, broken, due = {}, {}, {}
     characters = letters.characters
     for row, state in states.items():
-        text, room = state.output_ids, state.text_left
+        text = state.output_ids
+        whole = not text or text[-1] not in characters.pieces
+        if whole and (calm := state.calm) is not None:
+            held[row] = calm
+            continue
+        room = state.text_left
         missing = characters.missing(text)
         held[row], due[row] = state.held, state.force(in_character=missing > 0)
         if missing and not due[row]:
@@ -96,7 +103,7 @@ def _close_inplace(logits: Tensor, rows: list[int], closed: Closed, ends: list[l
         few = closed.few[closed.few < logits.shape[-1]]
         own = logits[at, few]
         logits[at, few] = -torch.inf
-        empty = logits[rows].amax(-1, keepdim=True).isneginf()
+        empty = _are_empty(logits, at[:, 0])[:, None]
         logits[at, few] = torch.where(empty, own, -torch.inf)
         return
     own = logits[rows]  # a copy
@@ -111,11 +118,23 @@ def _hold_inplace(logits: Tensor, held: Tokens) -> None:
     if not held:
         return
     index, ids = eos_index(list(held.values()), logits.shape[-1])
-    rows, ids = torch.tensor(list(held))[index].to(logits.device), ids.to(logits.device)
-    own = logits[rows, ids]
-    logits[rows, ids] = -torch.inf
-    empty = logits[list(held)].amax(-1).isneginf()[index.to(logits.device)]
-    logits[rows, ids] = torch.where(empty, own, -torch.inf)
+    index, ids = index.to(logits.device), ids.to(logits.device)
+    rows = torch.tensor(list(held), device=logits.device)
+    own = logits[rows[index], ids]
+    logits[rows[index], ids] = -torch.inf
+    empty = _are_empty(logits, rows)[index]
+    logits[rows[index], ids] = torch.where(empty, own, -torch.inf)
+
+
+def _are_empty(logits: Tensor, rows: Tensor) -> Tensor:
+    """(B,) bool: those of `rows` (B,) without a token. Most have one among the first; what a GPU
+    finds there is not waited for."""
+    if logits.device.type != "cpu":
+        return logits[rows].amax(-1).isneginf()
+    empty = logits[rows, :_FIRST].amax(-1).isneginf()
+    if empty.any():
+        empty[empty.clone()] = logits[rows[empty]].amax(-1).isneginf()
+    return empty
 
 
 def _force_inplace(logits: Tensor, due: Tokens) -> None:

@@ -1,12 +1,13 @@
 """From the logits of guided rows to their steered distribution: asks for values, then steers."""
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lenvm_vllm.engine.goals import Closing, cut_of, goals_of, landing_in_tokens, shares_of
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import NOBODY, Sessions
 from lenvm_vllm.engine.state import RequestState
@@ -19,12 +20,10 @@ from lenvm_vllm.steering.candidates import (
     eos_index,
     plan_writes,
 )
-from lenvm_vllm.steering.landing import Landing, landing_of
-from lenvm_vllm.steering.policies import Goals, expected_rest, steer
+from lenvm_vllm.steering.policies import expected_rest, steer
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.text.sentences import Sentences
 from value_server.contract import wire
-from value_server.contract.values import remaining_goal
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Guide:
         self._settings = settings
         self._counters = counters
         self._sentences = sentences
-        self._closing_ids = torch.tensor(sentences.ids if sentences else [], dtype=torch.long)
+        self._closing = Closing(sentences)
         self._pace = Pace(settings.wait_share, settings.wait_floor_s, settings.timeout_s)
 
     def plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
@@ -97,7 +96,7 @@ class Guide:
         rows, asking = list(turns), list(turns.values())
         cuts = [cut_of(state, self._settings) for state in asking]
         width = min(self._settings.max_candidates, info.max_candidates)
-        candidates = cut_candidates(logits[rows], cuts, width)
+        candidates = cut_candidates(logits, cuts, width, rows)
         wanted = candidates.scored(*shares_of(asking, self._settings))
         least = torch.tensor([s.target.min_entropy for s in asking], dtype=torch.float64)
         undecided = wanted.any(-1) & (candidates.entropy() >= least)
@@ -133,8 +132,8 @@ class Guide:
             return []
         step, z, known = step.pick(steered), z[steered], known[steered]
         goals = goals_of(step.states, gamma, self._settings.max_kl)
-        closes = self._closes(step, goals.without_values(~known))
-        before = step.candidates
+        before, heeded = step.candidates, goals.without_values(~known).heeds_sentences
+        closes = self._closing.among(before, step.states, heeded)
         log_q, log_p0 = steer(before.log_q, before.log_p0, before.own_end, z, closes, goals)
         rest = expected_rest(log_q, log_p0, z, gamma).masked_fill(~known, torch.nan)
         told = zip(
@@ -169,70 +168,3 @@ class Guide:
             state.landing, state.forced, state.expected = True, True, 0.0
         rows = torch.tensor(list(ended))[index]
         return Writes(rows, ids, torch.zeros(len(rows), dtype=torch.float64))
-
-    def _closes(self, step: Step, goals: Goals) -> Tensor:
-        """(B, K) bool: candidates that end a sentence, of texts that are led to the end of one."""
-        ids = step.candidates.ids
-        closes = torch.isin(ids, self._closing_ids) & step.candidates.kept
-        closes &= goals.heeds_sentences[:, None]
-        for row, place in closes.nonzero().tolist():
-            assert self._sentences is not None
-            text = step.states[row].output_ids
-            closes[row, place] = self._sentences.ends(text, int(ids[row, place]))
-        return closes
-
-
-def cut_of(state: RequestState, settings: Settings) -> Cut:
-    """The candidate cut of a request: its own, or the plugin's where it sets none."""
-    own, min_p = state.own, state.own.min_p
-    top_k, top_p = own.top_k, own.top_p
-    end_top_k, end_top_p = 0, 0.0
-    if state.target.mode == "tilt":
-        unset = not top_k and top_p >= 1 and not min_p
-        min_p = settings.tilt_min_p if unset else min_p
-    else:
-        top_k = top_k or settings.top_k
-        top_p = top_p if top_p < 1 else settings.top_p
-        end_top_k, end_top_p = max(top_k, settings.top_k), max(top_p, settings.top_p)
-    # A greedy request is steered at T = 1; vLLM then takes the most probable token.
-    temperature = state.temperature or 1.0
-    return Cut(temperature, top_k, top_p, min_p, state.ends, end_top_k, end_top_p)
-
-
-def shares_of(states: Sequence[RequestState], settings: Settings) -> tuple[Tensor, Tensor]:
-    """(B,) share of each request's candidates, by probability, and (B,) how many are scored."""
-    greedy = torch.tensor([state.target.policy == "greedy" for state in states])
-    mass = torch.full(greedy.shape, settings.scored_mass, dtype=torch.float64)
-    most = torch.full(greedy.shape, settings.max_scored)
-    return mass.masked_fill(greedy, 1), most.masked_fill(greedy, settings.max_candidates)
-
-
-def landing_in_tokens(state: RequestState) -> Landing[float]:
-    """Of a text, from the next token."""
-    aim = state.aim
-    return landing_of(aim.mode, remaining_goal(aim.high, state.generated), aim.width)
-
-
-def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goals:
-    """What each request wants of this step."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
-
-    targets, aims = [state.target for state in states], [state.aim for state in states]
-    known = [(aim, state.generated) for aim, state in zip(aims, states, strict=True)]
-    landings = [landing_in_tokens(state) for state in states]
-    return Goals(
-        exact=torch.tensor([aim.mode == "equal_to" for aim in aims]),
-        tilts=torch.tensor([aim.mode == "tilt" for aim in aims]),
-        greedy=torch.tensor([target.policy == "greedy" for target in targets]),
-        lowest=column([remaining_goal(aim.fewest, n) for aim, n in known]),
-        landing=Landing(
-            column([landing.target for landing in landings]),
-            column([landing.before for landing in landings]),
-            column([landing.behind for landing in landings]),
-        ),
-        beta=column([target.beta or 0.0 for target in targets]),
-        max_kl=column([max_kl if t.max_kl is None else t.max_kl for t in targets]),
-        gamma=gamma,
-    )

@@ -1,11 +1,13 @@
 """A completion between its guard rails: where an end is held back, and where it is forced."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from lenvm_vllm.engine.completion import Completion
+from lenvm_vllm.engine.completion import Completion, once_a_token
 from lenvm_vllm.steering.constants import ANSWER_PART, LEAST
 from lenvm_vllm.target.rails import Aim, Rails, aim_in_tokens, aim_of, bounds_of, rails_of
+from lenvm_vllm.text.characters import LONGEST
 
 
 @dataclass
@@ -13,6 +15,8 @@ class RailedText(Completion):
     _aim: tuple[tuple[int | None, int], Aim] | None = None
     _forced: tuple[int, list[int]] | None = None
     _gave_way: bool = False
+    # Tokens of the completion from which on and up to which it is calm, and what is held there.
+    _calm: tuple[int, float, list[int]] | None = None
 
     @property
     def aim(self) -> Aim:
@@ -30,8 +34,15 @@ class RailedText(Completion):
             return aim_of(self.target, wall)
         so_far, amount, ratio = self.generated, self.amount, self.counter.ratio
         return aim_in_tokens(
-            self.target, lambda limit: so_far + 1 + round((limit - amount) * ratio), wall
+            self.target,
+            self._limits,
+            lambda limit: so_far + 1 + round((limit - amount) * ratio),
+            wall,
         )
+
+    @cached_property
+    def _limits(self) -> tuple[int, int]:
+        return self.target.limits
 
     @property
     def rails(self) -> Rails:
@@ -46,7 +57,7 @@ class RailedText(Completion):
         """The rails in words or characters; none of a target in tokens."""
         return Rails() if self.counter is None else bounds_of(self.target)
 
-    @property
+    @once_a_token
     def room(self) -> int | None:
         """Words or characters that may come still; None where no rail limits them. A marker that
         is not whole takes some, as long as it may turn out to be text."""
@@ -94,7 +105,7 @@ class RailedText(Completion):
         behind = len(self.markers.think_end) - begun - 1
         return full or self.rails.forces(self.generated + behind)
 
-    @property
+    @once_a_token
     def text_left(self) -> int | None:
         """Tokens that may come between the next one and the end that a rail forces; None where
         none does."""
@@ -103,6 +114,27 @@ class RailedText(Completion):
             return None
         ends = len(self.markers.think_end) if self._thinks else 1
         return last - ends - self.generated - 1
+
+    @property
+    def calm(self) -> list[int] | None:
+        """`held` of a text in which no rail forces a token, nor will behind the next character;
+        None of any other. Most rows of most steps are so, from one rail to the next.
+
+        Only of texts in which each token counts, so that their number tells where the rails are.
+        """
+        parts = self.parts
+        counted = self.counter is None and self.target.scope == "completion"
+        if not counted or parts.thinking or parts.called or self._forced is not None:
+            return None
+        tokens = len(self.output_ids)
+        if self._calm is None or not self._calm[0] <= tokens < self._calm[1]:
+            self._calm = tokens, self._calm_until(tokens), self.held
+        return self._calm[2] if tokens < self._calm[1] else None
+
+    def _calm_until(self, tokens: int) -> float:
+        room = math.inf if self.text_left is None else self.text_left
+        early = self.rails.first - self.generated - 1
+        return tokens + min(room - LONGEST + 1, early if early > 0 else math.inf)
 
     def force(self, in_character: bool = False) -> list[int]:
         """Tokens of which the next one must be one; empty where it is free.
@@ -119,13 +151,16 @@ class RailedText(Completion):
     @property
     def gave_way(self) -> bool:
         """Whether a rail was due and its token did not come: a grammar had removed it."""
-        if self.room is not None and self.amount > (self.bounds.last or 0):
+        limited = self.counter is not None and self.room is not None
+        if limited and self.amount > (self.bounds.last or 0):
             return True
-        at, tokens = self._forced or (0, [])
-        came = self.output_ids[at : at + 1] if tokens else []
+        if self._forced is None:
+            return self._gave_way
+        at, tokens = self._forced
+        came = self.output_ids[at : at + 1]
         return self._gave_way or any(token not in (-1, *tokens) for token in came)
 
-    @property
+    @once_a_token
     def held(self) -> list[int]:
         """Ends that the next token must not be."""
         parts = self.parts

@@ -5,11 +5,14 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lenvm_vllm.engine.railed import RailedText
 from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.target.request import REQUEST_ID
+
+if TYPE_CHECKING:
+    from lenvm_vllm.steering.candidates import Cut
 
 
 def session_of(extra_args: Mapping[str, Any] | None) -> str:
@@ -27,6 +30,7 @@ class RequestState(RailedText):
     sent: tokens of prompt and output that the value server has.
     again_at: when it is told again, on the clock `perf_counter`, if there was no room for it.
     refused: why the value server never has values for this text, if that is so.
+    cut: of its candidates, once it is known; see `goals.py`.
     row: of the table that the API server reads, None where it reads none.
     valued: whether the values were there when they were last asked for.
     landing, forced, expected: of the last step that had values: whether ends were raised in it,
@@ -39,6 +43,7 @@ class RequestState(RailedText):
     sent: int = 0
     again_at: float = 0.0
     refused: str | None = None
+    cut: "Cut | None" = None
     row: int | None = None
     valued: bool = False
     landing: bool = False

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 from lenvm_vllm.steering.constants import DEFAULT_TOLERANCE, LEAST
 from lenvm_vllm.steering.landing import NEVER, Landing, landing_of
@@ -57,6 +58,16 @@ class Aim:
     width: float
     rails: Rails
 
+    # A text in tokens has one aim for as long as it lives.
+
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """1.0 of equal_to and of tilt, else 0; fewest, and target, before and behind of the
+        landing."""
+        landing, fewest = self.landing, float(self.fewest)
+        exact, tilts = self.mode == "equal_to", self.mode == "tilt"
+        return exact, tilts, fewest, landing.target, landing.before, landing.behind
+
     @property
     def fewest(self) -> int:
         """As `low`; 0 of a mode that has no least."""
@@ -88,9 +99,13 @@ def bounds_of(target: LengthTarget) -> Rails:
         return Rails(first=low)
     if target.mode == "at_most":
         return Rails(int(counts_end), high)
+    return _rails_around(low, target.tolerance)
+
+
+def _rails_around(length: int, tolerance: float) -> Rails:
     # The decimal that was written, not its binary neighbour: 100 * (1 - 0.07) is 93.
-    width = Fraction(str(target.tolerance)) * low
-    first, last = math.ceil(low - width), math.floor(low + width)
+    width = Fraction(str(tolerance)) * length
+    first, last = math.ceil(length - width), math.floor(length + width)
     return Rails(first=max(1, first), last=last)
 
 
@@ -107,19 +122,25 @@ def aim_of(target: LengthTarget, wall: int | None = None) -> Aim:
     The end comes before it, and so does the whole landing: equal_to aims at the same place
     between its lower rail and the wall as between its rails, at_least becomes a range.
     """
-    low, high = target.limits
-    share = target.tolerance if target.mode == "equal_to" else None
+    return _aim(target.mode, *target.limits, target.tolerance, rails_of(target), wall)
+
+
+def _aim(
+    mode: str, low: int, high: int, tolerance: float | None, rails: Rails, wall: int | None
+) -> Aim:
+    share = tolerance if mode == "equal_to" else None
     share = DEFAULT_TOLERANCE if share is None else share
-    aim = Aim(target.mode, low, high, share * high, rails_of(target))
-    if wall is None or wall < LEAST or target.mode == "tilt":
+    aim = Aim(mode, low, high, share * high, rails)
+    if wall is None or wall < LEAST or mode == "tilt":
         return aim
-    if target.mode == "equal_to":
-        return _before(aim, rails_of(target.model_copy(update={"tolerance": share})), wall)
-    if target.mode != "at_least" and high <= wall:
+    if mode == "equal_to":
+        far = wall > high + share * high + 1  # saves the fractions, of most texts
+        return aim if far else _before(aim, _rails_around(low, share), wall)
+    if mode != "at_least" and high <= wall:
         return aim
-    mode = "range" if target.mode == "at_least" else target.mode
-    railed = target.tolerance is not None
-    rails = Rails(min(aim.rails.first, wall), wall) if railed else aim.rails
+    mode = "range" if mode == "at_least" else mode
+    if tolerance is not None:
+        rails = Rails(min(rails.first, wall), wall)
     return Aim(mode, min(low, wall), wall, DEFAULT_TOLERANCE * wall, rails)
 
 
@@ -134,12 +155,16 @@ def _before(aim: Aim, whole: Rails, wall: int) -> Aim:
     return Aim(aim.mode, tokens, tokens, float(wall - tokens), rails)
 
 
-def aim_in_tokens(target: LengthTarget, tokens: Callable[[int], int], wall: int | None) -> Aim:
+def aim_in_tokens(
+    target: LengthTarget, limits: tuple[int, int], tokens: Callable[[int], int], wall: int | None
+) -> Aim:
     """The aim in tokens of a target in another unit, whose only rail in tokens is the wall.
 
-    tokens: of a text that has so much of its unit, the end included. wall: as of `aim_of`.
+    limits: of the target. tokens: of a text that has so much of its unit, the end included. wall:
+    as of `aim_of`.
     """
-    aim = aim_of(target.in_tokens(tokens), wall)
+    low, high = map(tokens, limits)
+    aim = _aim(target.mode, low, high, target.tolerance, Rails(), wall)
     walled = target.tolerance is not None and wall is not None and wall >= LEAST
     return replace(aim, rails=Rails(last=wall if walled else None))
 

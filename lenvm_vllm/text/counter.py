@@ -90,7 +90,6 @@ class TokenUnits:
         for token in closing:
             text = texts[token]
             self._closes[token] = text == text.rstrip() and ends_sentence(f"word{text}")
-        self.most = int(self._characters[self._characters < _FORBIDDEN].max(initial=0))
 
     # They are cached as long as the object, which is as long as the process.
 
@@ -101,6 +100,12 @@ class TokenUnits:
         place: as of `follow_words`. pending: bytes of a character that is not whole. on: a device.
         """
         return Closed.of(torch.from_numpy(self._added(unit, place, pending) > room).to(on))
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def most(self, unit: str, place: int, pending: bytes) -> int:
+        """The most that a token adds; with more room than that all rows are alike."""
+        added = self._added(unit, place, pending)
+        return int(added[added < _FORBIDDEN].max(initial=0))
 
     @lru_cache(maxsize=8)  # noqa: B019
     def last_word(self, on: Any) -> tuple[Tensor, Tensor]:
@@ -219,8 +224,9 @@ class Counter:
 
     def closed(self, room: int | None, on: Any) -> "Closed":
         """Tokens that must not come next where `room` is left, None: any. on: a device."""
-        room = self.units.most if room is None else min(room, self.units.most)
-        return self.units.closed(self._unit, self._place, self.pending, room, on)
+        here = self._unit, self._place, self.pending
+        most = self.units.most(*here)
+        return self.units.closed(*here, most if room is None else min(room, most), on)
 
 
 def _most_of(pending: bytes, unit: str, place: int) -> int:

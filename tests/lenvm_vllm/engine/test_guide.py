@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lenvm_vllm.engine.guide import Guide, cut_of
+from lenvm_vllm.engine.goals import cut_of
+from lenvm_vllm.engine.guide import Guide
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.settings import Settings

@@ -241,3 +241,18 @@ def test_all_tokens_but_a_few_may_be_ends() -> None:
     candidates = cut_candidates(torch.zeros(1, size), [cut(eos_ids=list(range(3, size)))], 15)
     expected = dict.fromkeys([0, 1, 2], 1 / 3), 1 - 3 / size
     assert_same(row_of(candidates, 0), expected)
+
+
+@pytest.mark.parametrize("size", [1280, 1300, 5000])
+@pytest.mark.parametrize("top_ks", [(5, 0, 40), (3, 3, 3)])
+def test_the_top_of_a_large_vocabulary_is_that_of_a_sort(size: int, top_ks: Any) -> None:
+    """Most of it is never sorted; some rows of the batch are no one's, in any order."""
+    logits = torch.randn(6, size, generator=torch.Generator().manual_seed(size))
+    logits[:, -1] = 9.0  # behind the last whole block
+    rows, width = [4, 0, 3], 64
+    cuts = [Cut(1.0, top_k, 1.0, 0.0, [7, size]) for top_k in top_ks]
+    found = cut_candidates(logits, cuts, width, rows)
+    logits[:, 7] = -math.inf
+    for row, limit, ids, kept in zip(rows, top_ks, found.ids, found.kept, strict=True):
+        sorted_ids = logits[row].argsort(descending=True, stable=True)
+        assert ids[kept].tolist() == sorted_ids[: limit or width].tolist()

@@ -1,0 +1,43 @@
+"""What is told of each step, against the plain sum over the vocabulary."""
+
+import math
+
+import pytest
+import torch
+
+from lenvm_vllm.engine.telling import end_probabilities
+from tests.support.toy import EOS, request
+
+
+def test_an_end_is_told_with_its_probability_in_six_digits() -> None:
+    """Likely ends, ends of nearly nothing, forbidden ones, and likelier tokens at the far end."""
+    size = 9000
+    logits = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
+    logits[:, EOS] = torch.linspace(-30, 12, 40)
+    logits[::3, -1] = 11.0
+    logits[5], logits[6, EOS] = -math.inf, -math.inf
+    logits[5, EOS] = 1.0
+    states = {row: request(50, eos_ids=[EOS, 7, size]) for row in range(39, -1, -1)}
+    told = dict(zip(states, end_probabilities(logits, states), strict=True))
+    p = logits.double().softmax(-1)[:, [EOS, 7]].sum(-1)
+    for row, p_end in told.items():
+        assert p_end == pytest.approx(float(p[row]), abs=4e-7, rel=1e-5)
+
+
+def test_a_calm_text_has_nothing_that_its_rails_do() -> None:
+    """Over whole texts: wherever nothing is looked at, the rails by themselves would do as much."""
+    targets = [{"tokens": 30}, {"mode": "at_most", "tokens": 30}, {"mode": "at_least", "tokens": 9}]
+    targets += [{"mode": "range", "min_tokens": 9, "max_tokens": 30}, {"mode": "tilt", "beta": 1.0}]
+    calm = 0
+    for target in targets:
+        state = request({"tolerance": 0.1} | target, max_tokens=36)
+        for length in [*range(40), 3, 20, 12, 29]:  # a text may also begin anew
+            state.output_ids[:] = [50] * length
+            if (held := state.calm) is not None:
+                calm += 1
+                fresh = request({"tolerance": 0.1} | target, output=[50] * length, max_tokens=36)
+                room = fresh.text_left
+                assert held == fresh.held
+                assert not fresh.force()
+                assert room is None or room >= 4
+    assert calm > 60
