@@ -40,7 +40,8 @@ def _likely_to_end(logits: Tensor, ends: dict[int, list[int]]) -> list[int]:
     rows, first = torch.tensor(list(ends)), min(ends)
     others = logits[first : max(ends) + 1, :_FIRST].amax(-1)[rows - first]
     likely = ~(logits[rows[index], ids] - others[index] < _NEVER)  # also of what is no number
-    return rows[index[likely]].unique().tolist()  # type: ignore[no-any-return]
+    found: list[int] = rows[index[likely]].unique().tolist()
+    return found
 
 
 def tell(

@@ -43,9 +43,10 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        candidates = sum(wire.decode_request(body).candidate_counts)
-        logits = wire.pack_logits(np.zeros(candidates, np.float32))
-        self._send(200, wire.encode(wire.StepReply(logits=logits)))
+        request = wire.decode_request(body)
+        logits = wire.pack_logits(np.zeros(sum(request.candidate_counts), np.float32))
+        held = request.token_counts
+        self._send(200, wire.encode(wire.StepReply(logits=logits, held=held)))
 
     def _send(self, status: int, body: bytes) -> None:
         self.send_response(status)
