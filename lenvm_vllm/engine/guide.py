@@ -130,8 +130,9 @@ class Guide:
         steered = (known | goals.lead_alone) & goes_on
         if not steered.any():
             return []
-        step, z, known = step.pick(steered), z[steered], known[steered]
-        goals = goals_of(step.states, gamma, self._settings.max_kl)
+        if not steered.all():
+            step, z, known = step.pick(steered), z[steered], known[steered]
+            goals = goals_of(step.states, gamma, self._settings.max_kl)
         before, heeded = step.candidates, goals.without_values(~known).heeds_sentences
         closes = self._closing.among(before, step.states, heeded)
         log_q, log_p0 = steer(before.log_q, before.log_p0, before.own_end, z, closes, goals)

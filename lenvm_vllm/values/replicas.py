@@ -113,6 +113,7 @@ class Replicas:
         self._places: dict[str, _Replica] = {}
         self._error: ValueServerError | None = None  # the last one that nobody was told
         self._gamma: float | None = None
+        self._awaited: set[Future[wire.ModelInfo]] = set()  # searches that a step has waited for
 
     def model(self, fingerprint: Callable[[], str | None], until: float = 0.0) -> wire.ModelInfo:
         """What all live replicas can do. Looks for lost ones; where none lives, until then, on the
@@ -121,13 +122,14 @@ class Replicas:
         Raises ValueServerError when none lives.
         """
         lost = [replica for replica in self._replicas if replica.info is None]
-        begun = []
         for replica in lost:
             if replica.search is None and not replica.client.rests:
                 replica.search = replica.thread.submit(replica.client.model, fingerprint)
-                begun.append(replica.search)
-        if len(lost) == len(self._replicas):
-            wait(begun, max(0.0, until - time.perf_counter()))
+        left = until - time.perf_counter()
+        new = {replica.search for replica in lost if replica.search} - self._awaited
+        if len(lost) == len(self._replicas) and new and left > 0:
+            self._awaited = new
+            wait(new, left)
         for replica in lost:
             self._look(replica)
         return self._common([replica.info for replica in self._live() if replica.info])

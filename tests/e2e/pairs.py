@@ -173,7 +173,8 @@ def small(stack: ExitStack, folder: Path) -> Pair:
     """The real small model and its value model, whose server may die; with the playground."""
     flag = ("--logits-processors", "lenvm_vllm:LenvmLogitsProcessor")  # the long form does, too
     flags = (*flag, "--served-model-name", NAME, "--max-model-len", "2048")
-    return start(stack, folder, MODEL, CHECKPOINT, *flags, env={"LENVM_PLAYGROUND": "true"})
+    env = {"LENVM_PLAYGROUND": "true", "LENVM_WAIT_FLOOR_S": "30"}
+    return start(stack, folder, MODEL, CHECKPOINT, *flags, env=env)
 
 
 def tiny_qwen(folder: Path) -> Path:
