@@ -37,7 +37,9 @@ def ports() -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path, ports: tuple[int, int]) -> Iterator[httpx.Client]:
-    env = {"LENVM_URL": ",".join(url_of(port) for port in ports), "LENVM_FORECAST": "true"}
+    urls = ",".join(url_of(port) for port in ports)
+    # A busy machine is no fault of a server's.
+    env = {"LENVM_URL": urls, "LENVM_FORECAST": "true", "LENVM_WAIT_FLOOR_S": "2"}
     with (
         vllm_serve(folder / "model", folder / "vllm.log", *BARE_FLAG, env=env) as url,
         httpx.Client(base_url=url, timeout=120, trust_env=False) as client,
@@ -94,5 +96,5 @@ def test_a_killed_replica_loses_no_request(
             check(list(pool.map(complete, range(16))))
             assert figure(url_of(ports[0]), "lenvm_step_seconds_count") > 0
     log = (folder / "vllm.log").read_text()
-    assert "guard rails only" not in log
+    assert "no values (" not in log
     assert f"value server {url_of(ports[1])}" not in log
