@@ -8,9 +8,10 @@ from dataclasses import dataclass
 LATE_ANSWERS = 3
 # Mean deviations above the mean that an answer may take. By hand, as for TCP's timer.
 DEVIATIONS = 4.0
-# Weight of an answer in the running means; of a late one it is small, so that a server that has
-# become slower for good is waited for after some hundred answers, and none that stumbles.
-WEIGHT, LATE_WEIGHT = 0.1, 0.002
+# Weight of an answer in the running means. One that takes longer than usual counts less, and a late
+# one hardly: what waits grow by must not be the waits themselves. A server that has become slower
+# for good is waited for after some hundred answers.
+WEIGHT, LONGER_WEIGHT, LATE_WEIGHT = 0.1, 0.02, 0.002
 FEW = 8  # answers that are too few to tell what is usual
 
 
@@ -40,17 +41,25 @@ class Patience:
         return self.late >= LATE_ANSWERS
 
     def seconds(self, candidates: int, least: float, most: float) -> float:
-        """That an answer for so many candidates may take, within these bounds."""
-        usual = self._usual.get(candidates.bit_length())
-        if usual is None or usual.count < FEW:
-            return most
-        return min(most, max(least, usual.seconds + DEVIATIONS * usual.deviation))
+        """That an answer for so many candidates may take, within these bounds.
 
-    def note(self, candidates: int, took: float, late: bool) -> None:
-        """An answer has come, after so many seconds."""
+        Where too few have come, one for fewer candidates tells it: in proportion, at the most.
+        """
+        bits = candidates.bit_length()
+        known = [n for n, usual in self._usual.items() if usual.count >= FEW]
+        if not known:
+            return most
+        near = min(known, key=lambda n: (abs(n - bits), -n))
+        usual = self._usual[near]
+        wait = (usual.seconds + DEVIATIONS * usual.deviation) * 2.0 ** max(0, bits - near)
+        return min(most, max(least, wait))
+
+    def note(self, candidates: int, took: float, allowed: float, late: bool) -> None:
+        """An answer has come, after so many seconds of those that it was allowed."""
         self.late = self.late + 1 if late else 0
         usual = self._usual.setdefault(candidates.bit_length(), _Usual())
-        usual.note(took, LATE_WEIGHT if late and usual.count >= FEW else WEIGHT)
+        weight = LATE_WEIGHT if late else LONGER_WEIGHT if took > usual.seconds else WEIGHT
+        usual.note(min(took, allowed) if usual.count < FEW else took, weight)
 
     def forget(self) -> None:
         """The server is another one, or was started anew."""

@@ -201,7 +201,7 @@ class Replicas:
     def _note(self, call: Call, took: float, late: bool) -> None:
         replica, patience = call.replica, call.replica.patience
         was_slow = patience.is_slow
-        patience.note(call.candidates, took, late)
+        patience.note(call.candidates, took, call.seconds, late)
         if patience.is_slow and not was_slow:
             logger.warning(
                 "value server %s: no values in time (%.0f ms, a step waits %.0f ms); steps go on"

@@ -2,7 +2,8 @@
 
 A step waits for the pass that runs when it comes, so a pass of a long prompt takes at most half
 of the time that steps have: as long as some with a budget come, it has as many tokens as fit into
-that, by the mean speed of the last passes.
+that, by the mean speed of the last passes. The pass of a step has none of a long prompt, except
+for one in a while, lest prompts starve where steps follow each other without a gap.
 
 A pass that fails, for want of memory perhaps, is tried again with half of its tokens, down to
 LEAST, then with one row. What works makes passes larger again, slowly.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 RECENT_S = 1.0  # a budget counts for so long
 SHARE = 0.5  # of the smallest budget, for a pass
+BESIDE = 8  # passes of steps, from one that may have tokens of a long prompt to the next
 LEAST = 16  # tokens of a pass or a prefill, whatever the budget, whatever fails
 KEPT = 0.9  # of the sums of time and tokens, from pass to pass
 RESTORE = 16  # passes that work, until they may be twice as large
@@ -23,11 +25,15 @@ MOST_FAILURES = 16  # passes in a row, of ever less and other work, until the en
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of a pass: tokens and candidates in all, tokens of long texts, rows (None: any number)."""
+    """Of a pass: tokens and candidates in all, tokens of long texts, rows (None: any number).
+
+    beside: whether long texts may go into a pass of short ones.
+    """
 
     tokens: int
     prefill: int
     rows: int | None = None
+    beside: bool = True
 
 
 class Pace:
@@ -53,8 +59,10 @@ class Pace:
 
     def limits(self) -> Limits:
         tokens = min(self._most, self._tokens)
-        prefill = max(LEAST, min(tokens, self._prefill, self._in_time()))
-        return Limits(tokens, prefill, 1 if self._alone else None)
+        in_time = self._in_time()
+        prefill = max(LEAST, min(tokens, self._prefill if in_time is None else in_time))
+        beside = in_time is None or self._worked % BESIDE == 0
+        return Limits(tokens, prefill, 1 if self._alone else None, beside)
 
     def worked(self, queries: int, seconds: float) -> None:
         """A pass of so many tokens and candidates took so long."""
@@ -80,12 +88,13 @@ class Pace:
     def broken(self) -> bool:
         return self.failures >= MOST_FAILURES
 
-    def _in_time(self) -> int:
-        """Tokens that fit into a share of the smallest recent budget."""
+    def _in_time(self) -> int | None:
+        """Tokens that fit into a share of the smallest recent budget; None where there is none."""
         recent = self._now() - RECENT_S
         while self._budgets and self._budgets[0][0] < recent:
             self._budgets.popleft()
         if not (self._budgets and self._queries):
-            return self._prefill
+            return None
         smallest = min(budget for _, budget in list(self._budgets))
-        return int(SHARE * smallest * self._queries / max(self._seconds, 1e-9))
+        fitting = SHARE * smallest * self._queries / max(self._seconds, 1e-9)
+        return min(self._prefill, int(fitting))

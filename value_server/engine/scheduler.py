@@ -1,8 +1,8 @@
 """Which tokens go into the next forward pass. Plain Python, no torch.
 
 A pass takes what is missing of every row of every job, up to its limits (pace.py). Short rows go
-first, so a long prompt, spread over several passes, delays nobody's step by more than its share
-of one pass.
+first, and a long prompt, spread over several passes, mostly goes into passes of its own: it delays
+nobody's step by more than one of these.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row
             row.begin += 1  # another row of this pass computes it
         count = len(path) - row.begin
         if count > SHORT:
-            count = min(count, long_room)
+            count = min(count, long_room) if limits.beside or not chosen else 0
             long_room -= count
         row.end = row.begin + min(count, room)
         row.scored = []
