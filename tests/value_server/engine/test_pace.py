@@ -1,6 +1,6 @@
 """How much goes into a pass: by the budgets of steps, by what failed."""
 
-from value_server.engine.pace import LEAST, MOST_FAILURES, RESTORE, Limits, Pace
+from value_server.engine.pace import BESIDE, LEAST, MOST_FAILURES, RESTORE, Limits, Pace
 
 
 class Clock:
@@ -20,7 +20,7 @@ def test_a_prefill_takes_half_of_the_smallest_budget() -> None:
         assert pace.limits().prefill == 512
     for budget in (0.2, 0.08, 0.1):
         pace.asked(budget)
-    assert pace.limits() == Limits(2048, 40)
+    assert pace.limits() == Limits(2048, 40, beside=False)
     pace.asked(1e-6)
     assert pace.limits().prefill == LEAST
     clock.time = 0.9
@@ -29,6 +29,17 @@ def test_a_prefill_takes_half_of_the_smallest_budget() -> None:
     assert pace.limits().prefill == 512  # what is smaller is more than a second ago
     clock.time = 3.0
     assert pace.limits().prefill == 512
+
+
+def test_a_step_shares_its_pass_with_a_long_prompt_once_in_a_while() -> None:
+    pace = Pace(2048, 512, Clock())
+    beside = []
+    for _ in range(3 * BESIDE):
+        pace.asked(0.2)
+        beside.append(pace.limits().beside)
+        pace.worked(100, 0.1)
+    assert sum(beside) == 3
+    assert beside[BESIDE] and beside[2 * BESIDE]
 
 
 def test_the_speed_is_that_of_the_last_passes() -> None:
