@@ -6,8 +6,9 @@ from dataclasses import dataclass
 # Late answers in a row from which on nobody waits, until one is in time: a step may wait in vain
 # three times, not for ever.
 LATE_ANSWERS = 3
-# Mean deviations above the mean that an answer may take. By hand, as for TCP's timer.
-DEVIATIONS = 4.0
+# An answer may take so many times the mean, or so many mean deviations above it, as of TCP's timer.
+# By hand: with the deviations alone every ninth answer of a healthy server was late.
+TIMES, DEVIATIONS = 2.0, 4.0
 # Weight of an answer in the running means. One that takes longer than usual counts less, and a late
 # one hardly: what waits grow by must not be the waits themselves. A server that has become slower
 # for good is waited for after some hundred answers.
@@ -22,6 +23,11 @@ class _Usual:
     seconds: float = 0.0
     deviation: float = 0.0
     count: int = 0
+
+    @property
+    def longest(self) -> float:
+        """Seconds that such an answer may take."""
+        return max(TIMES * self.seconds, self.seconds + DEVIATIONS * self.deviation)
 
     def note(self, took: float, weight: float) -> None:
         weight = max(weight, 1 / (self.count + 1)) if self.count < FEW else weight
@@ -50,8 +56,7 @@ class Patience:
         if not known:
             return most
         near = min(known, key=lambda n: (abs(n - bits), -n))
-        usual = self._usual[near]
-        wait = (usual.seconds + DEVIATIONS * usual.deviation) * 2.0 ** max(0, bits - near)
+        wait = self._usual[near].longest * 2.0 ** max(0, bits - near)
         return min(most, max(least, wait))
 
     def note(self, candidates: int, took: float, allowed: float, late: bool) -> None:

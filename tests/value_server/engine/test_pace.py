@@ -39,7 +39,8 @@ def test_a_step_shares_its_pass_with_a_long_prompt_once_in_a_while() -> None:
         beside.append(pace.limits().beside)
         pace.worked(100, 0.1)
     assert sum(beside) == 3
-    assert beside[BESIDE] and beside[2 * BESIDE]
+    assert beside[BESIDE]
+    assert beside[2 * BESIDE]
 
 
 def test_the_speed_is_that_of_the_last_passes() -> None:
