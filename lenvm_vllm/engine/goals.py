@@ -11,8 +11,8 @@ from torch import Tensor
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.steering.candidates import Candidates, Cut
+from lenvm_vllm.steering.goals import Goals
 from lenvm_vllm.steering.landing import Landing
-from lenvm_vllm.steering.policies import Goals
 from lenvm_vllm.text.sentences import Sentences
 
 

@@ -2,6 +2,7 @@
 
 constants    every number, what it was chosen by and what a change does
 landing      where an end is brought about
+goals        what the rows of a step want
 candidates   from logits to the candidates of a step, and back
 policies     from candidates and values to the steered distribution
 """

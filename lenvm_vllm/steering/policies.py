@@ -20,7 +20,7 @@ equal_to they lose, for the next sentence would be cut. Where no other sentence 
 end that the model finds natural is taken.
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from torch import Tensor
 from lenvm_vllm.steering.constants import (
     BISECTIONS,
     LANDING_NATS,
-    LANDING_REACH,
     LARGEST_TILT,
     NATURAL,
     NO_END,
@@ -37,78 +36,8 @@ from lenvm_vllm.steering.constants import (
     SENTENCE_LEAD,
     SMALLEST_TILT,
 )
-from lenvm_vllm.steering.landing import Landing
+from lenvm_vllm.steering.goals import Goals
 from value_server.contract.values import length_from_logit, value_from_length, value_from_logit
-
-
-@dataclass(frozen=True)
-class Goals:
-    """What each of B rows wants.
-
-    exact, tilts, greedy: (B,) bool, the modes equal_to and tilt, and the policy.
-    lowest: (B,) the fewest tokens that are to come behind the next one, negative past them; 0
-    where any number will do. landing: of each row, in tokens from the next one; its target is the
-    most that are to come. beta: (B,), of a tilt. max_kl: (B,) nats.
-    """
-
-    exact: Tensor
-    tilts: Tensor
-    greedy: Tensor
-    lowest: Tensor
-    landing: Landing[Tensor]
-    beta: Tensor
-    max_kl: Tensor
-    gamma: float
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """(B,) lowest and highest mean value that is all right."""
-        low, high = (r.clamp(min=0) for r in (self.lowest, self.landing.target))
-        return value_from_length(low, self.gamma), value_from_length(high, self.gamma)
-
-    @property
-    def landed(self) -> Tensor:
-        """(B,) share of the landing that is behind with the next token."""
-        return self.landing.share(0)
-
-    @property
-    def closing(self) -> Tensor:
-        """(B,) as `landed`, of the token behind it: the next one may end the last sentence."""
-        return self.landing.share(1)
-
-    @property
-    def near_landing(self) -> Tensor:
-        """(B,) bool: it opens within a sentence, or is open."""
-        return self.landing.opens <= SENTENCE
-
-    @property
-    def heeds_sentences(self) -> Tensor:
-        """(B,) bool: whether the end of a sentence may be more or less likely than by itself."""
-        return self.near_landing & (self.closing <= 1) & ~self.greedy
-
-    @property
-    def reach(self) -> Tensor:
-        """(B,) nats that the values may move the text in this step."""
-        inside = self.exact & (self.landed >= 0) & (self.landed <= 1)
-        return torch.where(inside, LANDING_REACH * self.max_kl, self.max_kl)
-
-    @property
-    def lead_alone(self) -> Tensor:
-        """(B,) bool: whether a row without values is steered, too: near its landing, and where an
-        end would come too early."""
-        near = self.near_landing & (self.landed <= 1)
-        return ~self.tilts & (near | self.too_early | (self.exact & (self.landed < 0)))
-
-    def without_values(self, alone: Tensor) -> "Goals":
-        """The same, of which the rows `alone` (B,) bool have none: `project` leads them, and in
-        the landing any end will do."""
-        any_end = alone & self.exact & (self.landed >= 0)
-        lowest = torch.where(any_end, self.lowest.clamp(max=0), self.lowest)
-        return replace(self, lowest=lowest, greedy=self.greedy & ~alone)
-
-    @property
-    def too_early(self) -> Tensor:
-        """(B,) bool: no end yet, whatever its value."""
-        return ~self.exact & (self.lowest > 0)
 
 
 def steer(
@@ -129,16 +58,30 @@ def steer(
     u = torch.where(alone[:, None], (~log_q.isneginf()).double(), _values(log_q, z))
     own_p0 = log_p0.masked_fill(~own_end, -torch.inf)
     greedy = goals.greedy & ~goals.tilts
-    new_q, new_p0 = log_q, log_p0
-    for rows, policy in (
-        (goals.tilts, lambda: _tilt(log_q, own_p0, u, goals)),
-        (greedy, lambda: _choose(log_q, own_p0, u, goals)),
-        (~goals.tilts & ~greedy, lambda: _project(log_q, log_p0, own_p0, u, closes, goals)),
+    new_q, new_p0 = log_q.clone(), log_p0.clone()
+    for chosen, policy in (
+        (goals.tilts, _tilt),
+        (greedy, _choose),
+        (~goals.tilts & ~greedy, _project),
     ):
-        if rows.any():
-            q, p0 = policy()
-            new_q, new_p0 = torch.where(rows[:, None], q, new_q), torch.where(rows, p0, new_p0)
+        if len(rows := chosen.nonzero()[:, 0]):
+            # Kept candidates come first; those of a tilt may be many more than those of others.
+            most = int((~log_q[rows].isneginf()).sum(-1).max())
+            text = log_q[rows, :most], u[rows, :most], closes[rows, :most]
+            given = _Given(*text, log_p0[rows], own_p0[rows])
+            new_q[rows, :most], new_p0[rows] = policy(given, goals.pick(rows))
     return new_q, new_p0
+
+
+class _Given(NamedTuple):
+    """Of the rows of one policy, as of `steer`; own_p0: log_p0 of an end that would come by itself,
+    else -inf."""
+
+    log_q: Tensor
+    u: Tensor
+    closes: Tensor
+    log_p0: Tensor
+    own_p0: Tensor
 
 
 def _values(log_q: Tensor, z: Tensor) -> Tensor:
@@ -174,13 +117,10 @@ def _direction(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (mean < low).double() - (mean > high).double()
 
 
-def _project(
-    log_q: Tensor, log_p0: Tensor, own_p0: Tensor, u: Tensor, closes: Tensor, goals: Goals
-) -> tuple[Tensor, Tensor]:
-    """The smallest change of the distribution that meets the target: first the text, then its end.
-
-    own_p0: (B,) log-probability of the end by itself, log_p0 or -inf.
-    """
+def _project(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
+    """The smallest change of the distribution that meets the target: first the text, then its
+    end."""
+    log_q, u, closes, log_p0, own_p0 = given
     text = _tilt_to_target(_close_sentence(log_q, u, closes, goals), u, goals)
     return text, _decide_end(log_p0, own_p0, (text.exp() * u).sum(-1), goals)
 
@@ -216,9 +156,13 @@ def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     spread = spread.clamp(min=SAME_VALUE)
     # (B, K), in [-1, 0] or [0, 1]: the same whatever the scale of u
     scaled = torch.where(kept, (u - low[:, None]) / spread[:, None], 0.0) * direction[:, None]
-    size = _largest_tilt(log_q, scaled, (u_star - low) / spread * direction, goals.reach)
-    tilted = torch.addcmul(log_q, size[:, None], scaled).log_softmax(-1)
-    return torch.where((still | (size == SMALLEST_TILT))[:, None], log_q, tilted)
+    rows = (~still).nonzero()[:, 0]  # the bisection is dear, and many texts are well as they are
+    most = ((u_star - low) / spread * direction)[rows]
+    size = _largest_tilt(log_q[rows], scaled[rows], most, goals.reach[rows])
+    tilted = torch.addcmul(log_q[rows], size[:, None], scaled[rows]).log_softmax(-1)
+    return log_q.index_copy(
+        0, rows, torch.where((size == SMALLEST_TILT)[:, None], log_q[rows], tilted)
+    )
 
 
 def _largest_tilt(log_q: Tensor, scaled: Tensor, most: Tensor, reach: Tensor) -> Tensor:
@@ -261,12 +205,13 @@ def _decide_end(log_p0: Tensor, own_p0: Tensor, mean: Tensor, goals: Goals) -> T
     return torch.where((there == 0) | (new == p0), own_p0, new.log())
 
 
-def _choose(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
+def _choose(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     """The paper's rule: all probability on one candidate, the end among them.
 
     equal_to: the value nearest u*. Other modes: the smallest while the model's own mean value
     is above their bounds, the largest while it is below. Too early there is no end.
     """
+    log_q, u, _, _, log_p0 = given
     low, high = goals.bounds()
     may_end = ~log_p0.isneginf() & ~goals.too_early
     # (B, K + 1): the end comes first, so that it wins a tie
@@ -287,8 +232,9 @@ def _choose(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Ten
     return new_q, new_p0
 
 
-def _tilt(log_q: Tensor, log_p0: Tensor, u: Tensor, goals: Goals) -> tuple[Tensor, Tensor]:
+def _tilt(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     """p' ~ p exp(beta u) over all candidates, the end (u = 0) among them."""
+    log_q, u, _, _, log_p0 = given
     log_w = log_q + goals.beta[:, None] * u
     rest = log_w.logsumexp(-1)
     total = torch.logaddexp(log_p0, log1mexp(log_p0) + rest)

@@ -14,8 +14,9 @@ from lenvm_vllm.steering.constants import (
     LANDING_NATS,
     LANDING_REACH,
 )
+from lenvm_vllm.steering.goals import Goals
 from lenvm_vllm.steering.landing import Landing, landing_of
-from lenvm_vllm.steering.policies import Goals, steer
+from lenvm_vllm.steering.policies import steer
 from value_server.contract.values import logit_from_length
 
 GAMMA = 0.99
