@@ -30,6 +30,7 @@ class Stage:
     """clients: guided ones of the load, and as many unguided ones. folder: for what is written.
     port: of the value server, whichever it is.
 
+    stops: deaths of the engine that the log tells of a vLLM that was stopped.
     asides: when servers were started, which takes the time of the others; it is not measured.
     """
 
@@ -40,6 +41,7 @@ class Stage:
     clients: int
     folder: Path
     port: int
+    stops: int = 0
     asides: list[Span] = field(default_factory=list)
 
     def counts(self) -> tuple[float, float]:
@@ -55,7 +57,16 @@ class Stage:
         return wait_until(lambda: self.counts()[1] > before, patience_s)
 
     def deaths(self) -> int:
-        return self.vllm.log.read_text(errors="replace").count("EngineDeadError")
+        """Of vLLM's engine, as its log tells; where vLLM is stopped on purpose its API server says
+        the same of the requests that run."""
+        dead = self.vllm.log.read_text(errors="replace").count("EngineDeadError")
+        return dead - self.stops
+
+    def restart_vllm(self) -> None:
+        before = self.deaths()
+        self.vllm.stop()
+        self.stops += self.deaths() - before
+        self.vllm.start()
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -80,8 +80,7 @@ def starved(server: Server) -> AbstractContextManager[None]:
 @contextmanager
 def restarted(stage: Stage) -> Iterator[None]:
     with stage.aside():
-        stage.vllm.stop()
-        stage.vllm.start()
+        stage.restart_vllm()
     yield
 
 
