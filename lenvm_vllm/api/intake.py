@@ -10,7 +10,7 @@ from lenvm_vllm.api.errors import check_context
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
-from lenvm_vllm.target.request import PROMPT, LengthTarget
+from lenvm_vllm.target.request import LengthTarget
 
 
 def take_in(config: Any, request: Any) -> None:
@@ -31,10 +31,8 @@ def take_in(config: Any, request: Any) -> None:
     check_admission(target, Limits.of(params), config)
     if not only_prefills(config):
         _hold_stop_strings(params, target)
-    # Model Runner V2 penalises before the plugin has its turn, and has the prompt on the device.
+    # Model Runner V2 penalises before the plugin has its turn.
     take_from(params, penalties=not config.use_v2_model_runner)
-    if config.use_v2_model_runner and request.prompt_token_ids:
-        params.extra_args[PROMPT] = list(request.prompt_token_ids)
 
 
 def _hold_stop_strings(params: Any, target: LengthTarget) -> None:

@@ -79,11 +79,12 @@ class Guide:
         z = None
         if step is None:
             self.sessions.tell_closed()
+            self._pace.asks()  # for nothing, but vLLM's step was one
+            self._pace.goes_on()
         else:
             z = self._values(step, info)
-        ended = {
-            row: s for row, s in turns.items() if not s.valued and self._may_end(s, logits[row])
-        }
+        alone = {row: s for row, s in turns.items() if s.lacks_values and s.is_known}
+        ended = {row: s for row, s in alone.items() if self._may_end(s, logits[row])}
         plans = [self._end(ended, logits.shape[-1])] if ended else []
         if step is not None and z is not None:
             plans += self._steer(step, z, info.gamma, ended.keys(), logits.shape[-1])
@@ -113,7 +114,7 @@ class Guide:
         self._pace.goes_on()
         known = (~z.isnan()).any(-1).tolist()
         for state, valued in zip(step.states, known, strict=True):
-            state.valued = valued
+            state.valued, state.lacks_values = valued, not valued
         self._counters.add("rows", len(known))
         self._counters.add("valued_rows", sum(known))
         self._counters.add("fallback_steps", not any(known))
@@ -134,6 +135,7 @@ class Guide:
             step, z, known = step.pick(steered), z[steered], known[steered]
             goals = goals_of(step.states, gamma, self._settings.max_kl)
         before, heeded = step.candidates, goals.without_values(~known).heeds_sentences
+        heeded &= torch.tensor([state.is_known for state in step.states])
         closes = self._closing.among(before, step.states, heeded)
         log_q, log_p0 = steer(before.log_q, before.log_p0, before.own_end, z, closes, goals)
         rest = expected_rest(log_q, log_p0, z, gamma).masked_fill(~known, torch.nan)
@@ -152,8 +154,11 @@ class Guide:
     def _may_end(self, state: RequestState, own: Tensor) -> bool:
         """Whether a text without values ends here: a sentence or line of it has ended in the
         landing, and no other one fits. own: (V,) logits of its row."""
-        landing = landing_in_tokens(state)
-        if not 0 <= landing.share(0) <= 1 or state.held or self._sentences is None:
+        landing, aim = landing_in_tokens(state), state.aim
+        early = aim.mode != "equal_to" and aim.fewest > state.generated + 1
+        # A marker of several tokens would be left open: it is forced by a rail, or comes by itself.
+        in_pieces = state.target.scope == "thinking" and len(state.markers.think_end) > 1
+        if landing.share(0) < 0 or early or in_pieces or state.held or self._sentences is None:
             return False
         if not self._sentences.is_whole(state.output_ids):
             return False

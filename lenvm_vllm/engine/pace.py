@@ -6,6 +6,7 @@ from collections.abc import Callable
 _WEIGHT = 0.2  # of a new step in the running mean
 # Times the mean, as which a longer step counts: a pause between two requests is no step.
 _LONGEST = 2.0
+_FIRST_S = 0.2  # that the first one counts at most
 
 
 class Pace:
@@ -35,7 +36,7 @@ class Pace:
         if self._waited is None:
             return
         took = self._clock() - self._waited
-        known = self._step_s or took
+        known = self._step_s or min(took, _FIRST_S)
         self._step_s = known + _WEIGHT * (min(took, _LONGEST * known) - known)
         self._waited = None
 

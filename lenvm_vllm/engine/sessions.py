@@ -132,12 +132,11 @@ class Sessions:
             self.tell_closed()
         # A text that turns out to be lost is told again, to its server or to the one in its place.
         for _ in range(3):
-            most = until - time.perf_counter()
-            if asked and most > 0 and self.trouble is None:
+            if asked and time.perf_counter() < until and self.trouble is None:
                 told = self._told((number, states[number]) for number in asked)
                 asks = wanted.clone()
                 asks[[t.number for t in told if not t.whole]] = False
-                sent = self._send(told, (tokens, asks), min(pace.floor_s, most), most)
+                sent = self._send(told, (tokens, asks), pace.floor_s, pace.wait_s)
                 asked = self._take_values(sent, asks, until, z)
         self._counters.add("value_seconds", time.perf_counter() - started)
         return z
@@ -196,7 +195,7 @@ class Sessions:
                 candidate_counts=[counts[row] for row in rows],
                 candidates=wire.pack_ids(ids[rows][mask[rows]].numpy()) if asked else b"",
                 closed=closed,
-                budget_ms=1000 * SERVERS_SHARE * seconds if asked else 0.0,
+                budget_ms=1000 * SERVERS_SHARE * seconds if any(counts[r] for r in rows) else 0.0,
             )
 
         try:
@@ -226,7 +225,7 @@ class Sessions:
         for row, (told, held) in enumerate(zip(sent.told, reply.held, strict=True)):
             told.state.sent = held
             told.state.refused = reply.refused.get(row)
-            if held == told.start == 0 and told.tokens:  # no room
+            if held == told.start == 0 and told.tokens and not sent.call.is_cut:  # no room
                 told.state.again_at = time.perf_counter() + AGAIN_S
         return reply
 
@@ -237,7 +236,7 @@ def _why_not(state: RequestState, info: wire.ModelInfo, ahead: bool = False) -> 
     if state.prompt_ids is None:
         return "a prompt has no tokens"
     if state.refused is not None:
-        return f"the value server refuses a text ({state.refused})"
+        return "the value server refuses a text, as its log tells"
     if not ahead and not state.is_known:
         return ""
     if state.length >= info.max_position:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
-from lenvm_vllm.target.request import PROMPT
 
 
 class V2Slots:
@@ -22,6 +21,8 @@ class V2Slots:
         self.rows = rows
         self._slots = req_states
         self._states: dict[int, RequestState] = {}
+        self._running: set[int] = set()  # slots of the last step
+        self._new: set[int] = set()  # of requests that had none yet
 
     def add(self, req_idx: int, sampling_params: Any) -> bool:
         """Whether this request is guided. The slot may still hold one that has ended."""
@@ -30,19 +31,23 @@ class V2Slots:
             self.rows.close(ended)
         if (state := self.rows.open(sampling_params, [], [])) is not None:
             self._states[req_idx] = state
-            prompt = sampling_params.extra_args.get(PROMPT, [])
-            if len(prompt) == self._slots.prompt_len.np[req_idx]:
-                state.prompt_ids = prompt
+            self._new.add(req_idx)
         return state is not None
 
     def tell(self) -> None:
-        """Before vLLM's forward pass: what is known on the host, which the last tokens are not."""
-        self.rows.tell(self._states.values())
+        """Before vLLM's forward pass. What the device has of new requests is read, which takes no
+        longer than the sampling of the step before: its logits were waited for."""
+        new = [slot for slot in self._new if slot in self._states]
+        if new:
+            self._read_tokens([(slot, int(self._slots.prefill_len.np[slot])) for slot in new])
+        running = self._running.union(new) & self._states.keys()
+        self.rows.tell(self._states[slot] for slot in sorted(running))
 
     def steer_inplace(self, logits: Tensor, ctx: Any) -> None:
         """logits: (rows, V) float32, one row a request. ctx: vLLM's LogitsContext."""
         # The host knows how long a text is before the device has its last token. A prompt of
         # which only a part is computed has a row, too, but no token comes of it.
+        self._running, self._new = set(ctx.idx_mapping_np.tolist()), set()
         batch = zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=False)
         lengths = {
             row: (slot, length)
@@ -63,7 +68,7 @@ class V2Slots:
             own = [next(tokens) for _ in new]
             split = max(0, prompt_len - new.start)
             assert state.prompt_ids is not None
-            state.prompt_ids = [*state.prompt_ids, *own[:split]]
+            state.prompt_ids += own[:split]
             state.output_ids += own[split:]
 
     def _read_last(self, slot: int, state: RequestState) -> None:

@@ -71,10 +71,9 @@ class Goals:
 
     @property
     def lead_alone(self) -> Tensor:
-        """(B,) bool: whether a row without values is steered, too: near its landing, and where an
-        end would come too early."""
-        near = self.near_landing & (self.landed <= 1)
-        return ~self.tilts & (near | self.too_early | (self.exact & (self.landed < 0)))
+        """(B,) bool: whether a row without values is steered, too: from near its landing on, and
+        where an end would come too early."""
+        return ~self.tilts & (self.near_landing | self.too_early | (self.exact & (self.landed < 0)))
 
     def without_values(self, alone: Tensor) -> "Goals":
         """The same, of which the rows `alone` (B,) bool have none: `project` leads them, and in

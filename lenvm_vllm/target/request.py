@@ -24,7 +24,7 @@ from value_server.contract.units import UNITS
 
 # Keys in `vllm_xargs` beside those of the field: the id that a request came with, and whether its
 # tool calls are taken out of its text.
-REQUEST_ID, HAS_CALLS, PROMPT = "lenvm_request_id", "lenvm_has_calls", "lenvm_prompt"
+REQUEST_ID, HAS_CALLS = "lenvm_request_id", "lenvm_has_calls"
 
 # Units in which no length can be asked for.
 _OTHER_UNITS = {"chars", "letters", "sentences", "paragraphs", "lines", "pages", "bytes"}

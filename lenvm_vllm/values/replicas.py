@@ -80,6 +80,11 @@ class Call:
     sent: float = field(default_factory=time.perf_counter)
     _waited: bool = False
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether its answer, which is there, came because the server's time was up."""
+        return self.answer.result()[1] > self.seconds / 2
+
     def is_there(self, until: float) -> bool:
         """Whether it is answered; waits for it until then, on the clock `perf_counter`, but once,
         no longer than such an answer may take, and not for a server that is slow."""
@@ -193,9 +198,12 @@ class Replicas:
             return None
         z = self._in_our_gamma(wire.unpack_logits(reply.logits), replica)
         if call.candidates:
-            # Without any values the time was spent in vain; an answer at once is no loss.
-            in_vain = took > call.seconds / 2 and bool(np.isnan(z).all())
-            self._note(call, took, in_vain or took > call.seconds)
+            # Where its time was up the server answered with what it had: that tells of no usual
+            # time. Without any values the time was spent in vain; an answer at once is no loss.
+            cut = call.is_cut and bool(np.isnan(z).any())
+            in_vain = cut and bool(np.isnan(z).all())
+            if in_vain or not cut:
+                self._note(call, took, in_vain or took > call.seconds)
         return msgspec.structs.replace(reply, logits=wire.pack_logits(z))
 
     def _note(self, call: Call, took: float, late: bool) -> None:

@@ -70,6 +70,7 @@ class Runner:
 
     def step(self, *slots: int, logits: Tensor | None = None, **computed: int) -> Tensor:
         """(rows, V) steered; computed: s<slot>=tokens of a prompt that are computed by now."""
+        self.served.apply_staged_writes()
         lengths = [computed.get(f"s{slot}", self.lengths[slot]) for slot in slots]
         logits = torch.zeros(len(slots), V) if logits is None else logits.clone()
         index = torch.tensor(slots)

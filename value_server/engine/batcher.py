@@ -232,6 +232,9 @@ class Batcher:
             without = [row for row in job.rows if row.z is None] if job.texts else []
             lost = BusyError("its slots went to others: try again")
             self._end(job, (without[0].refused or lost) if without else job.answer())
+        for job in self._active:
+            if job.budget and not job.left and self.engine.only_prefills(job):
+                self._tell(job, self.leave(job))
 
     def _end(self, job: Job, outcome: JobResult | RequestError) -> None:
         """The job, waiting or active, is over."""

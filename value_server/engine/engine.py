@@ -28,7 +28,7 @@ from value_server.engine.job import Job, JobResult, Row
 from value_server.engine.linear import compile_inplace, pack_inplace
 from value_server.engine.memory import KVPool, on_device
 from value_server.engine.pace import Pace
-from value_server.engine.scheduler import is_done, next_pass
+from value_server.engine.scheduler import SHORT, is_done, missing, next_pass
 from value_server.engine.session import Session
 from value_server.model.value_model import ValueModel
 
@@ -167,6 +167,13 @@ class Engine:
             elif is_done(self.cache, row.session):
                 self._read(row, row.session, job)
         return all(row.settled for row in job.rows)
+
+    def only_prefills(self, job: Job) -> bool:
+        """Whether all that is left of the job are texts that need more than a pass: those who have
+        their values do not wait for them."""
+        most = max(SHORT, self.pace.limits().prefill)
+        left = (row.session for row in job.rows if row.session and not row.settled)
+        return all(missing(self.cache, session) > most for session in left)
 
     def _read(self, row: Row, session: Session, job: Job) -> None:
         z = self._z[np.array(session.candidates, dtype=np.int64)]

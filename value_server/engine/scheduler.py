@@ -17,7 +17,7 @@ SHORT = 32  # new tokens up to which a row is a step, not a prompt
 
 def is_done(cache: SlotCache, session: Session) -> bool:
     """Whether the session's text and candidates have their values."""
-    return _missing(cache, session) == 0 and all(cache.ready[slot] for slot in session.candidates)
+    return missing(cache, session) == 0 and all(cache.ready[slot] for slot in session.candidates)
 
 
 def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row]:
@@ -26,13 +26,13 @@ def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row
     No slot occurs twice; at least one token does, if any row is not done.
     """
     known = [(row, row.session) for row in rows if row.session and not row.settled]
-    known.sort(key=lambda pair: _missing(cache, pair[1]) > SHORT)  # stable: first come first
+    known.sort(key=lambda pair: missing(cache, pair[1]) > SHORT)  # stable: first come first
     taken: set[int] = set()
     chosen: list[Row] = []
     room, long_room = limits.tokens, limits.prefill
     for row, session in known:
         path = session.path
-        row.begin = len(path) - _missing(cache, session)
+        row.begin = len(path) - missing(cache, session)
         while row.begin < len(path) and path[row.begin] in taken:
             row.begin += 1  # another row of this pass computes it
         count = len(path) - row.begin
@@ -42,8 +42,8 @@ def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row
         row.end = row.begin + min(count, room)
         row.scored = []
         if row.end == len(path):
-            missing = (s for s in session.candidates if not cache.ready[s] and s not in taken)
-            row.scored = list(dict.fromkeys(missing))[: room - (row.end - row.begin)]
+            new = (s for s in session.candidates if not cache.ready[s] and s not in taken)
+            row.scored = list(dict.fromkeys(new))[: room - (row.end - row.begin)]
         taken.update(path[row.begin : row.end], row.scored)
         row.first = limits.tokens - room
         room -= row.queries
@@ -54,7 +54,7 @@ def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row
     return chosen
 
 
-def _missing(cache: SlotCache, session: Session) -> int:
+def missing(cache: SlotCache, session: Session) -> int:
     """Tokens at the end of the text that have no values.
 
     A slot is computed after everything before it, so the ready ones are a prefix.

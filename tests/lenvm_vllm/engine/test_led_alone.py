@@ -155,3 +155,25 @@ def test_what_needs_no_lead_stays_as_it_is(target: dict[str, Any]) -> None:
     server.pending = [0]
     assert toy.guide_of(server).plan(toy.flat_logits(1), {0: text_of(9, target)}) is None
     assert len(server.requests) == 1
+
+
+def test_no_end_below_the_lower_limit_of_a_range_without_rails() -> None:
+    target = {"mode": "range", "min_tokens": 95, "max_tokens": 100}
+    assert toy.EOS not in after(text_of(85, target), Whole())
+    assert after(text_of(95, target), Whole()) == {toy.EOS: 1.0}
+
+
+def test_behind_the_landing_of_a_text_without_rails_any_end_is_taken() -> None:
+    """Its landing closes at 33 tokens."""
+    assert after(text_of(50)) == {toy.EOS: 1.0}
+    assert after(text_of(50), Whole(), closed=[toy.EOS]) != {toy.EOS: 1.0}
+
+
+def test_a_token_that_is_not_known_yet_costs_no_other_row_its_values() -> None:
+    server = toy.Server()
+    sentences: Any = Whole()
+    sentences.ids, sentences.ends = [20], lambda text, token: 1 / (-1 not in text)
+    guide = toy.guide_of(server, sentences)
+    states = {0: text_of(29), 1: text_of(5)}
+    states[0].output_ids.append(-1)
+    assert toy.guided_rows(guide, toy.flat_logits(2), states) == [1]

@@ -49,13 +49,13 @@ def test_the_mean_follows_the_steps() -> None:
 def test_a_pause_counts_as_a_step_of_twice_the_length() -> None:
     usual = [0.1] * 10
     assert Steps().take(*usual, 1e6) == pytest.approx(Steps().take(*usual, 0.2))
-    assert Steps(most_s=2.0).take(1e6) == 2.0  # nor does one that comes first count for ever
+    assert Steps(most_s=2.0).take(1e6) < 0.5  # nor is one that comes first taken for a step
     assert Steps(most_s=2.0).take(1e6, *[0.1] * 120) == pytest.approx(0.1, rel=0.01)
 
 
 @pytest.mark.parametrize(("took", "waits"), [(0.001, 0.02), (0.1, 0.1), (9.0, 2.0)])
 def test_not_below_the_least_nor_above_the_most(took: Any, waits: float) -> None:
-    assert Steps(floor_s=0.02, most_s=2.0).take(*[took] * 5) == pytest.approx(waits)
+    assert Steps(floor_s=0.02, most_s=2.0).take(*[took] * 40) == pytest.approx(waits)
     assert Steps(floor_s=5.0, most_s=2.0).take(took) == 2.0
 
 

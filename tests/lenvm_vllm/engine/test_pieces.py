@@ -130,7 +130,7 @@ def test_a_refused_row_is_that_rows_alone(log: list[logging.LogRecord]) -> None:
     assert rows.count(states[1].session) == 1
     assert states[1].refused == "longer than the cache"
     assert len(log) == 1
-    assert "refuses a text (longer than the cache)" in log[0].getMessage()
+    assert "the value server refuses a text" in log[0].getMessage()
 
 
 def test_a_row_without_room_is_told_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,8 @@ def test_who_finds_the_queue_full_is_told_at_once(served: Served) -> None:
 
 
 def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
-    """While a pass runs, steps are answered without values; those of later steps are there."""
+    """While a pass runs, steps are answered without values; those of later steps are there. A long
+    text has its own once it is computed, and the other row does not wait for it."""
     ask = partial(step, served.client)
     text = [i % 200 for i in range(200)]
     assert ask(("a", 0, text, []), budget_ms=0.0).held == [200]
@@ -145,11 +146,16 @@ def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
     assert late.held == [0]
     assert np.isnan(wire.unpack_logits(late.logits)).all()
     served.engine.allow()
-    again = ask(("b", 0, [7], [1, 2]), ("a", 200, [], [1, 2]), budget_ms=1000 * SECONDS)
-    assert again.held == [1, 200]
     expected = [naive([*t, c], max_position=1024)[-1] for t in ([7], text) for c in (1, 2)]
-    np.testing.assert_allclose(wire.unpack_logits(again.logits), expected, atol=1e-4)
-    assert served.figure("lenvm_rows_pending_total") == 1
+    z, asked = np.array([np.nan]), 0
+    while np.isnan(z).any():
+        asked += 1
+        again = ask(("b", 0, [7], [1, 2]), ("a", 200, [], [1, 2]), budget_ms=1000 * SECONDS)
+        assert again.held == [1, 200]
+        z = wire.unpack_logits(again.logits)
+        np.testing.assert_allclose(z[:2], expected[:2], atol=1e-4)
+    np.testing.assert_allclose(z, expected, atol=1e-4)
+    assert served.figure("lenvm_rows_pending_total") == asked  # with that of the first step
     assert served.engine.forwarded == 200 + 1 + 4
 
 
