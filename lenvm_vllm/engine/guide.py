@@ -83,7 +83,7 @@ class Guide:
             self._pace.goes_on()
         else:
             z = self._values(step, info)
-        alone = {row: s for row, s in turns.items() if s.lacks_values and s.is_known}
+        alone = {row: s for row, s in turns.items() if s.valued is False and s.is_known}
         ended = {row: s for row, s in alone.items() if self._may_end(s, logits[row])}
         plans = [self._end(ended, logits.shape[-1])] if ended else []
         if step is not None and z is not None:
@@ -114,7 +114,7 @@ class Guide:
         self._pace.goes_on()
         known = (~z.isnan()).any(-1).tolist()
         for state, valued in zip(step.states, known, strict=True):
-            state.valued, state.lacks_values = valued, not valued
+            state.valued = valued
         self._counters.add("rows", len(known))
         self._counters.add("valued_rows", sum(known))
         self._counters.add("fallback_steps", not any(known))
@@ -148,7 +148,7 @@ class Guide:
         )
         for state, lands, ends, expected in told:
             state.landing, state.forced, state.expected = lands, ends, expected
-            state.steered += state.valued
+            state.steered += bool(state.valued)
         return [plan_writes(step.rows, step.cuts, before, log_q, log_p0, size)]
 
     def _may_end(self, state: RequestState, own: Tensor) -> bool:

@@ -32,8 +32,8 @@ class RequestState(RailedText):
     refused: why the value server never has values for this text, if that is so.
     cut: of its candidates, once it is known; see `goals.py`.
     row: of the table that the API server reads, None where it reads none.
-    valued: whether the values were there when they were last asked for; lacks_values: whether
-        they were asked for and were not.
+    valued: whether the values were there when they were last asked for; None as long as they
+        were not.
     landing, forced, expected: of the last step that had values: whether ends were raised in it,
         whether it was made the end, and the tokens that were to come behind its token.
     steps, steered: so far, and those that values steered.
@@ -46,8 +46,7 @@ class RequestState(RailedText):
     refused: str | None = None
     cut: "Cut | None" = None
     row: int | None = None
-    valued: bool = False
-    lacks_values: bool = False
+    valued: bool | None = None
     landing: bool = False
     forced: bool = False
     expected: float = math.nan

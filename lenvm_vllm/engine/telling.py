@@ -59,7 +59,7 @@ def tell(
         p_end=p_end,
         expected=[0.0 if f else s.expected for s, f in zip(told, forced, strict=True)],
         flags=[
-            FORCED * f | LANDING * s.landing | VALUED * s.valued | GAVE_WAY * s.gave_way
+            FORCED * f | LANDING * s.landing | VALUED * bool(s.valued) | GAVE_WAY * s.gave_way
             for s, f in zip(told, forced, strict=True)
         ],
         steps=[s.steps for s in told],
