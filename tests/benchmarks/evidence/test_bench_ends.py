@@ -45,7 +45,7 @@ def test_another_form_names_the_line(tmp_path: Path) -> None:
     [
         ("Do it.\n[Requirement] It must be {word_count_type} {word_count} words long.", "Do it."),
         (
-            "[Requirement] Expand on it, The text must be {word_count_type} {word_count} words long.",
+            "[Requirement] Expand on it, It must be {word_count_type} {word_count} words long.",
             "[Requirement] Expand on it,",
         ),
         ("完成主体内容，字数必须{word_count_type} {word_count}字。", "完成主体内容，"),  # noqa: RUF001
