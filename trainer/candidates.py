@@ -58,11 +58,12 @@ def text_key(input_ids: NDArray[np.int64]) -> str:
 
 
 def write_candidates(path: Path, found: Mapping[str, Candidates], settings: Any) -> None:
-    """By text key, so that the file exists only when complete."""
+    """By text key, those with any; the file exists only when complete."""
     rows = [
         {"text": key, "positions": c.positions}
         | {name: getattr(c, name).reshape(-1) for name in ("ids", "p", "z")}
         for key, c in found.items()
+        if len(c.positions)
     ]
     unfinished = path.with_suffix(".tmp")
     schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(settings).encode()})
@@ -88,12 +89,13 @@ def read_candidates(folder: Path) -> dict[str, Candidates]:
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{file}: holds no candidates: {error}") from error
         for row in rows:
-            positions = np.asarray(row["positions"], np.int64)
-            ids, p, z = (
-                np.asarray(row[name], kind).reshape(len(positions), -1)
-                for name, kind in (("ids", np.int64), ("p", np.float32), ("z", np.float32))
+            shape = (len(row["positions"]), -1)
+            found[row["text"]] = Candidates(
+                np.asarray(row["positions"], np.int64),
+                np.asarray(row["ids"], np.int64).reshape(shape),
+                np.asarray(row["p"], np.float32).reshape(shape),
+                np.asarray(row["z"], np.float32).reshape(shape),
             )
-            found[row["text"]] = Candidates(positions, ids, p, z)
     if len({c.ids.shape[1] for c in found.values()}) != 1:
         raise ValueError(f"{folder}: expected positions with equally many candidates")
     return found

@@ -90,9 +90,11 @@ class Backbone:
             shape = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
             backbone = get_peft_model(backbone, shape)
         model = ValueModel(backbone, ValueHead(backbone.config.hidden_size), config)
-        if start and self.start:
-            same = start.lookahead_rank == config.lookahead_rank
+        same = start is not None and start.lookahead_rank == config.lookahead_rank
+        if self.start:
             model.load_heads(self.start, lookahead=same)
+        if not same:
+            _as_value_head(model)
         return model
 
     def _with_adapter(self, backbone: PreTrainedModel) -> PreTrainedModel:
@@ -101,6 +103,16 @@ class Backbone:
 
         adapted = PeftModel.from_pretrained(backbone, self.start, is_trainable=self.tune == "lora")
         return adapted.merge_and_unload() if self.tune == "full" else adapted
+
+
+@torch.no_grad()
+def _as_value_head(model: ValueModel) -> None:
+    """Let the lookahead head, if any, begin as the value head: all next tokens change nothing."""
+    if (lookahead := model.lookahead) is not None:
+        lookahead.fc.load_state_dict(model.head.fc.state_dict())
+        own, values = lookahead.queries, model.head.summary
+        for ours, theirs in ((own.weight, values.weight), (own.bias, values.bias)):
+            ours.zero_()[0] = theirs[0]
 
 
 def load_shape(model: str) -> tuple[int, int]:
