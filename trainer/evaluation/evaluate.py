@@ -6,9 +6,9 @@ from typing import Any
 
 from trainer.checks import check
 from trainer.data import read_rollouts
-from trainer.evaluation.card import result_table, write_card
+from trainer.evaluation.card import agreement_table, result_table, write_card
 from trainer.evaluation.figures import Predicted, summarise
-from trainer.evaluation.lookahead import Agreement, agreement, agreement_table
+from trainer.evaluation.lookahead import Agreement, agreement
 from trainer.evaluation.predictors import predictors, split_as_trained
 from trainer.output import show
 from trainer.plots import check_picture, plot_calibration

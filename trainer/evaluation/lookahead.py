@@ -24,7 +24,6 @@ from trainer.checks import check
 from trainer.data import Rollout, make_example
 from trainer.lookahead.distil import Scoring, chosen_positions, score
 from trainer.lookahead.exact import check_branches
-from trainer.output import table
 from trainer.reading import Reading
 from value_server.model.value_model import ValueModel
 
@@ -155,16 +154,3 @@ def _explained(error: Floats, spread: Floats) -> float:
 def _sigmoid(z: Floats) -> Floats:
     u: Floats = 1 / (1 + np.exp(-z))
     return u
-
-
-def agreement_table(figures: dict[str, float]) -> str:
-    """Markdown, a row."""
-    names = {
-        "positions": "positions",
-        "r2_within": "R² within a step",
-        "r2_within_even": "the same, candidates alike",
-        "r2_mean": "R² of the step's mean",
-        "correlation": "correlation in a step (median)",
-    }
-    effect = {f"effect at {NATS} nats, of the exact": f"{figures['effect']:.0%}"}
-    return table([{title: figures[name] for name, title in names.items()} | effect])

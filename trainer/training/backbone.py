@@ -94,7 +94,7 @@ class Backbone:
         if self.start:
             model.load_heads(self.start, lookahead=same)
         if not same:
-            _as_value_head(model)
+            as_value_head(model)
         return model
 
     def _with_adapter(self, backbone: PreTrainedModel) -> PreTrainedModel:
@@ -106,7 +106,7 @@ class Backbone:
 
 
 @torch.no_grad()
-def _as_value_head(model: ValueModel) -> None:
+def as_value_head(model: ValueModel) -> None:
     """Let the lookahead head, if any, begin as the value head: all next tokens change nothing."""
     if (lookahead := model.lookahead) is not None:
         lookahead.fc.load_state_dict(model.head.fc.state_dict())
