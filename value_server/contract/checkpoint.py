@@ -2,6 +2,7 @@
 
 config.json                    the backbone's config with the block `lenvm`, a LenvmConfig
 value_head.safetensors         the head
+lookahead.safetensors          the lookahead head, where `lookahead_rank` is not 0
 model*.safetensors             the backbone, where `weights` is "full"
 adapter_*                      the peft adapter, where it is "adapter"
 tokenizer.json and the like    where it brings its own; else the base model's is taken
@@ -22,6 +23,7 @@ from value_server.contract.values import check_gamma
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "lenvm"
 HEAD_FILE = "value_head.safetensors"
+LOOKAHEAD_FILE = "lookahead.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -38,6 +40,7 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
         model) or "head" (the base model as it is).
     num_layers: layers of the base model that are used, from the bottom.
     tokenizer_fingerprint: of the tokenizer trained with.
+    lookahead_rank: r of the lookahead head (model/lookahead.py); 0: there is none.
     training: free facts (data, command, figures).
     """
 
@@ -48,6 +51,7 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     tokenizer_fingerprint: str
     target: Target = "discounted_return"
     target_scale: float = 1.0
+    lookahead_rank: int = 0
     training: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
@@ -56,6 +60,13 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
             raise ValueError(f"target_scale: {self.target_scale!r}, must be above 0")
         if self.weights not in ("full", "adapter", "head"):
             raise ValueError(f"weights: unknown value {self.weights!r}")
+        if self.lookahead_rank < 0:
+            raise ValueError(f"lookahead_rank: {self.lookahead_rank}, must be at least 0")
+        if self.lookahead_rank and self.target != "discounted_return":
+            # Its output is a logit: that of the other targets is computed from a length.
+            raise ValueError(
+                f"lookahead_rank: {self.lookahead_rank}, must be 0 with target {self.target}"
+            )
 
     @property
     def readout(self) -> Readout:

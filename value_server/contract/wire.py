@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 MEDIA_TYPE = "application/msgpack"
 LONGEST_REASON = 160  # characters of why a row is refused
 
@@ -23,6 +23,7 @@ MODEL_PATH = "/v1/model"
 PREDICT_PATH = "/v1/predict"
 VALUES_PATH = "/v1/values"
 SESSIONS_PATH = "/v1/sessions"
+KEYS_PATH = "/v1/lookahead-keys"
 
 
 class WireError(ValueError):
@@ -45,6 +46,8 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tokens: T int32, emitted since the last step (prompt included at start 0).
     candidates: K int32.
     closed: ids of sessions that ended; unknown ids are ignored.
+    lookahead_rank: r of the queries that are wanted of each row, beside its candidates' logits; 0:
+        none. Another than the ModelInfo tells is an error.
     budget_ms: milliseconds that the server may take from the message's arrival to its answer.
         Rows without values by then are answered without, and their texts are computed on. 0: it
         answers as soon as it has taken the texts. None: it waits until all rows have values.
@@ -58,13 +61,15 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     candidate_counts: list[int]
     candidates: bytes
     closed: list[str] = []
+    lookahead_rank: int = 0
     budget_ms: float | None = None
 
 
 class StepReply(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """model_id: of the ModelInfo by which the logits have to be read.
     logits: K float32 z in the order of the request, NaN in rows that have none in time.
-
+    queries: B x (1 + r) float32, b and q of each row's text, where the request asks for them: after
+        a next token x the logit is z = b + q.k_x, with k of LookaheadKeys. NaN as above.
     held: B; tokens of each row's text that the server has now: the `start` to go on from. Less
         than the row's own start where its session is lost, the start where there was no room.
     refused: row → why it will never have values; the others of the message are not concerned.
@@ -73,6 +78,7 @@ class StepReply(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     version: int = WIRE_VERSION
     model_id: str = ""
     logits: bytes
+    queries: bytes = b""
     held: list[int]
     refused: dict[int, str] = {}
 
@@ -81,6 +87,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     """What `GET /v1/model` tells about the served value model.
 
     model_id: another one where any of the other facts is another.
+    lookahead_rank: r of its lookahead head; 0: it has none.
     """
 
     version: int = WIRE_VERSION
@@ -92,6 +99,19 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     max_position: int
     max_sessions: int
     max_candidates: int
+    lookahead_rank: int = 0
+
+
+class LookaheadKeys(msgspec.Struct, kw_only=True):
+    """What `GET /v1/lookahead-keys` tells, as msgpack: k of all tokens, once per checkpoint.
+
+    keys: V x r float16.
+    """
+
+    version: int = WIRE_VERSION
+    model_id: str
+    rank: int
+    keys: bytes
 
 
 _encoder = msgspec.msgpack.Encoder()
