@@ -100,6 +100,11 @@ class Sessions:
             if told:
                 self._send(told, builder(told), least, most, any(looks), ahead=True)
 
+    @property
+    def any_looks_ahead(self) -> bool:
+        """Whether any server does what `looks_ahead` says."""
+        return self._client.any_looks_ahead
+
     def looks_ahead(self, states: Sequence[RequestState]) -> list[bool]:
         """Whether the server of each text tells of all tokens without being asked for them."""
         if not self._client.any_looks_ahead:

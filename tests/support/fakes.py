@@ -42,6 +42,7 @@ class Server:
         self.info = msgspec.structs.replace(INFO, **info)
         self.calls = 0
         self.last: wire.StepRequest | None = None
+        self.requests: list[wire.StepRequest] = []
         self.sessions: set[str] = set()
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
@@ -55,6 +56,7 @@ class Server:
     def step(self, request: wire.StepRequest) -> wire.StepReply:
         self._fail()
         self.last = wire.decode_request(wire.encode(request))
+        self.requests.append(self.last)
         self.sessions = (self.sessions | set(request.sessions)) - set(request.closed)
         lengths = wire.unpack_ids(request.candidates).astype(np.float64)
         z = logit_from_length(torch.from_numpy(lengths), INFO.gamma).float().numpy()
