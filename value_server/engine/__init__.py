@@ -11,6 +11,7 @@ line.py        who may come in where not all have room
 engine.py      a pass: rows → backbone → head → logits
 attention.py   attention of a pass over the slots, in groups of rows
 linear.py      linear layers for passes of a few rows
+keys.py        what lookahead multiplies its queries with: k of all tokens
 memory.py      keys and values of the slots, and the way to the device
 selfcheck.py   whether a backbone gives here what it gives in plain transformers
 errors.py      what a client is told

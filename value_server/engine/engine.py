@@ -1,11 +1,12 @@
 """The value model on the slot cache: many sessions, one forward pass.
 
-A slot keeps its token's logit z next to its keys and values, so a state that was scored once (a
-repeated request, the first candidates of 64 samples of one prompt) is never forwarded again.
+A slot keeps its token's logit z next to its keys and values, and its query (b and q) if the model
+has a lookahead head, so a state that was scored once (a repeated request, the first candidates of
+64 samples of one prompt) is never forwarded again.
 
 Not thread-safe: one thread, the batcher's, owns it. Only `check` may be called from others.
 
-Legend: Q queries of a pass, K candidates, T tokens, H hidden size.
+Legend: Q queries of a pass, K candidates, T tokens, H hidden size, r rank of the lookahead head.
 """
 
 import logging
@@ -30,6 +31,7 @@ from value_server.engine.memory import KVPool, on_device
 from value_server.engine.pace import Pace
 from value_server.engine.scheduler import SHORT, is_done, missing, next_pass
 from value_server.engine.session import Session
+from value_server.model.lookahead import Lookahead
 from value_server.model.value_model import ValueModel
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class Engine:
             self._plain = selfcheck.plain(model)
             self.max_position = selfcheck.max_position(model)
         self.gamma = model.lenvm.gamma
+        self.lookahead: Lookahead | None = getattr(model, "lookahead", None)
+        self.lookahead_rank = self.lookahead.rank if self.lookahead else 0
         model.backbone.set_attn_implementation(NAME)
         first = next(model.parameters())
         self.device = first.device
@@ -78,7 +82,9 @@ class Engine:
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there
         self._windows: dict[int, int | None] = {}  # see attention.Pass
-        self._z = np.zeros(slots, dtype=np.float32)
+        width = 2 + self.lookahead_rank if self.lookahead else 1
+        self._heads = np.zeros((slots, width), dtype=np.float32)  # of each slot: z, then b and q
+        self._z, self._queries = self._heads[:, 0], self._heads[:, 1:]
         self._token = np.frombuffer(self.cache.token, dtype=np.int32)
         self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
 
@@ -101,6 +107,8 @@ class Engine:
             field, what = "candidate_counts", f"{len(row.candidates)} candidates for one session"
             return RequestError(f"{field}: {what}, at most {self.max_candidates}", field)
         length = row.start + len(row.tokens)
+        if row.lookahead_rank and not length:
+            return RequestError("tokens: a text of none has no lookahead", "tokens")
         if length + bool(row.candidates) > self.max_position:
             return RequestError(
                 f"tokens: the text would be {length + bool(row.candidates)} tokens long with a "
@@ -178,8 +186,10 @@ class Engine:
     def _read(self, row: Row, session: Session, job: Job) -> None:
         z = self._z[np.array(session.candidates, dtype=np.int64)]
         text_z = self._z[np.array(session.path, dtype=np.int64)] if job.texts else z
-        if np.isfinite(z).all() and np.isfinite(text_z).all():
+        query = self._queries[session.path[-1]].copy() if row.lookahead_rank else z
+        if all(np.isfinite(numbers).all() for numbers in (z, text_z, query)):
             row.text_z = text_z if job.texts else None
+            row.query = query if row.lookahead_rank else None
             row.z = z
         else:
             self.refuse(row, "the model gave a logit that is not a finite number")
@@ -202,7 +212,7 @@ class Engine:
             return 0
         written = np.concatenate([row.slots(row.begin) for row in rows])
         try:
-            self._z[written] = self._forward(rows, self._token[written], written)
+            self._heads[written] = self._forward(rows, self._token[written], written)
         except Exception as error:
             raise PassFailedError(rows, len(written), error) from error
         self._ready[written] = 1
@@ -224,7 +234,8 @@ class Engine:
     def _forward(
         self, rows: Sequence[Row], tokens: NDArray[Any], written: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """(Q,) z of a pass, whose keys and values go into the slots `written`."""
+        """(Q, 1) z of a pass, or (Q, 2 + r) z, b and q, whose keys and values go into the slots
+        `written`."""
         positions = np.concatenate([row.positions for row in rows])
         groups = groups_of(rows, self.pool.padding, self.device)
         output = self.model.backbone(
@@ -233,8 +244,12 @@ class Engine:
             use_cache=False,
             lenvm_pass=Pass(self.pool, on_device(written, self.device), groups, self._windows),
         )
-        z: NDArray[np.float32] = self.model.head(output.last_hidden_state[0]).float().cpu().numpy()
-        return z
+        hidden = output.last_hidden_state[0]
+        heads = self.model.head(hidden)[:, None]
+        if self.lookahead:
+            heads = torch.cat([heads, self.lookahead(hidden)], dim=1)
+        numbers: NDArray[np.float32] = heads.float().cpu().numpy()
+        return numbers
 
     def run(self, job: Job) -> JobResult:
         """Serve one job alone. Rows that have no room have no values."""
@@ -257,7 +272,8 @@ class Engine:
             self._check_backbone(name)
         length = min(self.pace.limits().prefill, self.max_position - 1, self.cache.largest // 2)
         for candidates in ([0], [0, 1][: self.max_candidates]):
-            for error in self.run(Job([Row(name, 0, [0] * length, candidates)])).refused.values():
+            row = Row(name, 0, [0] * length, candidates, self.lookahead_rank)
+            for error in self.run(Job([row])).refused.values():
                 raise error
         self.cache.close(name, keep=False)
         self.forwarded = self.saved = 0
