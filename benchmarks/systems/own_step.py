@@ -134,7 +134,7 @@ class Values:
     def keys(self, info: wire.ModelInfo) -> Keys:
         size = info.vocab_size, info.lookahead_rank
         keys = wire.pack_keys(self._random.standard_normal(size) / info.lookahead_rank**0.5)
-        return Keys(wire.LookaheadKeys(model_id="", rank=info.lookahead_rank, keys=keys), info)
+        return Keys(wire.LookaheadKeys(model_id="", rank=info.lookahead_rank, keys=keys))
 
     def step(self, request: wire.StepRequest) -> wire.StepReply:
         ids = wire.unpack_ids(request.candidates)

@@ -19,7 +19,7 @@ import httpx
 import msgspec
 
 from lenvm_vllm.values.endpoint import http_client
-from lenvm_vllm.values.lookahead import Keys, largest_keys
+from lenvm_vllm.values.lookahead import Keys
 from lenvm_vllm.values.traces import step_span
 from value_server.contract import wire
 
@@ -101,9 +101,10 @@ class ValueClient:
         """Of the lookahead head of this model, asked for once. Raises ValueServerError."""
         if self._keys is None or self._keys.model_id != info.model_id:
             with self._guarded():
-                most, largest = KEYS_TIME * self._timeout_s, LARGEST_INFO + largest_keys(info)
-                body = self._ask("GET", wire.KEYS_PATH, most, largest)
-                self._keys = Keys(msgspec.msgpack.decode(body, type=wire.LookaheadKeys), info)
+                largest = LARGEST_INFO + 2 * info.vocab_size * info.lookahead_rank
+                seconds = KEYS_TIME * self._timeout_s
+                body = self._ask("GET", wire.KEYS_PATH, seconds, largest)
+                self._keys = Keys(wire.decode_keys(body, info))
         return self._keys
 
     def step(self, request: wire.StepRequest) -> wire.StepReply:

@@ -77,7 +77,7 @@ def keys_of(info: wire.ModelInfo) -> Keys:
     z = logit_from_length(lengths, info.gamma).numpy()
     high = z.astype(np.float16)
     keys = wire.pack_keys(np.stack([high, z - high], axis=1))
-    return Keys(wire.LookaheadKeys(model_id=info.model_id, rank=2, keys=keys), info)
+    return Keys(wire.LookaheadKeys(model_id=info.model_id, rank=2, keys=keys))
 
 
 def queries_of(biases: Sequence[float]) -> bytes:

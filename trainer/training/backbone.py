@@ -102,7 +102,9 @@ class Backbone:
         from peft import PeftModel
 
         adapted = PeftModel.from_pretrained(backbone, self.start, is_trainable=self.tune == "lora")
-        return adapted.merge_and_unload() if self.tune == "full" else adapted
+        if self.tune != "full":
+            return adapted
+        return adapted.merge_and_unload().requires_grad_(True)  # peft froze it
 
 
 @torch.no_grad()

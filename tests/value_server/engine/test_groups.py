@@ -33,7 +33,7 @@ def test_short_rows_are_alone_and_long_ones_with_their_like() -> None:
 
 
 def test_no_group_gathers_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("value_server.engine.attention.ALONE_QUERIES", 0)
+    monkeypatch.setattr("value_server.engine.attention.SHORT_QUERIES", 0)
     rows = rows_of([1000] * 70, new=1)
     groups = groups_of(rows, 0, CPU)
     assert [len(group.rows) for group in groups] == [64, 6]
