@@ -110,7 +110,7 @@ def toy(folder: Path) -> tuple[Path, Path]:
         p = np.full(ids.shape, 0.2, np.float32)
         found[text_key(np.array(text))] = Candidates(positions, ids, p, z)
     (folder / "candidates").mkdir()
-    write_candidates(folder / "candidates" / "0.parquet", found, {})
+    write_candidates(folder / "candidates" / "0.parquet", found, {"gamma": 0.9})
     return write(folder / "toy.parquet", rows), folder / "candidates"
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_candidates_of_other_texts_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
-    write_candidates(tmp_path / "0.parquet", {"other": candidates(0, [1])}, {})
+    write_candidates(tmp_path / "0.parquet", {"other": candidates(0, [1])}, {"gamma": 0.9})
     with pytest.raises(ValueError, match=r"^candidates: .* no text is among them"):
         run(data, tmp_path / "out", base, lookahead=4, candidates=tmp_path / "0.parquet")
 
