@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from trainer.resume import check_same
+from value_server.contract.values import logit_in_gamma
 
 SETTINGS_KEY = b"lenvm"
 SCHEMA = pa.schema(
@@ -57,8 +59,13 @@ def text_key(input_ids: NDArray[np.int64]) -> str:
     return hashlib.sha256(input_ids.astype(np.int64).tobytes()).hexdigest()[:16]
 
 
-def write_candidates(path: Path, found: Mapping[str, Candidates], settings: Any) -> None:
-    """By text key, those with any; the file exists only when complete."""
+def write_candidates(
+    path: Path, found: Mapping[str, Candidates], settings: Mapping[str, Any]
+) -> None:
+    """By text key, those with any; the file exists only when complete.
+
+    settings: what they were made with; `gamma` is the teacher's.
+    """
     rows = [
         {"text": key, "positions": c.positions}
         | {name: getattr(c, name).reshape(-1) for name in ("ids", "p", "z")}
@@ -75,30 +82,39 @@ def is_written(path: Path, settings: Mapping[str, Any]) -> bool:
     """Raises ValueError naming the first setting that the file was made otherwise with."""
     if not path.exists():
         return False
-    metadata = pq.read_schema(path).metadata or {}
-    check_same(path, json.loads(metadata.get(SETTINGS_KEY, b"{}")), settings)
+    check_same(path, _settings(pq.read_schema(path)), settings)
     return True
 
 
-def read_candidates(folder: Path) -> dict[str, Candidates]:
-    """By text key. Raises ValueError where `folder` holds none, or of several numbers."""
+def read_candidates(folder: Path, gamma: float) -> dict[str, Candidates]:
+    """By text key, their logits told in `gamma`.
+
+    Raises ValueError where `folder` holds none, or of several numbers.
+    """
     found: dict[str, Candidates] = {}
     for file in sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]:
         try:
-            rows = pq.read_table(file, schema=SCHEMA).to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
+            table = pq.read_table(file, schema=SCHEMA)
+            theirs = float(_settings(pq.read_schema(file))["gamma"])
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise ValueError(f"{file}: holds no candidates: {error}") from error
-        for row in rows:
+        for row in table.to_pylist():
             shape = (len(row["positions"]), -1)
+            z = logit_in_gamma(torch.tensor(row["z"], dtype=torch.float64), theirs, gamma)
             found[row["text"]] = Candidates(
                 np.asarray(row["positions"], np.int64),
                 np.asarray(row["ids"], np.int64).reshape(shape),
                 np.asarray(row["p"], np.float32).reshape(shape),
-                np.asarray(row["z"], np.float32).reshape(shape),
+                z.numpy().astype(np.float32).reshape(shape),
             )
     if len({c.ids.shape[1] for c in found.values()}) != 1:
         raise ValueError(f"{folder}: expected positions with equally many candidates")
     return found
+
+
+def _settings(schema: pa.Schema) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((schema.metadata or {}).get(SETTINGS_KEY, b"{}"))
+    return settings
 
 
 def count(found: Sequence[Candidates | None]) -> int:

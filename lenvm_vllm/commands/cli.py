@@ -23,7 +23,7 @@ COMMANDS = {
 LINES = {
     "serve": "Serve the value model in CHECKPOINT until interrupted.",
     "rollout": "Sample completions of PROMPTS into shards in OUTPUT.",
-    "distil": "Write what TEACHER gives to likely next tokens of ROLLOUTS into OUTPUT.",
+    "distil": "Write values of likely next tokens, to learn.",
     "train": "Train a value model on ROLLOUTS, write it to OUTPUT.",
     "evaluate": "Evaluate CHECKPOINT on the held-out prompts of ROLLOUTS.",
     "tokens": "Score the tokens that lengthen or shorten a text.",

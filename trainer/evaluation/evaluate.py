@@ -53,9 +53,9 @@ def evaluate(
     """
     check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
     reading.check()
-    ahead.check()
     check_picture("plot", plot)
     config = read_config(checkpoint)
+    ahead.check(config)
     with predictors(
         (checkpoint, *compare),
         rollouts,

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from trainer.candidates import Candidates
 from trainer.checks import check
 from trainer.data import Rollout, make_example
+from trainer.evaluation.predictors import with_gamma
 from trainer.lookahead.distil import Scoring, chosen_positions, score
 from trainer.lookahead.exact import check_branches
 from trainer.reading import Reading
+from value_server.contract.checkpoint import LenvmConfig
 from value_server.model.value_model import ValueModel
 
 Floats = NDArray[np.float64]
@@ -44,19 +46,20 @@ class Agreement:
     """Value model whose exact values count; by default the checkpoint itself."""
     scoring: Scoring = Scoring()
 
-    def check(self) -> None:
-        """Raises ValueError naming the option that is wrong."""
+    def check(self, config: LenvmConfig) -> None:
+        """Raises ValueError naming the option that is wrong for a checkpoint."""
         number = self.lookahead_positions
         check(number >= 0, "lookahead_positions", number, "at least 0")
+        asked = number == 0 or config.lookahead_rank > 0
+        check(asked, "lookahead_positions", number, "0 for a checkpoint without a lookahead head")
         self.scoring.check()
 
 
 def agreement(
     model: ValueModel, rollouts: Sequence[Rollout], asked: Agreement, reading: Reading
 ) -> dict[str, float]:
-    """On finished rollouts. Raises ValueError where `model` has no lookahead head."""
+    """On finished rollouts. Raises ValueError where no position is among them."""
     number, longest = asked.lookahead_positions, reading.max_length
-    check(model.lookahead is not None, "lookahead_positions", number, "0 without such a head")
     teacher = reading.load(asked.teacher) if asked.teacher else model
     check_branches(teacher)
     texts = [r for r in rollouts if r.finished and len(r.prompt_ids) <= longest]
@@ -69,6 +72,7 @@ def agreement(
         np.concatenate([getattr(own, name) for own in found]).astype(np.float64)
         for name in ("shares", "z")
     )
+    z = with_gamma(z, teacher.lenvm.gamma, model.lenvm.gamma)
     return compare(shares, _sigmoid(z), _sigmoid(np.concatenate(guesses).astype(np.float64)))
 
 

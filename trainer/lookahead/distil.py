@@ -81,8 +81,10 @@ def distil(
     texts = [r for r in read_rollouts(rollouts) if r.finished]
     texts = [r for r in texts if len(r.prompt_ids) <= reading.max_length]
     check(bool(texts), "rollouts", str(rollouts), "with finished completions")
-    settings: dict[str, Any] = {"teacher": model.lenvm.training.get("run"), "share": share}
-    settings |= asdict(scoring) | {"max_length": reading.max_length, "dtype": reading.dtype}
+    settings: dict[str, Any] = {"gamma": model.lenvm.gamma, "share": share, **asdict(scoring)}
+    settings |= {"max_length": reading.max_length, "dtype": reading.dtype}
+    settings |= {"teacher": model.lenvm.training.get("run")}
+    del settings["tokens_per_pass"]
     output.mkdir(parents=True, exist_ok=True)
     served = scoring.served(model, reading)
     bar = tqdm(total=len(texts), unit="text", disable=reading.only_json)

@@ -24,7 +24,7 @@ class ServedModel:
         except (OSError, ValueError) as error:
             raise ValueError(f"model: {source!r} does not load: {error}") from error
         self.model: PreTrainedModel = model.to(device).eval()
-        self.ends = torch.tensor(end_ids(model), device=device)
+        self.ends = torch.tensor(end_ids(model), dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def candidates(

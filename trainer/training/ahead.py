@@ -3,7 +3,9 @@
 Legend: B rows, T tokens, N positions, K candidates; z' what the head tells, s the shares of the
 candidates of a position, u = sigmoid(z).
 
-    after the sampled token   the loss of the value, for the label that stands at the next token
+    after the sampled token   the loss of the value, for the model's own value at the next token,
+                              or for the label there: unbiased, but its noise is a thousand times
+                              what next tokens differ by
     after candidates          (sum of s·(u' - u))², and the mean of ((u' - its mean) - (u - its
                               mean))² over the candidates, u the teacher's
 """
@@ -11,18 +13,19 @@ candidates of a position, u = sigmoid(z).
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from cyclopts import Parameter
 from torch import Tensor
 
-from trainer.checks import check
+from trainer.checks import check, check_choice
 from trainer.data import NO_LABEL
 from trainer.training.losses import losses_against
 from trainer.training.objective import Objective
 from value_server.contract.targets import Readout
 
+Sampled = Literal["value", "label"]
 Batch = Mapping[str, Tensor]
 Places = tuple[Tensor, Tensor]  # (N,) positions counted through all B·T, (N, K) next tokens
 
@@ -36,6 +39,8 @@ class Ahead:
     """Rank of the head that tells the values after all next tokens; 0 leaves it out."""
     lookahead_weight: float = 1.0
     """What the value after a sampled token counts for, of the value at it."""
+    sampled: Sampled = "value"
+    """Its target: the value that the model itself gives to that token, or that token's label."""
     candidates: Path | None = None
     """What `lenvm distil` wrote: exact values after candidates, to learn as well."""
     mean_weight: float = 1.0
@@ -51,6 +56,7 @@ class Ahead:
         for name in ("lookahead_weight", "mean_weight", "within_weight", "within_exponent"):
             value = getattr(self, name)
             check(0 <= value < float("inf"), name, value, "at least 0")
+        check_choice("sampled", self.sampled, get_args(Sampled))
         if self.lookahead:
             reads = objective.target == "discounted_return"
             check(reads, "lookahead", self.lookahead, f"0 with target {objective.target}")
@@ -64,7 +70,7 @@ class Ahead:
             return {}
         facts = {name: value for name, value in asdict(self).items() if name != "lookahead"}
         if self.candidates is None:
-            return {"lookahead_weight": self.lookahead_weight}
+            return {"lookahead_weight": self.lookahead_weight, "sampled": self.sampled}
         return facts | {"candidates": self.candidates.name}
 
 
@@ -93,12 +99,12 @@ def scored_places(batch: Batch) -> Tensor:
 
 
 def sampled_loss(
-    z: Tensor, places: Tensor, target: Tensor, batch: Batch, objective: Objective, readout: Readout
+    z: Tensor, places: Tensor, targets: Tensor, batch: Batch, objective: Objective, readout: Readout
 ) -> Tensor:
-    """Weighted sum over sampled tokens. z: (N, 1) after them; target: (B, T) of the value."""
-    parts = (target, batch["is_cut"], batch["weights"])
-    after, is_cut, weights = (part.flatten()[places + 1] for part in parts)
-    return (losses_against(after, z[:, 0], is_cut, objective, readout) * weights).sum()
+    """Weighted sum over sampled tokens. z: (N, 1) after them; targets: (B, T) of the value."""
+    parts = (targets, batch["is_cut"], batch["weights"])
+    target, is_cut, weights = (part.flatten()[places + 1] for part in parts)
+    return (losses_against(target, z[:, 0], is_cut, objective, readout) * weights).sum()
 
 
 def candidate_losses(

@@ -158,7 +158,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], Le
             f"rollouts: {rollouts} has nothing to train on with holdout {training.holdout}, "
             f"max_length {recipe.max_length} and censored {objective.censored!r}"
         )
-    examples = with_candidates(examples, training.ahead)
+    examples = with_candidates(examples, training.ahead, gamma)
     _, vocab_size = load_shape(backbone.model)
     largest = max(int(e.input_ids.max()) for e in examples)
     known = f"below {backbone.model}'s vocab_size {vocab_size}"
@@ -190,11 +190,11 @@ def example_of(rollout: Rollout, objective: Objective, recipe: Recipe) -> Exampl
     return (prompt_example if prompt_alone else make_example)(rollout, recipe.max_length)
 
 
-def with_candidates(examples: Sequence[Example], ahead: Ahead) -> list[Example]:
-    """Each with those of its text. Raises ValueError where none has any."""
+def with_candidates(examples: Sequence[Example], ahead: Ahead, gamma: float) -> list[Example]:
+    """Each with those of its text, logits in `gamma`. Raises ValueError where none has any."""
     if ahead.candidates is None:
         return list(examples)
-    found = read_candidates(ahead.candidates)
+    found = read_candidates(ahead.candidates, gamma)
     joined = []
     for e in examples:
         own = found.get(e.text_key)

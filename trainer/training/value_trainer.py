@@ -67,7 +67,11 @@ class ValueTrainer(Trainer):
         losses = losses_against(target, raw, inputs["is_cut"], *choices)
         loss = (losses * inputs["weights"]).sum()
         if places:
-            sampled = sampled_loss(after[0], places[0][0], target, inputs, *choices)
+            told = inputs
+            if self.ahead.sampled == "value":  # known of cut texts, too: no bound
+                target = self.readout.output(raw.detach())
+                told = inputs | {"is_cut": torch.zeros_like(inputs["is_cut"])}
+            sampled = sampled_loss(after[0], places[0][0], target, told, *choices)
             loss = loss + self.ahead.lookahead_weight * sampled
         if len(places) > 1:
             loss = loss + self._candidate_loss(after[1], places[1][0], inputs)

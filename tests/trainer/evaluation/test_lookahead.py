@@ -107,5 +107,5 @@ def test_a_checkpoint_without_the_head_is_refused(
     base: Path, rollouts: Path, tmp_path: Path
 ) -> None:
     own = checkpoint(tmp_path / "own", 0)
-    with pytest.raises(ValueError, match=r"^lookahead_positions: 10, must be 0 without"):
+    with pytest.raises(ValueError, match=r"^lookahead_positions: 10, must be 0 for a"):
         evaluate(own, rollouts, model=str(base), lookahead_positions=10)

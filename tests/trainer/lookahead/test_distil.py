@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import tiny_checkpoint
+from tests.support.tiny import GAMMA, tiny_checkpoint
 from tests.support.training import contents, grouped, rollout, row, write
 from trainer.candidates import read_candidates, text_key
 from trainer.lookahead import distil as command
@@ -41,7 +41,7 @@ def test_all_positions_have_exact_values(
 ) -> None:
     """Each value as of a text of its own, each probability as the served model has it."""
     distil(teacher, rollouts, tmp_path / "out", base, share=1.0, tokens_per_pass=40)
-    found = read_candidates(tmp_path / "out")
+    found = read_candidates(tmp_path / "out", GAMMA)
     model = ValueModel.load(teacher)
     served = ServedModel(str(base), torch.float32, torch.device("cpu"))
     assert len(found) == 9

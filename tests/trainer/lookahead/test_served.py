@@ -40,6 +40,14 @@ def test_all_ends_count(base: Path) -> None:
     assert end_ids(model) == []
 
 
+def test_a_model_without_an_end_has_all_tokens(base: Path) -> None:
+    served = ServedModel(str(base), torch.float32, CPU)
+    served.ends = served.ends[:0]
+    ((ids, p),) = served.candidates([np.arange(3)], [np.array([2])], 258)
+    assert sorted(ids[0].tolist()) == [*range(258)]
+    assert p.sum().item() == pytest.approx(1)
+
+
 def test_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model: .*nothing.* does not load"):
         ServedModel(str(tmp_path / "nothing"), torch.float32, CPU)

@@ -110,7 +110,7 @@ def toy(folder: Path) -> tuple[Path, Path]:
         p = np.full(ids.shape, 0.2, np.float32)
         found[text_key(np.array(text))] = Candidates(positions, ids, p, z)
     (folder / "candidates").mkdir()
-    write_candidates(folder / "candidates" / "0.parquet", found, {})
+    write_candidates(folder / "candidates" / "0.parquet", found, {"gamma": 0.9})
     return write(folder / "toy.parquet", rows), folder / "candidates"
 
 
@@ -138,8 +138,12 @@ def test_a_run_learns_what_each_token_means(base: Path, tmp_path: Path) -> None:
     assert (u - target).square().mean() < target.var() / 4
 
 
-def test_without_candidates_sampled_tokens_teach(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampled", ["value", "label"])
+def test_without_candidates_sampled_tokens_teach(
+    sampled: str, base: Path, data: Path, tmp_path: Path
+) -> None:
     more: dict[str, Any] = {"tune": "full", "learning_rate": 3e-3, "max_steps": 30}
+    more |= {"sampled": sampled}
     run(data, tmp_path / "out", base, lookahead=8, **more)
     model = ValueModel.load(tmp_path / "out")
     text = torch.tensor([[255, 255, 40, *range(39, 20, -1)]])
@@ -168,6 +172,7 @@ def test_packs_of_a_pass_change_nothing_but_speed(
         ({"lookahead": 4, "target": "length"}, "lookahead: 4, must be 0 with target length"),
         ({"candidates": Path("x")}, "candidates: 'x', must be left out without lookahead"),
         ({"lookahead": 4, "within_weight": -1.0}, "within_weight: -1.0, must be at least 0"),
+        ({"sampled": "token"}, "sampled: 'token', must be one of value, label"),
         ({"packs_per_pass": 0}, "packs_per_pass: 0, must be above 0"),
         ({"packs_per_pass": 2}, "packs_per_pass: 2, must be a divisor of a step's 3 packs"),
     ],
@@ -181,7 +186,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_candidates_of_other_texts_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
-    write_candidates(tmp_path / "0.parquet", {"other": candidates(0, [1])}, {})
+    write_candidates(tmp_path / "0.parquet", {"other": candidates(0, [1])}, {"gamma": 0.9})
     with pytest.raises(ValueError, match=r"^candidates: .* no text is among them"):
         run(data, tmp_path / "out", base, lookahead=4, candidates=tmp_path / "0.parquet")
 

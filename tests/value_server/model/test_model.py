@@ -121,6 +121,16 @@ def test_values_after_next_tokens_are_b_and_q_times_k(tmp_path: Path) -> None:
     torch.testing.assert_close(z, outputs(model))
 
 
+def test_no_place_at_all_has_gradients_of_zero(tmp_path: Path) -> None:
+    """As of a pack of prompts alone: with several processes every weight needs a gradient."""
+    model = build(write_base(tmp_path / "base"), "head", rank=4)
+    none = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64))
+    z, (found,) = model(IDS, after=[none])
+    assert found.shape == (0, 1)
+    (z.sum() + found.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.lookahead.parameters())
+
+
 def test_without_a_lookahead_head_nothing_is_told(tmp_path: Path) -> None:
     model = build(write_base(tmp_path / "base"), "head")
     with pytest.raises(RuntimeError, match=r"^lookahead_rank: 0"):
