@@ -38,8 +38,8 @@ def test_short_rows_are_with_rows_of_as_many_queries_and_similar_length() -> Non
 
 
 def test_short_rows_gather_no_more_than_caches_hold() -> None:
-    groups = groups_of(rows_of([1000] * 10 + [9000], new=1), 0, CPU)
-    assert [len(group.rows) for group in groups] == [4, 4, 2, 1]
+    groups = groups_of(rows_of([1000] * 18 + [9000], new=1), 0, CPU)
+    assert [len(group.rows) for group in groups] == [8, 8, 2, 1]
     assert all(1024 * len(group.rows) <= SHORT_AREA for group in groups[:-1])
 
 
