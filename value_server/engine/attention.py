@@ -23,7 +23,7 @@ from value_server.engine.memory import KVPool, on_device
 
 NAME = "lenvm_slots"
 SHORT_QUERIES = 64  # a row with no more is cheaper by plain products, on a CPU
-SHORT_AREA = 1 << 12  # slots that these gather at a time: what the caches of a core hold
+SHORT_AREA = 1 << 13  # slots that these gather at a time; half or double is slower
 GROUP_AREA = 1 << 16  # slots that one kernel call gathers at most
 BUCKET = 64  # slots; for each new number of them oneDNN makes a new kernel, dearer than the product
 
