@@ -90,8 +90,8 @@ class Guide:
             self._pace.goes_on()
         else:
             z = self._values(step, info)
-        alone = {row: s for row, s in turns.items() if s.valued is False and s.is_known}
-        ended = {row: s for row, s in alone.items() if self._may_end(s, logits[row])}
+        known = {row: s for row, s in turns.items() if s.valued is not None and s.is_known}
+        ended = {row: s for row, s in known.items() if self._may_end(s, logits[row])}
         plans = [self._end(ended, logits.shape[-1])] if ended else []
         if step is not None and z is not None:
             plans += self._steer(step, z, info.gamma, ended.keys(), logits.shape[-1])
@@ -162,13 +162,16 @@ class Guide:
         return [plan_writes(step.rows, step.cuts, before, log_q, log_p0, size)]
 
     def _may_end(self, state: RequestState, own: Tensor) -> bool:
-        """Whether a text without values ends here: a sentence or line of it has ended in the
-        landing, and no other one fits. own: (V,) logits of its row."""
+        """Whether a text ends here: a sentence or line of it has ended in the landing, and no other
+        one fits. own: (V,) logits of its row."""
         landing, aim = landing_in_tokens(state), state.aim
         early = aim.mode != "equal_to" and aim.fewest > state.generated + 1
         # A marker of several tokens would be left open: it is forced by a rail, or comes by itself.
         in_pieces = state.target.scope == "thinking" and len(state.markers.think_end) > 1
-        if landing.share(0) < 0 or early or in_pieces or state.held or self._sentences is None:
+        by_value = state.valued and state.target.policy == "greedy"  # the paper's rule, as it is
+        if landing.share(0) < 0 or early or in_pieces or state.held or by_value:
+            return False
+        if self._sentences is None:
             return False
         if not self._sentences.is_whole(state.output_ids):
             return False
