@@ -10,7 +10,8 @@ with padding; Hkv key/value heads, G query heads per key/value head, D head dime
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,24 @@ from value_server.engine.memory import KVPool, on_device
 NAME = "lenvm_slots"
 ALONE_QUERIES = 64  # a row with no more is cheaper alone, on a CPU
 GROUP_AREA = 1 << 16  # slots that one kernel call gathers at most
+Kind = Literal["gathered", "triton"]
 BUCKET = 64  # slots; for each new number of them oneDNN makes a new kernel, dearer than the product
+
+
+class Rows(Protocol):
+    """Some rows of a pass, or all, and how their attention is computed."""
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        """query (Hkv * G, Q, D), keys and values (Hkv, slots, D); fills its rows of `out`
+        (Q, Hkv * G, D)."""
 
 
 class Group:
@@ -54,8 +72,7 @@ class Group:
         scaling: float,
         window: int | None,
     ) -> None:
-        """query (Hkv * G, Q, D), keys and values (Hkv, slots, D); fills its rows of `out`
-        (Q, Hkv * G, D)."""
+        """See Rows."""
         heads = keys.shape[0]
         per_key = query.shape[0] // heads
         slots, bias = self._plan(window, per_key, query.dtype)
@@ -114,6 +131,22 @@ class Group:
         return on_device(slots.reshape(-1), self.device), bias.repeat(1, per_key, 1)
 
 
+def fastest(device: torch.device) -> Kind:
+    """Triton comes with torch for CUDA."""
+    return "triton" if device.type == "cuda" and find_spec("triton") else "gathered"
+
+
+def planned(
+    rows: Sequence[Row], padding: int, device: torch.device, kind: Kind, per_key: int
+) -> Sequence[Rows]:
+    """All rows of a pass. per_key: G, of most layers."""
+    if kind == "gathered":
+        return groups_of(rows, padding, device)
+    from value_server.engine.triton_attention import Tiles
+
+    return [Tiles.of(rows, per_key, device)]
+
+
 def groups_of(rows: Sequence[Row], padding: int, device: torch.device) -> list[Group]:
     """All rows of a pass: short ones alone, on a CPU; the others with rows of a similar shape."""
     few = ALONE_QUERIES if device.type == "cpu" else 0
@@ -141,7 +174,7 @@ class Pass:
 
     pool: KVPool
     written: Tensor
-    groups: Sequence[Group]
+    groups: Sequence[Rows]
     windows: dict[int, int | None]
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from value_server.engine import selfcheck
-from value_server.engine.attention import NAME, Pass, groups_of
+from value_server.engine.attention import NAME, Kind, Pass, fastest, planned
 from value_server.engine.cache import SlotCache
 from value_server.engine.errors import ModelError, PassFailedError, RequestError
 from value_server.engine.job import Job, JobResult, Row
@@ -40,6 +40,7 @@ class Engine:
 
     weight_dtype: of the linear layers, see linear.py; by default that of the model.
     compiled: MLPs and norms go through torch.compile, and no layer is packed.
+    attention: by default what is fastest on the device.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Engine:
         prefill_tokens: int = 512,
         weight_dtype: torch.dtype | None = None,
         compiled: bool = False,
+        attention: Kind | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model.eval()
@@ -66,6 +68,9 @@ class Engine:
         model.backbone.set_attn_implementation(NAME)
         first = next(model.parameters())
         self.device = first.device
+        self.attention = attention or fastest(self.device)
+        heads = model.config.num_attention_heads
+        self._per_key = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
         if compiled:
             compile_inplace(model.backbone)
         else:
@@ -226,7 +231,7 @@ class Engine:
     ) -> NDArray[np.float32]:
         """(Q,) z of a pass, whose keys and values go into the slots `written`."""
         positions = np.concatenate([row.positions for row in rows])
-        groups = groups_of(rows, self.pool.padding, self.device)
+        groups = planned(rows, self.pool.padding, self.device, self.attention, self._per_key)
         output = self.model.backbone(
             input_ids=on_device(tokens.astype(np.int64), self.device)[None],  # (1, Q)
             position_ids=on_device(positions, self.device)[None],
