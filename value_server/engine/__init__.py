@@ -11,6 +11,7 @@ line.py              who may come in where not all have room
 engine.py            a pass: rows → backbone → head → logits
 attention.py         attention of a pass over the slots, in groups of rows
 triton_attention.py  the same on a GPU, by kernels of ours
+graphs.py            passes as CUDA graphs
 linear.py            linear layers for passes of a few rows
 memory.py            keys and values of the slots, and the way to the device
 selfcheck.py         whether a backbone gives here what it gives in plain transformers

@@ -12,6 +12,7 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -40,7 +41,7 @@ class Engine:
 
     weight_dtype: of the linear layers, see linear.py; by default that of the model.
     compiled: MLPs and norms go through torch.compile, and no layer is packed.
-    attention: by default what is fastest on the device.
+    attention: by default what is fastest on the device. graphs: see graphs.py; with "triton" only.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         weight_dtype: torch.dtype | None = None,
         compiled: bool = False,
         attention: Kind | None = None,
+        graphs: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model.eval()
@@ -69,7 +71,8 @@ class Engine:
         first = next(model.parameters())
         self.device = first.device
         self.attention = attention or fastest(self.device)
-        heads = model.config.num_attention_heads
+        self.graphs = graphs
+        heads = getattr(model.config, "num_attention_heads", 1)
         self._per_key = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
         if compiled:
             compile_inplace(model.backbone)
@@ -231,15 +234,32 @@ class Engine:
     ) -> NDArray[np.float32]:
         """(Q,) z of a pass, whose keys and values go into the slots `written`."""
         positions = np.concatenate([row.positions for row in rows])
-        groups = planned(rows, self.pool.padding, self.device, self.attention, self._per_key)
+        z = None
+        if self.graphs and self.attention == "triton":
+            z = self._graphs.run(rows, self._per_key, tokens, positions, written)
+        if z is None:
+            parts = planned(rows, self.pool.padding, self.device, self.attention, self._per_key)
+            ids, places, slots = (
+                on_device(numbers.astype(np.int64), self.device)
+                for numbers in (tokens, positions, written)
+            )
+            z = self._z_of(ids[None], places[None], Pass(self.pool, slots, parts, self._windows))
+        found: NDArray[np.float32] = z.cpu().numpy()
+        return found
+
+    def _z_of(self, tokens: Tensor, positions: Tensor, known: Pass) -> Tensor:
+        """(1, Q) each → (Q,) z, on the device."""
         output = self.model.backbone(
-            input_ids=on_device(tokens.astype(np.int64), self.device)[None],  # (1, Q)
-            position_ids=on_device(positions, self.device)[None],
-            use_cache=False,
-            lenvm_pass=Pass(self.pool, on_device(written, self.device), groups, self._windows),
+            input_ids=tokens, position_ids=positions, use_cache=False, lenvm_pass=known
         )
-        z: NDArray[np.float32] = self.model.head(output.last_hidden_state[0]).float().cpu().numpy()
+        z: Tensor = self.model.head(output.last_hidden_state[0]).float()
         return z
+
+    @cached_property
+    def _graphs(self) -> Any:
+        from value_server.engine.graphs import Graphs  # which needs Triton
+
+        return Graphs(self._z_of, self.pool, self._windows, self.device)
 
     def run(self, job: Job) -> JobResult:
         """Serve one job alone. Rows that have no room have no values."""

@@ -130,12 +130,12 @@ def test_many_rows_are_not_shared_out() -> None:
 
 
 @runs
-def test_values_of_an_engine_do_not_depend_on_it() -> None:
+def test_values_of_an_engine_depend_neither_on_it_nor_on_graphs() -> None:
     """Random histories: texts that go on, are rewound, and share their beginnings."""
     draw = random.Random(0)
     engines = [
-        Engine(tiny_model().to(DEVICE), slots=200, pass_tokens=16, attention=kind)
-        for kind in ("triton", "gathered")
+        Engine(tiny_model().to(DEVICE), slots=200, pass_tokens=16, **options)
+        for options in ({"attention": "gathered"}, {"attention": "triton", "graphs": True})
     ]
     texts: dict[str, list[int]] = {}
     for _ in range(40 if DEVICE.type == "cuda" else 4):
