@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from cyclopts import App
+from cyclopts import App, Parameter
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from benchmarks.systems.scoring import Ours
@@ -32,7 +32,7 @@ from value_server.engine.engine import Engine
 from value_server.engine.job import Job, Row
 from value_server.model.value_model import ValueHead, ValueModel
 
-app = App(help=__doc__)
+app = App(help=__doc__, default_parameter=Parameter(consume_multiple=True))
 EMITTED = 7  # none of the candidates
 MODES = ("gathered", "triton", "graphs")
 Mode = Literal["gathered", "triton", "graphs"]
@@ -86,6 +86,11 @@ class Steps(Ours):
         rows = [Row(name, self.length, [EMITTED], self.candidates) for name in self.names]
         self.engine.run(Job(rows))
         self.length += 1
+
+    def close(self) -> None:
+        """What was emitted is not to be found again."""
+        for name in self.names:
+            self.engine.cache.close(name, keep=False)
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> ValueModel:
@@ -158,7 +163,7 @@ def measure(
 def main(
     *,
     shapes: list[str],
-    sessions: tuple[int, ...] = (1, 32, 256),
+    sessions: tuple[int, ...] = (1, 8, 32, 256),
     prefixes: tuple[int, ...] = (512, 4096),
     candidates: tuple[int, ...] = (8, 0),
     modes: tuple[Mode, ...] = MODES,

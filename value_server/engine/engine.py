@@ -234,15 +234,12 @@ class Engine:
     ) -> NDArray[np.float32]:
         """(Q,) z of a pass, whose keys and values go into the slots `written`."""
         positions = np.concatenate([row.positions for row in rows])
-        z = None
-        if self.graphs and self.attention == "triton":
-            z = self._graphs.run(rows, self._per_key, tokens, positions, written)
+        graphs = self._graphs if self.graphs and self.attention == "triton" else None
+        z = graphs and graphs.run(rows, self._per_key, tokens, positions, written)
         if z is None:
             parts = planned(rows, self.pool.padding, self.device, self.attention, self._per_key)
-            ids, places, slots = (
-                on_device(numbers.astype(np.int64), self.device)
-                for numbers in (tokens, positions, written)
-            )
+            given = np.stack([tokens, positions, written]).astype(np.int64)
+            ids, places, slots = on_device(given, self.device)
             z = self._z_of(ids[None], places[None], Pass(self.pool, slots, parts, self._windows))
         found: NDArray[np.float32] = z.cpu().numpy()
         return found
@@ -291,6 +288,7 @@ class Engine:
     def _check_backbone(self, session: str) -> None:
         ids, first = selfcheck.text(self.vocab_size), selfcheck.FIRST
         hidden: list[Tensor] = []
+        graphs, self.graphs = self.graphs, False  # a graph calls no hook
         hook = self.model.head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
         try:
             self.run(Job([Row(session, 0, ids[:first])]))
@@ -298,4 +296,5 @@ class Engine:
             self.run(Job([Row(session, first, ids[first:], candidates)]))
         finally:
             hook.remove()
+            self.graphs = graphs
         selfcheck.compare(self.model, self._plain, torch.cat(hidden), self._windows)

@@ -150,3 +150,4 @@ def test_values_of_an_engine_depend_neither_on_it_nor_on_graphs() -> None:
         z = [engine.run(Job([Row(*row) for row in rows])).logits for engine in engines]
         assert np.isfinite(z[0]).all()
         np.testing.assert_allclose(z[0], z[1], atol=1e-4)
+    assert engines[1]._graphs._graphs
