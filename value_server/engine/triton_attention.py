@@ -28,6 +28,8 @@ FIELDS: tl.constexpr = tl.constexpr(5)  # of a tile, see `tiles_of`
 LINES = (16, 64)  # M; no matrix unit takes fewer than 16
 PROGRAMS = 512  # keep a large GPU busy; where there are fewer, the slots of a row are shared out
 MOST_SHARES = 32
+MOST_BYTES = 512  # of a key: of longer ones no shared memory holds several stages
+NO_WINDOW = 1 << 30
 SLOTS, WARPS, STAGES = 64, 4, 3  # N, and what Triton is told
 
 
@@ -72,7 +74,7 @@ class Tiles:
             lse = out.new_empty(shares, *out.shape[:2], dtype=torch.float32)
         _attend[(count, heads, shares)](
             *(query, keys, values, part, lse, self.table, self.slots),
-            *(scaling * 1.4426950408889634, window or 0, len(out), width),
+            *(scaling * 1.4426950408889634, window or NO_WINDOW, len(out), width),
             *(*query.stride()[:2], *keys.stride()[:2], *values.stride()[:2]),
             per_key=per_key,
             dim=query.shape[2],
@@ -83,7 +85,7 @@ class Tiles:
             slots_block=SLOTS,
             shares=shares,
             num_warps=WARPS,
-            num_stages=STAGES,
+            num_stages=STAGES if query.shape[2] * query.element_size() <= MOST_BYTES else 1,
         )
         if shares > 1:
             _join[(len(out), width)](
@@ -155,12 +157,10 @@ def _attend(
     mine = begin + number  # a
     place = (first + number).to(tl.int64)
     d, e = tl.arange(0, dim_block), tl.arange(0, wide_block)
-    there = query + heads[:, None] * query_head + place[:, None] * query_step + d[None, :]
-    q = tl.load(there, mask=real[:, None] & (d < dim)[None, :], other=0.0)
+    at_query = query + heads[:, None] * query_head + place[:, None] * query_step + d[None, :]
+    q = tl.load(at_query, mask=real[:, None] & (d < dim)[None, :], other=0.0)
 
-    low = 0
-    if window > 0:
-        low = tl.maximum(0, tl.minimum(begin, end) - window + 1)
+    low = tl.maximum(0, tl.minimum(begin, end) - window + 1)
     span = begin + count - low
     size = tl.cdiv(tl.cdiv(span, slots_block), shares) * slots_block
     low += share * size
@@ -173,14 +173,13 @@ def _attend(
         n = at + tl.arange(0, slots_block)
         inside = n < high
         slot = tl.load(slots + start + n, mask=inside, other=0).to(tl.int64)
-        there = keys + head * keys_head + slot[None, :] * keys_step + d[:, None]
-        k = tl.load(there, mask=inside[None, :] & (d < dim)[:, None], other=0.0)
-        there = values + head * values_head + slot[:, None] * values_step + e[None, :]
-        v = tl.load(there, mask=inside[:, None] & (e < wide)[None, :], other=0.0)
-        seen = (n[None, :] < mine[:, None]) & (n < end)[None, :]
-        if window > 0:
-            seen = seen & (tl.minimum(mine, end)[:, None] - n[None, :] < window)
-        seen = (seen | (n[None, :] == mine[:, None])) & inside[None, :]
+        at_keys = keys + head * keys_head + slot[None, :] * keys_step + d[:, None]
+        k = tl.load(at_keys, mask=inside[None, :] & (d < dim)[:, None], other=0.0)
+        at_values = values + head * values_head + slot[:, None] * values_step + e[None, :]
+        v = tl.load(at_values, mask=inside[:, None] & (e < wide)[None, :], other=0.0)
+        before = (n[None, :] < mine[:, None]) & (n < end)[None, :]
+        near = tl.minimum(mine, end)[:, None] - n[None, :] < window
+        seen = ((before & near) | (n[None, :] == mine[:, None])) & inside[None, :]
         score = tl.dot(q, k, input_precision="ieee") * scale
         score = tl.where(seen, score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
@@ -193,9 +192,9 @@ def _attend(
 
     some = tl.where(total_weight == 0.0, 1.0, total_weight)
     where = (share * total + place) * width + heads
-    there = out + where[:, None] * wide + e[None, :]
+    at_out = out + where[:, None] * wide + e[None, :]
     result = (acc / some[:, None]).to(out.dtype.element_ty)
-    tl.store(there, result, mask=real[:, None] & (e < wide)[None, :])
+    tl.store(at_out, result, mask=real[:, None] & (e < wide)[None, :])
     if shares > 1:
         tl.store(lse + where, top + tl.log2(some), mask=real)
 
