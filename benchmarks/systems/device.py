@@ -34,8 +34,8 @@ from value_server.model.value_model import ValueHead, ValueModel
 
 app = App(help=__doc__, default_parameter=Parameter(consume_multiple=True))
 EMITTED = 7  # none of the candidates
-MODES = ("gathered", "triton", "graphs")
 Mode = Literal["gathered", "triton", "graphs"]
+MODES: tuple[Mode, ...] = ("gathered", "triton", "graphs")
 
 
 def sizes(hidden: int, inner: int, layers: int, heads: int, key_heads: int) -> dict[str, Any]:
@@ -146,7 +146,12 @@ def measure(
         roof = 1e3 * max(read / machine.bytes_per_s, flops / machine.flops_per_s)
         for mode in modes:
             set_mode(engine, mode)
-            row = {"sessions": sessions, "prefix": prefix, "candidates": candidates, "mode": mode}
+            row: dict[str, Any] = {
+                "sessions": sessions,
+                "prefix": prefix,
+                "candidates": candidates,
+                "mode": mode,
+            }
             try:
                 times = times_ms(steps.step, repeats, 3)
             except Exception as error:

@@ -136,7 +136,7 @@ def shares_of(programs: int) -> int:
 
 
 @triton.jit(do_not_specialize=["total"])
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     query, keys, values, out, lse, tiles, slots, scale, window, total, width,
     query_head, query_step, keys_head, keys_step, values_head, values_step,
     per_key: tl.constexpr, dim: tl.constexpr, wide: tl.constexpr,
@@ -200,7 +200,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["total"])
-def _join(
+def _join(  # type: ignore[no-untyped-def]
     part, lse, out, total, width,
     wide: tl.constexpr, wide_block: tl.constexpr, shares: tl.constexpr,
 ):  # fmt: skip
