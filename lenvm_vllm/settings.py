@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -60,10 +60,12 @@ class Settings(BaseSettings):
         and, under `--scheduling-policy priority`, for the queue.
     aging: tokens a second by which the queue prefers what came earlier.
     playground: serve the page for trying lengths by hand, at /lenvm on vLLM's own port.
+    scoring: "exact" is by a row of the value model for each candidate; "auto" by one a text where
+        the model has a lookahead head, else exact; "landing" as auto, but exact in the landing.
     max_candidates: candidates per request and step at most.
     scored_mass, max_scored: the most probable candidates, up to this share of their probability
         together and to this number, are scored; the others count with their mean. The policy
-        greedy scores all.
+        greedy scores all. With lookahead all have values.
     """
 
     model_config = SettingsConfigDict(env_prefix="LENVM_", frozen=True, extra="forbid")
@@ -86,6 +88,7 @@ class Settings(BaseSettings):
     forecast: bool = False
     aging: float = Field(10.0, ge=0)
     playground: bool = False
+    scoring: Literal["auto", "landing", "exact"] = "auto"
     max_candidates: int = Field(constants.MAX_CANDIDATES, ge=1)
     scored_mass: float = Field(constants.SCORED_MASS, gt=0, le=1)
     max_scored: int = Field(constants.MAX_SCORED, ge=2)

@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from trainer.candidates import Candidates, count, text_key
 from value_server.contract.values import value_from_length
 
 NO_LABEL = -100.0
@@ -37,12 +39,17 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """input_ids, labels: (P+R,). With `is_cut` a label is a lower bound of r."""
+    """input_ids, labels: (P+R,). With `is_cut` a label is a lower bound of r.
+
+    text_key: of the whole text; candidates: its next tokens at some positions, if any.
+    """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.float32]
     is_cut: bool
     prompt_id: str = ""
+    text_key: str = ""
+    candidates: Candidates | None = None
 
     def weights(self, trajectory_mean: bool, prompt_weight: float = 1.0) -> NDArray[np.float32]:
         """(P+R,) what each label counts for: 1, or 1 for all labels of a text together.
@@ -126,7 +133,11 @@ def make_example(rollout: Rollout, max_length: int) -> Example:
         labels[prompt - 1 :] = np.arange(length + 1, 0, -1)
     input_ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
     return Example(
-        input_ids[:max_length], labels[:max_length], not rollout.finished, rollout.prompt_id
+        input_ids[:max_length],
+        labels[:max_length],
+        not rollout.finished,
+        rollout.prompt_id,
+        text_key(input_ids),
     )
 
 
@@ -160,6 +171,9 @@ def digest(examples: Sequence[Example]) -> str:
         for array in (example.input_ids, example.labels):
             total.update(len(array).to_bytes(8, "big") + array.tobytes())
         total.update(bytes([example.is_cut]))
+        if (c := example.candidates) is not None:
+            for array in (c.positions, c.ids, c.p, c.z):
+                total.update(array.tobytes())
     return total.hexdigest()
 
 
@@ -196,7 +210,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     """Packs of whole examples, each of at most `capacity` tokens.
 
     An item: input_ids, position_ids (from 0 in each text: that separates them), labels (float),
-    weights, is_cut, all (L,).
+    weights, is_cut, all (L,). Where examples have candidates, also their ids, exact logits z
+    and shares, (L, K); the shares of a position without candidates are 0.
     """
 
     def __init__(
@@ -213,6 +228,11 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         self.weighting = (trajectory_mean, prompt_weight)
         groups = [e.prompt_id for e in examples] if grouped else None
         self.packs = pack([len(e.input_ids) for e in examples], capacity, seed, groups)
+        own = [e.candidates for e in examples]
+        self.scored = count(own)  # positions
+        weight = sum(float(e.weights(*self.weighting).sum()) for e in examples)
+        self.per_scored = weight / max(self.scored, 1)
+        self.candidates = max((c.ids.shape[1] for c in own if c is not None), default=0)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -222,15 +242,38 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         sizes = [len(e.input_ids) for e in members]
         is_cut = [np.full(n, e.is_cut) for n, e in zip(sizes, members, strict=True)]
         weights = [e.weights(*self.weighting) for e in members]
-        return {
+        item = {
             "input_ids": torch.from_numpy(np.concatenate([e.input_ids for e in members])),
             "position_ids": torch.cat([torch.arange(n) for n in sizes]),
             "labels": torch.from_numpy(np.concatenate([e.labels for e in members])),
             "weights": torch.from_numpy(np.concatenate(weights)),
             "is_cut": torch.from_numpy(np.concatenate(is_cut)),
         }
+        return item | self._candidates(members, sum(sizes))
+
+    def _candidates(self, members: Sequence[Example], length: int) -> dict[str, Tensor]:
+        """The part of an item that candidates need."""
+        if not self.scored:
+            return {}
+        ids = torch.zeros(length, self.candidates, dtype=torch.int64)
+        z, shares = torch.zeros(2, length, self.candidates)
+        start = 0
+        for e in members:
+            if (c := e.candidates) is not None:
+                at = start + torch.from_numpy(c.positions)
+                ids[at], z[at] = torch.from_numpy(c.ids), torch.from_numpy(c.z)
+                shares[at] = torch.from_numpy(c.shares)
+            start += len(e.input_ids)
+        return {"candidate_ids": ids, "candidate_z": z, "candidate_shares": shares}
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Packs in one row, (1, sum of L): nothing is padded."""
-    return {name: torch.cat([item[name] for item in items])[None] for name in items[0]}
+    """A row for each pack, (B, L): padded to the longest with tokens that each stand alone."""
+    return {
+        name: pad_sequence(
+            [item[name] for item in items],
+            batch_first=True,
+            padding_value=NO_LABEL if name == "labels" else 0,
+        )
+        for name in items[0]
+    }

@@ -15,9 +15,9 @@ from benchmarks.evidence.small import SmallTraining
 from benchmarks.figures import FIGURES_FILE, read_figures, write_figures
 from trainer.data import finished_lengths
 from trainer.evaluation.figures import length_errors
-from trainer.evaluation.predict import Reading
 from trainer.evaluation.predictors import predictors
 from trainer.output import OnlyJson, show, table
+from trainer.reading import Reading
 from trainer.resume import keep_settings
 from trainer.training.train import train
 from value_server.contract.checkpoint import read_config

@@ -16,9 +16,9 @@ from cyclopts import App
 from benchmarks.estimates import Estimate, Sample, estimate
 from benchmarks.figures import write_figures
 from trainer.evaluation.figures import Predicted, relative_errors, squared_errors
-from trainer.evaluation.predict import Reading
 from trainer.evaluation.predictors import predictors
 from trainer.output import show, table
+from trainer.reading import Reading
 from value_server.contract.checkpoint import read_config
 
 app = App(help=__doc__)

@@ -30,6 +30,7 @@ from trainer.output import table
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.engine.engine import Engine
 from value_server.engine.job import Job, Row
+from value_server.engine.line import HEADROOM
 from value_server.model.value_model import ValueHead, ValueModel
 
 app = App(help=__doc__, default_parameter=Parameter(consume_multiple=True))
@@ -201,9 +202,10 @@ def main(
     print(json.dumps(vars(machine)), flush=True)
     points = list(product(sessions, prefixes, candidates))
     most = max(s * (p + (3 + repeats) * len(modes) + k + 16) for s, p, k in points)
+    slots = most * HEADROOM // (HEADROOM - 1) + 1024  # or the last sessions would wait in the line
     rows = []
     for shape in shapes:
-        engine, parameters = build(shape, kind, place, compiled, most + 1024, max(sessions))
+        engine, parameters = build(shape, kind, place, compiled, slots, max(sessions))
         for row in measure(engine, parameters, machine, points, modes, repeats):
             rows.append({"shape": shape} | row)
             print(json.dumps(rows[-1]), flush=True)

@@ -55,6 +55,7 @@ def _rows(draw: st.DrawFn, ids: SearchStrategy[int], consistent: bool) -> bytes:
     names = draw(st.lists(_names, max_size=5, unique=consistent))
     rows = [Row(name, draw(starts), draw(tokens), draw(candidates)) for name in names]
     request = step_request(rows, draw(st.lists(_names, max_size=3)))
+    request.lookahead_rank = draw(st.just(0) | st.integers(-(2**63), 2**63 - 1))
     request.budget_ms = draw(st.none() | st.sampled_from([0.0, 0.01, 50.0]) | st.floats())
     if not consistent:
         wrong = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)

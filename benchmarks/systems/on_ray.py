@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.systems.timing import wait_until
 from lenvm_vllm.commands.processes import free_port
+from lenvm_vllm.engine.messages import Question
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState
@@ -47,7 +48,9 @@ def step(sessions: Sessions, states: list[RequestState]) -> int:
     """One as the plugin makes it, all texts a token longer; rows that have no values in time."""
     sessions.model()
     tokens = torch.tensor([[1, 2]] * len(states))
-    z = sessions.values(states, tokens, tokens > 0, Pace(1.0, WAIT_S, WAIT_S))
+    none = torch.zeros(len(states), dtype=torch.bool)
+    question = Question([*range(len(states))], tokens, tokens > 0, none)
+    z = sessions.values(states, question, Pace(1.0, WAIT_S, WAIT_S))
     for state in states:
         state.output_ids.append(state.length % 250)
     return int(z.isnan().any(-1).sum())

@@ -41,6 +41,7 @@ from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.telemetry.progress import KEY
 from lenvm_vllm.text.tokenizer import tokenizer_of
+from lenvm_vllm.values.lookahead import Keys
 from lenvm_vllm.values.replicas import Replicas
 from trainer.output import table
 from value_server.contract import wire
@@ -113,7 +114,9 @@ class Values:
 
     rests = False
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, rank: int) -> None:
+        """rank: of its lookahead head; 0: it has none."""
+        self._random = np.random.default_rng(0)
         self._info = wire.ModelInfo(
             gamma=0.997,
             base_model="none",
@@ -122,22 +125,31 @@ class Values:
             max_position=8192,
             max_sessions=1024,
             max_candidates=64,
+            lookahead_rank=rank,
         )
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
         return self._info
 
+    def keys(self, info: wire.ModelInfo) -> Keys:
+        size = info.vocab_size, info.lookahead_rank
+        keys = wire.pack_keys(self._random.standard_normal(size) / info.lookahead_rank**0.5)
+        return Keys(wire.LookaheadKeys(model_id="", rank=info.lookahead_rank, keys=keys))
+
     def step(self, request: wire.StepRequest) -> wire.StepReply:
         ids = wire.unpack_ids(request.candidates)
         z = (ids * 7919 % 1000 / 500 - 1).astype(np.float32)
         counts = zip(request.starts, request.token_counts, strict=True)
-        return wire.StepReply(logits=wire.pack_logits(z), held=[a + b for a, b in counts])
+        held, rank = [a + b for a, b in counts], request.lookahead_rank
+        queries = self._random.standard_normal((len(held), 1 + rank)) if rank else np.empty(0)
+        packed = wire.pack_logits(queries.astype(np.float32))
+        return wire.StepReply(logits=wire.pack_logits(z), queries=packed, held=held)
 
 
 class Batch:
     """B texts that grow by a token a step."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, rank: int) -> None:
         self.watch = Watch()
         model = SimpleNamespace(
             **dict.fromkeys(("skip_tokenizer_init", "trust_remote_code"), False),
@@ -157,7 +169,8 @@ class Batch:
         self._end, size = tokenizer.eos_token_id, len(tokenizer)
         self._story, self._logits = written(tokenizer)
         self._served = LenvmLogitsProcessor(
-            config, torch.device("cpu"), False, client=Replicas({"http://values": Values(size)})
+            *(config, torch.device("cpu"), False),
+            client=Replicas({"http://values": Values(size, rank)}),
         )
         self._keys, self._targets = count(1), cycle(TARGETS)
         self._texts: list[list[int]] = [[] for _ in range(rows)]
@@ -222,9 +235,9 @@ def written(tokenizer: Any) -> tuple[list[int], Tensor]:
     return wrote.sequences[0, prompt.shape[1] :].tolist(), torch.cat(wrote.logits)
 
 
-def measured(rows: int, steps: int, warm: int) -> dict[str, float]:
+def measured(rows: int, steps: int, warm: int, rank: int) -> dict[str, float]:
     """Milliseconds of a step."""
-    batch = Batch(rows)
+    batch = Batch(rows, rank)
     with ExitStack() as patches:
         for part, paths in PARTS.items():
             for path in paths:
@@ -250,12 +263,14 @@ def passes_ms(rows: int, vocabulary: int = 49152) -> float:
 
 
 @app.default
-def main(rows: tuple[int, ...] = (8, 32, 256), steps: int = 100, warm: int = 20) -> None:
-    """rows: guided ones of a batch."""
+def main(
+    rows: tuple[int, ...] = (8, 32, 256), steps: int = 100, warm: int = 20, rank: int = 0
+) -> None:
+    """rows: guided ones of a batch. rank: of the value model's lookahead head; 0: it has none."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[FOLDER] = folder
-        found = {b: measured(b, steps, warm) | {"passes": passes_ms(b)} for b in rows}
+        found = {b: measured(b, steps, warm, rank) | {"passes": passes_ms(b)} for b in rows}
     print(table([{"rows": b} | of for b, of in found.items()]), file=sys.stderr)
     print(json.dumps({f"own_ms_{b}": of for b, of in found.items()}))
 

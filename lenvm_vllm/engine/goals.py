@@ -40,12 +40,18 @@ def _cut_of(state: RequestState, ends: list[int], settings: Settings) -> Cut:
     return Cut(temperature, top_k, top_p, min_p, ends, end_top_k, end_top_p)
 
 
-def shares_of(states: Sequence[RequestState], settings: Settings) -> tuple[Tensor, Tensor]:
-    """(B,) share of each request's candidates, by probability, and (B,) how many are scored."""
+def shares_of(
+    states: Sequence[RequestState], settings: Settings, most_asked: int
+) -> tuple[Tensor, Tensor]:
+    """(B,) share of each request's candidates, by probability, and (B,) how many are scored.
+
+    most_asked: that the server takes.
+    """
     greedy = torch.tensor([state.target.policy == "greedy" for state in states])
     mass = torch.full(greedy.shape, settings.scored_mass, dtype=torch.float64)
     most = torch.full(greedy.shape, settings.max_scored)
-    return mass.masked_fill(greedy, 1), most.masked_fill(greedy, settings.max_candidates)
+    most = most.masked_fill(greedy, settings.max_candidates).clamp(max=most_asked)
+    return mass.masked_fill(greedy, 1), most
 
 
 def landing_in_tokens(state: RequestState) -> Landing[float]:

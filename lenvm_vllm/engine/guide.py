@@ -1,13 +1,14 @@
 """From the logits of guided rows to their steered distribution: asks for values, then steers."""
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lenvm_vllm.engine.goals import Closing, cut_of, goals_of, landing_in_tokens, shares_of
+from lenvm_vllm.engine.messages import Question
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import NOBODY, Sessions
 from lenvm_vllm.engine.state import RequestState
@@ -28,13 +29,14 @@ from value_server.contract import wire
 
 @dataclass(frozen=True)
 class Step:
-    """B rows of a step with their K candidates. wanted: (B, K) bool, those that are scored."""
+    """B rows of a step with their K candidates. scored, exactly: as of `Question`."""
 
     rows: list[int]
     states: list[RequestState]
     cuts: list[Cut]
     candidates: Candidates
-    wanted: Tensor
+    scored: Tensor
+    exactly: Tensor
 
     def pick(self, keep: Tensor) -> "Step":
         """Those of its rows that `keep` (B,) bool marks."""
@@ -44,7 +46,8 @@ class Step:
             [self.states[i] for i in at],
             [self.cuts[i] for i in at],
             self.candidates.pick(keep),
-            self.wanted[keep],
+            self.scored[keep],
+            self.exactly[keep],
         )
 
 
@@ -66,12 +69,16 @@ class Guide:
         self._closing = Closing(sentences)
         self._pace = Pace(settings.wait_share, settings.wait_floor_s, settings.timeout_s)
 
+    def tell(self, states: Iterable[RequestState]) -> None:
+        """As `Sessions.tell`."""
+        self.sessions.tell(states, self._pace)
+
     def plan(self, logits: Tensor, states: dict[int, RequestState]) -> Writes | None:
         """How to change `logits` (batch, V) so that the rows in `states` are steered.
 
         None: change nothing.
         """
-        turns = {row: s for row, s in states.items() if s.generated % s.target.every == 0}
+        turns = {row: s for row, s in states.items() if s.has_turn}
         info = self.sessions.model(time.perf_counter() + self._pace.wait_s) if turns else NOBODY
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         logits = logits[:, : info.vocab_size]
@@ -96,21 +103,24 @@ class Guide:
         """The rows whose next token is not too certain; None: no row."""
         rows, asking = list(turns), list(turns.values())
         cuts = [cut_of(state, self._settings) for state in asking]
-        width = min(self._settings.max_candidates, info.max_candidates)
-        candidates = cut_candidates(logits, cuts, width, rows)
-        wanted = candidates.scored(*shares_of(asking, self._settings))
+        candidates = cut_candidates(logits, cuts, self._settings.max_candidates, rows)
+        scored = candidates.scored(*shares_of(asking, self._settings, info.max_candidates))
+        ahead = torch.tensor(self.sessions.looks_ahead(asking))
+        open_ = torch.where(ahead, candidates.any_choice, scored.any(-1))
+        exactly = torch.zeros_like(ahead)
+        if self._settings.scoring == "landing":
+            exactly |= torch.tensor([landing_in_tokens(s).share(0) >= 0 for s in asking])
         least = torch.tensor([s.target.min_entropy for s in asking], dtype=torch.float64)
-        undecided = wanted.any(-1) & (candidates.entropy() >= least)
-        step = Step(rows, asking, cuts, candidates, wanted).pick(undecided)
+        undecided = open_ & (candidates.entropy() >= least)
+        step = Step(rows, asking, cuts, candidates, scored, exactly).pick(undecided)
         return step if step.rows else None
 
     def _values(self, step: Step, info: wire.ModelInfo) -> Tensor:
         """(B, K) value logits, NaN in rows that have none in time."""
-        wanted = torch.zeros_like(step.wanted)
         askable = self.sessions.askable(step.states, info)
-        wanted[askable] = step.wanted[askable]
+        question = Question(askable, step.candidates.ids, step.scored, step.exactly)
         self._pace.asks()
-        z = self.sessions.values(step.states, step.candidates.ids, wanted, self._pace)
+        z = self.sessions.values(step.states, question, self._pace)
         self._pace.goes_on()
         known = (~z.isnan()).any(-1).tolist()
         for state, valued in zip(step.states, known, strict=True):

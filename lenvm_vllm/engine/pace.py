@@ -23,21 +23,21 @@ class Pace:
         self.floor_s = min(floor_s, most_s)
         self._clock = clock
         self._waited: float | None = None  # when the last wait was over
-        self._step_s = 0.0  # running mean of vLLM's own step
+        self.step_s = 0.0  # running mean of vLLM's own step
 
     @property
     def wait_s(self) -> float:
         """Seconds that a step may wait at most; an answer that usually takes less is waited for
         less long, but `floor_s` at least."""
-        return min(self._most, max(self.floor_s, self._share * self._step_s))
+        return min(self._most, max(self.floor_s, self._share * self.step_s))
 
     def asks(self) -> None:
         """A step asks for values: since the last wait vLLM did its own part."""
         if self._waited is None:
             return
         took = self._clock() - self._waited
-        known = self._step_s or min(took, _FIRST_S)
-        self._step_s = known + _WEIGHT * (min(took, _LONGEST * known) - known)
+        known = self.step_s or min(took, _FIRST_S)
+        self.step_s = known + _WEIGHT * (min(took, _LONGEST * known) - known)
         self._waited = None
 
     def goes_on(self) -> None:

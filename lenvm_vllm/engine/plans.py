@@ -45,9 +45,9 @@ class Plans:
         return writes
 
     def tell(self, states: Iterable[RequestState]) -> None:
-        """As `Sessions.tell`, but never raises."""
+        """As `Guide.tell`, but never raises."""
         try:
-            self._guide.sessions.tell(states)
+            self._guide.tell(states)
         except Exception as error:
             self._report(f"{type(error).__name__}: {error}", traceback=True)
 

@@ -106,6 +106,11 @@ class EngineRows:
         if ranks.leads():
             self._count(state)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether this rank asks a value server that tells what comes after any next token."""
+        return ranks.leads() and self._sessions.any_looks_ahead
+
     def tell(self, states: Iterable[RequestState]) -> None:
         """Before vLLM's own forward pass: what of these texts the value server can begin with."""
         if ranks.leads():

@@ -1,4 +1,4 @@
-"""The texts as the value servers hold them: what is new is told, long texts before they are
+"""The texts as the value servers hold them: what is new is told, where it can be before it is
 needed, and each step asks for values, as long as it may wait.
 
 Knows nothing of vLLM: it takes request states, and a client that carries messages.
@@ -8,17 +8,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lenvm_vllm.engine.messages import Question, Sent, Told, builder, why_not
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.values.client import ValueServerError
-from lenvm_vllm.values.replicas import Call, Replicas
+from lenvm_vllm.values.replicas import Build, Replicas
 from value_server.contract import wire
 
 logger = logging.getLogger("vllm.lenvm")
@@ -29,8 +29,6 @@ PIECE = 8192
 LONG = 16
 # Seconds after which a text is told again for which the server had no room.
 AGAIN_S = 0.25
-# Of the time that a step may wait, the share that the server has; the rest is for the way.
-SERVERS_SHARE = 0.9
 # As long as no server has answered: any token is known, and gamma is one of the usual ones.
 NOBODY = wire.ModelInfo(
     gamma=0.99,
@@ -43,26 +41,6 @@ NOBODY = wire.ModelInfo(
 )
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What a message says of a text: these tokens, from `start` on; number: of its row in the step.
-
-    whole: whether that is all there is of it, so that candidates can be asked for.
-    """
-
-    state: RequestState
-    start: int
-    tokens: list[int]
-    whole: bool
-    number: int = -1
-
-
-@dataclass(frozen=True, eq=False)
-class _Sent:
-    call: Call
-    told: list[_Told]
-
-
 class Sessions:
     def __init__(
         self, client: Replicas, fingerprint: Callable[[], str | None], counters: Counters
@@ -72,7 +50,7 @@ class Sessions:
         self._fingerprint = fingerprint
         self._counters = counters
         self._info = NOBODY
-        self._out: list[_Sent] = []  # messages whose answers nobody has read yet
+        self._out: list[Sent] = []  # messages whose answers nobody has read yet
         self._logged: set[str] = set()
         self.trouble: ValueServerError | None = None  # why there are no values at all
 
@@ -93,24 +71,50 @@ class Sessions:
         """A message for nothing else, where no row is asked about."""
         self._read()
         if self._client.has_closed:
-            self._send([])
+            self._send([], builder([]))
 
-    def tell(self, states: Iterable[RequestState]) -> None:
-        """Long texts that are new, so that the server can begin with them. Waits for nothing."""
-        new = [state for state in states if state.length - state.sent >= LONG]
-        if not new:
+    def tell(self, states: Iterable[RequestState], pace: Pace) -> None:
+        """What is new of texts, so that the server computes beside vLLM. Waits for nothing.
+
+        Of a text that has lookahead the step that follows takes the values; of others, long ones
+        alone are told.
+        """
+        states = list(states)
+        looks = self.looks_ahead(states) if pace.step_s else [False] * len(states)
+        ahead = [
+            state
+            for state, looks_ahead in zip(states, looks, strict=True)
+            if state.length - state.sent >= LONG
+            or (looks_ahead and state.is_known and state.has_turn)
+        ]
+        if not ahead:
             return
         info = self.model()
         self._read()
         if self.trouble is None:
-            told = self._told(enumerate(s for s in new if _why_not(s, info, ahead=True) is None))
-            if told := [t for t in told if t.tokens]:
-                self._send(told)
+            told = self._told(enumerate(s for s in ahead if why_not(s, info, ahead=True) is None))
+            looks = self.looks_ahead([t.state for t in told])
+            told = [t for t, asked in zip(told, looks, strict=True) if t.tokens or asked]
+            # Its answer is waited for in the step, when vLLM's own part is done.
+            least, most = pace.floor_s + pace.step_s, pace.wait_s + pace.step_s
+            if told:
+                self._send(told, builder(told), least, most, any(looks), ahead=True)
+
+    @property
+    def any_looks_ahead(self) -> bool:
+        """Whether any server does what `looks_ahead` says."""
+        return self._client.any_looks_ahead
+
+    def looks_ahead(self, states: Sequence[RequestState]) -> list[bool]:
+        """Whether the server of each text tells of all tokens without being asked for them."""
+        if not self._client.any_looks_ahead:
+            return [False] * len(states)
+        return [self._client.looks_ahead(state.session) for state in states]
 
     def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
         """Numbers of those whose values the server can tell now. Why it cannot tell the others' is
         counted, and logged once."""
-        why = [_why_not(state, info) for state in states]
+        why = [why_not(state, info) for state in states]
         reasons = [reason for reason in why if reason]
         self._counters.add("unguided_rows", len(reasons))
         for reason in sorted({*reasons} - self._logged):
@@ -118,31 +122,75 @@ class Sessions:
             self._logged.add(reason)
         return [number for number, reason in enumerate(why) if reason is None]
 
-    def values(
-        self, states: Sequence[RequestState], tokens: Tensor, wanted: Tensor, pace: Pace
-    ) -> Tensor:
-        """(B, K) float64 value logits of `tokens` (B, K) where `wanted`, NaN in rows that have none
-        in time. A row in which nothing is wanted is not asked about."""
-        z = torch.full(wanted.shape, torch.nan, dtype=torch.float64)
+    def values(self, states: Sequence[RequestState], question: Question, pace: Pace) -> Tensor:
+        """(B, K) float64 value logits, NaN in rows that have none in time, and where a token was
+        not scored."""
+        z = torch.full(question.tokens.shape, torch.nan, dtype=torch.float64)
         started = time.perf_counter()
         until = started + pace.wait_s
-        self._read(until)
-        asked = wanted.any(-1).nonzero()[:, 0].tolist()
-        if not asked:
+        in_vain = self._take_ahead(states, question, until, z)
+        if not question.rows:
             self.tell_closed()
+        open_ = z.isnan().all(-1).tolist()
+        asked = [
+            row
+            for row in question.rows
+            if states[row].refused is None
+            and ((open_[row] and row not in in_vain) or question.exactly[row])
+        ]
         # A text that turns out to be lost is told again, to its server or to the one in its place.
         for _ in range(3):
             if asked and time.perf_counter() < until and self.trouble is None:
                 told = self._told((number, states[number]) for number in asked)
-                asks = wanted.clone()
-                asks[[t.number for t in told if not t.whole]] = False
-                sent = self._send(told, (tokens, asks), pace.floor_s, pace.wait_s)
-                asked = self._take_values(sent, asks, until, z)
+                looks = self.looks_ahead([t.state for t in told])
+                asks = question.scored.clone()
+                for t, looks_ahead in zip(told, looks, strict=True):
+                    if not t.whole or (looks_ahead and not question.exactly[t.number]):
+                        asks[t.number] = False
+                numbers = [t.number for t in told]
+                build = builder(told, question.tokens[numbers], asks[numbers])
+                counts = asks[numbers].sum(-1).tolist()
+                queries = any(open_[number] for number in numbers)
+                sent = self._send(told, build, pace.floor_s, pace.wait_s, queries, counts)
+                asked = self._take_values(sent, question.tokens, asks, until, z)
         self._counters.add("value_seconds", time.perf_counter() - started)
         return z
 
+    def _take_ahead(
+        self, states: Sequence[RequestState], question: Question, until: float, z: Tensor
+    ) -> set[int]:
+        """Fill z of the rows whose values were asked for ahead of this step; returns those for
+        which the time of a step was not enough."""
+        answers, in_vain = self._read(until), set[int]()
+        wanted = {states[row].session: row for row in question.rows} if answers else {}
+        for sent, reply in answers:
+            rows = [wanted.get(t.state.session) for t in sent.told]
+            # What was told then may be less than there is now.
+            mine = [
+                row if row is not None and t.end == states[row].length else None
+                for t, row in zip(sent.told, rows, strict=True)
+            ]
+            self._look_ahead(sent, reply, mine, question.tokens, z)
+            if sent.call.is_cut:
+                in_vain |= {row for row in mine if row is not None and bool(z[row, 0].isnan())}
+        return in_vain
+
+    def _look_ahead(
+        self,
+        sent: Sent,
+        reply: wire.StepReply,
+        rows: Sequence[int | None],
+        tokens: Tensor,
+        z: Tensor,
+    ) -> None:
+        """Fill z by the queries of an answer. rows: the row of the step of each of its texts."""
+        found = [(own, row) for own, row in enumerate(rows) if row is not None]
+        if found:
+            own, mine = map(list, zip(*found, strict=True))
+            z[mine] = self._client.after(sent.call, reply, own, tokens[mine])
+
     def _take_values(
-        self, messages: list[_Sent], asks: Tensor, until: float, z: Tensor
+        self, messages: list[Sent], tokens: Tensor, asks: Tensor, until: float, z: Tensor
     ) -> list[int]:
         """Fill z of the rows that are answered; returns those whose text has to be told again."""
         again = []
@@ -153,71 +201,70 @@ class Sessions:
             if reply is None:
                 again += rows  # its server is lost: another one may have them
                 continue
-            mine = z[rows]
-            mine[asks[rows]] = torch.from_numpy(wire.unpack_logits(reply.logits).astype(np.float64))
-            z[rows] = mine
+            if sent.call.keys:
+                whole = [t.number if t.whole else None for t in sent.told]
+                self._look_ahead(sent, reply, whole, tokens, z)
+            exact = torch.full_like(z[rows], torch.nan)
+            exact[asks[rows]] = torch.from_numpy(
+                wire.unpack_logits(reply.logits).astype(np.float64)
+            )
+            z[rows] = torch.where(exact.isnan().all(-1, keepdim=True), z[rows], exact)
             held = zip(sent.told, reply.held, strict=True)
             again += [t.number for t, there in held if there < t.start]
         return sorted(again)
 
-    def _told(self, states: Iterable[tuple[int, RequestState]]) -> list[_Told]:
+    def _told(self, states: Iterable[tuple[int, RequestState]]) -> list[Told]:
         """Of texts by the number of their row: short ones first, as far as a message goes."""
         now, room, told = time.perf_counter(), PIECE, []
         for number, state in sorted(states, key=lambda entry: entry[1].length - entry[1].sent):
             tokens = state.unsent()
             part = tokens[:room] if state.again_at <= now else []
             if part or not tokens:
-                told.append(_Told(state, state.sent, part, len(part) == len(tokens), number))
+                told.append(Told(state, state.sent, part, len(part) == len(tokens), number))
                 room -= len(part)
         return sorted(told, key=lambda t: t.number)
 
     def _send(
         self,
-        told: list[_Told],
-        asked: tuple[Tensor, Tensor] | None = None,
+        told: list[Told],
+        build: Build,
         least: float = math.inf,
         most: float = math.inf,
-    ) -> list[_Sent]:
-        """asked: (B, K) tokens of all rows of the step, and which of them are candidates; None: no
-        values are wanted. least, most: seconds that an answer may take."""
-        numbers, counts = [t.number for t in told], [0] * len(told)
-        if asked:
-            ids, mask = (part[numbers] for part in asked)
-            counts = mask.sum(-1).tolist()
+        queries: bool = False,
+        counts: Sequence[int] = (),
+        ahead: bool = False,
+    ) -> list[Sent]:
+        """build: makes messages of `told`. least, most: seconds that an answer may take.
 
-        def build(rows: list[int], closed: list[str], seconds: float) -> wire.StepRequest:
-            mine = [told[row] for row in rows]
-            return wire.StepRequest(
-                sessions=[t.state.session for t in mine],
-                starts=[t.start for t in mine],
-                token_counts=[len(t.tokens) for t in mine],
-                tokens=wire.pack_ids([token for t in mine for token in t.tokens]),
-                candidate_counts=[counts[row] for row in rows],
-                candidates=wire.pack_ids(ids[rows][mask[rows]].numpy()) if asked else b"",
-                closed=closed,
-                budget_ms=1000 * SERVERS_SHARE * seconds if any(counts[r] for r in rows) else 0.0,
-            )
-
+        queries: whether those of texts that have lookahead are asked for. counts: candidates of
+        each text, none at all if empty.
+        """
         try:
             sessions = [t.state.session for t in told]
-            calls = self._client.send(sessions, counts, build, least, most)
+            counts = counts or [0] * len(told)
+            calls = self._client.send(sessions, counts, build, least, most, queries)
         except ValueServerError as error:
             self.trouble = error
             return []
-        sent = [_Sent(call, [told[row] for row in call.rows]) for call in calls]
+        sent = [Sent(call, [told[row] for row in call.rows], ahead) for call in calls]
         self._out += sent
         return sent
 
-    def _read(self, until: float = 0.0) -> None:
-        """The answers that have come meanwhile: values of a step that is over are of no use.
+    def _read(self, until: float = 0.0) -> list[tuple[Sent, wire.StepReply]]:
+        """Takes the answers that have come meanwhile, and returns those with values that were
+        asked for ahead of a step; others' are of no use, as their step is over.
 
         until: as long as what was told ahead of this step is waited for.
         """
+        found = []
         for sent in list(self._out):
-            if sent.call.is_there(0.0 if sent.call.candidates else until):
-                self._take(sent)
+            if sent.call.is_there(until if sent.ahead else 0.0):
+                reply = self._take(sent)
+                if reply is not None and sent.ahead and sent.call.keys:
+                    found.append((sent, reply))
+        return found
 
-    def _take(self, sent: _Sent) -> wire.StepReply | None:
+    def _take(self, sent: Sent) -> wire.StepReply | None:
         """The answer; None where its server is lost. Each text goes on from what the server has."""
         self._out.remove(sent)
         if (reply := self._client.read(sent.call)) is None:
@@ -228,19 +275,3 @@ class Sessions:
             if held == told.start == 0 and told.tokens and not sent.call.is_cut:  # no room
                 told.state.again_at = time.perf_counter() + AGAIN_S
         return reply
-
-
-def _why_not(state: RequestState, info: wire.ModelInfo, ahead: bool = False) -> str | None:
-    """Why the server cannot take this request's text and one token more, "" where the text is
-    not known yet; None where it can. ahead: as far as it is known."""
-    if state.prompt_ids is None:
-        return "a prompt has no tokens"
-    if state.refused is not None:
-        return "the value server refuses a text, as its log tells"
-    if not ahead and not state.is_known:
-        return ""
-    if state.length >= info.max_position:
-        return f"a text is longer than the value model takes, {info.max_position} tokens"
-    if max(state.unsent(), default=0) >= info.vocab_size:
-        return f"a text has tokens that the value model does not know, from {info.vocab_size} on"
-    return None

@@ -59,6 +59,11 @@ class RequestState(RailedText):
         """Whether all of its tokens are known; of the last one that may be open for a while."""
         return not self.output_ids or self.output_ids[-1] != -1
 
+    @property
+    def has_turn(self) -> bool:
+        """Whether values may move its next token: they do each `every` tokens."""
+        return self.is_steered and self.generated % self.target.every == 0
+
     def unsent(self) -> list[int]:
         """Tokens from position `sent` on, as far as they are known."""
         prompt = self.prompt_ids or []

@@ -36,12 +36,17 @@ class V2Slots:
 
     def tell(self) -> None:
         """Before vLLM's forward pass. What the device has of new requests is read, which takes no
-        longer than the sampling of the step before: its logits were waited for."""
+        longer than the sampling of the step before: its logits were waited for. So is the newest
+        token of the others, where the value server can tell what comes after it."""
         new = [slot for slot in self._new if slot in self._states]
         if new:
             self._read_tokens([(slot, int(self._slots.prefill_len.np[slot])) for slot in new])
-        running = self._running.union(new) & self._states.keys()
-        self.rows.tell(self._states[slot] for slot in sorted(running))
+        running = self._running & self._states.keys()
+        if running and self.rows.looks_ahead:
+            slots = sorted(running)
+            self._read_tokens(list(zip(slots, self._lengths(slots), strict=True)))
+        states = (self._states[slot] for slot in sorted(running.union(new)))
+        self.rows.tell(state for state in states if not state.is_over)
 
     def steer_inplace(self, logits: Tensor, ctx: Any) -> None:
         """logits: (rows, V) float32, one row a request. ctx: vLLM's LogitsContext."""
@@ -73,8 +78,15 @@ class V2Slots:
 
     def _read_last(self, slot: int, state: RequestState) -> None:
         """The token after which no step asked for more; it stands until the slot is written."""
-        if 0 < state.length < self._slots.all_token_ids.gpu.shape[1]:
-            state.output_ids += self._gather(np.array([[slot, state.length]]))
+        (length,) = self._lengths([slot])
+        if 0 < state.length < length:
+            places = [(slot, position) for position in range(state.length, length)]
+            state.output_ids += self._gather(np.array(places))
+
+    def _lengths(self, slots: list[int]) -> list[int]:
+        """Tokens of prompt and output that the device has of each."""
+        lengths: list[int] = self._slots.total_len.gpu[slots].tolist()
+        return lengths
 
     def _gather(self, index: NDArray[np.int64]) -> Any:
         """Iterator over the tokens at (slot, position)."""

@@ -74,7 +74,7 @@ FIELDS = {
     "BatchUpdate": "removed added moved",
     "MoveDirectionality": "SWAP UNIDIRECTIONAL",
     "LogitsContext": "idx_mapping_np seq_lens_upper_bound_np",
-    "RequestSlots": "all_token_ids prompt_len prefill_len",
+    "RequestSlots": "all_token_ids prompt_len prefill_len total_len",
     "VllmConfig": (
         "additional_config model_config parallel_config speculative_config reasoning_config "
         "scheduler_config use_v2_model_runner cache_config kv_transfer_config ec_transfer_config "

@@ -19,10 +19,13 @@ import httpx
 import msgspec
 
 from lenvm_vllm.values.endpoint import http_client
+from lenvm_vllm.values.lookahead import Keys
 from lenvm_vllm.values.traces import step_span
 from value_server.contract import wire
 
 LARGEST_INFO = 1 << 16  # bytes
+# Times the time-out, in which all keys of a lookahead head have to be there; no step waits.
+KEYS_TIME = 16
 
 
 class ValueServerError(Exception):
@@ -82,6 +85,7 @@ class ValueClient:
         self._open_until = -float("inf")
         self._clock = clock
         self._info: wire.ModelInfo | None = None
+        self._keys: Keys | None = None
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
         """What is served. Asks once per connection, and then compares the tokenizers.
@@ -93,10 +97,19 @@ class ValueClient:
                 self._info = self._probe(fingerprint)
         return self._info
 
-    def step(self, request: wire.StepRequest) -> wire.StepReply:
-        """The answer; each row's logits are all numbers or, where it has none in time, all NaN.
+    def keys(self, info: wire.ModelInfo) -> Keys:
+        """Of the lookahead head of this model, asked for once. Raises ValueServerError."""
+        if self._keys is None or self._keys.model_id != info.model_id:
+            with self._guarded():
+                largest = LARGEST_INFO + 2 * info.vocab_size * info.lookahead_rank
+                seconds = KEYS_TIME * self._timeout_s
+                body = self._ask("GET", wire.KEYS_PATH, seconds, largest)
+                self._keys = Keys(wire.decode_keys(body, info))
+        return self._keys
 
-        Raises ValueServerError.
+    def step(self, request: wire.StepRequest) -> wire.StepReply:
+        """The answer; each row's logits, and its query, are all numbers or, where it has none in
+        time, all NaN. Raises ValueServerError.
         """
         with self._guarded():
             return self._step(request)

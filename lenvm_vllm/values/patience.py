@@ -47,7 +47,7 @@ class Patience:
         return self.late >= LATE_ANSWERS
 
     def seconds(self, candidates: int, least: float, most: float) -> float:
-        """That an answer for so many candidates may take, within these bounds.
+        """That an answer for so many candidates, or queries, may take, within these bounds.
 
         Where too few have come, one for fewer candidates tells it: in proportion, at the most.
         """

@@ -18,7 +18,7 @@ PLUGIN = [*PURE, "lenvm_vllm.host", "lenvm_vllm.telemetry", "lenvm_vllm.settings
 SCORES = ["value_server.model", *CONTRACT]
 TRAINER = [
     *("trainer.data", "trainer.checks", "trainer.output", "trainer.plots", "trainer.rows"),
-    *("trainer.scan", "trainer.resume"),
+    *("trainer.scan", "trainer.resume", "trainer.reading", "trainer.candidates"),
     *SCORES,
 ]
 MEASURED = ["lenvm_vllm", "value_server", "trainer", "tests.support.tiny", "tests.support.tiny_llm"]
@@ -39,7 +39,8 @@ ALLOWED = {
     "lenvm_vllm/commands": ["lenvm_vllm.api", "lenvm_vllm.values", "lenvm_vllm.plugin", *PLUGIN],
     "lenvm_vllm": ["lenvm_vllm", *CONTRACT],
     "trainer/rollouts": TRAINER,
-    "trainer/evaluation": TRAINER,
+    "trainer/lookahead": TRAINER,
+    "trainer/evaluation": ["trainer.lookahead", *TRAINER],
     "trainer/training": ["trainer.evaluation", *TRAINER],
     "trainer": ["trainer", *SCORES],
     # They measure the inside, some of them of the tests' tiny random models.

@@ -3,16 +3,18 @@
 Legend: V vocabulary. Token 0 is the end; token x is worth x more tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 
 from lenvm_vllm.engine.rows import EngineRows
+from lenvm_vllm.values.lookahead import Keys
 from lenvm_vllm.values.replicas import Replicas
 from value_server.contract import wire
 from value_server.contract.values import logit_from_length
@@ -31,33 +33,56 @@ INFO = wire.ModelInfo(
 
 
 class Server:
-    """Knows the length of every candidate; `error` is what it raises, if any."""
+    """Knows the length of every candidate; `error` is what it raises, if any. info: of it."""
 
     rests = False
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, **info: Any) -> None:
         self.error = error
+        self.info = msgspec.structs.replace(INFO, **info)
         self.calls = 0
         self.last: wire.StepRequest | None = None
+        self.requests: list[wire.StepRequest] = []
         self.sessions: set[str] = set()
 
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
         self.calls += 1
         self._fail()
-        return INFO
+        return self.info
+
+    def keys(self, info: wire.ModelInfo) -> Keys:
+        return keys_of(info)
 
     def step(self, request: wire.StepRequest) -> wire.StepReply:
         self._fail()
         self.last = wire.decode_request(wire.encode(request))
+        self.requests.append(self.last)
         self.sessions = (self.sessions | set(request.sessions)) - set(request.closed)
         lengths = wire.unpack_ids(request.candidates).astype(np.float64)
         z = logit_from_length(torch.from_numpy(lengths), INFO.gamma).float().numpy()
         counts = zip(request.starts, request.token_counts, strict=True)
-        return wire.StepReply(logits=wire.pack_logits(z), held=[a + b for a, b in counts])
+        held = [a + b for a, b in counts]
+        queries = queries_of([0.0] * len(held)) if request.lookahead_rank else b""
+        return wire.StepReply(logits=wire.pack_logits(z), queries=queries, held=held)
 
     def _fail(self) -> None:
         if self.error is not None:
             raise self.error
+
+
+def keys_of(info: wire.ModelInfo) -> Keys:
+    """Of a lookahead head of rank 2 by which token x is worth x more tokens, nearly to float32,
+    after the query (0, 1, 1). The end, and what is worth nothing, count as 0."""
+    lengths = torch.arange(info.vocab_size, dtype=torch.float64).clamp(min=1)
+    z = logit_from_length(lengths, info.gamma).numpy()
+    high = z.astype(np.float16)
+    keys = wire.pack_keys(np.stack([high, z - high], axis=1))
+    return Keys(wire.LookaheadKeys(model_id=info.model_id, rank=2, keys=keys))
+
+
+def queries_of(biases: Sequence[float]) -> bytes:
+    """Of `keys_of`, with so much more z; NaN: none in time."""
+    return wire.pack_logits(np.float32([[b, 1 + 0 * b, 1 + 0 * b] for b in biases]))
 
 
 def rails_only(rows: EngineRows) -> EngineRows:

@@ -1,12 +1,15 @@
 """Tiny random models: the real classes, small enough to build in a test."""
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
+from value_server.model.lookahead import Lookahead
 from value_server.model.value_model import ValueHead, ValueModel
 
 GAMMA = 0.99
@@ -64,6 +67,18 @@ def tiny_model(
     )
     backbone = LlamaModel(config).to(dtype)
     return ValueModel(backbone, ValueHead(config.hidden_size), lenvm).eval()
+
+
+def tiny_lookahead(rank: int = 5, **options: Any) -> ValueModel:
+    """A tiny model with a lookahead head of random weights."""
+    model = tiny_model(**options)
+    lookahead = Lookahead(model.config.hidden_size, rank)
+    with torch.no_grad():
+        for weight in lookahead.parameters():
+            weight.normal_(std=0.3)
+    model.lenvm = msgspec.structs.replace(model.lenvm, lookahead_rank=rank)
+    model.lookahead = lookahead
+    return model.eval()
 
 
 def tiny_checkpoint(

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from lenvm_vllm.engine.guide import Guide
+from lenvm_vllm.engine.messages import Question
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import Counters
+from lenvm_vllm.values.lookahead import Keys
 from lenvm_vllm.values.replicas import Replicas
-from tests.support.fakes import replicas_of
+from tests.support.fakes import keys_of, queries_of, replicas_of
 from value_server.contract import wire
 from value_server.contract.values import logit_from_length
 
@@ -53,17 +55,20 @@ class Server:
 
     failures: raised by the next steps, None for one that works. unheld: sessions that it has no
     room for. refused: sessions that never get values, and why. pending: rows that have none in
-    time. gate: no step is answered while it is shut.
+    time. gate: no step is answered while it is shut. by_text: z depends on the text, too, so that
+    rows that are mixed up are seen. key_failures: raised by the next askers of the keys.
     """
 
     rests = False
 
-    def __init__(self, **info: Any) -> None:
+    def __init__(self, by_text: bool = False, **info: Any) -> None:
+        self.by_text = by_text
         self.info = msgspec.structs.replace(INFO, **info)
         self.texts: dict[str, list[int]] = {}
         self.requests: list[wire.StepRequest] = []
         self.closed: list[str] = []
         self.failures: list[Exception | None] = []
+        self.key_failures: list[Exception] = []
         self.unheld: set[str] = set()
         self.refused: dict[str, str] = {}
         self.pending: list[int] = []
@@ -74,6 +79,11 @@ class Server:
     def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
         self.fingerprint = fingerprint()
         return self.info
+
+    def keys(self, info: wire.ModelInfo) -> Keys:
+        if self.key_failures:
+            raise self.key_failures.pop(0)
+        return keys_of(info)
 
     def step(self, request: wire.StepRequest) -> wire.StepReply:
         request = wire.decode_request(wire.encode(request))
@@ -86,13 +96,26 @@ class Server:
             self.texts.pop(session, None)
         lost = [row for row, tell in enumerate(told(request)) if not self.take(*tell)]
         lengths = wire.unpack_ids(request.candidates).astype(np.float64)
-        z = logit_from_length(torch.from_numpy(lengths), GAMMA).float().numpy()
+        z = logit_from_length(torch.from_numpy(lengths), self.info.gamma).float().numpy()
         owner = np.repeat(np.arange(len(request.sessions)), request.candidate_counts)
         names = request.sessions
         refused = {row: self.refused[s] for row, s in enumerate(names) if s in self.refused}
-        z[np.isin(owner, [*lost, *refused, *self.pending])] = np.nan
+        biases = np.array([self.bias(session) for session in names])
+        biases[[*lost, *refused, *(row for row in self.pending if row < len(names))]] = np.nan
+        z += biases[owner].astype(np.float32)
         held = [len(self.texts.get(session, [])) for session in names]
-        return wire.StepReply(logits=wire.pack_logits(z), held=held, refused=refused)
+        queries = queries_of(biases.tolist()) if request.lookahead_rank else b""
+        assert request.lookahead_rank in (0, self.info.lookahead_rank)
+        return wire.StepReply(
+            logits=wire.pack_logits(z), queries=queries, held=held, refused=refused
+        )
+
+    def bias(self, session: str) -> float:
+        """What its text adds to the logits of all next tokens."""
+        return self.bias_of(self.texts.get(session, []))
+
+    def bias_of(self, text: list[int]) -> float:
+        return sum(text) % 11 / 10 if self.by_text else 0.0
 
     def take(self, session: str, start: int, tokens: list[int]) -> bool:
         if session in self.unheld or start > len(self.texts.get(session, [])):
@@ -134,14 +157,21 @@ def values(sessions: Sessions, states: Sequence[RequestState], wait_s: float = S
     """(B, 4) value logits of one step that waits so long, NaN in rows without."""
     info = sessions.model(time.perf_counter() + wait_s)
     tokens = torch.tensor([[10, 20, 40, 80]]).expand(len(states), -1)
-    wanted = torch.zeros(tokens.shape, dtype=torch.bool)
-    wanted[sessions.askable(states, info)] = True
-    return sessions.values(states, tokens, wanted, Pace(0.0, wait_s, wait_s))
+    none = torch.zeros(len(states), dtype=torch.bool)
+    question = Question(sessions.askable(states, info), tokens, tokens > 0, none)
+    return sessions.values(states, question, Pace(0.0, wait_s, wait_s))
 
 
 def valued(sessions: Sessions, states: Sequence[RequestState], wait_s: float = SECONDS) -> Any:
     """Whether each has values in a step; see `values`."""
     return (~values(sessions, states, wait_s).isnan()).all(-1).tolist()
+
+
+def tell(sessions: Sessions, states: Sequence[RequestState], step_s: float = 0.0) -> None:
+    """Before a step of vLLM's that takes so long; 0: it is not known yet."""
+    pace = Pace(0.0, SECONDS, SECONDS)
+    pace.step_s = step_s
+    sessions.tell(states, pace)
 
 
 def settle(sessions: Sessions) -> None:

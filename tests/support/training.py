@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.candidates import Candidates
 from trainer.data import Rollout
 from trainer.rollouts.shards import SCHEMA
+from trainer.training.ahead import Ahead
 from trainer.training.backbone import Backbone, LoraShape
 from trainer.training.objective import Objective
 from trainer.training.recipe import Recipe
@@ -29,6 +31,14 @@ def rollout(prompt: int, completion: int, finished: bool = True, name: str = "p"
     """Token ids that tell their place: prompts count from 0, completions from 1000."""
     ids = np.arange(prompt), np.arange(1000, 1000 + completion)
     return Rollout(name, "d", *ids, finished)
+
+
+def candidates(seed: int, positions: list[int], number: int = 3, below: int = 256) -> Candidates:
+    """Random ones."""
+    chance, shape = np.random.default_rng(seed), (len(positions), number)
+    ids = np.stack([chance.permutation(below)[:number] for _ in positions])
+    p, z = chance.random(shape, np.float32), chance.standard_normal(shape, np.float32)
+    return Candidates(np.array(positions), ids, p / number, z)
 
 
 def row(number: int, prompt: list[int], completion: list[int], reason: str = "stop") -> Any:
@@ -78,7 +88,7 @@ def training(base: Path, **options: Any) -> Training:
         "base_model": NAME,
         "lora": LoraShape(rank=4, alpha=8),
     }
-    kinds = {"backbone": Backbone, "objective": Objective, "recipe": Recipe}
+    kinds = {"backbone": Backbone, "objective": Objective, "ahead": Ahead, "recipe": Recipe}
     return Training(**grouped(settings | options, **kinds))
 
 

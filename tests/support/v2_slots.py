@@ -62,11 +62,13 @@ class Runner:
         # vLLM brings staged tokens to the device after all requests of a step are added.
         self.slots.all_token_ids.gpu[slot] = 31
         self.slots.all_token_ids.gpu[slot, : len(text)] = torch.tensor(text, dtype=torch.int32)
+        self.slots.total_len.gpu[slot] = len(text)
         return guided
 
     def append(self, slot: int, token: int) -> None:
         self.slots.all_token_ids.gpu[slot, self.lengths[slot]] = token
         self.lengths[slot] += 1
+        self.slots.total_len.gpu[slot] = self.lengths[slot]
 
     def step(self, *slots: int, logits: Tensor | None = None, **computed: int) -> Tensor:
         """(rows, V) steered; computed: s<slot>=tokens of a prompt that are computed by now."""

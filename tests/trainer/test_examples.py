@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.training import rollout
+from tests.support.training import candidates, rollout
 from trainer.data import (
     NO_LABEL,
     Example,
@@ -146,17 +147,45 @@ def test_positions_restart_in_each_text_of_a_pack() -> None:
     assert len(dataset) < len(EXAMPLES)
 
 
-def test_collate_lays_packs_end_to_end() -> None:
+def test_collate_gives_each_pack_a_row() -> None:
     dataset = PackedDataset(EXAMPLES, 20, seed=0)
     items = [dataset[0], dataset[1]]
-    batch = collate(items)
+    batch, longest = collate(items), max(len(item["labels"]) for item in items)
     assert set(batch) == {"input_ids", "position_ids", "labels", "weights", "is_cut"}
     for name, tensor in batch.items():
-        assert tensor.shape == (1, sum(len(item["labels"]) for item in items))
-        assert tensor[0].tolist() == [*items[0][name].tolist(), *items[1][name].tolist()]
+        assert tensor.shape == (2, longest)
+        for row, item in zip(tensor.tolist(), items, strict=True):
+            own, padding = item[name].tolist(), NO_LABEL if name == "labels" else 0
+            assert row == own + [padding] * (longest - len(own))
         assert tensor.dtype == items[0][name].dtype
     assert batch["input_ids"].dtype == batch["position_ids"].dtype == torch.int64
     assert (batch["labels"].dtype, batch["is_cut"].dtype) == (torch.float32, torch.bool)
+
+
+def test_candidates_stand_at_their_positions_in_a_pack() -> None:
+    """Of two texts of three; a position without any has shares of 0."""
+    sizes = [(2, 3), (3, 4), (2, 2)]
+    examples = [
+        replace(make_example(rollout(*s), 9), candidates=candidates(number, [1, 2]))
+        for number, s in enumerate(sizes)
+    ]
+    examples[1] = replace(examples[1], candidates=None)
+    dataset = PackedDataset(examples, 99, seed=0)
+    item = dataset[0]
+    start = 0
+    for index in dataset.packs[0]:
+        length = len(examples[index].input_ids)
+        own = {n: item[f"candidate_{n}"][start : start + length] for n in ("ids", "z", "shares")}
+        c = examples[index].candidates
+        at = [] if c is None else c.positions.tolist()
+        assert own["shares"].sum(-1).nonzero()[:, 0].tolist() == at
+        if c is not None:
+            assert own["ids"][at].tolist() == c.ids.tolist()
+            assert own["z"][at].tolist() == c.z.tolist()
+            torch.testing.assert_close(own["shares"][at].sum(-1), torch.ones(2))
+        start += length
+    assert dataset.scored == 4
+    assert dataset.per_scored == pytest.approx(sum(c for _, c in sizes) / 4)
 
 
 def test_split_keeps_the_samples_of_a_prompt_together() -> None:
@@ -193,4 +222,7 @@ def test_digest_sees_tokens_labels_order_and_kind() -> None:
     bound = Example(a.input_ids, a.labels, True)
     cut = make_example(rollout(2, 3), 4)
     assert digest([a, b]) == digest([a, b])
-    assert len({digest(e) for e in ([a, b], [b, a], [a], [bound, b], [cut, b], [])}) == 6
+    scored = replace(a, candidates=candidates(0, [1]))
+    other = replace(a, candidates=candidates(1, [1]))
+    different = ([a, b], [b, a], [a], [bound, b], [cut, b], [], [scored, b], [other, b])
+    assert len({digest(e) for e in different}) == len(different)

@@ -11,6 +11,10 @@ CARD_FILE = "README.md"
 # Of no use to a reader: they are read by `lenvm evaluate`, `run` by `lenvm train`.
 INTERNAL = ("baselines", "prompt_sketch", "run")
 
+LOOKAHEAD_TEXT = (
+    "The lookahead head beside exact values of the served model's likeliest next tokens:"
+)
+
 
 def write_card(
     checkpoint: Path, config: LenvmConfig, figures: Mapping[str, Any] | None = None
@@ -39,6 +43,8 @@ def write_card(
     ]
     if figures:
         lines += ["", "## Evaluation", "", evaluation_text(figures), "", result_table(figures)]
+        if "lookahead" in figures:
+            lines += ["", LOOKAHEAD_TEXT, "", agreement_table(figures["lookahead"])]
     (checkpoint / CARD_FILE).write_text("\n".join(lines) + "\n")
 
 
@@ -62,3 +68,16 @@ def result_table(figures: Mapping[str, Any]) -> str:
             for name, row in {"this model": figures, **figures["baselines"]}.items()
         ]
     )
+
+
+def agreement_table(figures: Mapping[str, float]) -> str:
+    """Markdown: how well a lookahead head agrees with exact values, in a row."""
+    names = {
+        "positions": "positions",
+        "r2_within": "R² within a step",
+        "r2_within_even": "the same, candidates alike",
+        "r2_mean": "R² of the step's mean",
+        "correlation": "correlation in a step (median)",
+    }
+    effect = {"effect at 0.2 nats, of the exact": f"{figures['effect']:.0%}"}
+    return table([{title: figures[name] for name, title in names.items()} | effect])

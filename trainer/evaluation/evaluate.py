@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checks import check
-from trainer.evaluation.card import result_table, write_card
+from trainer.data import read_rollouts
+from trainer.evaluation.card import agreement_table, result_table, write_card
 from trainer.evaluation.figures import Predicted, summarise
-from trainer.evaluation.predict import Reading
-from trainer.evaluation.predictors import predictors
+from trainer.evaluation.lookahead import Agreement, agreement
+from trainer.evaluation.predictors import predictors, split_as_trained
 from trainer.output import show
 from trainer.plots import check_picture, plot_calibration
+from trainer.reading import Reading
 from value_server.contract.checkpoint import read_config
 
 
@@ -22,6 +24,7 @@ def evaluate(
     training: Path | None = None,
     holdout: float | None = None,
     reading: Reading = Reading(),
+    ahead: Agreement = Agreement(),
     plot: Path | None = None,
     card: bool = False,
 ) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def evaluate(
     reading.check()
     check_picture("plot", plot)
     config = read_config(checkpoint)
+    ahead.check(config)
     with predictors(
         (checkpoint, *compare),
         rollouts,
@@ -61,11 +65,17 @@ def evaluate(
         holdout=holdout,
     ) as found:
         result = summarise_all(found, config.gamma)
+        text = result_table(result)
+        if ahead.lookahead_positions:
+            held_out = split_as_trained(read_rollouts(rollouts), config, holdout)[1]
+            figures = agreement(reading.load(checkpoint), held_out, ahead, reading)
+            result["lookahead"] = figures
+            text += "\n\n" + agreement_table(figures)
         if plot:
             plot_calibration(result, plot)
         if card:
             write_card(checkpoint, config, result | {"rollouts": rollouts.name})
-        show(result_table(result), result, reading.only_json)
+        show(text, result, reading.only_json)
     return result
 
 

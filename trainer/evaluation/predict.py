@@ -2,48 +2,16 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
-from cyclopts import Parameter
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from trainer.checks import check, check_choice
 from trainer.data import Rollout, make_example
-from trainer.output import OnlyJson
+from trainer.reading import Reading
 from trainer.rows import Rows
-from value_server.model.value_model import ValueModel, default_dtype
-
-Precision = Literal["auto", "float32", "bfloat16"]
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How a checkpoint is loaded, how far it reads, and what is printed meanwhile."""
-
-    base_model: str | None = None
-    """Where backbone and tokenizer lie, if not where the checkpoint says."""
-    max_length: int = 3000
-    """Tokens of a text that are looked at."""
-    dtype: Precision = "auto"
-    """Of the backbone; auto is that of `lenvm serve`: bfloat16 where the device has it."""
-    only_json: OnlyJson = False
-
-    def check(self) -> None:
-        """Raises ValueError naming the option that is wrong."""
-        check(self.max_length > 1, "max_length", self.max_length, "above 1")
-        check_choice("dtype", self.dtype, get_args(Precision))
-
-    def load(self, checkpoint: Path) -> ValueModel:
-        """On a GPU if there is one."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = default_dtype(device) if self.dtype == "auto" else getattr(torch, self.dtype)
-        return ValueModel.load(checkpoint, self.base_model, dtype).to(device)
+from value_server.model.value_model import ValueModel
 
 
 def predict_all(

@@ -18,9 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trainer.checks import check, check_positive
 from trainer.data import Rollout, read_rollouts
 from trainer.evaluation.journal import close_journal, open_journal
-from trainer.evaluation.predict import Reading, predict_all
+from trainer.evaluation.predict import predict_all
 from trainer.output import show, table
 from trainer.plots import check_picture, plot_clouds
+from trainer.reading import Reading
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,15 @@
 """The backbone that a value model starts from, and which of its weights train."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from cyclopts import Parameter
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from trainer.checks import check, check_choice, check_positive
-from value_server.contract.checkpoint import LenvmConfig
+from value_server.contract.checkpoint import LenvmConfig, read_config
 from value_server.model.value_model import ValueHead, ValueModel, load_backbone
 
 Tune = Literal["full", "lora", "head"]
@@ -39,6 +40,9 @@ class Backbone:
     tune: Tune = "full"
     """The full backbone, a LoRA adapter on it, or the head alone."""
     lora: LoraShape = LoraShape()
+    start: Path | None = None
+    """Checkpoint to go on from: its backbone with its adapter, as that is shaped, its head or
+    heads, gamma and layers. MODEL is then where its base model lies."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
@@ -47,21 +51,70 @@ class Backbone:
         (depth, _), layers = load_shape(self.model), self.num_layers
         fits = layers is None or 1 <= layers <= depth
         check(fits, "num_layers", layers, f"1 to {depth}, as {self.model} has")
+        if start := self.started():
+            same = layers in (None, start.num_layers)
+            check(same, "num_layers", layers, f"{start.num_layers}, as {self.start} has")
+            adapts = self.tune != "lora" or start.weights != "full"
+            check(adapts, "tune", self.tune, f"full or head, {self.start} is a full backbone")
+
+    def started(self) -> LenvmConfig | None:
+        """Of the checkpoint to go on from. Raises CheckpointError."""
+        return read_config(self.start) if self.start else None
+
+    def depth(self) -> int:
+        """Layers that the value model has."""
+        start = self.started()
+        return self.num_layers or (start.num_layers if start else load_shape(self.model)[0])
+
+    def weights(self) -> str:
+        """What of the backbone the checkpoint holds, as LenvmConfig says it."""
+        start = self.started()
+        goes_on = self.tune != "full" and start is not None and start.weights != "head"
+        return start.weights if start and goes_on else WEIGHTS[self.tune]
 
     def build(self, config: LenvmConfig, dtype: torch.dtype) -> ValueModel:
-        """A fresh value model; dtype: of frozen weights, those that train are in float32."""
+        """The value model before any step; dtype: of frozen weights, those that train are in
+        float32. Raises CheckpointError where that to go on from does not load."""
         frozen = self.tune != "full"
-        backbone = load_backbone(self.model, config.num_layers, dtype if frozen else torch.float32)
-        head = ValueHead(backbone.config.hidden_size)
+        start = self.started()
+        source = str(self.start) if start and start.weights == "full" else self.model
+        backbone = load_backbone(source, config.num_layers, dtype if frozen else torch.float32)
         if frozen:
             backbone.requires_grad_(False)
-        if self.tune == "lora":
+        if start and start.weights == "adapter":
+            backbone = self._with_adapter(backbone)
+        elif self.tune == "lora":
             from peft import LoraConfig, get_peft_model
 
             rank, alpha = self.lora.rank, self.lora.alpha
             shape = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
             backbone = get_peft_model(backbone, shape)
-        return ValueModel(backbone, head, config)
+        model = ValueModel(backbone, ValueHead(backbone.config.hidden_size), config)
+        same = start is not None and start.lookahead_rank == config.lookahead_rank
+        if self.start:
+            model.load_heads(self.start, lookahead=same)
+        if not same:
+            as_value_head(model)
+        return model
+
+    def _with_adapter(self, backbone: PreTrainedModel) -> PreTrainedModel:
+        """With that of the checkpoint to go on from; part of the weights where all train."""
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(backbone, self.start, is_trainable=self.tune == "lora")
+        if self.tune != "full":
+            return adapted
+        return adapted.merge_and_unload().requires_grad_(True)  # peft froze it
+
+
+@torch.no_grad()
+def as_value_head(model: ValueModel) -> None:
+    """Let the lookahead head, if any, begin as the value head: all next tokens change nothing."""
+    if (lookahead := model.lookahead) is not None:
+        lookahead.fc.load_state_dict(model.head.fc.state_dict())
+        own, values = lookahead.queries, model.head.summary
+        for ours, theirs in ((own.weight, values.weight), (own.bias, values.bias)):
+            ours.zero_()[0] = theirs[0]
 
 
 def load_shape(model: str) -> tuple[int, int]:

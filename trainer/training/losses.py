@@ -24,14 +24,29 @@ def token_losses(
     readout: Readout,
 ) -> Tensor:
     """(B, T) losses; those of unlabelled positions mean nothing and have no weight."""
-    r = labels.clamp(min=0)
+    target = token_targets(raw, labels, is_cut, position_ids, objective, readout)
+    return losses_against(target, raw, is_cut, objective, readout)
+
+
+def token_targets(
+    raw: Tensor,
+    labels: Tensor,
+    is_cut: Tensor,
+    position_ids: Tensor,
+    objective: Objective,
+    readout: Readout,
+) -> Tensor:
+    """(B, T) outputs y* to learn; meaningless where there is no label."""
     if not objective.bootstraps:
-        target = readout.label(r)
-    else:
-        u = readout.output(raw.detach())
-        target = lambda_returns(
-            u, labels, is_cut, position_ids, readout.gamma, objective.gae_lambda
-        )
+        return readout.label(labels.clamp(min=0))
+    u = readout.output(raw.detach())
+    return lambda_returns(u, labels, is_cut, position_ids, readout.gamma, objective.gae_lambda)
+
+
+def losses_against(
+    target: Tensor, raw: Tensor, is_cut: Tensor, objective: Objective, readout: Readout
+) -> Tensor:
+    """Losses of raw outputs for targets y*; all of one shape."""
     y = readout.output(raw)
     if objective.loss == "squared":
         losses = (y - target).square()

@@ -30,6 +30,8 @@ class Recipe:
     """Tokens of one optimizer step of all processes, in packs of max_length."""
     max_length: int = 3000
     """Tokens of a pack; longer texts are truncated, their labels stay true."""
+    packs_per_pass: int = 1
+    """Packs that a device takes at once: more of them, padded to the longest, keep a GPU busy."""
     batches: Batches = "shuffled"
     """All texts shuffled, or those of a prompt grouped side by side."""
     warmup_steps: int = 50
@@ -59,6 +61,7 @@ class Recipe:
             self.tokens_per_step,
             f"at least max_length {self.max_length}",
         )
+        check(self.packs_per_pass > 0, "packs_per_pass", self.packs_per_pass, "above 0")
         check_choice("batches", self.batches, get_args(Batches))
         check(not (self.fp16 and self.bf16), "fp16", self.fp16, "left out beside bf16")
         on_gpu = torch.cuda.is_available()
@@ -85,16 +88,19 @@ class Recipe:
         Raises ValueError if the packs of a step cannot be shared among the processes.
         """
         packs, processes = self.tokens_per_step // self.max_length, int(getenv("WORLD_SIZE", "1"))
+        own = packs // processes
         check(
             packs % processes == 0,
             "tokens_per_step",
             self.tokens_per_step,
             f"a multiple of max_length {self.max_length} times {processes} processes",
         )
+        fits = own % self.packs_per_pass == 0
+        check(fits, "packs_per_pass", self.packs_per_pass, f"a divisor of a step's {own} packs")
         arguments = TrainingArguments(
             output_dir=str(steps),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=packs // processes,
+            per_device_train_batch_size=self.packs_per_pass,
+            gradient_accumulation_steps=own // self.packs_per_pass,
             learning_rate=self.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=self.warmup_steps,

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from trainer.candidates import count, read_candidates
 from trainer.checks import check
 from trainer.data import (
     Example,
@@ -31,7 +32,8 @@ from trainer.data import (
 from trainer.evaluation.baselines import fit_baselines
 from trainer.evaluation.card import write_card
 from trainer.resume import fingerprint
-from trainer.training.backbone import WEIGHTS, Backbone, load_shape
+from trainer.training.ahead import Ahead
+from trainer.training.backbone import Backbone, load_shape
 from trainer.training.objective import Objective
 from trainer.training.recipe import Recipe
 from trainer.training.steps import last_step, open_steps
@@ -54,6 +56,7 @@ class Training:
 
     backbone: Backbone
     objective: Objective = Objective()
+    ahead: Ahead = Ahead()
     recipe: Recipe = Recipe()
     holdout: float = 0.05
     """Share of the prompts kept for `lenvm evaluate`."""
@@ -61,13 +64,26 @@ class Training:
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         self.objective.check()
+        self.ahead.check(self.objective)
         self.recipe.check()
         check(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and below 1")
         self.backbone.check()
+        if start := self.backbone.started():
+            where = f"as {self.backbone.start} has"
+            gamma, target = self.objective.gamma, self.objective.target
+            check(gamma in (None, start.gamma), "gamma", gamma, f"{start.gamma}, {where}")
+            check(target == start.target, "target", target, f"{start.target}, {where}")
 
     def facts(self) -> dict[str, Any]:
         """What was chosen, for the checkpoint, which has the backbone in its own place."""
-        return {"holdout": self.holdout, **self.objective.facts(), **self.recipe.facts()}
+        parts = (self.objective, self.ahead, self.recipe)
+        facts = {name: value for part in parts for name, value in part.facts().items()}
+        return {"holdout": self.holdout, **facts}
+
+    def discount(self, part: Sequence[Rollout]) -> float:
+        """gamma: of the checkpoint to go on from, or the objective's for these rollouts."""
+        start = self.backbone.started()
+        return start.gamma if start else self.objective.discount(finished_lengths(part))
 
     def part(self, rollouts: Path) -> list[Rollout]:
         """The rollouts that are not held out."""
@@ -134,7 +150,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], Le
     """
     objective, recipe, backbone = training.objective, training.recipe, training.backbone
     part = training.part(rollouts)
-    gamma = objective.discount(finished_lengths(part))
+    gamma = training.discount(part)
     kept = [r for r in part if r.finished or objective.censored != "drop"]
     examples = [e for r in kept if (e := example_of(r, objective, recipe)).has_labels]
     if not examples:
@@ -142,18 +158,20 @@ def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], Le
             f"rollouts: {rollouts} has nothing to train on with holdout {training.holdout}, "
             f"max_length {recipe.max_length} and censored {objective.censored!r}"
         )
-    depth, vocab_size = load_shape(backbone.model)
+    examples = with_candidates(examples, training.ahead, gamma)
+    _, vocab_size = load_shape(backbone.model)
     largest = max(int(e.input_ids.max()) for e in examples)
     known = f"below {backbone.model}'s vocab_size {vocab_size}"
     check(largest < vocab_size, "token id", largest, known)
     config = LenvmConfig(
         gamma=gamma,
         base_model=backbone.base_model or backbone.model,
-        weights=WEIGHTS[backbone.tune],
-        num_layers=backbone.num_layers or depth,
+        weights=backbone.weights(),
+        num_layers=backbone.depth(),
         tokenizer_fingerprint=tokenizer_fingerprint(AutoTokenizer.from_pretrained(backbone.model)),
         target=objective.target,
         target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
+        lookahead_rank=training.ahead.lookahead,
         training={
             "rollouts": rollouts.name,
             "completions": len(kept),
@@ -172,6 +190,20 @@ def example_of(rollout: Rollout, objective: Objective, recipe: Recipe) -> Exampl
     return (prompt_example if prompt_alone else make_example)(rollout, recipe.max_length)
 
 
+def with_candidates(examples: Sequence[Example], ahead: Ahead, gamma: float) -> list[Example]:
+    """Each with those of its text, logits in `gamma`. Raises ValueError where none has any."""
+    if ahead.candidates is None:
+        return list(examples)
+    found = read_candidates(ahead.candidates, gamma)
+    joined = []
+    for e in examples:
+        own = found.get(e.text_key)
+        joined.append(replace(e, candidates=own and own.within(len(e.input_ids))))
+    there = count([e.candidates for e in joined]) > 0
+    check(there, "candidates", str(ahead.candidates), "of these rollouts, no text is among them")
+    return joined
+
+
 def settings_of(
     examples: Sequence[Example], config: LenvmConfig, backbone: Backbone
 ) -> dict[str, Any]:
@@ -179,7 +211,9 @@ def settings_of(
     facts = msgspec.to_builtins(config) | config.training
     del facts["training"]
     lora = asdict(backbone.lora)
-    return facts | {"model": backbone.model, "lora": lora, "data": digest(examples)}
+    start = backbone.start and str(backbone.start)
+    own = {"model": backbone.model, "lora": lora, "data": digest(examples)}
+    return facts | own | ({"start": start} if start else {})
 
 
 def training_loop(
@@ -209,6 +243,8 @@ def training_loop(
         data_collator=collate,
         objective=objective,
         readout=config.readout,
+        ahead=training.ahead,
+        per_scored=dataset.per_scored,
         callbacks=[TensorBoardCallback(SummaryWriter(tensorboard))] if tensorboard else [],
     )
 

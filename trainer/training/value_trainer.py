@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer with the value loss.
 
 Loss: the weighted mean of the token losses over a global batch; with equal weights the paper's
-Eq. 9.
+Eq. 9. That of a lookahead head is added (ahead.py).
 """
 
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer
 
-from trainer.training.losses import token_losses
+from trainer.training.ahead import Ahead, candidate_losses, places_of, sampled_loss
+from trainer.training.losses import losses_against, token_targets
 from trainer.training.objective import Objective
 from value_server.contract.targets import Readout
 
@@ -21,9 +22,21 @@ TRAINED_FILE = "trained.safetensors"
 
 
 class ValueTrainer(Trainer):
-    """Averages the loss over all weights of a global batch; a step saves what trains."""
+    """Averages the loss over all weights of a global batch; a step saves what trains.
 
-    def __init__(self, *args: Any, objective: Objective, readout: Readout, **kwargs: Any) -> None:
+    per_scored: weight of all tokens over the number of positions with candidates, so that what
+    these count for does not hang from how many were scored.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        readout: Readout,
+        ahead: Ahead = Ahead(),
+        per_scored: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         model = kwargs.get("model") or args[0]
         model._no_split_modules = list(model.backbone._no_split_modules or [])  # units of FSDP
         super().__init__(*args, **kwargs)
@@ -31,6 +44,8 @@ class ValueTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.objective = objective
         self.readout = readout
+        self.ahead = ahead
+        self.per_scored = per_scored
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the sum of weights itself
 
     def compute_loss(
@@ -40,23 +55,41 @@ class ValueTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
+        places = places_of(inputs) if self.ahead.lookahead else []
         with self._autocast():
-            raw = model(inputs["input_ids"], position_ids=inputs["position_ids"], raw=True)
-        losses = token_losses(
-            raw,
-            inputs["labels"],
-            inputs["is_cut"],
-            inputs["position_ids"],
-            self.objective,
-            self.readout,
-        )
+            found = model(
+                inputs["input_ids"], position_ids=inputs["position_ids"], raw=True, after=places
+            )
+        raw, after = found if places else (found, [])
+        choices = (self.objective, self.readout)
+        rows = (inputs["labels"], inputs["is_cut"], inputs["position_ids"])
+        target = token_targets(raw, *rows, *choices)
+        losses = losses_against(target, raw, inputs["is_cut"], *choices)
         loss = (losses * inputs["weights"]).sum()
+        if places:
+            told = inputs
+            if self.ahead.sampled == "value":  # known of cut texts, too: no bound
+                target = self.readout.output(raw.detach())
+                told = inputs | {"is_cut": torch.zeros_like(inputs["is_cut"])}
+            sampled = sampled_loss(after[0], places[0][0], target, told, *choices)
+            loss = loss + self.ahead.lookahead_weight * sampled
+        if len(places) > 1:
+            loss = loss + self._candidate_loss(after[1], places[1][0], inputs)
         if num_items_in_batch is None:
             loss = loss / inputs["weights"].sum()
         else:
             # The sum is that of all processes, their gradients are averaged.
             loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, raw) if return_outputs else loss
+
+    def _candidate_loss(self, z: Tensor, places: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Sum over positions with candidates. z: (N, K) after these, places: (N,)."""
+        teacher, shares = (
+            inputs[name].flatten(0, 1)[places] for name in ("candidate_z", "candidate_shares")
+        )
+        mean, within = candidate_losses(z, teacher, shares, self.ahead.within_exponent)
+        both = self.ahead.mean_weight * mean + self.ahead.within_weight * within
+        return self.per_scored * both.sum()
 
     def _autocast(self) -> torch.autocast:
         """Mixed precision; accelerate leaves it to FSDP where that is in use."""

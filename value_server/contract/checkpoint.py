@@ -62,6 +62,11 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
             raise ValueError(f"weights: unknown value {self.weights!r}")
         if self.lookahead_rank < 0:
             raise ValueError(f"lookahead_rank: {self.lookahead_rank}, must be at least 0")
+        if self.lookahead_rank and self.target != "discounted_return":
+            # Its output is a logit: that of the other targets is computed from a length.
+            raise ValueError(
+                f"lookahead_rank: {self.lookahead_rank}, must be 0 with target {self.target}"
+            )
 
     @property
     def readout(self) -> Readout:

@@ -117,6 +117,7 @@ class LookaheadKeys(msgspec.Struct, kw_only=True):
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(StepRequest)
 _reply_decoder = msgspec.msgpack.Decoder(StepReply)
+_keys_decoder = msgspec.msgpack.Decoder(LookaheadKeys)
 
 
 def pack_ids(ids: "list[int] | NDArray[Any]") -> bytes:
@@ -139,7 +140,27 @@ def unpack_logits(data: bytes) -> NDArray[np.float32]:
     return np.frombuffer(data, dtype="<f4")
 
 
-def encode(message: StepRequest | StepReply) -> bytes:
+def pack_queries(queries: NDArray[np.float32]) -> bytes:
+    """Queries, in any shape, as little-endian float32."""
+    return pack_logits(queries)
+
+
+def unpack_queries(data: bytes, rank: int) -> NDArray[np.float32]:
+    """(B, 1 + r) queries; read-only view of `data`."""
+    return np.frombuffer(data, dtype="<f4").reshape(-1, 1 + rank)
+
+
+def pack_keys(keys: NDArray[Any]) -> bytes:
+    """Lookahead keys as little-endian float16."""
+    return np.ascontiguousarray(keys, dtype="<f2").tobytes()
+
+
+def unpack_keys(data: bytes, rank: int) -> NDArray[np.float16]:
+    """(V, r) keys; read-only view of `data`."""
+    return np.frombuffer(data, dtype="<f2").reshape(-1, rank)
+
+
+def encode(message: StepRequest | StepReply | LookaheadKeys) -> bytes:
     """The message as msgpack."""
     return _encoder.encode(message)
 
@@ -160,6 +181,8 @@ def decode_request(data: bytes) -> StepRequest:
             raise WireError(f"{len(numbers)} entries for {rows} sessions", name)
         if any(n < 0 for n in numbers):
             raise WireError(f"negative entry {min(numbers)}", name)
+    if request.lookahead_rank < 0:
+        raise WireError(f"negative: {request.lookahead_rank}", "lookahead_rank")
     if request.budget_ms is not None and not 0 <= request.budget_ms < math.inf:
         raise WireError(f"not a number of milliseconds: {request.budget_ms}", "budget_ms")
     _check_ids("tokens", request.tokens, sum(request.token_counts))
@@ -169,7 +192,9 @@ def decode_request(data: bytes) -> StepRequest:
 
 def largest_reply(request: StepRequest) -> int:
     """Bytes that the reply to `request`, or an error in its place, has at most."""
-    return 4096 + 4 * sum(request.candidate_counts) + (LONGEST_REASON + 32) * len(request.sessions)
+    logits = 4 * sum(request.candidate_counts)
+    reasons = (LONGEST_REASON + 32) * len(request.sessions)
+    return 4096 + logits + _queries_size(request) + reasons
 
 
 def decode_reply(data: bytes, request: StepRequest) -> StepReply:
@@ -190,7 +215,27 @@ def decode_reply(data: bytes, request: StepRequest) -> StepReply:
     if any(not 0 <= row < rows for row in reply.refused):
         raise WireError(f"rows {sorted(reply.refused)} of {rows}", "refused")
     _check_logits(unpack_logits(reply.logits), np.array(request.candidate_counts, dtype=np.int64))
+    _check_queries(reply.queries, request)
     return reply
+
+
+def decode_keys(data: bytes, info: ModelInfo) -> LookaheadKeys:
+    """Checked keys of the model that `info` tells of. Raises WireError."""
+    try:
+        keys = _keys_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WireError(f"lookahead keys: {error}") from error
+    _check_version(keys.version)
+    for name, got, told in (
+        ("model_id", keys.model_id, info.model_id),
+        ("rank", keys.rank, info.lookahead_rank),
+        ("keys", len(keys.keys), 2 * info.vocab_size * info.lookahead_rank),
+    ):
+        if got != told:
+            raise WireError(f"got {got}, the model's facts say {told}", name)
+    if not np.isfinite(unpack_keys(keys.keys, keys.rank)).all():
+        raise WireError("one is not finite", "keys")
+    return keys
 
 
 def _check_logits(z: NDArray[np.float32], counts: NDArray[np.int64]) -> None:
@@ -200,6 +245,25 @@ def _check_logits(z: NDArray[np.float32], counts: NDArray[np.int64]) -> None:
     known = np.bincount(owner, ~np.isnan(z), minlength=len(counts))
     if ((known != 0) & (known != counts)).any():
         raise WireError("a row has values of some of its candidates only", "logits")
+
+
+def _queries_size(request: StepRequest) -> int:
+    """Bytes."""
+    rank = request.lookahead_rank
+    return 4 * len(request.sessions) * (1 + rank) if rank else 0
+
+
+def _check_queries(data: bytes, request: StepRequest) -> None:
+    rank = request.lookahead_rank
+    if len(data) != _queries_size(request):
+        rows = len(request.sessions)
+        raise WireError(f"{len(data)} bytes for {rows} sessions and rank {rank}", "queries")
+    queries = unpack_queries(data, rank)
+    if np.isinf(queries).any():
+        raise WireError("one is infinite", "queries")
+    unknown = np.isnan(queries)
+    if (unknown.any(1) != unknown.all(1)).any():
+        raise WireError("a row has some of its numbers only", "queries")
 
 
 def _check_version(version: int) -> None:

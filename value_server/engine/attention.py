@@ -8,7 +8,7 @@ Legend: Q queries of the pass; R rows of a group, n their queries and S the slot
 with padding; Hkv key/value heads, G query heads per key/value head, D head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
@@ -23,7 +23,8 @@ from value_server.engine.job import Row
 from value_server.engine.memory import KVPool, on_device
 
 NAME = "lenvm_slots"
-ALONE_QUERIES = 64  # a row with no more is cheaper alone, on a CPU
+SHORT_QUERIES = 64  # a row with no more is cheaper by plain products, on a CPU
+SHORT_AREA = 1 << 13  # slots that these gather at a time; half or double is slower
 GROUP_AREA = 1 << 16  # slots that one kernel call gathers at most
 Kind = Literal["gathered", "triton"]
 BUCKET = 64  # slots; for each new number of them oneDNN makes a new kernel, dearer than the product
@@ -48,20 +49,19 @@ class Rows(Protocol):
 class Group:
     """Rows of a pass that are computed together, padded to one shape.
 
-    A row alone has no padding among its queries, and plain products are up to twice as fast for
-    it as the fused kernel.
+    Short rows of equally many queries have no padding among these, and plain products are up to
+    twice as fast for them as the fused kernel.
     """
 
     def __init__(
-        self, rows: Sequence[Row], padding: int, device: torch.device, alone: bool = False
+        self, rows: Sequence[Row], padding: int, device: torch.device, short: bool = False
     ) -> None:
         """padding: a slot that nobody uses."""
-        self.rows, self.alone = rows, alone
+        self.rows, self.short = rows, short
         self.padding, self.device = padding, device
         self.height = max(row.queries for row in rows)
-        self._plans: dict[tuple[int | None, int, torch.dtype], tuple[Tensor, Tensor]] = {}
-        if not alone:
-            self._index_queries()
+        self._plans: dict[tuple[int | None, int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._index_queries()
 
     def attend(
         self,
@@ -75,26 +75,25 @@ class Group:
         """See Rows."""
         heads = keys.shape[0]
         per_key = query.shape[0] // heads
-        slots, bias = self._plan(window, per_key, query.dtype)
+        slots, bias = self._plan(window, heads, per_key, query.dtype)
         # To gather costs next to nothing beside the products, which are up to twice as fast on
         # keys that lie together as on a view into the pool.
         k, v = keys.index_select(1, slots), values.index_select(1, slots)  # (Hkv, R * S, D)
+        k = k.unflatten(1, (len(self.rows), -1))  # (Hkv, R, S, D)
+        v = v.unflatten(1, (len(self.rows), -1))
         # Below, the G heads that share keys become G * n queries of one head: nothing is repeated.
-        if self.alone:
-            place = self.rows[0].place
-            q = query[:, place].reshape(heads, -1, query.shape[2])  # (Hkv, G * n, D)
-            scores = torch.baddbmm(bias[0], q, k.transpose(1, 2), alpha=scaling)
-            o = scores.softmax(-1).bmm(v)
-            out[place] = o.view(-1, self.height, o.shape[2]).transpose(0, 1)
-            return
         q = query[:, self._queries].unflatten(0, (heads, per_key))  # (Hkv, G, R, n, D)
-        q = q.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (R, Hkv, G * n, D)
-        k = k.unflatten(1, (len(self.rows), -1)).transpose(0, 1)
-        v = v.unflatten(1, (len(self.rows), -1)).transpose(0, 1)
-        o = scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None], scale=scaling)
-        o = o.unflatten(2, (per_key, self.height)).permute(0, 3, 1, 2, 4)
+        q = q.transpose(1, 2).flatten(2, 3)  # (Hkv, R, G * n, D)
+        if self.short:
+            keys_of_rows = k.flatten(0, 1).transpose(1, 2)  # (Hkv * R, D, S)
+            scores = torch.baddbmm(bias, q.flatten(0, 1), keys_of_rows, alpha=scaling)
+            o = scores.softmax(-1).bmm(v.flatten(0, 1)).view(q.shape)
+        else:
+            mask = bias[None]  # the same for all Hkv
+            o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        o = o.unflatten(2, (per_key, self.height)).permute(1, 3, 0, 2, 4)
         o = o.flatten(2, 3).flatten(0, 1)  # (R * n, Hkv * G, D)
-        out.index_copy_(0, self._targets, o.index_select(0, self._real))
+        out.index_copy_(0, self._targets, o if self.short else o.index_select(0, self._real))
 
     def _index_queries(self) -> None:
         queries = np.zeros((len(self.rows), self.height), dtype=np.int64)  # padding repeats query 0
@@ -106,16 +105,22 @@ class Group:
         self._real = on_device(np.flatnonzero(real), self.device)  # into the R * n
         self._targets = on_device(queries[real], self.device)  # the same, into the pass
 
-    def _plan(self, window: int | None, per_key: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(R * S,) slots and (R, G * n, S) bias, the same for all layers with the same window."""
+    def _plan(
+        self, window: int | None, heads: int, per_key: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(R * S,) slots and (R, G * n, S) bias, or (Hkv * R, G * n, S) for short rows; the same
+        for all layers with the same window."""
         if window is not None and all(row.end < window for row in self.rows):
             window = None  # it cuts nothing
-        key = (window, per_key, dtype)
+        key = (window, heads, per_key, dtype)
         if key not in self._plans:
-            self._plans[key] = self._build(window, per_key, dtype)
+            slots, bias = self._build(window, dtype)
+            bias = bias.repeat(heads if self.short else 1, per_key, 1)
+            self._plans[key] = slots, bias
         return self._plans[key]
 
-    def _build(self, window: int | None, per_key: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _build(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(R * S,) slots and (R, n, S) bias."""
         # What no query of a row sees is not looked at.
         firsts = [0 if window is None else max(0, row.begin - window + 1) for row in self.rows]
         own = [row.slots(first) for row, first in zip(self.rows, firsts, strict=True)]
@@ -128,7 +133,7 @@ class Group:
             hidden[i, : row.queries, : len(own[i])] = ~row.mask(first, window)
         bias = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
         bias.masked_fill_(on_device(hidden, self.device), float("-inf"))
-        return on_device(slots.reshape(-1), self.device), bias.repeat(1, per_key, 1)
+        return on_device(slots.reshape(-1), self.device), bias
 
 
 def fastest(device: torch.device) -> Kind:
@@ -148,9 +153,10 @@ def planned(
 
 
 def groups_of(rows: Sequence[Row], padding: int, device: torch.device) -> list[Group]:
-    """All rows of a pass: short ones alone, on a CPU; the others with rows of a similar shape."""
-    few = ALONE_QUERIES if device.type == "cpu" else 0
-    groups = [Group([row], padding, device, alone=True) for row in rows if row.queries <= few]
+    """All rows of a pass, each with rows of a similar shape; short ones apart, on a CPU."""
+    few = SHORT_QUERIES if device.type == "cpu" else 0
+    short = _alike([row for row in rows if row.queries <= few])
+    groups = [Group(part, padding, device, short=True) for part in short]
     shapes: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         if row.queries > few:
@@ -162,6 +168,28 @@ def groups_of(rows: Sequence[Row], padding: int, device: torch.device) -> list[G
         parts = (alike[i : i + most] for i in range(0, len(alike), most))
         groups += [Group(part, padding, device) for part in parts]
     return groups
+
+
+def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Short rows of equally many queries, at most a quarter of the slots padding."""
+    part: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.queries, _width(row))):
+        width = _width(row)
+        if part and (
+            row.queries > part[0].queries
+            or 4 * _width(part[0]) < 3 * width
+            or width * (len(part) + 1) > SHORT_AREA
+        ):
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def _width(row: Row) -> int:
+    """Slots that the row sees without a window, in whole buckets."""
+    return -(-(row.end + len(row.scored)) // BUCKET) * BUCKET
 
 
 @dataclass(frozen=True)

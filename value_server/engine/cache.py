@@ -219,10 +219,11 @@ class SlotCache(SlotTree):
 
     def _make_room(self, session: Session, slots: int, size: int) -> None:
         """Free slots for a session in use, that will have `size` of its client's."""
-        of_client = (s.size for s in self.sessions.values() if s.client == session.client)
-        own = sum(of_client) - session.size
-        while own + size > self.client_slots:
-            own -= self._preempt(session, session.client)
+        if self.client_slots < sys.maxsize:  # else not worth a look at all sessions for each row
+            of_client = (s.size for s in self.sessions.values() if s.client == session.client)
+            own = sum(of_client) - session.size
+            while own + size > self.client_slots:
+                own -= self._preempt(session, session.client)
         while len(self._free) < slots:
             if self._kept:
                 self._forget()

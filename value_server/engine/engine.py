@@ -1,11 +1,12 @@
 """The value model on the slot cache: many sessions, one forward pass.
 
-A slot keeps its token's logit z next to its keys and values, so a state that was scored once (a
-repeated request, the first candidates of 64 samples of one prompt) is never forwarded again.
+A slot keeps its token's logit z next to its keys and values, and its query (b and q) if the model
+has a lookahead head, so a state that was scored once (a repeated request, the first candidates of
+64 samples of one prompt) is never forwarded again.
 
 Not thread-safe: one thread, the batcher's, owns it. Only `check` may be called from others.
 
-Legend: Q queries of a pass, K candidates, T tokens, H hidden size.
+Legend: Q queries of a pass, K candidates, T tokens, H hidden size, r rank of the lookahead head.
 """
 
 import logging
@@ -24,13 +25,15 @@ from torch import Tensor
 from value_server.engine import selfcheck
 from value_server.engine.attention import NAME, Kind, Pass, fastest, planned
 from value_server.engine.cache import SlotCache
-from value_server.engine.errors import ModelError, PassFailedError, RequestError
+from value_server.engine.errors import ModelError, PassFailedError
 from value_server.engine.job import Job, JobResult, Row
+from value_server.engine.limits import Limits
 from value_server.engine.linear import compile_inplace, pack_inplace
 from value_server.engine.memory import KVPool, on_device
 from value_server.engine.pace import Pace
 from value_server.engine.scheduler import SHORT, is_done, missing, next_pass
 from value_server.engine.session import Session
+from value_server.model.lookahead import Lookahead
 from value_server.model.value_model import ValueModel
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,8 @@ class Engine:
 
     weight_dtype: of the linear layers, see linear.py; by default that of the model.
     compiled: MLPs and norms go through torch.compile, and no layer is packed.
-    attention: by default what is fastest on the device. graphs: see graphs.py; with "triton" only.
+    attention: by default what is fastest on the device. graphs: see graphs.py; with "triton" only,
+    and not with compiled.
     """
 
     def __init__(
@@ -67,11 +71,13 @@ class Engine:
             self._plain = selfcheck.plain(model)
             self.max_position = selfcheck.max_position(model)
         self.gamma = model.lenvm.gamma
+        self.lookahead: Lookahead | None = getattr(model, "lookahead", None)
+        self.lookahead_rank = self.lookahead.rank if self.lookahead else 0
         model.backbone.set_attn_implementation(NAME)
         first = next(model.parameters())
         self.device = first.device
         self.attention = attention or fastest(self.device)
-        self.graphs = graphs
+        self.graphs = graphs and not compiled  # the two have not been tried together
         heads = getattr(model.config, "num_attention_heads", 1)
         self._per_key = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
         if compiled:
@@ -79,52 +85,23 @@ class Engine:
         else:
             pack_inplace(model.backbone, weight_dtype or first.dtype)
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
-        self.max_candidates = max_candidates
         self.pace = Pace(pass_tokens, prefill_tokens)
         self.cache = SlotCache(slots, max_sessions, session_ttl, now, client_sessions, client_slots)
+        self.max_candidates, largest = max_candidates, self.cache.largest
+        self.limits = Limits(self.vocab_size, max_candidates, self.max_position, largest)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there
         self._windows: dict[int, int | None] = {}  # see attention.Pass
-        self._z = np.zeros(slots, dtype=np.float32)
+        width = 2 + self.lookahead_rank if self.lookahead else 1
+        self._heads = np.zeros((slots, width), dtype=np.float32)  # of each slot: z, then b and q
+        self._z, self._queries = self._heads[:, 0], self._heads[:, 1:]
         self._token = np.frombuffer(self.cache.token, dtype=np.int32)
         self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
 
     def check(self, rows: Sequence[Row]) -> None:
         """Refuse the rows that no state of the server could answer."""
-        everything = [ids for row in rows for ids in (row.tokens, row.candidates) if len(ids)]
-        good = not everything or (
-            min(map(min, everything)) >= 0 and max(map(max, everything)) < self.vocab_size
-        )
-        for row in rows:
-            row.refused = self._fault(row, good)
-
-    def _fault(self, row: Row, good_ids: bool) -> RequestError | None:
-        for field, ids in (("tokens", row.tokens), ("candidates", row.candidates)):
-            wrong = None if good_ids else next((i for i in ids if not self._is_known(i)), None)
-            if wrong is not None:
-                what = f"id {wrong} is outside the vocabulary of {self.vocab_size}"
-                return RequestError(f"{field}: {what}", field)
-        if len(row.candidates) > self.max_candidates:
-            field, what = "candidate_counts", f"{len(row.candidates)} candidates for one session"
-            return RequestError(f"{field}: {what}, at most {self.max_candidates}", field)
-        length = row.start + len(row.tokens)
-        if length + bool(row.candidates) > self.max_position:
-            return RequestError(
-                f"tokens: the text would be {length + bool(row.candidates)} tokens long with a "
-                f"candidate, the model has {self.max_position} positions",
-                "tokens",
-            )
-        if length + len(row.candidates) > self.cache.largest:
-            return RequestError(
-                f"tokens: the text would need {length + len(row.candidates)} slots with its "
-                f"candidates, one session can have {self.cache.largest}",
-                "tokens",
-            )
-        return None
-
-    def _is_known(self, token: int) -> bool:
-        return 0 <= token < self.vocab_size
+        self.limits.check(rows)
 
     def admit(self, job: Job) -> None:
         """Give the rows of the job their slots; those that have no room are settled without."""
@@ -186,8 +163,10 @@ class Engine:
     def _read(self, row: Row, session: Session, job: Job) -> None:
         z = self._z[np.array(session.candidates, dtype=np.int64)]
         text_z = self._z[np.array(session.path, dtype=np.int64)] if job.texts else z
-        if np.isfinite(z).all() and np.isfinite(text_z).all():
+        query = self._queries[session.path[-1]].copy() if row.lookahead_rank else z
+        if all(np.isfinite(numbers).all() for numbers in (z, text_z, query)):
             row.text_z = text_z if job.texts else None
+            row.query = query if row.lookahead_rank else None
             row.z = z
         else:
             self.refuse(row, "the model gave a logit that is not a finite number")
@@ -210,7 +189,7 @@ class Engine:
             return 0
         written = np.concatenate([row.slots(row.begin) for row in rows])
         try:
-            self._z[written] = self._forward(rows, self._token[written], written)
+            self._heads[written] = self._forward(rows, self._token[written], written)
         except Exception as error:
             raise PassFailedError(rows, len(written), error) from error
         self._ready[written] = 1
@@ -232,31 +211,36 @@ class Engine:
     def _forward(
         self, rows: Sequence[Row], tokens: NDArray[Any], written: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """(Q,) z of a pass, whose keys and values go into the slots `written`."""
+        """(Q, 1) z of a pass, or (Q, 2 + r) z, b and q, whose keys and values go into the slots
+        `written`."""
         positions = np.concatenate([row.positions for row in rows])
         graphs = self._graphs if self.graphs and self.attention == "triton" else None
-        z = graphs and graphs.run(rows, self._per_key, tokens, positions, written)
-        if z is None:
+        heads = graphs and graphs.run(rows, self._per_key, tokens, positions, written)
+        if heads is None:
             parts = planned(rows, self.pool.padding, self.device, self.attention, self._per_key)
             given = np.stack([tokens, positions, written]).astype(np.int64)
             ids, places, slots = on_device(given, self.device)
-            z = self._z_of(ids[None], places[None], Pass(self.pool, slots, parts, self._windows))
-        found: NDArray[np.float32] = z.cpu().numpy()
-        return found
+            known = Pass(self.pool, slots, parts, self._windows)
+            heads = self._heads_of(ids[None], places[None], known)
+        numbers: NDArray[np.float32] = heads.cpu().numpy()
+        return numbers
 
-    def _z_of(self, tokens: Tensor, positions: Tensor, known: Pass) -> Tensor:
-        """(1, Q) each → (Q,) z, on the device."""
+    def _heads_of(self, tokens: Tensor, positions: Tensor, known: Pass) -> Tensor:
+        """(1, Q) each → what `_forward` returns, on the device."""
         output = self.model.backbone(
             input_ids=tokens, position_ids=positions, use_cache=False, lenvm_pass=known
         )
-        z: Tensor = self.model.head(output.last_hidden_state[0]).float()
-        return z
+        hidden = output.last_hidden_state[0]
+        heads = self.model.head(hidden)[:, None]
+        if self.lookahead:
+            heads = torch.cat([heads, self.lookahead(hidden)], dim=1)
+        return heads.float()
 
     @cached_property
     def _graphs(self) -> Any:
         from value_server.engine.graphs import Graphs  # which needs Triton
 
-        return Graphs(self._z_of, self.pool, self._windows, self.device)
+        return Graphs(self._heads_of, self.pool, self._windows, self.device)
 
     def run(self, job: Job) -> JobResult:
         """Serve one job alone. Rows that have no room have no values."""
@@ -279,7 +263,8 @@ class Engine:
             self._check_backbone(name)
         length = min(self.pace.limits().prefill, self.max_position - 1, self.cache.largest // 2)
         for candidates in ([0], [0, 1][: self.max_candidates]):
-            for error in self.run(Job([Row(name, 0, [0] * length, candidates)])).refused.values():
+            row = Row(name, 0, [0] * length, candidates, self.lookahead_rank)
+            for error in self.run(Job([row])).refused.values():
                 raise error
         self.cache.close(name, keep=False)
         self.forwarded = self.saved = 0

@@ -11,6 +11,7 @@ Filling has token 0 at position 0, is written to the spare slot, and is in no ti
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 MOST_QUERIES = 4096  # of a pass; a larger one has work enough
 MOST_SLOTS = 1 << 22  # of the rows of a pass, 16 MB
 MOST_GRAPHS = 64
+CLOSE = 0.02  # the same kernels on the same numbers: next to no difference
 HEADER = (3 + FIELDS.value) * MOST_QUERIES
 
 Forward = Callable[[Tensor, Tensor, Pass], Tensor]
@@ -53,7 +55,7 @@ class Graphs:
     def __init__(
         self, forward: Forward, pool: KVPool, windows: dict[int, int | None], device: torch.device
     ) -> None:
-        """forward: (1, Q) tokens, (1, Q) positions and the pass → (Q,) z, on the device.
+        """forward: (1, Q) tokens, (1, Q) positions and the pass → (Q, n) numbers, on the device.
         windows: see Pass."""
         self._forward, self._pool, self._windows, self._device = forward, pool, windows, device
         on_gpu = device.type == "cuda"
@@ -71,7 +73,7 @@ class Graphs:
         per_key: int,
         *given: NDArray[Any],
     ) -> Tensor | None:
-        """(Q,) z, until the next pass; None for a pass that has no graph, or not yet.
+        """(Q, n), until the next pass; None for a pass that has no graph, or not yet.
 
         given: tokens, positions and written, (Q,) each.
         """
@@ -86,7 +88,7 @@ class Graphs:
         if key not in self._graphs and (self._seen[key] < 2 or len(self._graphs) >= MOST_GRAPHS):
             return None  # the first pass of a kind compiles what it needs
         self._fill(rows, tiles, given, slots)
-        if key not in self._graphs and not self._add(key):
+        if key not in self._graphs and not self._add(key, count):
             return None
         return self._graphs[key]()[:count]
 
@@ -108,11 +110,11 @@ class Graphs:
         end = HEADER + slots
         self._there[:end].copy_(self._here[:end], non_blocking=True)
 
-    def _add(self, key: tuple[int, int, int]) -> bool:
-        """The graph of the pass in the buffer; whether that went well."""
-        count, tiles, queries = key
+    def _add(self, key: tuple[int, int, int], count: int) -> bool:
+        """The graph of the pass in the buffer, of `count` queries; whether that went well."""
+        size, tiles, queries = key
         tokens, positions, written = (
-            self._there[i * MOST_QUERIES : i * MOST_QUERIES + count] for i in range(3)
+            self._there[i * MOST_QUERIES : i * MOST_QUERIES + size] for i in range(3)
         )
         table = self._there[3 * MOST_QUERIES : HEADER].view(-1, FIELDS.value)[:tiles]
         planned = Tiles(table, self._there[HEADER:], queries)
@@ -122,27 +124,32 @@ class Graphs:
             return self._forward(tokens[None], positions[None], known)
 
         try:
-            self._graphs[key] = self._captured(forward)
-        except RuntimeError as error:
-            log.warning("value engine: no CUDA graphs: %s", error)
+            self._graphs[key] = self._captured(forward, count)
+        except Exception as error:  # of the driver, of Triton, of a model that asks the device
+            log.warning("value engine: goes on without CUDA graphs: %r", error)
             self._works = False
         return self._works
 
-    def _captured(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _captured(self, forward: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
+        """Raises RuntimeError for a graph whose first `count` rows are not those of the pass."""
         if self._device.type != "cuda":
             return forward
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            forward()  # it compiles, and takes its workspaces
+            expected = forward()  # it compiles, and takes its workspaces
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         self._memory = self._memory or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            z = forward()
+            found = forward()
 
         def replay() -> Tensor:
             graph.replay()
-            return z
+            return found
+
+        close = partial(torch.allclose, rtol=CLOSE, atol=CLOSE, equal_nan=True)
+        if not close(replay()[:count], expected[:count]):
+            raise RuntimeError("a graph gives other numbers than its pass")
 
         return replay

@@ -1,6 +1,7 @@
 """What the engine is asked, how far it has come with it, and what it answers. No torch.
 
-Legend: K candidates, T tokens, n queries of a row in one pass, S slots that they see.
+Legend: K candidates, T tokens, r rank of the lookahead head, n queries of a row in one pass,
+S slots that they see.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ class Row:
         text   [0 ..... begin)  [begin ... end)  [end ...   candidates, each behind the whole text
                 computed         this pass        later     `scored` are those of this pass
 
-    name, start, tokens, candidates: what is asked; see contract.wire.StepRequest.
+    name, start, tokens, candidates, lookahead_rank: what is asked; see contract.wire.StepRequest.
     session: its slots, from admission on as long as it has and needs them.
     dropped: a later job has asked for the session; this one is not computed any further.
     held, refused: what is known of the answer so far.
-    z, text_z: (K,) and (T,) logits of the candidates and the text, when they are all there.
+    z, text_z, query: (K,) and (T,) logits of the candidates and the text, and (1 + r,) b and q
+        behind the text, when they are all there; z is set last.
     begin, end, scored: its share of the next pass, which the scheduler sets; `scored` are slots.
     first: where its queries begin among those of the pass.
     """
@@ -34,12 +36,14 @@ class Row:
     start: int
     tokens: Sequence[int]
     candidates: Sequence[int] = ()
+    lookahead_rank: int = 0
     session: Session | None = None
     dropped: bool = False
     held: int = field(init=False)
     refused: RequestError | None = None
     z: NDArray[np.float32] | None = None
     text_z: NDArray[np.float32] | None = None
+    query: NDArray[np.float32] | None = None
     begin: int = 0
     end: int = 0
     scored: Sequence[int] = ()
@@ -53,6 +57,13 @@ class Row:
         """(K,) z, NaN as long as they are not there."""
         z = self.z  # the engine's thread may set it any time
         return np.full(len(self.candidates), np.nan, dtype=np.float32) if z is None else z
+
+    @property
+    def lookahead(self) -> NDArray[np.float32]:
+        """(1 + r,) b and q, NaN as long as they are not there; none where none are asked for."""
+        query = self.query  # as above
+        size = 1 + self.lookahead_rank if self.lookahead_rank else 0
+        return np.full(size, np.nan, dtype=np.float32) if query is None else query
 
     @property
     def settled(self) -> bool:
@@ -97,11 +108,13 @@ class JobResult:
     """What the rows of a job had when it was answered; see contract.wire.StepReply.
 
     logits: (K,) z of all candidates, NaN in rows without values.
+    queries: b and q of the rows that ask for them, one row's after the other's, NaN as above.
     pending: rows that have none, and are not refused.
     texts: (T,) z of each row's text, where the job asks for it.
     """
 
     logits: NDArray[np.float32]
+    queries: NDArray[np.float32]
     pending: int
     held: list[int]
     refused: dict[int, RequestError]
@@ -143,10 +156,16 @@ class Job:
     def answer(self) -> JobResult:
         """What there is now. Any thread may ask."""
         logits = [row.logits for row in self.rows]  # before `held`: the engine's thread goes on
+        queries = [row.lookahead for row in self.rows]
         return JobResult(
-            np.concatenate([np.empty(0, dtype=np.float32), *logits]),
+            _joined(logits),
+            _joined(queries),
             sum(row.z is None and not row.refused for row in self.rows),
             [row.held for row in self.rows],
             {i: row.refused for i, row in enumerate(self.rows) if row.refused},
             [row.text_z for row in self.rows if row.text_z is not None],
         )
+
+
+def _joined(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate([np.empty(0, dtype=np.float32), *parts])

@@ -13,6 +13,7 @@ read at a time.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -28,9 +29,12 @@ FIELDS: tl.constexpr = tl.constexpr(5)  # of a tile, see `tiles_of`
 LINES = (16, 64)  # M; no matrix unit takes fewer than 16
 PROGRAMS = 512  # keep a large GPU busy; where there are fewer, the slots of a row are shared out
 MOST_SHARES = 32
-MOST_BYTES = 512  # of a key: of longer ones no shared memory holds several stages
 NO_WINDOW = 1 << 30
-SLOTS, WARPS, STAGES = 64, 4, 3  # N, and what Triton is told
+# N and stages, the fastest on an H100: of few lines, and of more
+FEW, MANY = (128, 2), (64, 3)
+WARPS = 4
+SHARED = 227 << 10  # bytes, of an H100
+UNSTAGED = 16 << 10  # of these, for all that is not staged
 
 
 class Tiles:
@@ -68,6 +72,10 @@ class Tiles:
         shares = shares_of(count * heads)
         if query.stride(2) != 1:
             query = query.contiguous()
+        lines = max(LINES[0], triton.next_power_of_2(self.queries * per_key))
+        dim_block, wide_block = (max(16, triton.next_power_of_2(d)) for d in (query.shape[2], wide))
+        staged = (dim_block + wide_block) * query.element_size()
+        slots_block, stages = blocks_of(lines, staged, shared_bytes(query.device))
         part, lse = out, out
         if shares > 1:
             part = out.new_empty(shares, *out.shape, dtype=torch.float32)
@@ -79,13 +87,13 @@ class Tiles:
             per_key=per_key,
             dim=query.shape[2],
             wide=wide,
-            dim_block=max(16, triton.next_power_of_2(query.shape[2])),
-            wide_block=max(16, triton.next_power_of_2(wide)),
-            lines=max(LINES[0], triton.next_power_of_2(self.queries * per_key)),
-            slots_block=SLOTS,
+            dim_block=dim_block,
+            wide_block=wide_block,
+            lines=lines,
+            slots_block=slots_block,
             shares=shares,
             num_warps=WARPS,
-            num_stages=STAGES if query.shape[2] * query.element_size() <= MOST_BYTES else 1,
+            num_stages=stages,
         )
         if shares > 1:
             _join[(len(out), width)](
@@ -128,6 +136,23 @@ def slots_of(rows: Sequence[Row]) -> list[NDArray[np.int32]]:
         if row.scored:
             parts.append(np.array(row.scored, dtype=np.int32))
     return parts
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    if device.type != "cuda":
+        return SHARED
+    found = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
+
+
+def blocks_of(lines: int, slot_bytes: int, shared: int) -> tuple[int, int]:
+    """N and stages. slot_bytes: of a slot's key and value; shared: bytes that there are."""
+    room = (shared - UNSTAGED) // slot_bytes  # slots
+    if lines == LINES[0] and FEW[0] * FEW[1] <= room:
+        return FEW
+    return MANY[0], max(1, min(MANY[1], room // MANY[0]))
 
 
 def shares_of(programs: int) -> int:

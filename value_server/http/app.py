@@ -9,13 +9,13 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from value_server.contract.wire import WireError
+from value_server.contract.wire import WireError, encode
 from value_server.engine.batcher import Batcher
 from value_server.engine.engine import Engine
 from value_server.engine.errors import MalformedError, RequestError
 from value_server.http.guard import Guard
 from value_server.http.metrics import Metrics
-from value_server.http.routes import Shared, error_response, model_info, router, shared
+from value_server.http.routes import Shared, error_response, model_facts, router, shared
 from value_server.http.telemetry import log_refusal
 from value_server.http.text import Texts
 
@@ -34,6 +34,7 @@ def create_app(
 
     `engine` should be warm already (Engine.warm_up).
     """
+    info, keys = model_facts(engine)
     metrics = Metrics(engine)
     batcher = Batcher(engine, max_waiting, metrics.on_pass)
 
@@ -44,7 +45,7 @@ def create_app(
         await run_in_threadpool(batcher.stop)
 
     app = FastAPI(title="LenVM value server", lifespan=lifespan)
-    app.state.shared = Shared(batcher, metrics, texts, model_info(engine))
+    app.state.shared = Shared(batcher, metrics, texts, info, encode(keys) if keys else None)
     app.include_router(router)
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, refuse=refuse)
     for kind in (RequestError, WireError, RequestValidationError):

@@ -4,7 +4,7 @@
     ├ lenvm_encode_seconds    bytes to rows, and logits to bytes
     ├ lenvm_queue_seconds     wait for the first pass
     ├ lenvm_prefill_seconds   passes up to the last one: the step brought a long text
-    ├ lenvm_compute_seconds   its last pass, which scores the candidates
+    ├ lenvm_compute_seconds   its last pass, which gives the values
     └ the rest                from thread to thread and back
 
 Each counts once for every answered step, so their averages add up.
@@ -45,6 +45,7 @@ class Metrics(Collector):
         self._pass_queries = self._counts("tokens", "Tokens and candidates in a forward pass.")
         self._pass_jobs = self._counts("requests", "Requests in a forward pass.")
         self.errors = self._counter("errors", "Requests refused or failed.", "type")
+        self._lookahead = self._counter("rows_lookahead", "Rows of steps that ask for lookahead.")
         self._pending = self._counter("rows_pending", "Rows of steps answered without values.")
         self._refused = self._counter("rows_refused", "Rows of steps refused.", "type")
         self.registry.register(self)
@@ -59,6 +60,7 @@ class Metrics(Collector):
         """A step was answered, `seconds` after its body was there."""
         for error in result.refused.values():
             self._refused.labels(error.type).inc()
+        self._lookahead.inc(sum(row.lookahead_rank > 0 for row in job.rows))
         if not job.left or job.budget:
             self._pending.inc(result.pending)
         self._step.observe(seconds)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -26,6 +26,7 @@ from value_server.engine.errors import (
     UnknownSessionError,
 )
 from value_server.engine.job import Job, JobResult, Row
+from value_server.engine.keys import lookahead_keys as keys_of
 from value_server.http.metrics import Metrics
 from value_server.http.telemetry import log_refusal
 from value_server.http.text import Prediction, TextRequest, Texts
@@ -43,6 +44,7 @@ class Shared:
     metrics: Metrics
     texts: Texts
     info: wire.ModelInfo
+    keys: bytes | None  # the message of the lookahead keys; None: the model has none
 
     async def run(self, job: Job, http: Request, end: float | None = None) -> JobResult:
         """The job's result; what there is of it at `end` (time.perf_counter), if that is given.
@@ -95,6 +97,7 @@ async def step(http: Request) -> Response:
     begin = time.perf_counter()
     message = wire.decode_request(body)
     http.state.sessions = message.sessions
+    check_rank(message, server.info)
     budget = None if message.budget_ms is None else message.budget_ms / 1e3
     job = Job(
         list(rows_of(message, http)),
@@ -109,6 +112,7 @@ async def step(http: Request) -> Response:
     reply = wire.StepReply(
         model_id=server.info.model_id,
         logits=wire.pack_logits(result.logits),
+        queries=wire.pack_queries(result.queries),
         held=result.held,
         refused={row: str(why)[: wire.LONGEST_REASON] for row, why in result.refused.items()},
     )
@@ -152,6 +156,16 @@ async def model(http: Request) -> dict[str, Any]:
     return facts
 
 
+@router.get(wire.KEYS_PATH)
+async def lookahead_keys(http: Request) -> Response:
+    """What queries are multiplied with, once per model_id: msgpack, see the same file; 404 where
+    the model has no lookahead head."""
+    keys = shared(http).keys
+    if keys is None:
+        raise HTTPException(404, "the model has no lookahead head")
+    return Response(keys, media_type=wire.MEDIA_TYPE)
+
+
 @router.get("/health")
 async def health(http: Request) -> Response:
     """200 while the engine gets on; where it does not, only a new process helps."""
@@ -176,8 +190,8 @@ async def show_metrics(http: Request) -> Response:
     return Response(shared(http).metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def model_info(engine: Engine) -> wire.ModelInfo:
-    """What `GET /v1/model` tells."""
+def model_facts(engine: Engine) -> tuple[wire.ModelInfo, wire.LookaheadKeys | None]:
+    """What `GET /v1/model` and `GET /v1/lookahead-keys` tell."""
     lenvm = engine.model.lenvm
     info = wire.ModelInfo(
         gamma=lenvm.gamma,
@@ -187,9 +201,24 @@ def model_info(engine: Engine) -> wire.ModelInfo:
         max_position=engine.max_position,
         max_sessions=engine.cache.max_sessions,
         max_candidates=engine.max_candidates,
+        lookahead_rank=engine.lookahead_rank,
     )
-    digest = hashlib.blake2b(msgspec.json.encode(info), digest_size=8).hexdigest()
-    return msgspec.structs.replace(info, model_id=digest)
+    head = engine.lookahead
+    packed = wire.pack_keys(keys_of(engine.model, head)) if head else b""
+    digest = hashlib.blake2b(msgspec.json.encode(info), digest_size=8)
+    digest.update(packed)  # those of another checkpoint are never taken for these
+    info = msgspec.structs.replace(info, model_id=digest.hexdigest())
+    if not head:
+        return info, None
+    return info, wire.LookaheadKeys(model_id=info.model_id, rank=head.rank, keys=packed)
+
+
+def check_rank(message: wire.StepRequest, info: wire.ModelInfo) -> None:
+    """Raises RequestError where the queries that are asked for are not those of the model."""
+    if message.lookahead_rank not in (0, info.lookahead_rank):
+        served = f"{info.lookahead_rank}" if info.lookahead_rank else "none"
+        what = f"{message.lookahead_rank} is not the served one ({served})"
+        raise RequestError(f"lookahead_rank: {what}", "lookahead_rank")
 
 
 def error_response(status: int, kind: str, message: str, field: str | None) -> Response:
@@ -216,5 +245,11 @@ def rows_of(message: wire.StepRequest, http: Request) -> Iterator[Row]:
         message.candidate_counts,
         strict=True,
     ):
-        yield Row(own(http, name), start, tokens[t : t + n], candidates[k : k + m])
+        yield Row(
+            own(http, name),
+            start,
+            tokens[t : t + n],
+            candidates[k : k + m],
+            message.lookahead_rank,
+        )
         t, k = t + n, k + m

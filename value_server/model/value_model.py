@@ -1,7 +1,8 @@
 """The value model: a decoder without its vocabulary head, and a two-layer head on every position.
 
-Legend: B rows, T tokens, H hidden size. The output at a token is the value of the state after
-that token, as logit z (see contract.values).
+Legend: B rows, T tokens, H hidden size, K next tokens. The output at a token is the value of the
+state after that token, as logit z (see contract.values). With a lookahead head (lookahead.py) the
+model also tells z after any next token, without reading that token.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from value_server.contract.checkpoint import (
     CONFIG_FILE,
     CONFIG_KEY,
     HEAD_FILE,
+    LOOKAHEAD_FILE,
     CheckpointError,
     LenvmConfig,
     make_readable,
     read_config,
 )
 from value_server.contract.targets import Readout
+from value_server.model.lookahead import Lookahead, logits_after
 from value_server.model.text_part import text_part
 
 log = logging.getLogger(__name__)
@@ -59,7 +62,10 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """backbone: a transformers decoder, or the peft model around it while an adapter trains."""
+    """backbone: a transformers decoder, or the peft model around it while an adapter trains.
+
+    lookahead: None where `lenvm.lookahead_rank` is 0.
+    """
 
     def __init__(self, backbone: PreTrainedModel, head: ValueHead, lenvm: LenvmConfig) -> None:
         super().__init__()
@@ -67,6 +73,9 @@ class ValueModel(nn.Module):
         self.head = head
         self.head.readout = lenvm.readout
         self.lenvm = lenvm
+        self.lookahead: Lookahead | None = None
+        if lenvm.lookahead_rank:
+            self.lookahead = Lookahead(backbone.config.hidden_size, lenvm.lookahead_rank)
 
     @property
     def config(self) -> Any:
@@ -79,19 +88,48 @@ class ValueModel(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         raw: bool = False,
-    ) -> Tensor:
+        after: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Any:
         """(B, T) ids → (B, T) float32 logits z, or with `raw` the head's raw output.
 
-        Positions that restart at 0 mark packed texts.
+        Positions that restart at 0 mark packed texts. after: pairs of (N,) positions, counted
+        through all B·T, and (N, K) next tokens there; with them the result is z and the list of
+        their `following`.
         """
+        hidden = self.hidden(input_ids, position_ids, attention_mask)
+        z: Tensor = self.head(hidden, raw)
+        if not after:
+            return z
+        rows = hidden.flatten(0, 1)
+        return z, [self.following(rows[places], next_ids) for places, next_ids in after]
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) ids → (B, T, H) states that both heads read."""
         output = self.backbone(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
         )
-        z: Tensor = self.head(output.last_hidden_state, raw)
-        return z
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def following(self, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """(..., H) states and (..., K) next tokens → (..., K) float32 logits z after them.
+
+        By the lookahead head; RuntimeError without one.
+        """
+        if self.lookahead is None:
+            raise RuntimeError("lookahead_rank: 0, this value model has no lookahead head")
+        distinct, places = next_ids.unique(return_inverse=True)
+        keys = self.lookahead.keys(self.backbone.get_input_embeddings()(distinct))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return logits_after(self.lookahead(hidden), nn.functional.embedding(places, keys))
 
     def save(self, folder: Path) -> None:
         """Write config, head, and whatever of the backbone `lenvm.weights` says: safetensors."""
@@ -105,16 +143,23 @@ class ValueModel(nn.Module):
             self.backbone.save_pretrained(folder, save_embedding_layers=False)
         elif self.lenvm.weights == "full":
             self.backbone.save_pretrained(folder)
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()},
-            folder / HEAD_FILE,
-        )
+        (folder / LOOKAHEAD_FILE).unlink(missing_ok=True)
+        for part, file in ((self.head, HEAD_FILE), (self.lookahead, LOOKAHEAD_FILE)):
+            if part is not None:
+                tensors = {n: t.detach().cpu().contiguous() for n, t in part.state_dict().items()}
+                save_file(tensors, folder / file)
         facts = self.config.to_dict() | {CONFIG_KEY: msgspec.to_builtins(self.lenvm)}
         # A path of the training machine is of no use to the reader.
         facts.pop("_name_or_path", None)
         (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
         make_readable(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+    def load_heads(self, checkpoint: Path, lookahead: bool = True) -> None:
+        """Read the value head of a checkpoint; with `lookahead` the other, too, if this has one."""
+        self.head.load_state_dict(load_file(checkpoint / HEAD_FILE))
+        if self.lookahead is not None and lookahead:
+            self.lookahead.load_state_dict(load_file(checkpoint / LOOKAHEAD_FILE))
 
     @classmethod
     def load(
@@ -145,11 +190,11 @@ class ValueModel(nn.Module):
                 with warnings.catch_warnings():
                     warnings.filterwarnings("error", message="Found missing adapter keys")
                     backbone = PeftModel.from_pretrained(backbone, checkpoint).merge_and_unload()
-            head = ValueHead(backbone.config.hidden_size)
-            head.load_state_dict(load_file(checkpoint / HEAD_FILE))
+            model = cls(backbone.to(dtype), ValueHead(backbone.config.hidden_size), lenvm)
+            model.load_heads(checkpoint)
         except UNREADABLE as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
-        return cls(backbone.to(dtype), head, lenvm).eval()
+        return model.eval()
 
 
 def load_backbone(

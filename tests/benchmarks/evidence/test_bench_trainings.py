@@ -19,7 +19,7 @@ from tests.support.tiny_llm import tiny_llm
 from tests.support.training import row, write
 from trainer.data import Rollout, read_rollouts
 from trainer.evaluation.figures import predicted, summarise
-from trainer.evaluation.predict import Reading
+from trainer.reading import Reading
 
 GAMMA = 0.99
 TINY = SmallRecipe(max_steps=2, tokens_per_step=128, max_length=128, warmup_steps=1, bf16=False)

@@ -10,7 +10,7 @@ import pytest
 from lenvm_vllm.commands.cli import app, main
 
 COMMANDS = (
-    *("serve", "rollout", "train", "evaluate", "tokens", "import", "export"),
+    *("serve", "rollout", "distil", "train", "evaluate", "tokens", "import", "export"),
     *("predict", "doctor", "demo"),
 )
 

@@ -215,8 +215,10 @@ def test_tokens_that_the_model_does_not_know_are_no_candidates() -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(3, 64), (64, 3)])
-def test_more_candidates_than_either_side_takes(ours: int, theirs: int) -> None:
+@pytest.mark.parametrize("policy", ["project", "greedy"])
+def test_more_candidates_than_either_side_takes(ours: int, theirs: int, policy: str) -> None:
     server = Server(max_candidates=theirs)
     logits = flat_logits(1) + torch.arange(V) / V
-    steered(guide_of(server, max_candidates=ours), logits, {0: request()})
+    state = request({"tokens": 30, "policy": policy})
+    steered(guide_of(server, max_candidates=ours), logits, {0: state})
     assert asked(server.requests[0]) == [[80, 40, 20]]

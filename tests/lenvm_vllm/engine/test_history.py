@@ -5,25 +5,40 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lenvm_vllm.engine import sessions as engine_sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.values.client import TimedOut
-from tests.support.toy import Server, V, asked, request, sessions_of, settle, told, valued
+from tests.support.toy import (
+    GAMMA,
+    Server,
+    V,
+    asked,
+    request,
+    sessions_of,
+    settle,
+    tell,
+    told,
+    valued,
+    values,
+)
 from value_server.contract import wire
+from value_server.contract.values import logit_from_length
 
 EVENTS = ["open", "close", "forget", "no room", "fail", "fail again", "on its way", "tell"]
 EVENTS += ["late", "step", "step", "step"]
+PLAIN = logit_from_length(torch.tensor([10.0, 20, 40, 80]).double(), GAMMA)
 PIECE, LONG = 8, 3  # tokens: texts come in pieces, and ahead
 
 
 class Strict(Server):
     """Told of a text from where it said that it is; asked about whole texts only."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, rank: int) -> None:
+        super().__init__(by_text=True, lookahead_rank=rank)
         self.said: dict[str, int] = {}
         self.texts_of: dict[str, RequestState] = {}
         self.wrong: list[Any] = []
@@ -43,8 +58,8 @@ class Strict(Server):
 class History:
     """A server, requests that come and go, and whatever happens to them."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng, self.server = rng, Strict()
+    def __init__(self, rng: random.Random, rank: int) -> None:
+        self.rng, self.server = rng, Strict(rank)
         self.sessions = sessions_of(self.server)
         self.states: list[RequestState] = []
         self.ended: list[RequestState] = []
@@ -67,7 +82,7 @@ class History:
         elif event == "on its way" and self.states:
             self.pick().output_ids.append(-1)
         elif event == "tell":
-            self.sessions.tell(self.states)
+            tell(self.sessions, self.states, self.rng.choice((0.0, 1.0)))
             settle(self.sessions)
         elif event == "late":
             self.late()
@@ -89,21 +104,33 @@ class History:
 
     def step(self) -> None:
         """The next token of each, also of those whose last one comes late."""
-        have = valued(self.sessions, self.rng.sample(self.states, len(self.states)))
+        states = self.rng.sample(self.states, len(self.states))
+        z = values(self.sessions, states)
         settle(self.sessions)
-        assert len(have) == len(self.states)
+        assert len(z) == len(states)
+        for state, mine in zip(states, z, strict=True):
+            if not mine.isnan().all():
+                bias = self.server.bias_of([*(state.prompt_ids or []), *state.output_ids])
+                torch.testing.assert_close(mine, PLAIN + bias, atol=1e-5, rtol=0)
         for state in self.states:
             state.output_ids[:] = [t if t >= 0 else 80 for t in state.output_ids] + [40]
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.sampled_from(EVENTS), max_size=30), st.randoms(use_true_random=False))
-def test_after_any_history_the_server_holds_the_texts(history: list[str], rng: Any) -> None:
+@given(
+    st.lists(st.sampled_from(EVENTS), max_size=30),
+    st.randoms(use_true_random=False),
+    st.sampled_from([0, 2]),
+)
+def test_after_any_history_the_server_holds_the_texts(
+    history: list[str], rng: Any, rank: int
+) -> None:
+    """And values that a step has are those of its texts, by lookahead and without."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine_sessions, "PIECE", PIECE)
         patched.setattr(engine_sessions, "LONG", LONG)
         patched.setattr(engine_sessions, "AGAIN_S", 0.0)
-        all_of_it = History(rng)
+        all_of_it = History(rng, rank)
         for event in history:
             all_of_it.happen(event)
         check(all_of_it, fails="fail" in history or "fail again" in history)

@@ -8,7 +8,7 @@ import pytest
 from lenvm_vllm.engine import sessions as engine_sessions
 from lenvm_vllm.engine.sessions import LONG, PIECE
 from lenvm_vllm.engine.state import RequestState
-from tests.support.toy import Server, asked, request, sessions_of, settle, told, valued
+from tests.support.toy import Server, asked, request, sessions_of, settle, tell, told, valued
 
 
 def long(tokens: int, token: int = 7) -> RequestState:
@@ -74,7 +74,7 @@ def test_long_texts_are_told_ahead_and_asked_nothing() -> None:
     valued(sessions, [known := long(30)])
     known.output_ids.append(80)
     new, short = long(LONG), long(LONG - 1)
-    sessions.tell([known, new, short])
+    tell(sessions, [known, new, short])
     settle(sessions)
     message = server.requests[-1]
     assert told(message) == [(new.session, 0, [7] * LONG)]
@@ -88,7 +88,7 @@ def test_nothing_new_is_no_message() -> None:
     sessions, state = sessions_of(server), long(30)
     valued(sessions, [state])
     for _ in range(2):
-        sessions.tell([state])
+        tell(sessions, [state])
     settle(sessions)
     assert len(server.requests) == 1
 
@@ -98,7 +98,7 @@ def test_a_token_that_is_not_known_yet_is_not_told_ahead() -> None:
     sessions, state = sessions_of(server), long(30)
     valued(sessions, [request()])
     state.output_ids += [80, -1]
-    sessions.tell([state])
+    tell(sessions, [state])
     settle(sessions)
     assert told(server.requests[-1]) == [(state.session, 0, [7] * 30 + [80])]
     state.output_ids[-1] = 40
@@ -112,7 +112,7 @@ def test_what_the_server_cannot_read_is_not_told_ahead() -> None:
     valued(sessions, [request(prompt=[7])])
     unread = request()
     unread.prompt_ids, unread.output_ids = None, [7] * 30
-    sessions.tell([long(50), long(30, token=100), unread])
+    tell(sessions, [long(50), long(30, token=100), unread])
     settle(sessions)
     assert len(server.requests) == 1
 

@@ -18,6 +18,7 @@ from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.plugin import PROCESSOR
 from lenvm_vllm.values.client import TimedOut
 from tests.support.fakes import EOS, Server, V, config, exactly, free, params, same_bits
+from tests.support.toy import settle
 from tests.support.v2_slots import SLOTS, Runner, load
 from value_server.contract import wire
 
@@ -27,8 +28,12 @@ quick = settings(deadline=None, max_examples=40)
 def told(server: Server) -> list[list[int]]:
     """The tokens that the last call told of each row."""
     assert server.last is not None
-    tokens = iter(wire.unpack_ids(server.last.tokens).tolist())
-    return [[next(tokens) for _ in range(count)] for count in server.last.token_counts]
+    return tokens_of(server.last)
+
+
+def tokens_of(request: wire.StepRequest) -> list[list[int]]:
+    tokens = iter(wire.unpack_ids(request.tokens).tolist())
+    return [[next(tokens) for _ in range(count)] for count in request.token_counts]
 
 
 def open_tokens(row: Tensor) -> list[int]:
@@ -92,6 +97,28 @@ def test_each_token_is_told_once_in_whatever_row_it_is() -> None:
     runner.step(1)
     assert told(server) == [[13]]
     assert len(server.sessions) == 2
+
+
+def test_with_lookahead_the_newest_token_is_told_before_the_forward_pass() -> None:
+    runner = Runner(server := Server(lookahead_rank=2))
+    for slot in (3, 1):
+        runner.add(slot, params(free(20)), prompt=[slot])
+    for token in (11, 12):  # after which the length of a step is known
+        runner.step(3, 1)
+        runner.append(3, token)
+        runner.append(1, token + 10)
+    server.requests.clear()
+    runner.served.apply_staged_writes()
+    settle(runner.served.batch.rows._sessions)
+    assert [tokens_of(request) for request in server.requests] == [[[22], [12]]]
+    runner.step(3, 1)
+    assert all(tokens_of(request) == [[], []] for request in server.requests[1:])
+    # The slot goes to another one: what was read of its text is not read again.
+    runner.append(1, 30)
+    runner.served.apply_staged_writes()
+    (state,) = (s for s in runner.served.batch._states.values() if s.prompt_ids == [1])
+    runner.add(1, params())
+    assert state.output_ids == [21, 22, 30]
 
 
 def test_a_slot_that_goes_to_another_request() -> None:
@@ -166,10 +193,10 @@ def test_rails_land_exactly() -> None:
 
 
 @quick
-@given(st.randoms(use_true_random=True))
-def test_any_history_of_slots(rng: random.Random) -> None:
+@given(st.randoms(use_true_random=True), st.sampled_from([0, 2]))
+def test_any_history_of_slots(rng: random.Random, rank: int) -> None:
     """The server knows, for each guided request, exactly its text."""
-    server = Server()
+    server = Server(lookahead_rank=rank)
     runner, texts = Runner(server), dict[int, list[int]]()
     guided = set[int]()
     known = dict[str, list[int]]()
@@ -181,16 +208,16 @@ def test_any_history_of_slots(rng: random.Random) -> None:
             if runner.add(slot, wanted, prompt=texts[slot]):
                 guided.add(slot)
         batch = rng.sample(sorted(texts), rng.randint(0, len(texts)))
-        server.last = None
+        server.requests.clear()
         runner.step(*batch)
-        asked = [slot for slot in batch if slot in guided]
-        if asked:
-            assert server.last is not None
+        for request in server.requests:
             for session, start, tokens in zip(
-                server.last.sessions, server.last.starts, told(server), strict=True
+                request.sessions, request.starts, tokens_of(request), strict=True
             ):
+                assert start <= len(known.get(session, []))
                 known[session] = known.get(session, [])[:start] + tokens
-            assert [known[s] for s in server.last.sessions] == [texts[slot] for slot in asked]
+        for slot in guided.intersection(batch):
+            assert known[runner.served.batch._states[slot].session] == texts[slot]
         for slot in batch:
             texts[slot].append(token := rng.randrange(1, V))
             runner.append(slot, token)

@@ -4,7 +4,6 @@ The servers answer when the test lets them. A step that came back before that ha
 """
 
 import logging
-import threading
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.values.client import TimedOut, Unreachable
 from lenvm_vllm.values.patience import LATE_ANSWERS
-from lenvm_vllm.values.replicas import Replicas, rank
 from tests.support.toy import (
     SECONDS,
     Server,
@@ -24,15 +22,13 @@ from tests.support.toy import (
     sessions_of,
     settle,
     steered,
+    tell,
     told,
     valued,
 )
+from tests.support.waiting import of, shut, two
 
 SHORT = 0.05  # seconds that a step waits for a server that does not answer
-
-
-def shut(server: Server) -> None:
-    server.gate = threading.Event()
 
 
 def late_step(server: Server, sessions: Sessions, states: list[RequestState]) -> None:
@@ -110,7 +106,7 @@ def test_what_was_sent_ahead_is_waited_for_in_one_step_only() -> None:
     server, sessions, (old,) = begun()
     new = request(prompt=[9] * 100)
     shut(server)
-    sessions.tell([new])
+    tell(sessions, [new])
     assert valued(sessions, [old, new], SHORT) == [False, False]
     assert len(server.requests) == 2
     for _ in range(3):
@@ -167,23 +163,9 @@ def test_fewer_late_answers_change_nothing(log: list[logging.LogRecord]) -> None
 # ---- several servers
 
 
-def two() -> tuple[list[Server], Replicas, list[RequestState]]:
-    """Twenty requests, in the order of the servers that have them."""
-    servers = {"http://a": Server(), "http://b": Server()}
-    replicas = Replicas(servers)
-    while len(replicas.live) < 2:
-        replicas.model(lambda: "ours")
-    states = [request(prompt=[1, 2]) for _ in range(20)]
-    states.sort(key=lambda state: rank("http://a", state.session) < rank("http://b", state.session))
-    return list(servers.values()), replicas, states
-
-
-def of(server: Server, states: list[RequestState]) -> list[bool]:
-    return [state.session in server.texts for state in states]
-
-
 def test_one_that_hangs_leaves_the_rows_of_the_others_their_values() -> None:
-    (a, b), replicas, states = two()
+    a, b = Server(), Server()
+    states, replicas = two(a, b)
     sessions = sessions_of(replicas)
     assert all(valued(sessions, states))
     mine = of(a, states)
@@ -200,7 +182,8 @@ def test_one_that_hangs_leaves_the_rows_of_the_others_their_values() -> None:
 
 
 def test_a_bug_in_one_answer_leaves_the_other_to_be_read() -> None:
-    (a, b), replicas, states = two()
+    a, b = Server(), Server()
+    states, replicas = two(a, b)
     sessions = sessions_of(replicas)
     assert all(valued(sessions, states))
     for state in states:
@@ -216,7 +199,8 @@ def test_a_bug_in_one_answer_leaves_the_other_to_be_read() -> None:
 
 def test_a_guided_step_survives_the_loss_of_its_server() -> None:
     """All rows have values in the very step in which one goes."""
-    (a, b), replicas, states = two()
+    a, b = Server(), Server()
+    states, replicas = two(a, b)
     guide: Guide = guide_of(replicas)
     rows = dict(enumerate(states))
     for output in ([], [50], [50, 60]):

@@ -7,6 +7,7 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from lenvm_vllm.values.client import (
     BadReply,
@@ -122,6 +123,21 @@ def test_model_errors(answer: Any, error: type[Exception], message: str | None) 
         connect(Server(answer)).model(ours)
 
 
+ASKS_QUERIES = msgspec.structs.replace(STEP, lookahead_rank=1)
+
+
+def test_queries() -> None:
+    told = wire.pack_logits(np.float32([1, 2, np.nan, np.nan]))
+    answer = connect(Server(reply(queries=told))).step(ASKS_QUERIES)
+    np.testing.assert_array_equal(wire.unpack_queries(answer.queries, 1)[0], [1, 2])
+
+
+@pytest.mark.parametrize("numbers", [[], [1, 2], [1, 2, 3, np.inf], [1, 2, 3, np.nan]])
+def test_wrong_queries(numbers: list[float]) -> None:
+    with pytest.raises(BadReply, match="queries"):
+        connect(Server(reply(queries=wire.pack_logits(np.float32(numbers))))).step(ASKS_QUERIES)
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
@@ -158,6 +174,65 @@ def test_step_errors(answer: Any, error: type[Exception]) -> None:
         connect(Server(answer)).step(STEP)
     assert type(raised.value) is error
     assert isinstance(raised.value, ValueServerError)
+
+
+# ---- the keys of a lookahead head
+
+AHEAD = msgspec.structs.replace(INFO, model_id="m", lookahead_rank=3)
+K = np.arange(AHEAD.vocab_size * 3, dtype=np.float16).reshape(-1, 3) / 8
+
+
+def keys(data: Any = K, **fields: Any) -> bytes:
+    told = {"model_id": "m", "rank": 3, "keys": wire.pack_keys(data)} | fields
+    return wire.encode(wire.LookaheadKeys(**told))
+
+
+def test_keys_are_asked_for_once_per_model() -> None:
+    clock, other = Clock(), msgspec.structs.replace(AHEAD, model_id="n")
+    server = Server(keys(), httpx.ReadTimeout("slow"), keys(2 * K, model_id="n"))
+    client = connect(server, clock=clock, backoff_s=(1.0, 1.0))
+    first = client.keys(AHEAD)
+    failing(lambda: client.step(STEP), TimedOut)  # it was started anew
+    clock.time = 1.0
+    assert client.keys(AHEAD) is first
+    assert len(server.requests) == 2
+    second = client.keys(other)
+    assert second is client.keys(other)
+    paths = [request.url.path for request in server.requests]
+    assert paths == [wire.KEYS_PATH, wire.STEP_PATH, wire.KEYS_PATH]
+    query, tokens = torch.tensor([[0.5, 1.0, -2.0, 3.0]]), torch.tensor([[0, 7, 15]])
+    expected = [0.5 + float(K[t].astype(float) @ [1, -2, 3]) for t in (0, 7, 15)]
+    assert first.after(query, tokens).tolist() == [pytest.approx(expected)]
+    assert second.after(query, tokens).tolist() == [pytest.approx([2 * z - 0.5 for z in expected])]
+
+
+def test_a_text_without_a_query_has_no_values() -> None:
+    found = connect(Server(keys())).keys(AHEAD)
+    queries = torch.tensor([[0.0] * 4, [np.nan] * 4])
+    after = found.after(queries, torch.tensor([[1, 2], [1, 2]]))
+    assert after.isnan().tolist() == [[False] * 2, [True] * 2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (keys(version=wire.WIRE_VERSION + 1), BadReply, "version: got"),
+        (keys(model_id="n"), BadReply, "model_id: got n, the model's facts say m"),
+        (keys(rank=4), BadReply, "rank: got 4, the model's facts say 3"),
+        (keys(K[1:]), BadReply, "keys: got 90, the model's facts say 96"),
+        (keys(K + np.float16(np.inf)), BadReply, "keys: one is not finite"),
+        (keys()[:-1], BadReply, None),
+        (keys() + bytes(100_000), BadReply, "more than"),
+        (b"{}", BadReply, None),
+        (httpx.Response(404, text="none"), Refused, "/v1/lookahead-keys: HTTP 404 none"),
+        (httpx.ReadError("reset"), Unreachable, None),
+    ],
+)
+def test_key_errors(answer: Any, error: type[Exception], message: str | None) -> None:
+    client = connect(Server(answer))
+    with pytest.raises(error, match=message):
+        client.keys(AHEAD)
+    assert client.rests
 
 
 def test_a_bad_address_is_unreachable() -> None:

@@ -89,7 +89,7 @@ def ask(
     whose text is there."""
     counts = [row + 1 for row in range(len(names))]
 
-    def build(rows: list[int], closed: list[str], seconds: float) -> wire.StepRequest:
+    def build(rows: list[int], closed: list[str], seconds: float, rank: int) -> wire.StepRequest:
         return wire.StepRequest(
             sessions=[names[row] for row in rows],
             starts=[start] * len(rows),

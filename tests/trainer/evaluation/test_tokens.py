@@ -12,8 +12,8 @@ import torch
 from tests.support.tiny import GAMMA, tiny_checkpoint
 from tests.support.training import grouped, row, write
 from trainer.data import Rollout
-from trainer.evaluation.predict import Reading
 from trainer.evaluation.tokens import step_scores, token_scores, tokens
+from trainer.reading import Reading
 from value_server.contract.values import logit_from_length
 
 

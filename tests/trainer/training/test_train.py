@@ -21,7 +21,7 @@ from tests.support.training import (
     run,
 )
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.predict import Reading
+from trainer.reading import Reading
 from trainer.training.backbone import Tune
 from value_server.contract.checkpoint import read_config, tokenizer_fingerprint
 from value_server.contract.values import length_from_logit

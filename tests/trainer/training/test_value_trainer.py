@@ -24,16 +24,19 @@ UNEVEN = [make_example(rollout(*sizes), 64) for sizes in [(9, 50), (3, 2), (4, 1
 
 
 def test_packed_texts_have_the_logits_of_separate_ones() -> None:
-    """Two packs of several texts in one row, as a training step sees them."""
+    """Two packs of several texts, a row each, as a training step sees them."""
     model = tiny_model().train()
     dataset = PackedDataset([make_example(rollout(p, 7), 64) for p in range(1, 9)], 40, seed=0)
     batch = collate([dataset[0], dataset[1]])
     members = [i for members in dataset.packs[:2] for i in members]
     texts = [torch.from_numpy(dataset.examples[i].input_ids)[None] for i in members]
     with torch.inference_mode():
-        packed = model(batch["input_ids"], position_ids=batch["position_ids"])
+        rows = model(batch["input_ids"], position_ids=batch["position_ids"])
+        lengths = [len(dataset[0]["labels"]), len(dataset[1]["labels"])]
+        packed = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])[None]
         alone = torch.cat([model(text) for text in texts], dim=1)
     assert len(texts) > 4
+    assert lengths[0] != lengths[1]
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 

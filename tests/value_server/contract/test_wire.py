@@ -12,17 +12,24 @@ from hypothesis import strategies as st
 from value_server.contract.wire import (
     LONGEST_REASON,
     WIRE_VERSION,
+    LookaheadKeys,
+    ModelInfo,
     StepReply,
     StepRequest,
     WireError,
+    decode_keys,
     decode_reply,
     decode_request,
     encode,
     largest_reply,
     pack_ids,
+    pack_keys,
     pack_logits,
+    pack_queries,
     unpack_ids,
+    unpack_keys,
     unpack_logits,
+    unpack_queries,
 )
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
@@ -69,10 +76,32 @@ def test_reply_round_trip(z: list[float | None]) -> None:
     assert len(encode(reply)) < largest_reply(sent)
 
 
+@given(st.lists(st.booleans(), max_size=5), st.integers(1, 4))
+def test_queries_round_trip(known: list[bool], rank: int) -> None:
+    """NaN: a row that has none in time."""
+    sent = request([([1], [])] * len(known), lookahead_rank=rank)
+    assert decode_request(encode(sent)) == sent
+    queries = np.arange(len(known) * (1 + rank), dtype=np.float32).reshape(-1, 1 + rank)
+    queries[~np.array(known, dtype=bool)] = np.nan
+    reply = StepReply(logits=b"", queries=pack_queries(queries), held=[0] * len(known))
+    got = decode_reply(encode(reply), sent)
+    np.testing.assert_array_equal(unpack_queries(got.queries, rank), queries)
+
+
+def test_no_queries_where_none_are_asked_for() -> None:
+    got = decode_reply(encode(StepReply(logits=bytes(12), held=[3, 1])), request(TWO_ROWS))
+    assert unpack_queries(got.queries, 0).size == 0
+
+
 def test_the_longest_reasons_fit_the_largest_reply() -> None:
-    sent = request([([1], [2])] * 100)
+    sent = request([([1], [2])] * 100, lookahead_rank=256)
     refused = dict.fromkeys(range(100), "x" * LONGEST_REASON)
-    reply = StepReply(logits=pack_logits(np.full(100, np.nan)), held=[1] * 100, refused=refused)
+    reply = StepReply(
+        logits=pack_logits(np.full(100, np.nan)),
+        queries=pack_queries(np.full((100, 257), np.nan, dtype=np.float32)),
+        held=[1] * 100,
+        refused=refused,
+    )
     assert len(encode(reply)) < largest_reply(sent)
 
 
@@ -95,6 +124,7 @@ def test_bytes_are_little_endian() -> None:
         ({"candidate_counts": [1, 2, 3]}, "candidate_counts: 3 entries for 2 sessions"),
         ({"candidate_counts": [4, -1]}, "candidate_counts: negative entry -1"),
         ({"candidates": b""}, "candidates: 0 bytes, the counts say 12"),
+        ({"lookahead_rank": -1}, "lookahead_rank: negative: -1"),
         ({"budget_ms": -0.1}, "budget_ms: not a number of milliseconds: -0.1"),
         ({"budget_ms": float("nan")}, "budget_ms: not a number"),
         ({"budget_ms": float("inf")}, "budget_ms: not a number"),
@@ -164,3 +194,63 @@ NAN, INF = (pack_logits(np.float32([value])) for value in (np.nan, np.inf))
 def test_reply_that_does_not_fit(reply: StepReply, message: str) -> None:
     with pytest.raises(WireError, match=message):
         decode_reply(encode(reply), request(TWO_ROWS))
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        (b"", "queries: 0 bytes for 2 sessions and rank 2"),
+        (bytes(20), "queries: 20 bytes for 2 sessions and rank 2"),
+        (bytes(20) + INF, "queries: one is infinite"),
+        (bytes(20) + NAN, "queries: a row has some of its numbers only"),
+    ],
+)
+def test_queries_that_do_not_fit(queries: bytes, message: str) -> None:
+    reply = StepReply(logits=bytes(12), queries=queries, held=[3, 1])
+    with pytest.raises(WireError, match=message):
+        decode_reply(encode(reply), request(TWO_ROWS, lookahead_rank=2))
+
+
+def test_queries_that_nobody_asked_for() -> None:
+    reply = StepReply(logits=bytes(12), queries=bytes(8), held=[3, 1])
+    with pytest.raises(WireError, match="queries: 8 bytes for 2 sessions and rank 0"):
+        decode_reply(encode(reply), request(TWO_ROWS))
+
+
+INFO = ModelInfo(
+    model_id="m",
+    gamma=0.9,
+    base_model="",
+    tokenizer_fingerprint="",
+    vocab_size=3,
+    max_position=1,
+    max_sessions=1,
+    max_candidates=1,
+    lookahead_rank=2,
+)
+KEYS = np.arange(6, dtype=np.float16).reshape(3, 2)
+
+
+def keys(**changes: Any) -> LookaheadKeys:
+    fields: dict[str, Any] = {"model_id": "m", "rank": 2, "keys": pack_keys(KEYS)}
+    return LookaheadKeys(**(fields | changes))
+
+
+def test_keys_round_trip() -> None:
+    got = decode_keys(encode(keys()), INFO)
+    np.testing.assert_array_equal(unpack_keys(got.keys, got.rank), KEYS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 0}, "version: got 0"),
+        ({"model_id": "other"}, "model_id: got other, the model's facts say m"),
+        ({"rank": 3}, "rank: got 3, the model's facts say 2"),
+        ({"keys": bytes(10)}, "keys: got 10, the model's facts say 12"),
+        ({"keys": pack_keys(KEYS * np.float16("nan"))}, "keys: one is not finite"),
+    ],
+)
+def test_keys_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        decode_keys(encode(keys(**changes)), INFO)

@@ -79,7 +79,7 @@ def test_served_as_by_plain_transformers(
     name: str, alone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt of many windows, then a step that goes on from the cache."""
-    monkeypatch.setattr("value_server.engine.attention.ALONE_QUERIES", alone)
+    monkeypatch.setattr("value_server.engine.attention.SHORT_QUERIES", alone)
     served, model = Engine(build(*SERVED[name]), slots=256), build(*SERVED[name])
     served.warm_up()
     prompt = [i * i % 50 for i in range(90)]

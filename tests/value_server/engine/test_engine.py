@@ -24,7 +24,7 @@ from value_server.model.value_model import ValueModel
 @pytest.fixture(params=[0, 64], ids=["groups", "alone"], autouse=True)
 def both_attentions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows as on a GPU, and short ones as on a CPU."""
-    monkeypatch.setattr("value_server.engine.attention.ALONE_QUERIES", request.param)
+    monkeypatch.setattr("value_server.engine.attention.SHORT_QUERIES", request.param)
 
 
 @pytest.fixture(scope="module")

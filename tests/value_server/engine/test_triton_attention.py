@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_lookahead
 from value_server.engine.attention import planned
 from value_server.engine.cache import SlotCache
 from value_server.engine.engine import Engine
@@ -24,6 +24,9 @@ DEVICE = torch.device("cuda" if CUDA and not INTERPRETED else "cpu")
 runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="runs in a process of its own")
 
 pytest.importorskip("triton")
+from value_server.engine.triton_attention import SHARED, blocks_of  # noqa: E402
+
+RANK = 3
 
 
 @pytest.fixture(autouse=True)
@@ -131,10 +134,11 @@ def test_many_rows_are_not_shared_out() -> None:
 
 @runs
 def test_values_of_an_engine_depend_neither_on_it_nor_on_graphs() -> None:
-    """Random histories: texts that go on, are rewound, and share their beginnings."""
+    """Random histories: texts that go on, are rewound, and share their beginnings; values of
+    candidates, and queries behind texts."""
     draw = random.Random(0)
     engines = [
-        Engine(tiny_model().to(DEVICE), slots=200, pass_tokens=16, **options)
+        Engine(tiny_lookahead(RANK).to(DEVICE), slots=200, pass_tokens=16, **options)
         for options in ({"attention": "gathered"}, {"attention": "triton", "graphs": True})
     ]
     texts: dict[str, list[int]] = {}
@@ -146,8 +150,42 @@ def test_values_of_an_engine_depend_neither_on_it_nor_on_graphs() -> None:
             new = [draw.randrange(3) for _ in range(draw.choice([1, 2, 12]))]
             texts[name] = (text[:start] + new)[:20]
             start = min(start, 19)
-            rows.append((name, start, texts[name][start:], draw.sample(range(9), 3)))
-        z = [engine.run(Job([Row(*row) for row in rows])).logits for engine in engines]
+            rank = draw.choice([0, RANK])
+            rows.append((name, start, texts[name][start:], draw.sample(range(9), 3), rank))
+        jobs = [Job([Row(*row) for row in rows]) for _ in engines]
+        z = [engine.run(job).logits for engine, job in zip(engines, jobs, strict=True)]
+        queries = [np.concatenate([row.lookahead for row in job.rows]) for job in jobs]
         assert np.isfinite(z[0]).all()
+        assert np.isfinite(queries[0]).all()
         np.testing.assert_allclose(z[0], z[1], atol=1e-4)
+        np.testing.assert_allclose(queries[0], queries[1], atol=1e-4)
     assert engines[1]._graphs._graphs
+
+
+@runs
+def test_where_a_graph_fails_passes_go_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("no capture")
+
+    monkeypatch.setattr("value_server.engine.graphs.Graphs._captured", fails)
+    engine = Engine(tiny_lookahead(RANK).to(DEVICE), slots=200, attention="triton", graphs=True)
+    for start in range(3):
+        assert np.isfinite(engine.run(Job([Row("a", start, [start], [0])])).logits).all()
+    assert not engine._graphs._works
+
+
+@pytest.mark.parametrize(
+    ("lines", "slot_bytes", "shared", "blocks"),
+    [
+        (16, 512, SHARED, (128, 2)),  # a step of one query, heads of 128 numbers in bfloat16
+        (64, 512, SHARED, (64, 3)),
+        (16, 1024, SHARED, (64, 3)),
+        (16, 2048, SHARED, (64, 1)),
+        (16, 512, 99 << 10, (64, 2)),  # a smaller card
+        (16, 4096, 48 << 10, (64, 1)),
+    ],
+)
+def test_what_is_staged_fits_into_shared_memory(
+    lines: int, slot_bytes: int, shared: int, blocks: tuple[int, int]
+) -> None:
+    assert blocks_of(lines, slot_bytes, shared) == blocks

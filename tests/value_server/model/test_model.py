@@ -49,7 +49,7 @@ def write_base(folder: Path, kind: type[PretrainedConfig] = LlamaConfig, layers:
     return folder
 
 
-def build(base: Path, tune: Tune, layers: int = 3) -> ValueModel:
+def build(base: Path, tune: Tune, layers: int = 3, rank: int = 0) -> ValueModel:
     """A value model whose every trained weight is random."""
     config = LenvmConfig(
         gamma=GAMMA,
@@ -57,6 +57,7 @@ def build(base: Path, tune: Tune, layers: int = 3) -> ValueModel:
         weights=WEIGHTS[tune],
         num_layers=layers,
         tokenizer_fingerprint="f",
+        lookahead_rank=rank,
     )
     backbone = Backbone(model=str(base), tune=tune, lora=LoraShape(rank=4, alpha=8))
     model = backbone.build(config, torch.float32)
@@ -82,6 +83,66 @@ def test_round_trip(kind: type[PretrainedConfig], tune: Tune, tmp_path: Path) ->
     torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-4, atol=1e-5)
     assert loaded.lenvm == model.lenvm
     assert outputs(model).std() > 0.03
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_round_trip_of_a_lookahead_head(tune: Tune, tmp_path: Path) -> None:
+    """A checkpoint without one, written over it, has no file of it."""
+    base, out = write_base(tmp_path / "base"), tmp_path / "out"
+    model = build(base, tune, rank=4)
+    model.save(out)
+    loaded = ValueModel.load(out, str(base))
+    assert loaded.lenvm.lookahead_rank == 4
+    nexts = torch.arange(48).reshape(2, 12, 2)
+    with torch.inference_mode():
+        found, expected = (own.following(own.hidden(IDS), nexts) for own in (loaded, model))
+    assert found.shape == (2, 12, 2)
+    assert found.std() > 0.03
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    build(base, tune).save(out)
+    assert not (out / "lookahead.safetensors").exists()
+    assert ValueModel.load(out, str(base)).lookahead is None
+
+
+def test_values_after_next_tokens_are_b_and_q_times_k(tmp_path: Path) -> None:
+    """At chosen places of a batch, one next token at a time; a token that comes twice as well."""
+    model = build(write_base(tmp_path / "base"), "head", rank=4)
+    places, nexts = torch.tensor([3, 13, 14]), torch.tensor([[5, 9], [9, 9], [63, 0]])
+    with torch.inference_mode():
+        z, (found,) = model(IDS, after=[(places, nexts)])
+        hidden = model.hidden(IDS)
+        embeddings = model.backbone.get_input_embeddings().weight
+        for row, place in enumerate(places.tolist()):
+            b, *q = model.lookahead(hidden[place // 12, place % 12]).tolist()
+            for column in range(2):
+                k = model.lookahead.keys(embeddings[nexts[row, column]]).tolist()
+                expected = b + sum(x * y for x, y in zip(q, k, strict=True))
+                assert found[row, column].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(z, outputs(model))
+
+
+def test_no_place_at_all_has_gradients_of_zero(tmp_path: Path) -> None:
+    """As of a pack of prompts alone: with several processes every weight needs a gradient."""
+    model = build(write_base(tmp_path / "base"), "head", rank=4)
+    none = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64))
+    z, (found,) = model(IDS, after=[none])
+    assert found.shape == (0, 1)
+    (z.sum() + found.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.lookahead.parameters())
+
+
+def test_without_a_lookahead_head_nothing_is_told(tmp_path: Path) -> None:
+    model = build(write_base(tmp_path / "base"), "head")
+    with pytest.raises(RuntimeError, match=r"^lookahead_rank: 0"):
+        model.following(model.hidden(IDS), IDS[..., None])
+
+
+def test_a_missing_lookahead_file_is_named(tmp_path: Path) -> None:
+    base, out = write_base(tmp_path / "base"), tmp_path / "out"
+    build(base, "head", rank=4).save(out)
+    (out / "lookahead.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lookahead\.safetensors"):
+        ValueModel.load(out, str(base))
 
 
 @pytest.mark.parametrize("tune", TUNES)

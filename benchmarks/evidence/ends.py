@@ -1,0 +1,160 @@
+"""How do texts end whose prompt does not say how long they should be?
+
+    python -m benchmarks.evidence.ends --data question.jsonl lifebench.jsonl [--url http://host:8000/v1]
+
+Only the field `length_target` asks for a length. The prompts are those of MT-bench, self-instruct,
+GSM8K, or LIFEBench without the sentence that tells the length; T = 1, top_p 0.999, top_k 15.
+Perplexities are under the served model, over those of texts that it wrote without any target (the
+arm prompt). Every answer is kept in --output: the same command goes on from there.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, Parameter
+from transformers import AutoTokenizer
+
+from benchmarks.endpoint import Job
+from benchmarks.evidence.answers import Served
+from benchmarks.evidence.arms import fields
+from benchmarks.evidence.lifebench_table import cells, judged, summary, tables
+from benchmarks.evidence.likelihood import score_rows
+from benchmarks.evidence.measures import MODES
+from benchmarks.evidence.tasks import stratified
+from benchmarks.figures import write_figures
+from trainer.checks import check, check_choice, check_positive
+from trainer.output import OnlyJson, show, table
+from trainer.resume import keep_settings
+from trainer.rows import Rows, read_rows
+
+app = App(help=__doc__)
+SAMPLING = {"temperature": 1.0, "top_p": 0.999, "top_k": 15}
+# What says the length: the clause of LIFEBench with both of its blanks.
+LENGTH = re.compile(
+    r"[^,.!?\n\]，。！？]*\{word_count_type\}[^.!?\n。！？]*\{word_count\}[^.!?\n。！？]*[.!?。！？]?"  # noqa: RUF001
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """source: the name of its file, or of the folder that names the data."""
+
+    id: str
+    source: str
+    language: str
+    text: str
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """Of JSON lines in any of the four forms. Raises ValueError naming the line."""
+    for number, row in enumerate(read_rows(path), 1):
+        text = _text(row)
+        if text is None:
+            known = "turns, instruction, question or task"
+            raise ValueError(f"{path}: line {number}: none of {known}")
+        source, language = path.resolve().parent.name, row.get("lang", "en")
+        yield Prompt(f"{source}-{number}", source, language, text)
+
+
+def _text(row: Mapping[str, Any]) -> str | None:
+    if "turns" in row:
+        return str(row["turns"][0])
+    if "instruction" in row:
+        given = row["instances"][0]["input"] if row.get("instances") else ""
+        return f"{row['instruction']}\n\n{given}".strip()
+    if "question" in row:
+        return str(row["question"])
+    return without_length(row["task"]) if "task" in row else None
+
+
+def without_length(task: str) -> str:
+    """A task of LIFEBench, less the clause that says its length."""
+    return LENGTH.sub("", task).strip().removesuffix("[Requirement]").removesuffix("[要求]").strip()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is asked for, and in which ways."""
+
+    data: tuple[Path, ...]
+    """JSON lines as MT-bench (turns), self-instruct (instruction), GSM8K (question) or LIFEBench
+    (task) have them."""
+    arms: tuple[str, ...] = ("prompt", "limits", "ramp", "single", "railed")
+    """Ways to get the length, see benchmarks/evidence/arms.py; prompt is no target at all."""
+    modes: tuple[str, ...] = ("equal_to",)
+    """equal_to, at_most, at_least."""
+    targets: tuple[int, ...] = (40, 80, 160, 320, 640)
+    """Tokens to ask for."""
+    limit: int = 24
+    """Prompts, the same number of each file and language."""
+    max_prompt: int = 1024
+    """Tokens of a prompt; longer ones are left out."""
+    max_tokens: int = 1024
+    """That end a text which does not end."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong."""
+        check_positive(limit=self.limit, max_tokens=self.max_tokens)
+        for mode in self.modes:
+            check_choice("modes", mode, MODES)
+        check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")
+
+    def prompts(self, model: str, seed: int) -> list[Prompt]:
+        """model: hub name or folder, of the tokenizer that tells what is too long."""
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        fit = [
+            prompt
+            for path in self.data
+            for prompt in read_prompts(path)
+            if len(tokenizer.encode(prompt.text)) <= self.max_prompt
+        ]
+        return stratified(fit, lambda prompt: (prompt.source, prompt.language), self.limit, seed)
+
+    def jobs(self, prompts: Sequence[Prompt]) -> Iterator[Job]:
+        """Every arm of a prompt before the next: a run that was stopped compares them."""
+        for prompt in prompts:
+            for mode, target in ((m, n) for m in self.modes for n in self.targets):
+                for arm in self.arms:
+                    if (more := fields(arm, mode, target)) is None:
+                        continue
+                    names = {"language": prompt.language, "kind": prompt.source, "id": prompt.id}
+                    facts = {"arm": arm, "mode": mode, "target": target, **names}
+                    body = {**SAMPLING, "max_tokens": self.max_tokens, **more}
+                    yield Job(facts, [{"role": "user", "content": prompt.text}], body)
+
+
+@app.default
+def main(
+    *,
+    plan: Plan,
+    served: Served = Served(),
+    output: Path = Path("runs/ends"),
+    only_json: OnlyJson = False,
+) -> None:
+    """Ask, measure, print tables and, as the last line, one JSON object.
+
+    Parameters
+    ----------
+    output
+        Folder of the answers, their scores and the figures.
+    """
+    plan.check()
+    prompts = plan.prompts(served.files, served.seed)
+    shape = {**SAMPLING, "max_tokens": plan.max_tokens, "stated": False}
+    keep_settings(output, served.settings() | shape)
+    answers = served.answers(list(plan.jobs(prompts)), output, plan.arms)
+    scores = score_rows(answers, served.files, Rows(output / "scores.jsonl"))
+    rows = [judged(answer, score) for answer, score in zip(answers, scores, strict=True)]
+    found = cells(rows)
+    result = summary(found)
+    write_figures(output, {"cells": found, **result})
+    text = (f"### {caption}\n\n{table(lines)}\n" for caption, lines in tables(found).items())
+    show("\n".join(text), result, only_json)
+
+
+if __name__ == "__main__":
+    app()
