@@ -1,4 +1,4 @@
-"""Passes as CUDA graphs: one launch, where a pass of a step is a thousand, dearer than their work.
+"""Passes as CUDA graphs: one launch for hundreds that are dearer than their work.
 
 A graph is for a number of queries and tiles, rounded up, and for texts of any length: what differs
 from pass to pass lies in one buffer that all graphs read, and comes to the device as one copy.
