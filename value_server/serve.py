@@ -158,6 +158,7 @@ def load(checkpoint: Path, settings: ServerSettings) -> Engine:
         prefill_tokens=settings.prefill_tokens,
         weight_dtype=dtype,
         compiled=settings.compile,
+        graphs=settings.graphs,
     )
     engine.warm_up()
     return engine

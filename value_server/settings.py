@@ -38,6 +38,10 @@ class ServerSettings(BaseSettings):
         default=False,
         description="MLPs and norms through torch.compile: meant for GPUs; slower on a CPU.",
     )
+    graphs: bool = Field(
+        default=True,
+        description="On a GPU, passes as CUDA graphs; not with --compile.",
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of a forward pass; by default torch's."
     )

@@ -1,7 +1,9 @@
 """One server process for all tests that neither end it nor need it otherwise."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -10,6 +12,25 @@ from lenvm_vllm.commands.processes import free_port
 from tests.support.collector import collecting
 from tests.support.tiny import tiny_checkpoint
 from tests.support.value_servers import Server, as_client, served
+from value_server.engine.engine import Engine
+from value_server.model.value_model import ValueModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device() -> Iterator[None]:
+    """Engines work on LENVM_TEST_DEVICE, say "cuda", where that is set; references on the CPU.
+
+    Servers that are processes take a GPU by themselves.
+    """
+    begin = Engine.__init__
+
+    def on_device(self: Engine, model: ValueModel, **options: Any) -> None:
+        begin(self, model.to(os.environ.get("LENVM_TEST_DEVICE", "cpu")), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "LENVM_TEST_DEVICE" in os.environ:
+            patch.setattr(Engine, "__init__", on_device)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ with padding; Hkv key/value heads, G query heads per key/value head, D head dime
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +26,24 @@ NAME = "lenvm_slots"
 SHORT_QUERIES = 64  # a row with no more is cheaper by plain products, on a CPU
 SHORT_AREA = 1 << 13  # slots that these gather at a time; half or double is slower
 GROUP_AREA = 1 << 16  # slots that one kernel call gathers at most
+Kind = Literal["gathered", "triton"]
 BUCKET = 64  # slots; for each new number of them oneDNN makes a new kernel, dearer than the product
+
+
+class Rows(Protocol):
+    """Some rows of a pass, or all, and how their attention is computed."""
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        """query (Hkv * G, Q, D), keys and values (Hkv, slots, D); fills its rows of `out`
+        (Q, Hkv * G, D)."""
 
 
 class Group:
@@ -54,8 +72,7 @@ class Group:
         scaling: float,
         window: int | None,
     ) -> None:
-        """query (Hkv * G, Q, D), keys and values (Hkv, slots, D); fills its rows of `out`
-        (Q, Hkv * G, D)."""
+        """See Rows."""
         heads = keys.shape[0]
         per_key = query.shape[0] // heads
         slots, bias = self._plan(window, heads, per_key, query.dtype)
@@ -119,6 +136,22 @@ class Group:
         return on_device(slots.reshape(-1), self.device), bias
 
 
+def fastest(device: torch.device) -> Kind:
+    """Triton comes with torch for CUDA."""
+    return "triton" if device.type == "cuda" and find_spec("triton") else "gathered"
+
+
+def planned(
+    rows: Sequence[Row], padding: int, device: torch.device, kind: Kind, per_key: int
+) -> Sequence[Rows]:
+    """All rows of a pass. per_key: G, of most layers."""
+    if kind == "gathered":
+        return groups_of(rows, padding, device)
+    from value_server.engine.triton_attention import Tiles
+
+    return [Tiles.of(rows, per_key, device)]
+
+
 def groups_of(rows: Sequence[Row], padding: int, device: torch.device) -> list[Group]:
     """All rows of a pass, each with rows of a similar shape; short ones apart, on a CPU."""
     few = SHORT_QUERIES if device.type == "cpu" else 0
@@ -169,7 +202,7 @@ class Pass:
 
     pool: KVPool
     written: Tensor
-    groups: Sequence[Group]
+    groups: Sequence[Rows]
     windows: dict[int, int | None]
 
 

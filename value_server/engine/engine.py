@@ -13,6 +13,7 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from value_server.engine import selfcheck
-from value_server.engine.attention import NAME, Pass, groups_of
+from value_server.engine.attention import NAME, Kind, Pass, fastest, planned
 from value_server.engine.cache import SlotCache
-from value_server.engine.errors import ModelError, PassFailedError, RequestError
+from value_server.engine.errors import ModelError, PassFailedError
 from value_server.engine.job import Job, JobResult, Row
+from value_server.engine.limits import Limits
 from value_server.engine.linear import compile_inplace, pack_inplace
 from value_server.engine.memory import KVPool, on_device
 from value_server.engine.pace import Pace
@@ -42,6 +44,8 @@ class Engine:
 
     weight_dtype: of the linear layers, see linear.py; by default that of the model.
     compiled: MLPs and norms go through torch.compile, and no layer is packed.
+    attention: by default what is fastest on the device. graphs: see graphs.py; with "triton" only,
+    and not with compiled.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Engine:
         prefill_tokens: int = 512,
         weight_dtype: torch.dtype | None = None,
         compiled: bool = False,
+        attention: Kind | None = None,
+        graphs: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model.eval()
@@ -70,14 +76,19 @@ class Engine:
         model.backbone.set_attn_implementation(NAME)
         first = next(model.parameters())
         self.device = first.device
+        self.attention = attention or fastest(self.device)
+        self.graphs = graphs and not compiled  # the two have not been tried together
+        heads = getattr(model.config, "num_attention_heads", 1)
+        self._per_key = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
         if compiled:
             compile_inplace(model.backbone)
         else:
             pack_inplace(model.backbone, weight_dtype or first.dtype)
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
-        self.max_candidates = max_candidates
         self.pace = Pace(pass_tokens, prefill_tokens)
         self.cache = SlotCache(slots, max_sessions, session_ttl, now, client_sessions, client_slots)
+        self.max_candidates, largest = max_candidates, self.cache.largest
+        self.limits = Limits(self.vocab_size, max_candidates, self.max_position, largest)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there
@@ -90,41 +101,7 @@ class Engine:
 
     def check(self, rows: Sequence[Row]) -> None:
         """Refuse the rows that no state of the server could answer."""
-        everything = [ids for row in rows for ids in (row.tokens, row.candidates) if len(ids)]
-        good = not everything or (
-            min(map(min, everything)) >= 0 and max(map(max, everything)) < self.vocab_size
-        )
-        for row in rows:
-            row.refused = self._fault(row, good)
-
-    def _fault(self, row: Row, good_ids: bool) -> RequestError | None:
-        for field, ids in (("tokens", row.tokens), ("candidates", row.candidates)):
-            wrong = None if good_ids else next((i for i in ids if not self._is_known(i)), None)
-            if wrong is not None:
-                what = f"id {wrong} is outside the vocabulary of {self.vocab_size}"
-                return RequestError(f"{field}: {what}", field)
-        if len(row.candidates) > self.max_candidates:
-            field, what = "candidate_counts", f"{len(row.candidates)} candidates for one session"
-            return RequestError(f"{field}: {what}, at most {self.max_candidates}", field)
-        length = row.start + len(row.tokens)
-        if row.lookahead_rank and not length:
-            return RequestError("tokens: a text of none has no lookahead", "tokens")
-        if length + bool(row.candidates) > self.max_position:
-            return RequestError(
-                f"tokens: the text would be {length + bool(row.candidates)} tokens long with a "
-                f"candidate, the model has {self.max_position} positions",
-                "tokens",
-            )
-        if length + len(row.candidates) > self.cache.largest:
-            return RequestError(
-                f"tokens: the text would need {length + len(row.candidates)} slots with its "
-                f"candidates, one session can have {self.cache.largest}",
-                "tokens",
-            )
-        return None
-
-    def _is_known(self, token: int) -> bool:
-        return 0 <= token < self.vocab_size
+        self.limits.check(rows)
 
     def admit(self, job: Job) -> None:
         """Give the rows of the job their slots; those that have no room are settled without."""
@@ -237,19 +214,33 @@ class Engine:
         """(Q, 1) z of a pass, or (Q, 2 + r) z, b and q, whose keys and values go into the slots
         `written`."""
         positions = np.concatenate([row.positions for row in rows])
-        groups = groups_of(rows, self.pool.padding, self.device)
+        graphs = self._graphs if self.graphs and self.attention == "triton" else None
+        heads = graphs and graphs.run(rows, self._per_key, tokens, positions, written)
+        if heads is None:
+            parts = planned(rows, self.pool.padding, self.device, self.attention, self._per_key)
+            given = np.stack([tokens, positions, written]).astype(np.int64)
+            ids, places, slots = on_device(given, self.device)
+            known = Pass(self.pool, slots, parts, self._windows)
+            heads = self._heads_of(ids[None], places[None], known)
+        numbers: NDArray[np.float32] = heads.cpu().numpy()
+        return numbers
+
+    def _heads_of(self, tokens: Tensor, positions: Tensor, known: Pass) -> Tensor:
+        """(1, Q) each → what `_forward` returns, on the device."""
         output = self.model.backbone(
-            input_ids=on_device(tokens.astype(np.int64), self.device)[None],  # (1, Q)
-            position_ids=on_device(positions, self.device)[None],
-            use_cache=False,
-            lenvm_pass=Pass(self.pool, on_device(written, self.device), groups, self._windows),
+            input_ids=tokens, position_ids=positions, use_cache=False, lenvm_pass=known
         )
         hidden = output.last_hidden_state[0]
         heads = self.model.head(hidden)[:, None]
         if self.lookahead:
             heads = torch.cat([heads, self.lookahead(hidden)], dim=1)
-        numbers: NDArray[np.float32] = heads.float().cpu().numpy()
-        return numbers
+        return heads.float()
+
+    @cached_property
+    def _graphs(self) -> Any:
+        from value_server.engine.graphs import Graphs  # which needs Triton
+
+        return Graphs(self._heads_of, self.pool, self._windows, self.device)
 
     def run(self, job: Job) -> JobResult:
         """Serve one job alone. Rows that have no room have no values."""
@@ -282,6 +273,7 @@ class Engine:
     def _check_backbone(self, session: str) -> None:
         ids, first = selfcheck.text(self.vocab_size), selfcheck.FIRST
         hidden: list[Tensor] = []
+        graphs, self.graphs = self.graphs, False  # a graph calls no hook
         hook = self.model.head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
         try:
             self.run(Job([Row(session, 0, ids[:first])]))
@@ -289,4 +281,5 @@ class Engine:
             self.run(Job([Row(session, first, ids[first:], candidates)]))
         finally:
             hook.remove()
+            self.graphs = graphs
         selfcheck.compare(self.model, self._plain, torch.cat(hidden), self._windows)
