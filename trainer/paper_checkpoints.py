@@ -7,7 +7,8 @@
     visual.*, model.visual.* (VL)               - (text only)
     v_head.fc.*, v_head.summary.*               fc.*, summary.* in value_head.safetensors
 
-They store no gamma, and the head in value_head.safetensors or among the main shards.
+They store no gamma, and the head in value_head.safetensors or among the main shards. They have no
+lookahead head: an export leaves ours out.
 Legend: H hidden size.
 """
 
@@ -36,6 +37,7 @@ from value_server.contract.checkpoint import (
     CONFIG_FILE,
     CONFIG_KEY,
     HEAD_FILE,
+    LOOKAHEAD_FILE,
     LenvmConfig,
     make_readable,
     read_config,
@@ -117,7 +119,8 @@ def import_checkpoint(
 def export_checkpoint(checkpoint: Path, output: Path, *, base_model: str | None = None) -> None:
     """Turn CHECKPOINT into the layout of the paper's implementation, in OUTPUT.
 
-    It takes gamma as an argument of each request: the last line printed tells which.
+    It takes gamma as an argument of each request: the last line printed tells which. It has no
+    lookahead head: that of CHECKPOINT is left out, and a line printed says so.
 
     Parameters
     ----------
@@ -150,6 +153,8 @@ def export_checkpoint(checkpoint: Path, output: Path, *, base_model: str | None 
     save_file({HEAD_PREFIX + name: t for name, t in head.items()}, output / HEAD_FILE)
     _write_config(facts, output)
     _tokenizer(checkpoint, base_model or lenvm.base_model).save_pretrained(output)
+    if lenvm.lookahead_rank:
+        print(f"{output} has no lookahead head: this layout knows none")
     print(f"gamma {lenvm.gamma}")
 
 
@@ -168,8 +173,8 @@ def linear_as_mlp(head: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (name, tensor) of a folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
+    """All (name, tensor) of a folder's safetensors files, without a lookahead head's."""
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != LOOKAHEAD_FILE)
     if not any(file.name != HEAD_FILE for file in files):
         raise ValueError(f"{folder}: no backbone in safetensors files; pickled ones are not read")
     for file in files:

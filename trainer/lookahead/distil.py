@@ -1,5 +1,6 @@
 """`lenvm distil`: exact values after candidates, for a lookahead head to learn."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from trainer.lookahead.exact import check_branches, exact_logits
 from trainer.lookahead.served import ServedModel
 from trainer.reading import Reading
 from trainer.resume import fingerprint
+from value_server.contract.checkpoint import CONFIG_FILE
 from value_server.model.value_model import ValueModel
 
 Ids = NDArray[np.int64]
@@ -42,11 +44,14 @@ class Scoring:
         check(self.candidates > 1, "candidates", self.candidates, "above 1")
         check_positive(tokens_per_pass=self.tokens_per_pass)
 
+    def source(self, teacher: ValueModel, reading: Reading) -> str:
+        """Hub name or folder of the served model."""
+        return self.model or reading.base_model or teacher.lenvm.base_model
+
     def served(self, teacher: ValueModel, reading: Reading) -> ServedModel:
         """The model whose candidates are scored."""
-        source = self.model or reading.base_model or teacher.lenvm.base_model
         place = next(teacher.backbone.parameters())
-        return ServedModel(source, place.dtype, place.device)
+        return ServedModel(self.source(teacher, reading), place.dtype, place.device)
 
 
 def distil(
@@ -83,7 +88,7 @@ def distil(
     check(bool(texts), "rollouts", str(rollouts), "with finished completions")
     settings: dict[str, Any] = {"gamma": model.lenvm.gamma, "share": share, **asdict(scoring)}
     settings |= {"max_length": reading.max_length, "dtype": reading.dtype}
-    settings |= {"teacher": model.lenvm.training.get("run")}
+    settings |= {"teacher": files_digest(teacher), "model": scoring.source(model, reading)}
     del settings["tokens_per_pass"]
     output.mkdir(parents=True, exist_ok=True)
     served = scoring.served(model, reading)
@@ -98,6 +103,15 @@ def distil(
             found = score(model, served, part, chosen, scoring, reading.max_length)
             write_candidates(path, dict(zip(keys, found, strict=True)), own)
         bar.update(len(part))
+
+
+def files_digest(checkpoint: Path) -> str:
+    """Of its config and weights: no other checkpoint has the same."""
+    digest = hashlib.sha256()
+    for path in [checkpoint / CONFIG_FILE, *sorted(checkpoint.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def chosen_positions(rollout: Rollout, share: float, seed: int, max_length: int) -> Ids:

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 from cyclopts import Parameter
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from trainer.checks import check, check_choice, check_positive
-from value_server.contract.checkpoint import LenvmConfig, read_config
-from value_server.model.value_model import ValueHead, ValueModel, load_backbone
+from value_server.contract.checkpoint import LenvmConfig, read_config, tokenizer_fingerprint
+from value_server.model.value_model import ValueHead, ValueModel, load_adapter, load_backbone
 
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
@@ -34,7 +34,7 @@ class Backbone:
     model: str
     """Hub name or folder of the backbone to start from."""
     base_model: str | None = None
-    """Name to write into the checkpoint, where it differs from MODEL."""
+    """Name to write into the checkpoint, where it differs from MODEL and from what START says."""
     num_layers: int | None = None
     """Layers of the backbone to keep, from the bottom; by default all."""
     tune: Tune = "full"
@@ -56,10 +56,21 @@ class Backbone:
             check(same, "num_layers", layers, f"{start.num_layers}, as {self.start} has")
             adapts = self.tune != "lora" or start.weights != "full"
             check(adapts, "tune", self.tune, f"full or head, {self.start} is a full backbone")
+            known = self.tokenizer_fingerprint() == start.tokenizer_fingerprint
+            check(known, "model", self.model, f"one with the tokenizer that {self.start} learnt")
 
     def started(self) -> LenvmConfig | None:
         """Of the checkpoint to go on from. Raises CheckpointError."""
         return read_config(self.start) if self.start else None
+
+    def name(self) -> str:
+        """What the checkpoint will call its base model."""
+        start = self.started()
+        return self.base_model or (start.base_model if start else self.model)
+
+    def tokenizer_fingerprint(self) -> str:
+        """Of MODEL's."""
+        return tokenizer_fingerprint(AutoTokenizer.from_pretrained(self.model))
 
     def depth(self) -> int:
         """Layers that the value model has."""
@@ -99,9 +110,8 @@ class Backbone:
 
     def _with_adapter(self, backbone: PreTrainedModel) -> PreTrainedModel:
         """With that of the checkpoint to go on from; part of the weights where all train."""
-        from peft import PeftModel
-
-        adapted = PeftModel.from_pretrained(backbone, self.start, is_trainable=self.tune == "lora")
+        assert self.start
+        adapted = load_adapter(backbone, self.start, trains=self.tune == "lora")
         if self.tune != "full":
             return adapted
         return adapted.merge_and_unload().requires_grad_(True)  # peft froze it

@@ -79,7 +79,7 @@ class Recipe:
     def facts(self) -> dict[str, Any]:
         """What shapes the result."""
         facts = asdict(self) | {"bf16": self.mixed}
-        del facts["save_steps"]
+        del facts["save_steps"], facts["packs_per_pass"]
         return facts
 
     def arguments(self, steps: Path) -> TrainingArguments:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from cyclopts import Parameter
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from trainer.candidates import count, read_candidates
@@ -38,12 +38,7 @@ from trainer.training.objective import Objective
 from trainer.training.recipe import Recipe
 from trainer.training.steps import last_step, open_steps
 from trainer.training.value_trainer import ValueTrainer
-from value_server.contract.checkpoint import (
-    CheckpointError,
-    LenvmConfig,
-    read_config,
-    tokenizer_fingerprint,
-)
+from value_server.contract.checkpoint import CheckpointError, LenvmConfig, read_config
 from value_server.model.value_model import ValueModel
 
 SKETCH_SIZE = 32
@@ -165,10 +160,10 @@ def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], Le
     check(largest < vocab_size, "token id", largest, known)
     config = LenvmConfig(
         gamma=gamma,
-        base_model=backbone.base_model or backbone.model,
+        base_model=backbone.name(),
         weights=backbone.weights(),
         num_layers=backbone.depth(),
-        tokenizer_fingerprint=tokenizer_fingerprint(AutoTokenizer.from_pretrained(backbone.model)),
+        tokenizer_fingerprint=backbone.tokenizer_fingerprint(),
         target=objective.target,
         target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
         lookahead_rank=training.ahead.lookahead,
@@ -210,6 +205,8 @@ def settings_of(
     """All that shapes the weights, as JSON."""
     facts = msgspec.to_builtins(config) | config.training
     del facts["training"]
+    if not config.lookahead_rank:  # so that runs of before there was any go on
+        del facts["lookahead_rank"]
     lora = asdict(backbone.lora)
     start = backbone.start and str(backbone.start)
     own = {"model": backbone.model, "lora": lora, "data": digest(examples)}

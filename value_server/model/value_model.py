@@ -156,10 +156,14 @@ class ValueModel(nn.Module):
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
     def load_heads(self, checkpoint: Path, lookahead: bool = True) -> None:
-        """Read the value head of a checkpoint; with `lookahead` the other, too, if this has one."""
-        self.head.load_state_dict(load_file(checkpoint / HEAD_FILE))
-        if self.lookahead is not None and lookahead:
-            self.lookahead.load_state_dict(load_file(checkpoint / LOOKAHEAD_FILE))
+        """Read the value head of a checkpoint; with `lookahead` the other, too, if this has one.
+
+        Raises CheckpointError.
+        """
+        with _naming(checkpoint):
+            self.head.load_state_dict(load_file(checkpoint / HEAD_FILE))
+            if self.lookahead is not None and lookahead:
+                self.lookahead.load_state_dict(load_file(checkpoint / LOOKAHEAD_FILE))
 
     @classmethod
     def load(
@@ -183,18 +187,29 @@ class ValueModel(nn.Module):
             torch.float32 if merging else dtype,
             attn_implementation,
         )
-        try:
-            if merging:
-                from peft import PeftModel
-
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("error", message="Found missing adapter keys")
-                    backbone = PeftModel.from_pretrained(backbone, checkpoint).merge_and_unload()
-            model = cls(backbone.to(dtype), ValueHead(backbone.config.hidden_size), lenvm)
-            model.load_heads(checkpoint)
-        except UNREADABLE as error:
-            raise CheckpointError(f"{checkpoint}: {error}") from error
+        if merging:
+            backbone = load_adapter(backbone, checkpoint).merge_and_unload()
+        model = cls(backbone.to(dtype), ValueHead(backbone.config.hidden_size), lenvm)
+        model.load_heads(checkpoint)
         return model.eval()
+
+
+@contextlib.contextmanager
+def _naming(checkpoint: Path) -> Iterator[None]:
+    """What does not fit is a CheckpointError that names the folder."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+
+
+def load_adapter(backbone: PreTrainedModel, checkpoint: Path, trains: bool = False) -> Any:
+    """The peft model of `backbone` with a checkpoint's adapter. Raises CheckpointError."""
+    from peft import PeftModel
+
+    with _naming(checkpoint), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(backbone, checkpoint, is_trainable=trains)
 
 
 def load_backbone(

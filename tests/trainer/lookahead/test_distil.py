@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.tiny import GAMMA, tiny_checkpoint
+from tests.support.tiny_llm import tiny_llm
 from tests.support.training import contents, grouped, rollout, row, write
 from trainer.candidates import read_candidates, text_key
 from trainer.lookahead import distil as command
@@ -82,6 +83,21 @@ def test_a_run_goes_on_where_it_was_stopped(
     assert contents(out) == whole
     with pytest.raises(ValueError, match=r"^share: .* made with 0.5, this run has 0.6"):
         distil(teacher, rollouts, out, base, share=0.6)
+
+
+def test_values_of_another_teacher_or_served_model_are_not_kept(
+    teacher: Path, rollouts: Path, base: Path, tmp_path: Path
+) -> None:
+    """Of the same gamma, and wherever the served model is named."""
+    out = tmp_path / "out"
+    distil(teacher, rollouts, out, base)
+    distil(teacher, rollouts, out, base, model=None, base_model=str(base))
+    other = tiny_checkpoint(tmp_path / "teacher", seed=1)
+    with pytest.raises(ValueError, match=r"^teacher: .* was made with"):
+        distil(other, rollouts, out, base)
+    served = tiny_llm(tmp_path / "served", seed=1)
+    with pytest.raises(ValueError, match=r"^model: .* was made with"):
+        distil(teacher, rollouts, out, base, model=None, base_model=str(served))
 
 
 def test_positions_are_a_share_of_each_text() -> None:

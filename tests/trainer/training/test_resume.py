@@ -1,10 +1,13 @@
 """Trainings that were stopped go on with the same settings, and end as if they had not been."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import trainer.training.train
 from tests.support.training import contents, run, toy_rows, write
@@ -56,6 +59,22 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     done = [entry for entry in history if "loss" in entry]
     assert len(done) == 5 - stops[-1] // 2 * 2  # it did go on from the last save
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_of_before_lookahead_goes_on_with_other_passes(
+    base: Path, data: Path, tmp_path: Path, history: list[dict[str, Any]]
+) -> None:
+    """It knew neither of them; how many packs go at once changes nothing but rounding."""
+    out = tmp_path / "out"
+    run(data, tmp_path / "whole", base)
+    run_until(3, data, out, base)
+    settings = json.loads((out / "steps" / "settings.json").read_text())
+    assert not {"lookahead_rank", "packs_per_pass"} & settings.keys()
+    history.clear()
+    run(data, out, base, packs_per_pass=3)
+    assert len([entry for entry in history if "loss" in entry]) == 3
+    heads = [load_file(f / "value_head.safetensors") for f in (out, tmp_path / "whole")]
+    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_run_is_not_repeated(

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.support.training import run
+from tests.support.tiny_llm import tiny_llm
+from tests.support.training import NAME, run
 from trainer.training.backbone import Backbone, Tune
-from value_server.contract.checkpoint import read_config
+from value_server.contract.checkpoint import CheckpointError, read_config
 from value_server.model.value_model import ValueModel
 
 TUNES: list[Tune] = ["full", "lora", "head"]
@@ -72,3 +74,32 @@ def test_what_the_checkpoint_has_otherwise_is_refused(
         run(data, tmp_path / "second", base, start=tmp_path / "first", **options)
     with pytest.raises(ValueError, match="nothing"):
         run(data, tmp_path / "second", base, start=tmp_path / "nothing")
+
+
+def test_the_base_model_keeps_its_name_and_its_tokenizer(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(data, first, base, max_steps=1)
+    run(data, second, base, start=first, base_model=None, max_steps=1)
+    assert read_config(second).base_model == NAME
+    other = tiny_llm(tmp_path / "other", more=("<more>",))
+    with pytest.raises(ValueError, match=rf"^model: '{other}', must be one with the tokenizer"):
+        run(data, tmp_path / "third", other, start=first)
+
+
+@pytest.mark.parametrize("lost", ["adapter_model", "value_head"])
+def test_weights_that_are_missing_are_named(
+    lost: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    """An adapter's, too, where peft would go on with random ones."""
+    first = tmp_path / "first"
+    run(data, first, base, tune="lora", max_steps=1)
+    path = first / f"{lost}.safetensors"
+    weights = load_file(path)
+    del weights[min(weights)]
+    save_file(weights, path)
+    for tune in TUNES:
+        backbone = Backbone(model=str(base), tune=tune, start=first)
+        with pytest.raises(CheckpointError, match=f"^{first}: (?is:.*missing)"):
+            backbone.build(read_config(first), torch.float32)
