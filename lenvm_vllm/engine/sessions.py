@@ -80,12 +80,13 @@ class Sessions:
         alone are told.
         """
         states = list(states)
-        looks = self.looks_ahead(states) if pace.step_s else [False] * len(states)
+        # A server has one message at a time: while a newest token is on its way, the step asks.
+        asks = pace.step_s > 0 and all(state.is_known for state in states if state.has_turn)
+        looks = [asks and looks_ahead for looks_ahead in self.looks_ahead(states)]
         ahead = [
             state
             for state, looks_ahead in zip(states, looks, strict=True)
-            if state.length - state.sent >= LONG
-            or (looks_ahead and state.is_known and state.has_turn)
+            if state.length - state.sent >= LONG or (looks_ahead and state.has_turn)
         ]
         if not ahead:
             return
@@ -93,7 +94,7 @@ class Sessions:
         self._read()
         if self.trouble is None:
             told = self._told(enumerate(s for s in ahead if why_not(s, info, ahead=True) is None))
-            looks = self.looks_ahead([t.state for t in told])
+            looks = [asks and ahead for ahead in self.looks_ahead([t.state for t in told])]
             told = [t for t, asked in zip(told, looks, strict=True) if t.tokens or asked]
             # Its answer is waited for in the step, when vLLM's own part is done.
             least, most = pace.floor_s + pace.step_s, pace.wait_s + pace.step_s
@@ -160,7 +161,7 @@ class Sessions:
         self, states: Sequence[RequestState], question: Question, until: float, z: Tensor
     ) -> set[int]:
         """Fill z of the rows whose values were asked for ahead of this step; returns those for
-        which the time of a step was not enough."""
+        which the time of a step was not enough, though their text was there."""
         answers, in_vain = self._read(until), set[int]()
         wanted = {states[row].session: row for row in question.rows} if answers else {}
         for sent, reply in answers:
@@ -172,7 +173,9 @@ class Sessions:
             ]
             self._look_ahead(sent, reply, mine, question.tokens, z)
             if sent.call.is_cut:
-                in_vain |= {row for row in mine if row is not None and bool(z[row, 0].isnan())}
+                texts = zip(mine, sent.told, reply.held, strict=True)
+                there = [row for row, t, held in texts if row is not None and held >= t.end]
+                in_vain |= {row for row in there if bool(z[row, 0].isnan())}
         return in_vain
 
     def _look_ahead(

@@ -21,7 +21,7 @@ class V2Slots:
         self.rows = rows
         self._slots = req_states
         self._states: dict[int, RequestState] = {}
-        self._running: set[int] = set()  # slots of the last step
+        self._running: set[int] = set()  # slots of the last step, if it steered
         self._new: set[int] = set()  # of requests that had none yet
 
     def add(self, req_idx: int, sampling_params: Any) -> bool:
@@ -41,7 +41,8 @@ class V2Slots:
         new = [slot for slot in self._new if slot in self._states]
         if new:
             self._read_tokens([(slot, int(self._slots.prefill_len.np[slot])) for slot in new])
-        running = self._running & self._states.keys()
+        # Used once: a step without guided rows does not steer, so does not say who runs.
+        running, self._running = self._running & self._states.keys(), set()
         if running and self.rows.looks_ahead:
             slots = sorted(running)
             self._read_tokens(list(zip(slots, self._lengths(slots), strict=True)))

@@ -59,7 +59,7 @@ class Replicas:
             for url, client in clients.items()
         ]
         self._places: dict[str, Replica] = {}
-        self._error: ValueServerError | None = None  # the last one that nobody was told
+        self._error: ValueServerError | None = None  # by which the last one was lost
         self._gamma: float | None = None
         self._awaited: set[Future[Served]] = set()  # searches that a step has waited for
 
@@ -197,8 +197,7 @@ class Replicas:
         """Those that answer. Raises ValueServerError when there is none."""
         live = [replica for replica in self._replicas if replica.served is not None]
         if not live:
-            error, self._error = self._error, None
-            raise error or CircuitOpen("no value server answers")
+            raise self._error or CircuitOpen("no value server answers")
         return live
 
     def _place(self, session: str) -> Replica:
@@ -222,6 +221,7 @@ class Replicas:
         except ValueServerError as error:
             self._lose(replica, error)
             return
+        self._error = None
         self._gamma = self._gamma or replica.served.info.gamma
         replica.patience.forget()
         if replica.trouble is not None:

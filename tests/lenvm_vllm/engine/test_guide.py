@@ -184,6 +184,9 @@ def test_tokens_that_end_a_sentence_are_led_to_in_the_landing() -> None:
         def ends(self, text: Any, token: int) -> bool:
             return len(text) == 28 and token == 20  # there, and not in any text
 
+        def is_whole(self, text: Any) -> bool:
+            return False
+
     guide = guide_of(Server(), Ends())
     early, late = (
         steered(guide, logits, {0: request(30, output=[50] * out)})[0].softmax(-1)

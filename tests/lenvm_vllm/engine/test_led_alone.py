@@ -1,4 +1,5 @@
-"""Texts that have no values: their rails hold, and they end where a sentence does."""
+"""Texts that have no values: their rails hold, and they end where a sentence does, as do those
+with values where no other sentence fits."""
 
 import math
 import random
@@ -101,14 +102,17 @@ class Whole:
         self.tokens_a_sentence = lambda text: 10.0
 
 
-def after(state: RequestState, sentences: Any = None, **closed: Any) -> dict[int, float]:
-    """The next token's probabilities where the server has no values, of an unlikely end."""
+def after(
+    state: RequestState, sentences: Any = None, valued: bool = False, **closed: Any
+) -> dict[int, float]:
+    """The next token's probabilities, of an unlikely end. valued: whether the server has values."""
     server = toy.Server()
-    server.pending = [0]
+    server.pending = [] if valued else [0]
     logits = toy.flat_logits(1, (toy.EOS, 10, 20, 40, 80))
     logits[:, toy.EOS] = -5.0
     logits[:, closed.get("closed", [])] = -math.inf
     p = toy.steered(toy.guide_of(server, sentences), logits, {0: state}).softmax(-1)[0]
+    assert bool(state.valued) == valued
     return {token: float(p[token]) for token in p.nonzero()[:, 0].tolist()}
 
 
@@ -123,6 +127,21 @@ def test_a_finished_sentence_in_the_landing_is_the_end_where_no_other_fits() -> 
     limit = {"mode": "at_most", "tokens": 30}
     assert after(text_of(25, limit), Whole()) == {toy.EOS: 1.0}
     assert len(after(text_of(10, limit), Whole())) == 5
+
+
+def test_values_do_not_keep_a_finished_sentence_from_being_the_end() -> None:
+    assert after(text_of(29), Whole(), valued=True) == {toy.EOS: 1.0}
+    assert 0 < after(text_of(29), Whole(whole=False), valued=True)[toy.EOS] < 0.5
+    assert toy.EOS not in after(text_of(20), Whole(), valued=True)  # before the landing
+
+
+@pytest.mark.parametrize(("policy", "chosen"), [("project", toy.EOS), ("greedy", 1)])
+def test_the_greedy_policy_goes_by_its_values(policy: str, chosen: int) -> None:
+    """Of 30 tokens one remains behind the next, as token 1 promises."""
+    state = text_of(28, {"tokens": 30, "policy": policy})
+    logits = toy.flat_logits(1, (toy.EOS, 1, 10))
+    p = toy.steered(toy.guide_of(toy.Server(), Whole()), logits, {0: state}).softmax(-1)[0]
+    assert p.nonzero()[:, 0].tolist() == [chosen]
 
 
 def test_an_end_that_cannot_come_is_not_forced() -> None:

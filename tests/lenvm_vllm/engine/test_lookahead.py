@@ -10,6 +10,7 @@ import torch
 from lenvm_vllm.engine.guide import Guide
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.values.client import BadReply, TimedOut
+from lenvm_vllm.values.replica import Call
 from lenvm_vllm.values.replicas import Replicas
 from tests.support.toy import (
     SECONDS,
@@ -133,7 +134,7 @@ def test_told_ahead_a_step_asks_nothing_more() -> None:
 
 
 def test_rows_that_were_not_told_ahead_are_asked_in_the_step() -> None:
-    """One is new, of the other a token was on its way."""
+    """One is new; of another a token was on its way, so that nothing was asked ahead."""
     server = looking()
     sessions, states = sessions_of(server), [request(prompt=[n + 1]) for n in range(3)]
     valued(sessions, states[:2])
@@ -143,9 +144,26 @@ def test_rows_that_were_not_told_ahead_are_asked_in_the_step() -> None:
     settle(sessions)
     states[1].output_ids[:] = [40]
     assert valued(sessions, states) == [True] * 3
-    ahead, step = server.requests[1:]
-    assert [t[1:] for t in told(ahead)] == [(1, [80])]
-    assert [t[1:] for t in told(step)] == [(1, [40]), (0, [3])]
+    (step,) = server.requests[1:]
+    assert [t[1:] for t in told(step)] == [(1, [80]), (1, [40]), (0, [3])]
+
+
+@pytest.mark.parametrize(("last", "step_s"), [(-1, 1.0), (80, 0.0)])
+def test_a_long_prompt_is_told_without_a_question_where_the_step_asks(
+    last: int, step_s: float
+) -> None:
+    """Else a server that computes the prompt would leave the running text without values."""
+    server = looking()
+    sessions, running, new = sessions_of(server), request(), request(prompt=[9] * 100)
+    valued(sessions, [running])
+    running.output_ids.append(last)
+    tell(sessions, [running, new], step_s)
+    settle(sessions)
+    message = server.requests[-1]
+    assert [t[0] for t in told(message)] == [new.session]
+    assert (message.lookahead_rank, message.budget_ms) == (0, 0)
+    running.output_ids[:] = [80]
+    assert valued(sessions, [running, new]) == [True, True]
 
 
 def test_only_in_the_landing_candidates_are_asked_too() -> None:
@@ -243,6 +261,25 @@ def test_what_is_forgotten_is_told_again_in_the_same_step() -> None:
     server.texts.pop(states[1].session)
     tell(sessions, states, 1.0)
     assert valued(sessions, states) == [True, True]
+    assert told(server.requests[-1]) == [(states[1].session, 0, [2, 80])]
+
+
+def test_what_is_forgotten_is_told_again_though_its_answer_came_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It tells that the text is lost, which is no matter of time; the other row's is."""
+    server = looking()
+    sessions, states = sessions_of(server), [request(prompt=[n + 1]) for n in range(2)]
+    valued(sessions, states)
+    for state in states:
+        state.output_ids.append(80)
+    server.texts.pop(states[1].session)
+    server.pending = [0]
+    tell(sessions, states, 1.0)
+    settle(sessions)
+    monkeypatch.setattr(Call, "is_cut", True)
+    server.pending = []
+    assert valued(sessions, states) == [False, True]
     assert told(server.requests[-1]) == [(states[1].session, 0, [2, 80])]
 
 

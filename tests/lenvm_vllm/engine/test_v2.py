@@ -121,6 +121,24 @@ def test_with_lookahead_the_newest_token_is_told_before_the_forward_pass() -> No
     assert state.output_ids == [21, 22, 30]
 
 
+def test_steps_without_guided_rows_read_the_device_once_and_tell_nothing_twice() -> None:
+    """vLLM then does not steer; nor does it tell that the guided request has ended."""
+    runner = Runner(server := Server(lookahead_rank=2))
+    runner.add(1, params(free(20)))
+    for token in (11, 12):  # after which the length of a step is known
+        runner.step(1)
+        runner.append(1, token)
+    batch = runner.served.batch
+    runner.served.apply_staged_writes()
+    settle(batch.rows._sessions)
+    batch._slots.all_token_ids.gpu = batch._slots.total_len.gpu = None  # nobody reads it
+    before = len(server.requests)
+    for _ in range(3):
+        runner.served.apply_staged_writes()
+        settle(batch.rows._sessions)
+    assert len(server.requests) == before
+
+
 def test_a_slot_that_goes_to_another_request() -> None:
     """Nothing told that the first one ended: neither its text nor its session may stay."""
     runner = Runner(server := Server())
