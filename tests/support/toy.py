@@ -124,6 +124,11 @@ class Server:
         return True
 
 
+def looking(**info: Any) -> Server:
+    """One that has lookahead."""
+    return Server(by_text=True, lookahead_rank=2, **info)
+
+
 def told(request: wire.StepRequest) -> list[tuple[str, int, list[int]]]:
     """(session, start, tokens) of each row."""
     tokens = iter(wire.unpack_ids(request.tokens).tolist())
