@@ -13,15 +13,17 @@ ValueServerError
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import msgspec
 
 from lenvm_vllm.values.endpoint import http_client
-from lenvm_vllm.values.lookahead import Keys
 from lenvm_vllm.values.traces import step_span
 from value_server.contract import wire
+
+if TYPE_CHECKING:
+    from lenvm_vllm.values.lookahead import Keys
 
 LARGEST_INFO = 1 << 16  # bytes
 # Times the time-out, in which all keys of a lookahead head have to be there; no step waits.
@@ -97,8 +99,10 @@ class ValueClient:
                 self._info = self._probe(fingerprint)
         return self._info
 
-    def keys(self, info: wire.ModelInfo) -> Keys:
+    def keys(self, info: wire.ModelInfo) -> "Keys":
         """Of the lookahead head of this model, asked for once. Raises ValueServerError."""
+        from lenvm_vllm.values.lookahead import Keys  # torch, which others do without
+
         if self._keys is None or self._keys.model_id != info.model_id:
             with self._guarded():
                 largest = LARGEST_INFO + 2 * info.vocab_size * info.lookahead_rank

@@ -252,7 +252,7 @@ def test_a_limit_leaves_an_answer_behind_the_thinking(engines: Engines) -> None:
     assert reply["choices"][0]["message"]["content"]
     reply = chat(engines.little, length_target=at_most | {"scope": "completion"}, **bans)
     assert 18 <= ids(reply).index(MARKER) + 1 <= 21
-    assert len(ids(reply)) == 24
+    assert 20 <= len(ids(reply)) <= 24  # a line that is finished before it is an end
     assert reply["choices"][0]["message"]["content"]
 
 

