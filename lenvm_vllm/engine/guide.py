@@ -105,13 +105,10 @@ class Guide:
         cuts = [cut_of(state, self._settings) for state in asking]
         candidates = cut_candidates(logits, cuts, self._settings.max_candidates, rows)
         scored = candidates.scored(*shares_of(asking, self._settings, info.max_candidates))
-        ahead = torch.tensor(self.sessions.looks_ahead(asking))
-        open_ = torch.where(ahead, candidates.any_choice, scored.any(-1))
-        exactly = torch.zeros_like(ahead)
-        if self._settings.scoring == "landing":
-            exactly |= torch.tensor([landing_in_tokens(s).share(0) >= 0 for s in asking])
+        in_landing = self._settings.scoring == "landing"
+        exactly = torch.tensor([in_landing and landing_in_tokens(s).share(0) >= 0 for s in asking])
         least = torch.tensor([s.target.min_entropy for s in asking], dtype=torch.float64)
-        undecided = open_ & (candidates.entropy() >= least)
+        undecided = scored.any(-1) & (candidates.entropy() >= least)
         step = Step(rows, asking, cuts, candidates, scored, exactly).pick(undecided)
         return step if step.rows else None
 

@@ -96,11 +96,6 @@ class Candidates:
         choice = likely.sum(-1) + ~self.log_p0.isneginf() > 1
         return likely & choice[:, None]
 
-    @property
-    def any_choice(self) -> Tensor:
-        """(B,) bool: whether they and the end leave one."""
-        return self.kept.sum(-1) + ~self.log_p0.isneginf() > 1
-
 
 @dataclass(frozen=True)
 class Writes:
