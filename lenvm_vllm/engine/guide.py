@@ -168,9 +168,7 @@ class Guide:
         by_value = state.valued and state.target.policy == "greedy"  # the paper's rule, as it is
         if landing.share(0) < 0 or early or in_pieces or state.held or by_value:
             return False
-        if self._sentences is None:
-            return False
-        if not self._sentences.is_whole(state.output_ids):
+        if self._sentences is None or not self._sentences.is_whole(state.output_ids):
             return False
         ends = [token for token in state.proper_ends if token < len(own)]
         sentence = self._sentences.tokens_a_sentence(state.output_ids)

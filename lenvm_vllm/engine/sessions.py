@@ -94,7 +94,7 @@ class Sessions:
         self._read()
         if self.trouble is None:
             told = self._told(enumerate(s for s in ahead if why_not(s, info, ahead=True) is None))
-            looks = [asks and ahead for ahead in self.looks_ahead([t.state for t in told])]
+            looks = [asks and own for own in self.looks_ahead([t.state for t in told])]
             told = [t for t, asked in zip(told, looks, strict=True) if t.tokens or asked]
             # Its answer is waited for in the step, when vLLM's own part is done.
             least, most = pace.floor_s + pace.step_s, pace.wait_s + pace.step_s
