@@ -91,6 +91,8 @@ class Plan:
     """Tokens to ask for."""
     limit: int = 24
     """Prompts, the same number of each file and language."""
+    skip: int = 0
+    """Prompts that are left out, the first ones of `limit`: those of a run that chose something."""
     max_prompt: int = 1024
     """Tokens of a prompt; longer ones are left out."""
     max_tokens: int = 1024
@@ -99,6 +101,7 @@ class Plan:
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_positive(limit=self.limit, max_tokens=self.max_tokens)
+        check(0 <= self.skip < self.limit, "skip", self.skip, f"0 to {self.limit - 1}")
         for mode in self.modes:
             check_choice("modes", mode, MODES)
         check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")
@@ -112,7 +115,8 @@ class Plan:
             for prompt in read_prompts(path)
             if len(tokenizer.encode(prompt.text)) <= self.max_prompt
         ]
-        return stratified(fit, lambda prompt: (prompt.source, prompt.language), self.limit, seed)
+        kinds = stratified(fit, lambda prompt: (prompt.source, prompt.language), self.limit, seed)
+        return kinds[self.skip :]
 
     def jobs(self, prompts: Sequence[Prompt]) -> Iterator[Job]:
         """Every arm of a prompt before the next: a run that was stopped compares them."""

@@ -58,6 +58,8 @@ class Plan:
     limit: int = 8
     """Tasks, the same number of each kind and language; each is asked for in all modes, targets
     and arms. A larger limit goes on from a smaller one."""
+    skip: int = 0
+    """Tasks that are left out, the first ones of `limit`: those of a run that chose something."""
     max_prompt: int = 2048
     """Tokens of a task; longer ones are left out."""
     max_tokens: int = 1536
@@ -66,6 +68,7 @@ class Plan:
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_positive(limit=self.limit, max_tokens=self.max_tokens)
+        check(0 <= self.skip < self.limit, "skip", self.skip, f"0 to {self.limit - 1}")
         for mode in self.modes:
             check_choice("modes", mode, MODES)
         check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")
@@ -92,7 +95,8 @@ class Plan:
         ]
         some = f"some that {self.data} has within max_prompt"
         check(bool(tasks), "languages", self.languages, some)
-        return stratified(tasks, lambda task: (task.language, task.kind), self.limit, seed)
+        kinds = stratified(tasks, lambda task: (task.language, task.kind), self.limit, seed)
+        return kinds[self.skip :]
 
     def jobs(self, tasks: Sequence[Task]) -> list[Job]:
         """Every arm of a task before the next task: a run that was stopped compares them."""

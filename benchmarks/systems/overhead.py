@@ -60,7 +60,8 @@ def servers(folder: Path, threads: int, niceness: int) -> Iterator[tuple[Server,
 def rates_of(
     both: tuple[Server, Server], size: int, tokens: int, rounds: int, folder: Path
 ) -> dict[str, list[float]]:
-    """Tokens a second of each arm in each round, `size` requests at a time."""
+    """Tokens a second of each arm in each round, `size` requests at a time; and of each steered
+    arm the share of its rows that had values in time, 0 to 1, as `valued` and its name."""
     count = max(2 * size, 4)
     texts = [f"{PROMPTS[number % len(PROMPTS)]} ({number})" for number in range(count)]
     prompts = write_prompts(texts, folder / "prompts.jsonl")
@@ -77,6 +78,9 @@ def rates_of(
                 spent = Counter(metrics(server.url)) - before
             assert report["total_output_tokens"] == count * tokens, arm
             rates[arm].append(report["output_throughput"])
+            if rows := spent["lenvm_rows_total"]:
+                valued = rates.setdefault(f"valued {arm}", [])
+                valued.append(spent["lenvm_valued_rows_total"] / rows)
             print(f"{size:3} {arm:7} {told(report, spent)}", file=sys.stderr, flush=True)
     return rates
 
@@ -92,7 +96,8 @@ def told(report: dict[str, Any], spent: Counter[str]) -> str:
     plan, value = (
         spent[f"lenvm_{name}_seconds_total"] * 1000 / steps for name in ("plan", "value")
     )
-    return f"{line}, a step {plan:.1f} ms, {value:.1f} of it in the value server"
+    share = spent["lenvm_valued_rows_total"] / max(1, spent["lenvm_rows_total"])
+    return f"{line}, a step {plan:.1f} ms, {value:.1f} of it waiting; {share:.0%} had values"
 
 
 @app.default
@@ -120,15 +125,19 @@ def main(
         Of vLLM, whose engine core spins on the core that the value server wants.
     """
     ratios: dict[str, dict[str, float]] = {"idle": {}, "guided": {}, "tilt": {}}
+    valued: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name, servers(Path(name), threads, niceness) as both:
         for size in concurrency:
             rates = rates_of(both, size, tokens, rounds, Path(name))
             for arm, ratio in ratios.items():
                 pairs = zip(rates[arm], rates["plain"], strict=True)
                 ratio[str(size)] = round(statistics.median(a / b for a, b in pairs), 3)
+            shares = rates["valued guided"] + rates["valued tilt"]
+            valued[str(size)] = round(statistics.median(shares), 3)
     idle = round(statistics.median(ratios["idle"].values()), 3)
     result = {"plugin_idle_ratio": idle, "guided_ratio": ratios["guided"]}
-    print(json.dumps({**result, "tilt_ratio": ratios["tilt"], "idle_ratio": ratios["idle"]}))
+    result |= {"tilt_ratio": ratios["tilt"], "idle_ratio": ratios["idle"]}
+    print(json.dumps({**result, "valued_share": valued}))
 
 
 if __name__ == "__main__":

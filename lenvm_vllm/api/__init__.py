@@ -2,6 +2,7 @@
 
 middleware       takes a request and gives it to those below; routes: which take a length
 request_field    reads `length_target`; errors: what a 400 says; recordings: forms with sound
+hint             says the length in the prompt as well, where a request wants it
 forecast         the length to expect, for the client and vLLM's queue; prompts: what it asks with
 answers          one text as vLLM samples it; whole_answers: the best of `best_of`
 endings          the best of several ends of a text; continuation: how they are asked for

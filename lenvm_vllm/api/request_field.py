@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lenvm_vllm.api import errors
+from lenvm_vllm.api import errors, hint
 from lenvm_vllm.api.routes import Route, whole
 from lenvm_vllm.host import served
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
@@ -32,6 +32,7 @@ def take(
         errors.check_xargs(xargs, route)
         known = {REQUEST_ID: request_id} if request_id else {}
         params[route.xargs] = {**xargs, **known, **target.to_xargs()}
+        target = hint.say(request, target, served.config)
     errors.check_beside(request, target.best_of, route, path)
     _check_limits(target, request, route)
     if request.get("tools") and request.get("tool_choice") not in ("none", {"type": "none"}):

@@ -14,6 +14,16 @@ from value_server.contract import wire
 
 # Of the time that a step may wait, the share that the server has; the rest is for the way.
 SERVERS_SHARE = 0.9
+# As long as no server has answered: any token is known, and gamma is one of the usual ones.
+NOBODY = wire.ModelInfo(
+    gamma=0.99,
+    base_model="",
+    tokenizer_fingerprint="",
+    vocab_size=2**31 - 1,
+    max_position=2**31 - 1,
+    max_sessions=2**31 - 1,
+    max_candidates=2**31 - 1,
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenvm_vllm.engine.messages import Question, Sent, Told, builder, why_not
+from lenvm_vllm.engine.messages import NOBODY, Question, Sent, Told, builder, why_not
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.telemetry.metrics import Counters
@@ -29,16 +29,6 @@ PIECE = 8192
 LONG = 16
 # Seconds after which a text is told again for which the server had no room.
 AGAIN_S = 0.25
-# As long as no server has answered: any token is known, and gamma is one of the usual ones.
-NOBODY = wire.ModelInfo(
-    gamma=0.99,
-    base_model="",
-    tokenizer_fingerprint="",
-    vocab_size=2**31 - 1,
-    max_position=2**31 - 1,
-    max_sessions=2**31 - 1,
-    max_candidates=2**31 - 1,
-)
 
 
 class Sessions:
@@ -108,9 +98,8 @@ class Sessions:
 
     def looks_ahead(self, states: Sequence[RequestState]) -> list[bool]:
         """Whether the server of each text tells of all tokens without being asked for them."""
-        if not self._client.any_looks_ahead:
-            return [False] * len(states)
-        return [self._client.looks_ahead(state.session) for state in states]
+        any_ = self._client.any_looks_ahead
+        return [any_ and self._client.looks_ahead(state.session) for state in states]
 
     def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
         """Numbers of those whose values the server can tell now. Why it cannot tell the others' is
@@ -129,36 +118,63 @@ class Sessions:
         z = torch.full(question.tokens.shape, torch.nan, dtype=torch.float64)
         started = time.perf_counter()
         until = started + pace.wait_s
-        in_vain = self._take_ahead(states, question, until, z)
+        in_vain = self._take_ahead(states, question, None, z)
+        # A server that owes no answer is asked before the others' answers are waited for.
+        rows = self._open(states, question, in_vain, z)
+        early, asks, owed = self._ask(rows, states, question, pace, z)
+        in_vain |= self._take_ahead(states, question, until, z)
+        owed += self._take_values(early, question.tokens, asks, until, z)
         if not question.rows:
             self.tell_closed()
+        rows = [row for row in self._open(states, question, in_vain, z) if row in owed]
+        # A text that turns out to be lost is told again, to its server or to the one in its place.
+        for _ in range(3):
+            if rows and time.perf_counter() < until:
+                messages, asks, _ = self._ask(rows, states, question, pace, z)
+                rows = self._take_values(messages, question.tokens, asks, until, z)
+        self._counters.add("value_seconds", time.perf_counter() - started)
+        return z
+
+    def _open(
+        self, states: Sequence[RequestState], question: Question, in_vain: set[int], z: Tensor
+    ) -> list[int]:
+        """Rows that have no values yet, or none that are exact where they should be."""
         open_ = z.isnan().all(-1).tolist()
-        asked = [
+        return [
             row
             for row in question.rows
             if states[row].refused is None
             and ((open_[row] and row not in in_vain) or question.exactly[row])
         ]
-        # A text that turns out to be lost is told again, to its server or to the one in its place.
-        for _ in range(3):
-            if asked and time.perf_counter() < until and self.trouble is None:
-                told = self._told((number, states[number]) for number in asked)
-                looks = self.looks_ahead([t.state for t in told])
-                asks = question.scored.clone()
-                for t, looks_ahead in zip(told, looks, strict=True):
-                    if not t.whole or (looks_ahead and not question.exactly[t.number]):
-                        asks[t.number] = False
-                numbers = [t.number for t in told]
-                build = builder(told, question.tokens[numbers], asks[numbers])
-                counts = asks[numbers].sum(-1).tolist()
-                queries = any(open_[number] for number in numbers)
-                sent = self._send(told, build, pace.floor_s, pace.wait_s, queries, counts)
-                asked = self._take_values(sent, question.tokens, asks, until, z)
-        self._counters.add("value_seconds", time.perf_counter() - started)
-        return z
+
+    def _ask(
+        self,
+        rows: Sequence[int],
+        states: Sequence[RequestState],
+        question: Question,
+        pace: Pace,
+        z: Tensor,
+    ) -> tuple[list[Sent], Tensor, list[int]]:
+        """Messages to the servers that owe no answer, (B, K) bool: the candidates in them, and the
+        rows of the other servers."""
+        asks = question.scored.clone()
+        if not rows or self.trouble is not None or not self._client.any_free:
+            return [], asks, list(rows)
+        told = self._told((number, states[number]) for number in rows)
+        looks = self.looks_ahead([t.state for t in told])
+        for t, looks_ahead in zip(told, looks, strict=True):
+            if not t.whole or (looks_ahead and not question.exactly[t.number]):
+                asks[t.number] = False
+        numbers = [t.number for t in told]
+        build = builder(told, question.tokens[numbers], asks[numbers])
+        counts = asks[numbers].sum(-1).tolist()
+        open_ = bool(z[numbers].isnan().all(-1).any())
+        messages = self._send(told, build, pace.floor_s, pace.wait_s, open_, counts)
+        sent = {t.number for message in messages for t in message.told}
+        return messages, asks, [number for number in numbers if number not in sent]
 
     def _take_ahead(
-        self, states: Sequence[RequestState], question: Question, until: float, z: Tensor
+        self, states: Sequence[RequestState], question: Question, until: float | None, z: Tensor
     ) -> set[int]:
         """Fill z of the rows whose values were asked for ahead of this step; returns those for
         which the time of a step was not enough, though their text was there."""
@@ -253,15 +269,12 @@ class Sessions:
         self._out += sent
         return sent
 
-    def _read(self, until: float = 0.0) -> list[tuple[Sent, wire.StepReply]]:
-        """Takes the answers that have come meanwhile, and returns those with values that were
-        asked for ahead of a step; others' are of no use, as their step is over.
-
-        until: as long as what was told ahead of this step is waited for.
-        """
+    def _read(self, until: float | None = None) -> list[tuple[Sent, wire.StepReply]]:
+        """Takes the answers that have come, or until then those to what was told ahead of this
+        step; returns those with values that were asked for ahead."""
         found = []
-        for sent in list(self._out):
-            if sent.call.is_there(until if sent.ahead else 0.0):
+        for sent in [sent for sent in self._out if sent.ahead or until is None]:
+            if sent.call.is_there(until or 0.0):
                 reply = self._take(sent)
                 if reply is not None and sent.ahead and sent.call.keys:
                     found.append((sent, reply))

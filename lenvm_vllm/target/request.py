@@ -60,6 +60,7 @@ class LengthTarget(BaseModel):
     best_of: whole answers that are sampled side by side, to return those that end best.
     prefix_tokens: tokens at the end of the prompt that count as the completion's, of which the
         rest is generated.
+    hint: True: the target is said in the prompt, too, in the user's language; a text: this line is.
     progress: tokens of a stream between two chunks that tell how many are expected still; 0: none
         does.
     """
@@ -87,11 +88,17 @@ class LengthTarget(BaseModel):
     best_of: int = Field(1, ge=1, le=64)
     prefix_tokens: int = Field(0, ge=0, le=_MOST)
     progress: int = Field(16, ge=0, le=_MOST)
+    hint: bool | str = False
 
     @field_validator("*", mode="before")
     @classmethod
     def _in_other_clothes(cls, value: Any) -> Any:
         return number(value)
+
+    @field_validator("hint", mode="before")
+    @classmethod
+    def _true_as_a_string(cls, value: Any) -> Any:
+        return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _mode_has_its_numbers(self) -> Self:
@@ -132,6 +139,8 @@ class LengthTarget(BaseModel):
             raise ValueError(
                 f"best_of: {self.best_of} cannot be combined with endings: {self.endings}"
             )
+        if self.hint and (self.mode == "tilt" or self.scope == "thinking"):
+            raise ValueError(f"hint: {self.hint!r} says the length of an answer, not of {what}")
         if self.prefix_tokens and self.scope != "completion":
             raise ValueError(
                 f"prefix_tokens: {self.prefix_tokens} needs scope 'completion', not {self.scope!r}"
@@ -215,10 +224,11 @@ class LengthTarget(BaseModel):
         return {key: value for key, value in xargs.items() if value is not None}
 
 
-# Key in `vllm_xargs` → part of the field.
+# Key in `vllm_xargs` → part of the field. There the prompt is as it is.
 _FLAT = {
     "length_target" if part == "tokens" else f"{PREFIX}{part}": part
     for part in LengthTarget.model_fields
+    if part != "hint"
 }
 
 

@@ -109,6 +109,11 @@ class Replicas:
         """Whether a server that could be told does not know yet of a session that is over."""
         return any(replica.closed and replica.call is None for replica in self._replicas)
 
+    @property
+    def any_free(self) -> bool:
+        """Whether one of them has no message out."""
+        return any(replica.call is None for replica in self._replicas)
+
     def send(
         self,
         sessions: Sequence[str],

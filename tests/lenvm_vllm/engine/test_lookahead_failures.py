@@ -16,7 +16,7 @@ from tests.support.toy import (
     valued,
     values,
 )
-from tests.support.waiting import shut, two
+from tests.support.waiting import of, shut, two
 
 AT_ONCE = 0.05  # seconds that a step waits for what does not come
 PLAIN = values(sessions_of(Server()), [request()])[0]
@@ -107,6 +107,22 @@ def test_a_server_that_is_lost_between_telling_and_step() -> None:
     tell(sessions, states, 1.0)
     assert all(valued(sessions, states))
     assert set(b.texts) == {state.session for state in states}
+
+
+def test_a_late_server_keeps_no_other_from_being_asked() -> None:
+    """What was told ahead is out to `a`; rows of `b` that were in no message are asked at once."""
+    a, b = looking(), looking()
+    states, replicas = two(a, b)
+    sessions = sessions_of(replicas)
+    assert all(valued(sessions, states))
+    mine = [state for state in states if state.session in a.texts]
+    for state in states:
+        state.output_ids.append(80)
+    shut(a)
+    tell(sessions, mine, 1.0)
+    assert valued(sessions, states, AT_ONCE) == of(b, states)
+    a.gate.set()
+    settle(sessions)
 
 
 def test_keys_that_do_not_come_lose_the_server_and_no_step() -> None:

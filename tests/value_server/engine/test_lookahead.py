@@ -201,3 +201,19 @@ def test_queries_and_keys_give_what_the_head_gives(
     np.testing.assert_allclose(
         result.queries[0] + keys.astype(np.float32) @ result.queries[1:], z, atol=0.02
     )
+
+
+def test_a_token_whose_embedding_is_no_number_has_no_key(reference: ValueModel) -> None:
+    lookahead, embeddings = reference.lookahead, reference.backbone.get_input_embeddings()
+    assert lookahead is not None
+    whole = lookahead_keys(reference, lookahead)
+    before = embeddings.weight[7].detach().clone()
+    with torch.no_grad():
+        embeddings.weight[7] = torch.nan
+    try:
+        keys = lookahead_keys(reference, lookahead)
+    finally:
+        with torch.no_grad():
+            embeddings.weight[7] = before
+    assert not keys[7].any()
+    np.testing.assert_array_equal(np.delete(keys, 7, 0), np.delete(whole, 7, 0))

@@ -1,0 +1,121 @@
+"""Arms of several runs side by side, on the requests that all of them answered.
+
+    python -m benchmarks.evidence.compare runs/exact:single runs/ahead:single [--second MODEL]
+
+For what one run cannot hold: another value model, or other settings of the plugin. Perplexities
+are those under the served model over the first arm's. A second model, which had no part in the
+texts, tells its own perplexity, how often it gives an end at least 0.05 after a text, and how often
+it says that the text comes to a proper end.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cyclopts import App
+
+from benchmarks.estimates import Sample, estimate
+from benchmarks.evidence.lifebench_table import judged, measure
+from benchmarks.evidence.second import opinions
+from benchmarks.figures import write_figures
+from lenvm_vllm.steering.constants import NATURAL
+from trainer.output import OnlyJson, show, table
+from trainer.rows import Rows
+from value_server.contract.units import UNITS
+
+app = App(help=__doc__)
+COLUMNS = ("ls", "ld", "unforced_share", "sentence_share", "repetition", "cost", "ppl_ratio")
+
+
+@app.default
+def main(
+    *arms: str,
+    second: str | None = None,
+    unit: str = UNITS[0],
+    output: Path = Path("runs/compare"),
+    only_json: OnlyJson = False,
+) -> None:
+    """Print a row for each arm and mode and, as the last line, one JSON object.
+
+    Parameters
+    ----------
+    arms
+        FOLDER:ARM, where FOLDER is a run of `lifebench` or `ends`.
+    second
+        Hub name or folder of another instruct model.
+    unit
+        Of the lengths that were asked for.
+    output
+        Folder of the figures.
+    """
+    texts = {arm: read(arm, unit) for arm in arms}
+    shared = set.intersection(*(set(own) for own in texts.values()))
+    if not shared:
+        raise ValueError(f"arms: {arms}, have no request in common")
+    rows = {arm: [own[request] for request in sorted(shared)] for arm, own in texts.items()}
+    if second is not None:
+        for arm, own in rows.items():
+            found = opinions(own, second, Path(folder_of(arm)))
+            rows[arm] = [_with(row, opinion) for row, opinion in zip(own, found, strict=True)]
+    lines = [
+        {"arm": arm, "mode": mode, **figures(_of(own, mode), _of(rows[arms[0]], mode))}
+        for mode in sorted({row["mode"] for own in rows.values() for row in own})
+        for arm, own in rows.items()
+    ]
+    write_figures(output, {"unit": unit, "second": second, "arms": lines})
+    show(table(lines), {"unit": unit, "second": second, "arms": lines}, only_json)
+
+
+def read(arm: str, unit: str) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The judged answers of FOLDER:ARM by mode, target and task. Raises ValueError for one that
+    its folder has none of."""
+    folder, name = Path(folder_of(arm)), arm[len(folder_of(arm)) + 1 :]
+    answers, scores = Rows(folder / "answers.jsonl"), Rows(folder / "scores.jsonl")
+    found = {
+        (row["mode"], row["target"], row["id"]): judged(row, scores.get(key), unit)
+        for key, row in answers.items()
+        if row["arm"] == name
+    }
+    if not found:
+        raise ValueError(f"arms: {arm!r}, {folder} has no answers of the arm {name!r}")
+    return found
+
+
+def folder_of(arm: str) -> str:
+    return arm.partition(":")[0]
+
+
+def figures(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of an arm; base: the first arm's answers to the same requests."""
+    known = measure(rows, base)
+    own: dict[str, Any] = {name: known[name] for name in COLUMNS if name in known}
+    if "second_nll" in rows[0]:
+        pair = _sample(rows, "second_nll"), _sample(base, "second_nll")
+        own["second_ppl_ratio"] = estimate(*pair, of=lambda mine, first: np.exp(mine - first))
+        for name in ("second_natural", "second_ends", "second_agrees"):
+            own[name] = estimate(_sample(rows, name))
+    return own | {"n": len(rows)}
+
+
+def _with(row: dict[str, Any], opinion: dict[str, Any]) -> dict[str, Any]:
+    """The row and the second opinion of it; agrees: with the test for the end of a sentence."""
+    return row | {
+        "second_agrees": 100.0 * (opinion["ends"] == (row["sentence_share"] > 0)),
+        "second_nll": opinion["nll"],
+        "second_natural": 100.0 * (opinion["p_end"] >= NATURAL),
+        "second_ends": 100.0 * opinion["ends"],
+    }
+
+
+def _sample(rows: Sequence[dict[str, Any]], name: str) -> Sample:
+    known = [row for row in rows if row.get(name) is not None]
+    return Sample([row[name] for row in known], [row["id"] for row in known])
+
+
+def _of(rows: Sequence[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["mode"] == mode]
+
+
+if __name__ == "__main__":
+    app()
