@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lenvm_vllm.engine.goals import Closing, cut_of, goals_of, landing_in_tokens, shares_of
-from lenvm_vllm.engine.messages import Question
+from lenvm_vllm.engine.messages import NOBODY, Question
 from lenvm_vllm.engine.pace import Pace
-from lenvm_vllm.engine.sessions import NOBODY, Sessions
+from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.steering.candidates import (
