@@ -20,7 +20,7 @@ import trainer.evaluation.predict
 from lenvm_vllm.commands.cli import app
 from tests.support.tiny import tiny_checkpoint
 from tests.support.training import contents, toy_rows, write
-from trainer.data import read_rollouts
+from trainer.rollout_files import read_rollouts
 from trainer.training.steps import last_step
 
 pytestmark = pytest.mark.e2e

@@ -11,7 +11,9 @@ import httpx
 from cyclopts import Parameter
 
 from trainer.checks import check, check_positive
+from trainer.rollout_files import TokenizerOf
 from trainer.rollouts.prompts import Prompt
+from value_server.contract.checkpoint import tokenizer_fingerprint
 
 ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30, read=3600)
@@ -53,6 +55,9 @@ class Sampler(Protocol):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
         """Completions of each prompt, as the user's only message; None where it is too long."""
 
+    def tokenizer(self) -> TokenizerOf | None:
+        """Whose ids these are; None where nobody tells."""
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,9 @@ class Engine:
     server: str | None = None
     """URL of an OpenAI API that returns token ids, with its /v1, to sample from; by default vLLM
     is loaded. Its key comes from OPENAI_API_KEY."""
+    tokenizer: str | None = None
+    """Hub name or folder of the server's tokenizer, to be told in the files; by default where the
+    server says that its model lies."""
     concurrency: int = 64
     """Requests that are open at a server at once."""
     max_model_len: int | None = None
@@ -79,7 +87,13 @@ class Engine:
         """Ready to sample."""
         if self.server:
             key = os.environ.get("OPENAI_API_KEY", "none")
-            return ServerSampler(self.server, model, api_key=key, concurrency=self.concurrency)
+            return ServerSampler(
+                self.server,
+                model,
+                api_key=key,
+                concurrency=self.concurrency,
+                source=self.tokenizer,
+            )
         options = {"max_model_len": self.max_model_len, "dtype": self.dtype, "seed": self.seed}
         return OfflineSampler(model=model, **options)
 
@@ -91,6 +105,7 @@ class OfflineSampler:
         from vllm import LLM
 
         self.llm = LLM(**options)
+        self.model = str(options["model"])
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
         from vllm import SamplingParams
@@ -108,6 +123,9 @@ class OfflineSampler:
             for output in outputs
         )
         return [next(sampled) if fit else None for fit in fits]
+
+    def tokenizer(self) -> TokenizerOf:
+        return TokenizerOf(self.model, tokenizer_fingerprint(self.llm.get_tokenizer()))
 
     def _fits(self, chat: list[dict[str, str]]) -> bool:
         """Whether the prompt leaves room for a token; vLLM would refuse all of its shard."""
@@ -130,6 +148,7 @@ class ServerSampler:
         *,
         api_key: str = "none",
         concurrency: int = 64,
+        source: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.client = httpx.Client(
@@ -141,11 +160,29 @@ class ServerSampler:
         )
         self.model = model
         self.concurrency = concurrency
+        self.source = source
         self.pause = 3.0
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(lambda prompt: self._one(prompt, sampling), prompts))
+
+    def tokenizer(self) -> TokenizerOf | None:
+        """That of `source`, or of where the server's model lies, if that can be read here.
+
+        Raises ValueError where `source` holds none.
+        """
+        try:
+            return TokenizerOf.load(self.source or self._root())
+        except (OSError, ValueError, LookupError, httpx.HTTPError) as error:
+            if self.source:
+                raise ValueError(f"tokenizer: {self.source!r} does not load: {error}") from error
+            return None
+
+    def _root(self) -> str:
+        """What vLLM was started with."""
+        models = self.client.get("/models").raise_for_status().json()["data"]
+        return {str(own["id"]): str(own["root"]) for own in models if own.get("root")}[self.model]
 
     def _one(self, prompt: Prompt, sampling: Sampling) -> Sampled | None:
         body = {

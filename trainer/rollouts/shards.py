@@ -13,18 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.resume import check_same
+from trainer.rollout_files import SCHEMA, TokenizerOf
 from trainer.rollouts.prompts import Prompt
 
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("domain", pa.string()),
-        ("prompt", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-    ]
-)
 SETTINGS_KEY = b"lenvm"
 
 
@@ -45,10 +36,11 @@ class Shard:
             check_same(self.path, json.loads(metadata[SETTINGS_KEY]), self.settings)
         return True
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows of SCHEMA, so that the file exists only when complete."""
+    def write(self, rows: Sequence[Mapping[str, Any]], tokenizer: TokenizerOf | None) -> None:
+        """Rows of SCHEMA, ids of `tokenizer`, so that the file exists only when complete."""
         unfinished = self.path.with_suffix(".tmp")
-        schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(self.settings).encode()})
+        told = tokenizer.metadata() if tokenizer else {}
+        schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(self.settings).encode(), **told})
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
         os.replace(unfinished, self.path)
 

@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 from cyclopts import Parameter
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from trainer.checks import check, check_choice, check_positive
-from value_server.contract.checkpoint import LenvmConfig, read_config, tokenizer_fingerprint
+from trainer.rollout_files import TokenizerOf
+from value_server.contract.checkpoint import LenvmConfig, read_config
 from value_server.model.value_model import ValueHead, ValueModel, load_adapter, load_backbone
 
 Tune = Literal["full", "lora", "head"]
@@ -56,7 +57,7 @@ class Backbone:
             check(same, "num_layers", layers, f"{start.num_layers}, as {self.start} has")
             adapts = self.tune != "lora" or start.weights != "full"
             check(adapts, "tune", self.tune, f"full or head, {self.start} is a full backbone")
-            known = self.tokenizer_fingerprint() == start.tokenizer_fingerprint
+            known = self.tokenizer().fingerprint == start.tokenizer_fingerprint
             check(known, "model", self.model, f"one with the tokenizer that {self.start} learnt")
 
     def started(self) -> LenvmConfig | None:
@@ -68,9 +69,9 @@ class Backbone:
         start = self.started()
         return self.base_model or (start.base_model if start else self.model)
 
-    def tokenizer_fingerprint(self) -> str:
-        """Of MODEL's."""
-        return tokenizer_fingerprint(AutoTokenizer.from_pretrained(self.model))
+    def tokenizer(self) -> TokenizerOf:
+        """MODEL's."""
+        return TokenizerOf.load(self.model)
 
     def depth(self) -> int:
         """Layers that the value model has."""

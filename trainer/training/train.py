@@ -26,12 +26,12 @@ from trainer.data import (
     make_example,
     prompt_example,
     prompt_hashes,
-    read_rollouts,
     split,
 )
 from trainer.evaluation.baselines import fit_baselines
 from trainer.evaluation.card import write_card
 from trainer.resume import fingerprint
+from trainer.rollout_files import read_rollouts
 from trainer.training.ahead import Ahead
 from trainer.training.backbone import Backbone, load_shape
 from trainer.training.objective import Objective
@@ -82,7 +82,7 @@ class Training:
 
     def part(self, rollouts: Path) -> list[Rollout]:
         """The rollouts that are not held out."""
-        return split(read_rollouts(rollouts), self.holdout)[0]
+        return split(read_rollouts(rollouts, self.backbone.tokenizer()), self.holdout)[0]
 
     def fresh_model(self, config: LenvmConfig) -> ValueModel:
         """Before any step."""
@@ -163,7 +163,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], Le
         base_model=backbone.name(),
         weights=backbone.weights(),
         num_layers=backbone.depth(),
-        tokenizer_fingerprint=backbone.tokenizer_fingerprint(),
+        tokenizer_fingerprint=backbone.tokenizer().fingerprint,
         target=objective.target,
         target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
         lookahead_rank=training.ahead.lookahead,

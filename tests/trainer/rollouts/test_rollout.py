@@ -15,11 +15,10 @@ import pytest
 
 from tests.support.prompts import LINES, PROMPTS, many, write_prompts
 from tests.support.training import grouped
-from trainer.data import read_rollouts
+from trainer.rollout_files import SCHEMA, read_rollouts
 from trainer.rollouts import rollout as command
 from trainer.rollouts.prompts import Selection
 from trainer.rollouts.samplers import Engine, Sampling
-from trainer.rollouts.shards import SCHEMA
 
 
 def rollout(prompts: Path, output: Path, **options: Any) -> None:
@@ -65,6 +64,9 @@ class FakeVllm(ModuleType):
 
     def get_tokenizer(self) -> "FakeVllm":
         return self
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0}
 
     def apply_chat_template(self, chat: list[dict[str, str]], **_options: bool) -> dict[str, Any]:
         return {"input_ids": [1, *chat[0]["content"].encode(), 2]}
@@ -117,6 +119,8 @@ def test_tokens_and_finish_reasons_are_kept(vllm: FakeVllm, tmp_path: Path) -> N
             "prompt_ids": [1, *prompt.text.encode(), 2],
             "completion_ids": list(answer(prompt.text, k).token_ids),
             "finish_reason": "stop" if prompt.text == "one" else "length",
+            "conversation": None,
+            "token_source": "engine",
         }
         for prompt in PROMPTS
         for k in range(2)
