@@ -171,7 +171,7 @@ def pack(
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Packs of whole examples, each of at most `capacity` tokens.
+    """Packs of whole examples, each of at most `capacity` tokens; without `packing` of one each.
 
     An item: input_ids, position_ids (from 0 in each text: that separates them), labels (float),
     weights, is_cut, all (L,). Where examples have candidates, also their ids, exact logits z
@@ -187,11 +187,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         grouped: bool = False,
         trajectory_mean: bool = False,
         prompt_weight: float = 1.0,
+        packing: bool = True,
     ) -> None:
         self.examples = examples
         self.weighting = (trajectory_mean, prompt_weight)
         groups = [e.prompt_id for e in examples] if grouped else None
-        self.packs = pack([len(e.input_ids) for e in examples], capacity, seed, groups)
+        room = capacity if packing else 0  # in which nothing fits beside a text
+        self.packs = pack([len(e.input_ids) for e in examples], room, seed, groups)
         own = [e.candidates for e in examples]
         self.scored = count(own)  # positions
         weight = sum(float(e.weights(*self.weighting).sum()) for e in examples)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from cyclopts import Parameter
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from trainer.checks import check, check_choice, check_positive
 from trainer.rollout_files import TokenizerOf
@@ -15,6 +15,14 @@ from value_server.model.value_model import ValueHead, ValueModel, load_adapter, 
 
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
+
+# Layers that the attention mask keeps from other texts of a row; and backbones of other layers,
+# whose configs do not all say so.
+PACKED = {"full_attention", "sliding_attention"}
+RECURRENT = {
+    *("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba"),
+    *("zamba", "zamba2", "falcon_h1", "nemotron_h", "granitemoehybrid", "minimax", "kimi_linear"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,13 @@ class Backbone:
         """What the checkpoint will call its base model."""
         start = self.started()
         return self.base_model or (start.base_model if start else self.model)
+
+    def states(self) -> str | None:
+        """The kind of its layers that carry states through a row of texts, if it has any."""
+        config = load_config(self.model)
+        kinds = [*(getattr(config, "layer_types", None) or [])][: self.depth()]
+        others = sorted({*kinds} - PACKED)
+        return ", ".join(others) or (config.model_type if config.model_type in RECURRENT else None)
 
     def tokenizer(self) -> TokenizerOf:
         """MODEL's."""
@@ -128,10 +143,15 @@ def as_value_head(model: ValueModel) -> None:
             ours.zero_()[0] = theirs[0]
 
 
-def load_shape(model: str) -> tuple[int, int]:
-    """(layers, vocabulary size) of a backbone. Raises ValueError if there is none."""
+def load_config(model: str) -> PreTrainedConfig:
+    """Of a backbone's decoder. Raises ValueError if there is none."""
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        return AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"model: {model!r} does not load: {error}") from error
+
+
+def load_shape(model: str) -> tuple[int, int]:
+    """(layers, vocabulary size) of a backbone. Raises ValueError if there is none."""
+    config = load_config(model)
     return config.num_hidden_layers, config.vocab_size

@@ -113,11 +113,3 @@ def test_sharded_in_bfloat16_with_frozen_weights(place: Path) -> None:
     curves = [read_config(folder).training["loss_curve"] for folder in folders]
     assert curves[0] == pytest.approx(curves[1], rel=0.02)
     assert curves[0][-1] < curves[0][0]
-
-
-def test_packs_that_cannot_be_shared_are_refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match=r"^tokens_per_step: 256, must be .* 64 times 3 processes"):
-        run(place / "toy.parquet", place / "no", place / "base", tokens_per_step=256)
