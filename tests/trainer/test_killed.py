@@ -50,7 +50,8 @@ class Completions(BaseHTTPRequestHandler):
         text = body["messages"][0]["content"]
         self.asked.append(text)
         choices = [{"token_ids": [*text.encode(), 256], "finish_reason": "stop"}] * body["n"]
-        answer = json.dumps({"prompt_token_ids": [1, 2], "choices": choices}).encode()
+        ids = [*text.encode()]
+        answer = json.dumps({"prompt_token_ids": ids, "choices": choices}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(answer)))
         self.end_headers()

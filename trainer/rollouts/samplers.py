@@ -1,5 +1,6 @@
 """Who samples: vLLM in this process, or a server of the OpenAI API. Token ids are kept exactly."""
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Sampled:
 
 class Sampler(Protocol):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
-        """Completions of each prompt, as the user's only message; None where it is too long."""
+        """Completions of each prompt; None where it is too long."""
 
     def tokenizer(self) -> TokenizerOf | None:
         """Whose ids these are; None where nobody tells."""
@@ -78,10 +79,34 @@ class Engine:
     """Type of the model's weights, by vLLM's names."""
     seed: int = 0
     """Seed of the sampling in vLLM."""
+    engine_arg: tuple[str, ...] = ()
+    """Any other argument of vLLM's LLM class as name=value, the value JSON or else a text, as
+    tensor_parallel_size=2 or quantization=fp8."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_positive(concurrency=self.concurrency)
+        alone = not (self.server and self.engine_arg)
+        check(alone, "engine_arg", [*self.engine_arg], "left out with a server, which has its own")
+        self.engine_arguments()
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What vLLM's LLM class is given, but the model. Raises ValueError naming what is wrong."""
+        given: dict[str, Any] = {
+            "max_model_len": self.max_model_len, "dtype": self.dtype, "seed": self.seed
+        }  # fmt: skip
+        own = {"model", *given}
+        for argument in self.engine_arg:
+            name, equals, value = argument.partition("=")
+            name = name.strip().replace("-", "_")
+            fits = bool(equals and name.isidentifier() and name not in own)
+            rule = f"name=value, once, and of a name beside {', '.join(sorted(own))}"
+            check(fits and name not in given, "engine_arg", argument, rule)
+            try:
+                given[name] = json.loads(value)
+            except json.JSONDecodeError:
+                given[name] = value
+        return given
 
     def sampler(self, model: str) -> Sampler:
         """Ready to sample."""
@@ -94,8 +119,7 @@ class Engine:
                 concurrency=self.concurrency,
                 source=self.tokenizer,
             )
-        options = {"max_model_len": self.max_model_len, "dtype": self.dtype, "seed": self.seed}
-        return OfflineSampler(model=model, **options)
+        return OfflineSampler(model=model, **self.engine_arguments())
 
 
 class OfflineSampler:
@@ -110,7 +134,7 @@ class OfflineSampler:
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
         from vllm import SamplingParams
 
-        chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+        chats = [prompt.messages() for prompt in prompts]
         fits = [self._fits(chat) for chat in chats]
         fitting = [chat for chat, fit in zip(chats, fits, strict=True) if fit]
         params = SamplingParams(**asdict(sampling))
@@ -187,7 +211,7 @@ class ServerSampler:
     def _one(self, prompt: Prompt, sampling: Sampling) -> Sampled | None:
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": prompt.text}],
+            "messages": prompt.messages(),
             "return_token_ids": True,
             **NO_DEFAULTS,
             **asdict(sampling),

@@ -51,6 +51,13 @@ def shards_of(
     """A shard for every `size` prompts, in order."""
     rest, number = iter(prompts), 0
     while part := tuple(islice(rest, size)):
-        digest = hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(_told(part).encode()).hexdigest()[:16]
         yield Shard(folder / f"part-{number:05d}.parquet", part, {**settings, "prompts": digest})
         number += 1
+
+
+def _told(prompts: Sequence[Prompt]) -> str:
+    """All that the prompts are, in the form of before they had a system prompt where none has."""
+    texts = (f"Prompt(id={p.id!r}, domain={p.domain!r}, text={p.text!r})" for p in prompts)
+    systems = [p.system for p in prompts]
+    return repr(prompts) if any(systems) else f"({', '.join(texts)}{',' * (len(systems) == 1)})"

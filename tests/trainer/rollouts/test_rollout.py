@@ -1,5 +1,6 @@
 """Rollouts with a vLLM made by hand: it answers a prompt with its own bytes."""
 
+import hashlib
 import json
 import re
 import sys
@@ -17,8 +18,9 @@ from tests.support.prompts import LINES, PROMPTS, many, write_prompts
 from tests.support.training import grouped
 from trainer.rollout_files import SCHEMA, read_rollouts
 from trainer.rollouts import rollout as command
-from trainer.rollouts.prompts import Selection
+from trainer.rollouts.prompts import Prompt, Selection
 from trainer.rollouts.samplers import Engine, Sampling
+from trainer.rollouts.shards import shards_of
 
 
 def rollout(prompts: Path, output: Path, **options: Any) -> None:
@@ -48,6 +50,7 @@ class FakeVllm(ModuleType):
     models: list[dict[str, Any]] = field(default_factory=list)
     samplings: list[dict[str, Any]] = field(default_factory=list)
     chats: list[list[str]] = field(default_factory=list)
+    systems: list[str] = field(default_factory=list)
     calls_left: int = 1000
 
     def LLM(self, **options: Any) -> "FakeVllm":  # noqa: N802
@@ -77,8 +80,9 @@ class FakeVllm(ModuleType):
         if self.calls_left == 0:
             raise KilledError
         self.calls_left -= 1
-        assert all([message["role"] for message in chat] == ["user"] for chat in chats)
-        texts = [chat[0]["content"] for chat in chats]
+        assert all([m["role"] for m in chat][-1:] == ["user"] for chat in chats)
+        self.systems += [m["content"] for chat in chats for m in chat if m["role"] == "system"]
+        texts = [chat[-1]["content"] for chat in chats]
         self.chats.append(texts)
         return [
             Output([1, *text.encode(), 2], [answer(text, k) for k in range(sampling["n"])])
@@ -137,6 +141,40 @@ def test_the_models_own_distribution_is_sampled(vllm: FakeVllm, tmp_path: Path) 
     )
     assert vllm.samplings == [{"n": 2, "temperature": 1.0, "top_p": 1.0, "max_tokens": 9}]
     assert vllm.models == [{"model": "org/m", "max_model_len": None, "dtype": "auto", "seed": 3}]
+
+
+def test_any_argument_of_the_engine(vllm: FakeVllm, tmp_path: Path) -> None:
+    given = ("tensor-parallel-size=2", "quantization=fp8", 'hf_overrides={"a": [1]}', "x=a=b")
+    rollout(write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="m", engine_arg=given)
+    (options,) = vllm.models
+    own = {"tensor_parallel_size": 2, "quantization": "fp8", "hf_overrides": {"a": [1]}, "x": "a=b"}
+    assert own.items() <= options.items()
+    with pytest.raises(ValueError, match=r"^engine_arg: \['a=1'\], must be left out with a server"):
+        Engine(server="http://host", engine_arg=("a=1",)).check()
+    with pytest.raises(ValueError, match=r"^engine_arg: 'a=2', must be name=value, once"):
+        Engine(engine_arg=("a=1", "a=2")).check()
+
+
+def test_system_prompts(vllm: FakeVllm, tmp_path: Path) -> None:
+    """A prompt's own, or that of all; other ones make other shards."""
+    rows = [{"prompt": "a"}, {"prompt": "b", "system": "Be kind."}]
+    prompts = write_prompts(tmp_path / "p.jsonl", rows)
+    rollout(prompts, tmp_path / "out", model="m", system="Be brief.")
+    assert vllm.systems == ["Be brief.", "Be kind."]
+    with pytest.raises(ValueError, match=r"^prompts: .*part-00000.* was made with"):
+        rollout(prompts, tmp_path / "out", model="m", system="Be slow.")
+    with pytest.raises(ValueError, match=r"line 1: system: 3, must be a text"):
+        rollout(write_prompts(tmp_path / "q.jsonl", [{"prompt": "a", "system": 3}]), tmp_path / "o",
+            model="m")  # fmt: skip
+
+
+def test_shards_of_before_system_prompts_are_known(tmp_path: Path) -> None:
+    """Their digests were of prompts with three fields."""
+    for count in (1, 2):
+        (shard,) = shards_of([Prompt("7", "d", "it's")] * count, tmp_path, 9, {})
+        before = ", ".join(["Prompt(id='7', domain='d', text=\"it's\")"] * count)
+        told = f"({before},)" if count == 1 else f"({before})"
+        assert shard.settings["prompts"] == hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def test_shards_hold_the_prompts_in_order(vllm: FakeVllm, tmp_path: Path) -> None:
@@ -206,6 +244,9 @@ def test_nothing_left_to_do_loads_no_model(vllm: FakeVllm, tmp_path: Path) -> No
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("concurrency", 0),
+        ("engine_arg", "tensor_parallel_size"),
+        ("engine_arg", "dtype=half"),
+        ("engine_arg", "=1"),
         ("plot", "a.txt"),
         ("template", "no place"),
         ("template", "{prompt} {other}"),
@@ -213,7 +254,8 @@ def test_nothing_left_to_do_loads_no_model(vllm: FakeVllm, tmp_path: Path) -> No
     ],
 )
 def test_a_bad_argument_is_named(name: str, value: Any, vllm: FakeVllm, tmp_path: Path) -> None:
-    options: dict[str, Any] = {name: Path(value) if name == "plot" else value}
+    kinds: dict[str, Any] = {"plot": Path, "engine_arg": lambda text: (text,)}
+    options: dict[str, Any] = {name: kinds.get(name, lambda own: own)(value)}
     with pytest.raises(ValueError, match=f"^{name}: {re.escape(repr(value))}, "):
         rollout(many(tmp_path), tmp_path / "out", model="m", **options)
     assert not (tmp_path / "out").exists()
