@@ -81,7 +81,7 @@ def check_tokenizer(path: Path, ours: TokenizerOf) -> None:
             )
     if silent:
         print(
-            f"warning: {path}: {len(silent)} files do not tell their tokenizer; it is taken to be "
+            f"warning: {path}: {len(silent)} of its files tell no tokenizer; it is taken to be "
             f"that of {ours.model}",
             file=sys.stderr,
         )

@@ -117,7 +117,7 @@ def test_files_that_tell_no_tokenizer_are_accepted(
     write(tmp_path / "b.parquet", ROW)
     read_rollouts(tmp_path, ours)
     assert "warning: " in (told := capsys.readouterr().err)
-    assert "1 files do not tell their tokenizer; it is taken to be that of org/ours" in told
+    assert "1 of its files tell no tokenizer; it is taken to be that of org/ours" in told
 
 
 def test_rows_without_tokens_are_left_out(tmp_path: Path) -> None:

@@ -100,8 +100,9 @@ class Turns:
             raise ValueError(f"{line.place}: redact: {error!r}") from error
         if left is None:
             return None, False
-        ends = bool(left) and left[-1].get("role") == whole[-1]["role"]
-        check(ends, f"{line.place}: redact", left and left[-1], "messages with the same last role")
+        kept = bool(left) and isinstance(left, list) and all(map(_is_message, left))
+        same_end = kept and left[-1]["role"] == whole[-1]["role"]
+        check(same_end, f"{line.place}: redact", type(left), "messages with the same last role")
         return left, left == whole
 
     def _is_new(self, messages: Messages) -> bool:
@@ -129,6 +130,11 @@ def key_of(messages: Messages) -> str:
         for m in messages
     ]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _is_message(found: object) -> bool:
+    names = ("role", "content")
+    return isinstance(found, dict) and all(isinstance(found.get(name), str) for name in names)
 
 
 def check_turns(which: str) -> None:

@@ -1,80 +1,31 @@
-"""Production logs as rollouts. The model's tokenizer has a token a byte, 256 ends a turn."""
+"""Production logs as rollouts."""
 
-import gzip
-import itertools
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.logs import (
+    CHAT,
+    END,
+    IDS,
+    REPLY,
+    REQUEST,
+    USER,
+    Import,
+    answer,
+    encoded,
+    figures,
+    plain,
+    prompt,
+    write,
+)
 from tests.support.tiny import tiny_tokenizer
 from trainer.rollout_files import SCHEMA, TOKENIZER_KEY, read_rollouts
 from trainer.rollouts.import_logs import import_logs
 from value_server.contract.checkpoint import tokenizer_fingerprint
-
-END = 256
-# As byte-level tokenizers number them: the printable bytes by their own characters, in order of
-# code points, and then the others.
-_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {byte: n for n, byte in enumerate([*_SHOWN, *(b for b in range(256) if b not in _SHOWN)])}
-USER = {"role": "user", "content": "Hi"}
-REPLY = {"role": "assistant", "content": "Hello"}
-CHAT = {"messages": [USER, REPLY]}
-REQUEST = {"messages": [USER]}
-
-
-def encoded(text: str) -> list[int]:
-    """By hand: the tokens of bytes, and the two special ones."""
-    parts = re.split(r"(<\|end\|>|<\|start\|>)", text)
-    special = {"<|end|>": [END], "<|start|>": [257]}
-    return [token for part in parts for token in special.get(part, plain(part))]
-
-
-def plain(text: str) -> list[int]:
-    return [BYTES[byte] for byte in text.encode()]
-
-
-def prompt(*turns: tuple[str, str]) -> list[int]:
-    written = "".join(f"<|start|>{role}\n{text}<|end|>" for role, text in turns)
-    return encoded(written + "<|start|>assistant\n")
-
-
-def answer(text: str = "Hello", reason: str | None = "stop", **more: Any) -> dict[str, Any]:
-    """A chat completion of a server."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None}
-    return {"id": "chatcmpl-1", "choices": [choice | {"finish_reason": reason} | more]}
-
-
-def write(path: Path, *rows: Any) -> Path:
-    lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
-    return path
-
-
-@pytest.fixture
-def imported(base: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """The rows that come of lines, each time in a folder of its own."""
-    number = itertools.count()
-
-    def run(*lines: Any, **options: Any) -> list[dict[str, Any]]:
-        log, out = write(tmp_path / "log.jsonl", *lines), tmp_path / f"out-{next(number)}"
-        import_logs(log, out, model=str(base), **options)
-        rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
-        return rows
-
-    return run
-
-
-Import = Callable[..., list[dict[str, Any]]]
-
-
-def figures(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])["import"]
-    return found
 
 
 def test_every_assistant_turn_is_a_text(imported: Import) -> None:
@@ -107,9 +58,6 @@ def test_forms_of_one_answer(line: Any, imported: Import) -> None:
     (row,) = imported(line)
     assert row["prompt_ids"] == prompt(("user", "Hi"))
     assert row["completion_ids"] == [*plain("Hello"), END]
-
-
-IDS = {"prompt_token_ids": [1, 2], "token_ids": [*plain("Hello"), END], "finish_reason": "stop"}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +101,7 @@ def test_a_batch(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     rows = pq.read_table(tmp_path / "out").to_pylist()
     assert [row["prompt_ids"] for row in rows] == [prompt(("user", t)) for t in ("Ho", "Hi")]
     assert [row["completion_ids"][:-1] for row in rows] == [plain("a1"), plain("a0")]
-    assert {"lines": 3, "turns": 2, "failed": 1}.items() <= figures(capsys).items()
+    assert {"lines": 3, "turns": 2, "failed": 1}.items() <= figures(capsys.readouterr().out).items()
 
 
 TOOLS = {
@@ -251,7 +199,7 @@ def test_answers_to_a_length_target_teach_nothing(
         {"request": REQUEST, "response": answer(length_result={"tokens": 5})},
     ]
     assert len(imported(*steered, CHAT)) == 1
-    assert figures(capsys)["steered"] == 3
+    assert figures(capsys.readouterr().out)["steered"] == 3
 
 
 def test_how_exactly_texts_come_back(imported: Import, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,142 +232,6 @@ def test_names_of_special_tokens_in_an_answer_are_text(imported: Import) -> None
     assert row["completion_ids"] == [*plain("Use <|end|> there"), END]
 
 
-def test_ids_of_another_tokenizer_are_refused(imported: Import, tmp_path: Path) -> None:
-    line = {"request": REQUEST, "response": answer(token_ids=[1, 2, 3]) | {"prompt_token_ids": [1]}}
-    with pytest.raises(ValueError, match=r"^model: .* makes other texts than .*log\.jsonl has"):
-        imported(line)
-    assert not list(tmp_path.glob("out-*/*.parquet"))
-    with pytest.raises(ValueError, match=r"line 1: token_ids: 258, must be below 258"):
-        imported(IDS | {"token_ids": [258]})
-
-
-BAD: list[tuple[Any, str]] = [
-    ("{", "Expecting property name"),
-    ("[]", r"expected an object, got \[\]"),
-    ({}, r"messages: \[\], must be there"),
-    ({"messages": 3}, r"messages: 3: Expected `array`, got `int`"),
-    ({"messages": [USER, {"role": 7}]}, r"messages\[1\]\.role: 7: Expected `str`, got `int`"),
-    ({"messages": [{"content": "x"}]}, r"messages\[0\]: .*: Object missing required field `role`"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        r"messages\[0\]\.content\[0\]\.type: 'image_url': Invalid enum value",
-    ),
-    ({**CHAT, "finish_reason": "eos"}, r"finish_reason: 'eos': Invalid enum value"),
-    ({**CHAT, "domain": 1}, r"domain: 1, must be a text"),
-    ({"request": 1, "response": answer()}, r"request: 1: Expected `object`"),
-    ({**REQUEST, "response": {"choices": []}}, r"response\.choices: \[\]: Expected .* length >= 1"),
-    (
-        {"request": REQUEST, "response": answer(token_ids=[1, -1])},
-        r"response\.choices\[0\]\.token_ids\[1\]: -1: Expected `int` >= 0",
-    ),
-    ({"response": answer()}, r"messages: \[\], must be there \(of a batch: by REQUESTS\)"),
-    ({"custom_id": "a", "response": {"body": answer()}}, r"messages: \[\], must be there"),
-    (
-        {"request": REQUEST, "response": {"choices": [{}]}},
-        r"response\.choices\[0\]\.message: None, must be",
-    ),
-    (
-        {"request": {**CHAT, "continue_final_message": True}, "response": answer()},
-        r"continue_final_message: True, must be left out",
-    ),
-    (
-        {
-            "messages": [
-                USER,
-                {**REPLY, "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
-            ]
-        },
-        r"tool_calls\.function\.arguments: 'x': ",
-    ),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), BAD)
-def test_a_bad_line_is_named_before_any_work(
-    line: Any, message: str, imported: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ValueError, match=rf"log\.jsonl: line 3: {message}"):
-        imported(CHAT, "", line)
-    assert not list(tmp_path.glob("out-*"))
-    assert len(imported(CHAT, "", line, skip_bad=True)) == 1
-    shown = capsys.readouterr()
-    assert json.loads(shown.out.splitlines()[-1])["import"]["bad"] == 1
-    assert re.search(rf"skipped: .*line 3: {message}", shown.err)
-
-
-def test_a_bad_line_shows_little_of_its_value(imported: Import) -> None:
-    """Logs hold what people wrote."""
-    with pytest.raises(ValueError, match="messages: ") as error:
-        imported({"messages": "secret " * 100})
-    assert len(str(error.value)) < 300
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"custom_id": 1, "body": {}}, "custom_id: 1, must be a text that no other"),
-        ({"custom_id": "a"}, "body: None, must be an object"),
-    ],
-)
-def test_bad_requests_are_named(line: Any, message: str, imported: Import, tmp_path: Path) -> None:
-    requests = write(tmp_path / "r.jsonl", {"custom_id": "b", "body": REQUEST}, line)
-    with pytest.raises(ValueError, match=rf"r\.jsonl: line 2: {message}"):
-        imported(CHAT, requests=requests)
-    unknown = {"custom_id": "c", "response": {"body": answer()}}
-    requests = write(tmp_path / "r.jsonl", {"custom_id": "b", "body": REQUEST})
-    with pytest.raises(ValueError, match=r"line 1: custom_id: 'c', must be one of those"):
-        imported(unknown, requests=requests)
-
-
-HOOK = """
-def hide(messages):
-    if any("secret" in m["content"] for m in messages):
-        return None
-    return [{**m, "content": m["content"].replace("Ann", "Bob")} for m in messages]
-
-def broken(messages):
-    return messages[:-1]
-
-def fails(messages):
-    raise KeyError("x")
-"""
-
-
-def test_personal_data(
-    imported: Import,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Ids of a text that was changed are those of the changed text."""
-    (tmp_path / "hooks_of_test.py").write_text(HOOK)
-    monkeypatch.chdir(tmp_path)
-    lines = [
-        {
-            "request": REQUEST,
-            "response": answer(token_ids=[*plain("Hello"), END]) | IDS | {"id": "a"},
-        },
-        {"request": REQUEST, "response": answer("I am Ann", token_ids=[9]) | IDS | {"id": "b"}},
-        {"messages": [USER, {**REPLY, "content": "secret"}]},
-    ]
-    first, second = imported(*lines, redact="hooks_of_test:hide")
-    assert (first["token_source"], second["token_source"]) == ("engine", "text")
-    assert second["completion_ids"] == [*plain("I am Bob"), END]
-    assert figures(capsys)["dropped"] == 1
-    with pytest.raises(ValueError, match=r"line 1: redact: .* must be messages with the same"):
-        imported(CHAT, redact="hooks_of_test:broken")
-    with pytest.raises(ValueError, match=r"line 1: redact: KeyError"):
-        imported(CHAT, redact="hooks_of_test:fails")
-    with pytest.raises(ValueError, match=r"line 1: messages: \[\], must be there, to be redacted"):
-        imported(IDS, redact="hooks_of_test:hide")
-
-
-@pytest.mark.parametrize("name", ["nothing", "json", "json:nothing", "nothing:f", ":f"])
-def test_a_hook_that_is_none(name: str, imported: Import) -> None:
-    with pytest.raises(ValueError, match=f"^redact: '{name}', must be module:function"):
-        imported(CHAT, redact=name)
-
-
 def test_the_files_tell_what_they_are_and_stay(base: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", CHAT)
     write(tmp_path / "b.jsonl.gz", IDS)
@@ -444,20 +256,3 @@ def test_the_files_tell_what_they_are_and_stay(base: Path, tmp_path: Path) -> No
     write(tmp_path / "b.jsonl", CHAT)
     with pytest.raises(ValueError, match=r"^logs: .*b\.jsonl.*b\.jsonl\.gz.*of different names"):
         import_logs(tmp_path, tmp_path / "out", model=str(base))
-
-
-def test_nothing_to_import(base: Path, imported: Import, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"^logs: .*empty', must be a file, or a folder with"):
-        import_logs(tmp_path / "empty", tmp_path / "out", model=str(base))
-    with pytest.raises(ValueError, match=r"^logs: .* must be with answers"):
-        imported(REQUEST)
-    with pytest.raises(ValueError, match=r"^model: '.*nothing' does not load"):
-        import_logs(
-            write(tmp_path / "a.jsonl", CHAT), tmp_path / "o", model=str(tmp_path / "nothing")
-        )
-    plain = tiny_tokenizer()
-    plain.chat_template = None
-    plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"^model: .*plain' has no chat template"):
-        import_logs(tmp_path / "a.jsonl", tmp_path / "o", model=str(tmp_path / "plain"))

@@ -1,109 +1,17 @@
-"""Rollouts with a vLLM made by hand: it answers a prompt with its own bytes."""
+"""Rollouts with a vLLM made by hand."""
 
-import hashlib
 import json
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.fake_vllm import FakeVllm, KilledError, answer, rollout
 from tests.support.prompts import LINES, PROMPTS, many, write_prompts
-from tests.support.training import grouped
 from trainer.rollout_files import SCHEMA, read_rollouts
-from trainer.rollouts import rollout as command
-from trainer.rollouts.prompts import Prompt, Selection
-from trainer.rollouts.samplers import Engine, Sampling
-from trainer.rollouts.shards import shards_of
-
-
-def rollout(prompts: Path, output: Path, **options: Any) -> None:
-    kinds = {"selection": Selection, "sampling": Sampling, "engine": Engine}
-    command.rollout(prompts, output, **grouped(options, **kinds))
-
-
-@dataclass
-class Completion:
-    token_ids: Sequence[int]
-    finish_reason: str
-
-
-@dataclass
-class Output:
-    prompt_token_ids: list[int]
-    outputs: list[Completion]
-
-
-@dataclass
-class FakeVllm(ModuleType):
-    """Completion k of a prompt repeats its bytes and ends with k; one of over 5 tokens is cut.
-
-    chats: the texts of every call. After `calls_left` calls the next one fails.
-    """
-
-    models: list[dict[str, Any]] = field(default_factory=list)
-    samplings: list[dict[str, Any]] = field(default_factory=list)
-    chats: list[list[str]] = field(default_factory=list)
-    systems: list[str] = field(default_factory=list)
-    calls_left: int = 1000
-
-    def LLM(self, **options: Any) -> "FakeVllm":  # noqa: N802
-        self.models.append(options)
-        return self
-
-    def SamplingParams(self, **options: Any) -> dict[str, Any]:  # noqa: N802
-        self.samplings.append(options)
-        return options
-
-    @property
-    def model_config(self) -> SimpleNamespace:
-        return SimpleNamespace(max_model_len=self.models[-1]["max_model_len"] or 1000)
-
-    def get_tokenizer(self) -> "FakeVllm":
-        return self
-
-    def get_vocab(self) -> dict[str, int]:
-        return {"a": 0}
-
-    def apply_chat_template(self, chat: list[dict[str, str]], **_options: bool) -> dict[str, Any]:
-        return {"input_ids": [1, *chat[0]["content"].encode(), 2]}
-
-    def chat(
-        self, chats: list[list[dict[str, str]]], sampling: dict[str, Any], use_tqdm: bool
-    ) -> list[Output]:
-        if self.calls_left == 0:
-            raise KilledError
-        self.calls_left -= 1
-        assert all([m["role"] for m in chat][-1:] == ["user"] for chat in chats)
-        self.systems += [m["content"] for chat in chats for m in chat if m["role"] == "system"]
-        texts = [chat[-1]["content"] for chat in chats]
-        self.chats.append(texts)
-        return [
-            Output([1, *text.encode(), 2], [answer(text, k) for k in range(sampling["n"])])
-            for text in texts
-        ]
-
-
-def answer(text: str, k: int) -> Completion:
-    ids = (*text.encode(), k)  # vLLM gives a tuple or its own sequence
-    return Completion(ids, "stop" if len(ids) <= 5 else "length")
-
-
-class KilledError(Exception):
-    pass
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
-    fake = FakeVllm()
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    return fake
 
 
 def rows_of(*files: Path) -> list[dict[str, Any]]:
@@ -141,40 +49,6 @@ def test_the_models_own_distribution_is_sampled(vllm: FakeVllm, tmp_path: Path) 
     )
     assert vllm.samplings == [{"n": 2, "temperature": 1.0, "top_p": 1.0, "max_tokens": 9}]
     assert vllm.models == [{"model": "org/m", "max_model_len": None, "dtype": "auto", "seed": 3}]
-
-
-def test_any_argument_of_the_engine(vllm: FakeVllm, tmp_path: Path) -> None:
-    given = ("tensor-parallel-size=2", "quantization=fp8", 'hf_overrides={"a": [1]}', "x=a=b")
-    rollout(write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="m", engine_arg=given)
-    (options,) = vllm.models
-    own = {"tensor_parallel_size": 2, "quantization": "fp8", "hf_overrides": {"a": [1]}, "x": "a=b"}
-    assert own.items() <= options.items()
-    with pytest.raises(ValueError, match=r"^engine_arg: \['a=1'\], must be left out with a server"):
-        Engine(server="http://host", engine_arg=("a=1",)).check()
-    with pytest.raises(ValueError, match=r"^engine_arg: 'a=2', must be name=value, once"):
-        Engine(engine_arg=("a=1", "a=2")).check()
-
-
-def test_system_prompts(vllm: FakeVllm, tmp_path: Path) -> None:
-    """A prompt's own, or that of all; other ones make other shards."""
-    rows = [{"prompt": "a"}, {"prompt": "b", "system": "Be kind."}]
-    prompts = write_prompts(tmp_path / "p.jsonl", rows)
-    rollout(prompts, tmp_path / "out", model="m", system="Be brief.")
-    assert vllm.systems == ["Be brief.", "Be kind."]
-    with pytest.raises(ValueError, match=r"^prompts: .*part-00000.* was made with"):
-        rollout(prompts, tmp_path / "out", model="m", system="Be slow.")
-    with pytest.raises(ValueError, match=r"line 1: system: 3, must be a text"):
-        rollout(write_prompts(tmp_path / "q.jsonl", [{"prompt": "a", "system": 3}]), tmp_path / "o",
-            model="m")  # fmt: skip
-
-
-def test_shards_of_before_system_prompts_are_known(tmp_path: Path) -> None:
-    """Their digests were of prompts with three fields."""
-    for count in (1, 2):
-        (shard,) = shards_of([Prompt("7", "d", "it's")] * count, tmp_path, 9, {})
-        before = ", ".join(["Prompt(id='7', domain='d', text=\"it's\")"] * count)
-        told = f"({before},)" if count == 1 else f"({before})"
-        assert shard.settings["prompts"] == hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def test_shards_hold_the_prompts_in_order(vllm: FakeVllm, tmp_path: Path) -> None:
