@@ -83,13 +83,14 @@ class Request(msgspec.Struct):
     continue_final_message: bool | None = None
     length_target: Any = None
     vllm_xargs: dict[str, Any] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
 
     @property
     def is_steered(self) -> bool:
-        """Whether a length was asked for, as lenvm's plugin takes it."""
-        return self.length_target is not None or any(
-            name.startswith("length_") for name in self.vllm_xargs or ()
-        )
+        """Whether the answer's end was not left to the model: by lenvm's plugin, or by vLLM."""
+        ours = self.length_target, *(n for n in self.vllm_xargs or () if n.startswith("length_"))
+        return any(own is not None for own in ours) or bool(self.min_tokens or self.ignore_eos)
 
 
 class Choice(msgspec.Struct):

@@ -28,7 +28,7 @@ COUNTS = {
     "repeated": "answers logged twice, left out",
     "dropped": "answers left out by redact",
     FAILED: "requests that failed, left out",
-    STEERED: "lines with a length target, left out",
+    STEERED: "lines whose length was asked for, left out",
     "bad": "bad lines, left out",
 }
 SHARES = {  # of what could be compared: (part, whole)

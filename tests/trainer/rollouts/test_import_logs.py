@@ -197,9 +197,11 @@ def test_answers_to_a_length_target_teach_nothing(
         {"request": REQUEST | {"length_target": 100}, "response": answer()},
         {"request": REQUEST | {"vllm_xargs": {"length_words": 9}}, "response": answer()},
         {"request": REQUEST, "response": answer(length_result={"tokens": 5})},
+        {"request": REQUEST | {"min_tokens": 5}, "response": answer()},
+        {"request": REQUEST | {"ignore_eos": True}, "response": answer()},
     ]
     assert len(imported(*steered, CHAT)) == 1
-    assert figures(capsys.readouterr().out)["steered"] == 3
+    assert figures(capsys.readouterr().out)["steered"] == 5
 
 
 def test_how_exactly_texts_come_back(imported: Import, capsys: pytest.CaptureFixture[str]) -> None:
