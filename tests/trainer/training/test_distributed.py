@@ -80,9 +80,12 @@ def assert_same(one: Path, two: Path) -> None:
 
 
 def test_two_processes_give_the_loss_of_one(place: Path) -> None:
-    """Each takes half of the packs of a step; the bug guarded against is a mean of two means."""
-    result = launch(TORCHRUN, place, "two")
+    """Each takes half of the packs of a step; the bug guarded against is a mean of two means.
+    Asked for 300 tokens a step they take what comes nearest, and one of them says so."""
+    result = launch(TORCHRUN, place, "two", "--tokens-per-step", "300")
     assert result.returncode == 0, result.stderr
+    told = "tokens_per_step: 256 in place of 300: 2 processes, 2 passes of 1 packs of 64\n"
+    assert result.stdout.count(told) == 1
     assert_same(place / "one", place / "two")
 
 
