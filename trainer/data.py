@@ -6,13 +6,10 @@ A label is r, the tokens still to come after a position; NO_LABEL marks a positi
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,18 +20,21 @@ from trainer.candidates import Candidates, count, text_key
 from value_server.contract.values import value_from_length
 
 NO_LABEL = -100.0
-COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled completion. `finished` is False where max_tokens cut it."""
+    """One sampled completion. `finished` is False where max_tokens cut it.
+
+    conversation: what it is one turn of, if any; its turns contain each other.
+    """
 
     prompt_id: str
     domain: str
     prompt_ids: NDArray[np.int64]
     completion_ids: NDArray[np.int64]
     finished: bool
+    conversation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,49 +66,13 @@ class Example:
         return bool((self.labels != NO_LABEL).any())
 
 
-def read_rollouts(path: Path) -> list[Rollout]:
-    """All rollouts of a Parquet file or a folder of shards.
-
-    Raises ValueError naming the file and what it lacks.
-    """
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    rollouts = [rollout for file in files for rollout in _read_file(file)]
-    if not rollouts:
-        raise ValueError(f"{path}: no rollouts")
-    return rollouts
-
-
-def _read_file(file: Path) -> Iterator[Rollout]:
-    try:
-        table = pq.read_table(file)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file or folder") from error
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
-    names = table.column_names
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
-        raise ValueError(f"{file}: column {missing[0]!r} is missing, it has {names}")
-    for name in ("prompt_ids", "completion_ids"):
-        kind = table.schema.field(name).type
-        if not pa.types.is_nested(kind) or not pa.types.is_integer(kind.field(0).type):
-            raise ValueError(f"{file}: column {name!r} holds {kind}, not token ids")
-    for row in table.select(COLUMNS).to_pylist():
-        if row["prompt_ids"] and row["completion_ids"]:
-            yield Rollout(
-                str(row["prompt_id"]),
-                row["domain"] or "",
-                np.asarray(row["prompt_ids"], dtype=np.int64),
-                np.asarray(row["completion_ids"], dtype=np.int64),
-                row["finish_reason"] == "stop",
-            )
-
-
 def split(rollouts: Sequence[Rollout], holdout: float) -> tuple[list[Rollout], list[Rollout]]:
-    """(train, held out), by a hash of the prompt id: all samples of a prompt stay together."""
+    """(train, held out), by a hash of the prompt id, or of the conversation: what holds the same
+    prompt stays together."""
     parts: tuple[list[Rollout], list[Rollout]] = ([], [])
     for rollout in rollouts:
-        digest = hashlib.sha256(rollout.prompt_id.encode()).digest()
+        together = rollout.conversation or rollout.prompt_id
+        digest = hashlib.sha256(together.encode()).digest()
         parts[int.from_bytes(digest[:4], "big") < holdout * 2**32].append(rollout)
     return parts
 
@@ -207,7 +171,7 @@ def pack(
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Packs of whole examples, each of at most `capacity` tokens.
+    """Packs of whole examples, each of at most `capacity` tokens; without `packing` of one each.
 
     An item: input_ids, position_ids (from 0 in each text: that separates them), labels (float),
     weights, is_cut, all (L,). Where examples have candidates, also their ids, exact logits z
@@ -223,11 +187,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         grouped: bool = False,
         trajectory_mean: bool = False,
         prompt_weight: float = 1.0,
+        packing: bool = True,
     ) -> None:
         self.examples = examples
         self.weighting = (trajectory_mean, prompt_weight)
         groups = [e.prompt_id for e in examples] if grouped else None
-        self.packs = pack([len(e.input_ids) for e in examples], capacity, seed, groups)
+        room = capacity if packing else 0  # in which nothing fits beside a text
+        self.packs = pack([len(e.input_ids) for e in examples], room, seed, groups)
         own = [e.candidates for e in examples]
         self.scored = count(own)  # positions
         weight = sum(float(e.weights(*self.weighting).sum()) for e in examples)

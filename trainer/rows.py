@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import Any
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a file, plain or gzip. Raises ValueError naming the line that holds no object."""
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Of a file, plain or gzip: where each line stands, for messages, and the line."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number}: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number}: expected an object, got {row!r}")
-            yield row
+            yield f"{path}: line {number}", line
+
+
+def row_of(place: str, line: str) -> dict[str, Any]:
+    """Raises ValueError naming the place where a line holds no object."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object, got {row!r}")
+    return row
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a file, plain or gzip. Raises ValueError naming the line that holds no object."""
+    for place, line in read_lines(path):
+        yield row_of(place, line)
 
 
 class Rows(dict[str, dict[str, Any]]):

@@ -9,6 +9,7 @@ from cyclopts.config import Yaml
 COMMANDS = {
     "serve": "value_server.serve:serve",
     "rollout": "trainer.rollouts.rollout:rollout",
+    "import-logs": "trainer.rollouts.import_logs:import_logs",
     "distil": "trainer.lookahead.distil:distil",
     "train": "trainer.training.train:train",
     "evaluate": "trainer.evaluation.evaluate:evaluate",
@@ -23,6 +24,7 @@ COMMANDS = {
 LINES = {
     "serve": "Serve the value model in CHECKPOINT until interrupted.",
     "rollout": "Sample completions of PROMPTS into shards in OUTPUT.",
+    "import-logs": "Make rollouts of production logs.",
     "distil": "Write values of likely next tokens, to learn.",
     "train": "Train a value model on ROLLOUTS, write it to OUTPUT.",
     "evaluate": "Evaluate CHECKPOINT on the held-out prompts of ROLLOUTS.",

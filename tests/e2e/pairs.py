@@ -3,7 +3,6 @@
 A test names its pair, `@pytest.mark.pair("tiny")`, and gets it as the fixture `pair` (conftest.py).
 """
 
-import json
 import os
 import signal
 import time
@@ -14,16 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.processes import free_port
 from tests.support.bare import hide_compilers
 from tests.support.collector import Collector, collecting
 from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
-from tests.support.tiny import tiny_checkpoint, tiny_tokenizer
-from tests.support.tiny_llm import tiny_llm
+from tests.support.tiny import tiny_checkpoint
+from tests.support.tiny_llm import tiny_llm, tiny_qwen
 
 ROOT = Path(__file__).parents[2]
 KEY = "k"
@@ -39,12 +36,6 @@ DOORS = (
     *("--api-key", KEY, "--allowed-origins", '["http://page"]', "--enable-scale-out"),
     *("--middleware", "tests.support.compressing.Compressing", "--scheduling-policy", "priority"),
 )
-QWENS_DEFAULTS = {
-    "eos_token_id": [256, 257],
-    "do_sample": True,
-    "top_k": 1,
-    "repetition_penalty": 1.3,
-}
 
 
 @dataclass
@@ -175,26 +166,6 @@ def small(stack: ExitStack, folder: Path) -> Pair:
     flags = (*flag, "--served-model-name", NAME, "--max-model-len", "2048")
     env = {"LENVM_PLAYGROUND": "true", "LENVM_WAIT_FLOOR_S": "30"}
     return start(stack, folder, MODEL, CHECKPOINT, *flags, env=env)
-
-
-def tiny_qwen(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=258,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=256,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps(QWENS_DEFAULTS))
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 PAIRS = {make.__name__: make for make in (tiny, alone, doors, plain, small)}

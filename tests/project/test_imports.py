@@ -18,7 +18,13 @@ PLUGIN = [*PURE, "lenvm_vllm.host", "lenvm_vllm.telemetry", "lenvm_vllm.settings
 SCORES = ["value_server.model", *CONTRACT]
 TRAINER = [
     *("trainer.data", "trainer.checks", "trainer.output", "trainer.plots", "trainer.rows"),
-    *("trainer.scan", "trainer.resume", "trainer.reading", "trainer.candidates"),
+    *(
+        "trainer.scan",
+        "trainer.rollout_files",
+        "trainer.resume",
+        "trainer.reading",
+        "trainer.candidates",
+    ),
     *SCORES,
 ]
 MEASURED = ["lenvm_vllm", "value_server", "trainer", "tests.support.tiny", "tests.support.tiny_llm"]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from trainer.candidates import Candidates
 from trainer.data import Rollout
-from trainer.rollouts.shards import SCHEMA
+from trainer.rollout_files import SCHEMA
 from trainer.training.ahead import Ahead
 from trainer.training.backbone import Backbone, LoraShape
 from trainer.training.objective import Objective

@@ -20,7 +20,7 @@ import trainer.evaluation.predict
 from lenvm_vllm.commands.cli import app
 from tests.support.tiny import tiny_checkpoint
 from tests.support.training import contents, toy_rows, write
-from trainer.data import read_rollouts
+from trainer.rollout_files import read_rollouts
 from trainer.training.steps import last_step
 
 pytestmark = pytest.mark.e2e
@@ -50,7 +50,8 @@ class Completions(BaseHTTPRequestHandler):
         text = body["messages"][0]["content"]
         self.asked.append(text)
         choices = [{"token_ids": [*text.encode(), 256], "finish_reason": "stop"}] * body["n"]
-        answer = json.dumps({"prompt_token_ids": [1, 2], "choices": choices}).encode()
+        ids = [*text.encode()]
+        answer = json.dumps({"prompt_token_ids": ids, "choices": choices}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(answer)))
         self.end_headers()

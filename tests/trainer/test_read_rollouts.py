@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data import COLUMNS, read_rollouts
+from trainer.data import split
+from trainer.rollout_files import COLUMNS, TokenizerOf, read_rollouts
 
 ROW = {
     "prompt_id": "7",
@@ -42,10 +43,81 @@ def test_only_a_stop_is_a_finished_completion(reason: str | None, tmp_path: Path
 
 
 def test_read_a_folder_in_the_order_of_its_shards(tmp_path: Path) -> None:
-    write(tmp_path / "part-1.parquet", ROW | {"prompt_id": "b"})
+    write(tmp_path / "part-1.parquet", ROW | {"prompt_id": "b", "prompt_ids": [9]})
     write(tmp_path / "part-0.parquet", ROW | {"prompt_id": "a"})
     (tmp_path / "part-2.tmp").write_text("unfinished")
     assert [r.prompt_id for r in read_rollouts(tmp_path)] == ["a", "b"]
+
+
+def test_a_text_of_several_files_counts_as_in_the_one_that_has_it_most(tmp_path: Path) -> None:
+    """The bug guarded against: a folder merged of two, with a shard in both. Samples of one file
+    that are alike are samples."""
+    other = ROW | {"completion_ids": [6]}
+    write(tmp_path / "a.parquet", ROW, ROW, other)
+    write(tmp_path / "b.parquet", ROW, ROW, ROW, ROW | {"finish_reason": "length"})
+    found = read_rollouts(tmp_path)
+    assert [(len(r.completion_ids), r.finished) for r in found] == [
+        *[(3, True)] * 2, (1, True), (3, True), (3, False)
+    ]  # fmt: skip
+
+
+def test_ids_of_merged_files_do_not_collide(tmp_path: Path) -> None:
+    """Both files call their prompts 0 and 1; prompt 1 of the second is prompt 0 of the first, so
+    that the split must keep them together."""
+    own = [ROW | {"prompt_id": str(i), "prompt_ids": [i], "completion_ids": [i]} for i in range(2)]
+    write(tmp_path / "a.parquet", *own)
+    write(
+        tmp_path / "b.parquet",
+        ROW | {"prompt_id": "0", "prompt_ids": [7], "completion_ids": [8]},
+        ROW | {"prompt_id": "1", "prompt_ids": [0], "completion_ids": [9]},
+    )
+    first, second, third, fourth = (r.prompt_id for r in read_rollouts(tmp_path))
+    assert (first, second, fourth) == ("0", "1", "0")
+    assert third not in ("0", "1")
+    alone = read_rollouts(tmp_path / "b.parquet")
+    assert [r.prompt_id for r in alone] == ["0", "1"]
+
+
+def test_turns_of_a_conversation_are_not_split(tmp_path: Path) -> None:
+    rows = [
+        ROW | {"prompt_id": f"{c}-{n}", "prompt_ids": [c, n], "conversation": str(c)}
+        for c in range(20)
+        for n in range(3)
+    ]
+    known, held_out = split(read_rollouts(write(tmp_path / "a.parquet", *rows)), 0.5)
+    assert len(known) + len(held_out) == 60
+    assert not {r.conversation for r in known} & {r.conversation for r in held_out}
+    assert held_out
+
+
+def tell(path: Path, tokenizer: TokenizerOf) -> Path:
+    table = pa.Table.from_pylist([ROW]).replace_schema_metadata(tokenizer.metadata())
+    pq.write_table(table, path)
+    return path
+
+
+def test_another_tokenizers_rollouts_are_refused(tmp_path: Path) -> None:
+    ours, theirs = TokenizerOf("org/ours", "a" * 64), TokenizerOf("org/theirs", "b" * 64)
+    path = tell(tmp_path / "a.parquet", theirs)
+    assert len(read_rollouts(path)) == len(read_rollouts(path, theirs)) == 1
+    message = (
+        r"^rollouts: .*a\.parquet .* org/theirs's .*\(bbbbbbbbbbbb…\).* org/ours .*\(aaaaaaaaaaaa…"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_rollouts(tmp_path, ours)
+
+
+def test_files_that_tell_no_tokenizer_are_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = TokenizerOf("org/ours", "a" * 64)
+    tell(tmp_path / "a.parquet", ours)
+    read_rollouts(tmp_path, ours)
+    assert capsys.readouterr().err == ""
+    write(tmp_path / "b.parquet", ROW)
+    read_rollouts(tmp_path, ours)
+    assert "warning: " in (told := capsys.readouterr().err)
+    assert "1 of its files tell no tokenizer; it is taken to be that of org/ours" in told
 
 
 def test_rows_without_tokens_are_left_out(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checks import check
-from trainer.data import read_rollouts
 from trainer.evaluation.card import agreement_table, result_table, write_card
 from trainer.evaluation.figures import Predicted, summarise
 from trainer.evaluation.lookahead import Agreement, agreement
@@ -13,6 +12,7 @@ from trainer.evaluation.predictors import predictors, split_as_trained
 from trainer.output import show
 from trainer.plots import check_picture, plot_calibration
 from trainer.reading import Reading
+from trainer.rollout_files import TokenizerOf, check_tokenizer, read_rollouts
 from value_server.contract.checkpoint import read_config
 
 
@@ -56,6 +56,9 @@ def evaluate(
     check_picture("plot", plot)
     config = read_config(checkpoint)
     ahead.check(config)
+    learnt = TokenizerOf(str(checkpoint), config.tokenizer_fingerprint)
+    for path in filter(None, (rollouts, training)):
+        check_tokenizer(path, learnt)
     with predictors(
         (checkpoint, *compare),
         rollouts,

@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.checks import check
-from trainer.data import Rollout, prompt_hashes, read_rollouts, split
+from trainer.data import Rollout, prompt_hashes, split
 from trainer.evaluation.baselines import baseline_logits, fit_baselines
 from trainer.evaluation.figures import Predicted, predicted
 from trainer.evaluation.journal import close_journal, open_journal
 from trainer.evaluation.predict import predict_all
 from trainer.reading import Reading
+from trainer.rollout_files import read_rollouts
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.contract.values import length_from_logit, logit_from_length
 

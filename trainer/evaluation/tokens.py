@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checks import check, check_positive
-from trainer.data import Rollout, read_rollouts
+from trainer.data import Rollout
 from trainer.evaluation.journal import close_journal, open_journal
 from trainer.evaluation.predict import predict_all
 from trainer.output import show, table
 from trainer.plots import check_picture, plot_clouds
 from trainer.reading import Reading
+from trainer.rollout_files import TokenizerOf, read_rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ def tokens(
     check_picture("cloud", cloud)
     model = reading.load(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(reading.base_model or model.lenvm.base_model)
-    texts = read_rollouts(rollouts)[:limit]
+    learnt = TokenizerOf(str(checkpoint), model.lenvm.tokenizer_fingerprint)
+    texts = read_rollouts(rollouts, learnt)[:limit]
     journal = open_journal(checkpoint, model, texts, reading.max_length)
     values = predict_all(model, texts, reading, checkpoint.name, journal)
     scored = token_scores(texts, values, model.lenvm.gamma, min_count)

@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from trainer.candidates import Candidates, is_written, text_key, write_candidates
 from trainer.checks import check, check_positive
-from trainer.data import Rollout, read_rollouts
+from trainer.data import Rollout
 from trainer.lookahead.exact import check_branches, exact_logits
 from trainer.lookahead.served import ServedModel
 from trainer.reading import Reading
 from trainer.resume import fingerprint
-from value_server.contract.checkpoint import CONFIG_FILE
+from trainer.rollout_files import TokenizerOf, read_rollouts
+from value_server.contract.checkpoint import CONFIG_FILE, read_config
 from value_server.model.value_model import ValueModel
 
 Ids = NDArray[np.int64]
@@ -81,9 +82,10 @@ def distil(
     check(0 < share <= 1, "share", share, "above 0 and at most 1")
     scoring.check()
     reading.check()
+    learnt = read_config(teacher).tokenizer_fingerprint
+    texts = [r for r in read_rollouts(rollouts, TokenizerOf(str(teacher), learnt)) if r.finished]
     model = reading.load(teacher)
     check_branches(model)
-    texts = [r for r in read_rollouts(rollouts) if r.finished]
     texts = [r for r in texts if len(r.prompt_ids) <= reading.max_length]
     check(bool(texts), "rollouts", str(rollouts), "with finished completions")
     settings: dict[str, Any] = {"gamma": model.lenvm.gamma, "share": share, **asdict(scoring)}

@@ -2,5 +2,7 @@
 
 rollout      the command; shards: its files
 prompts      from files and data sets; samplers: vLLM, or a server
+import_logs  the command for production logs
+logs         their forms; turns: the texts in them; encoding: as token ids; reader: as rows
 lengths      how long the samples are
 """

@@ -20,6 +20,12 @@ class Prompt:
     id: str
     domain: str
     text: str
+    system: str = ""
+
+    def messages(self) -> list[dict[str, str]]:
+        """What the model is asked."""
+        asked = [{"role": "user", "content": self.text}]
+        return [{"role": "system", "content": self.system}, *asked] if self.system else asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class Selection:
     """Text around each {prompt}; by default that of a preset, or none."""
     column: str = "prompt"
     """Column of a file or data set that holds the prompt, if another."""
+    system: str = ""
+    """System prompt of all that bring none in a column `system`."""
     hub: Hub = Hub()
     limit: int | None = None
     """Use only this many prompts, the first ones."""
@@ -78,7 +86,8 @@ class Selection:
         else:
             prompts = _of_rows(name, "line", read_rows(source), self.column)
         for prompt in islice(prompts, self.limit):
-            yield replace(prompt, text=template.format(prompt=prompt.text))
+            text, system = template.format(prompt=prompt.text), prompt.system or self.system
+            yield replace(prompt, text=text, system=system)
 
 
 def _first_turn(row: Mapping[str, Any]) -> str | None:
@@ -123,7 +132,10 @@ def _of_rows(source: str, what: str, rows: Iterable[Any], column: str) -> Iterat
     for number, row in enumerate(rows):
         if not isinstance(row.get(column), str):
             raise ValueError(f"{source}: {what} {number + 1}: {column}: missing or not a text")
-        yield Prompt(str(row.get("id", number)), str(row.get("domain", "")), row[column])
+        if not isinstance(system := row.get("system") or "", str):
+            raise ValueError(f"{source}: {what} {number + 1}: system: {system!r}, must be a text")
+        own = (str(row.get("id", number)), str(row.get("domain", "")), row[column])
+        yield Prompt(*own, system)
 
 
 def _hub_rows(name: str, hub: Hub) -> Iterable[Any]:

@@ -4,17 +4,18 @@ Every shard of prompts becomes one Parquet file, written whole or not at all, so
 was stopped goes on with the first missing one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
 from trainer.checks import check, check_positive
-from trainer.data import read_rollouts
 from trainer.output import show
 from trainer.plots import check_picture, plot_lengths
+from trainer.rollout_files import ENGINE, read_rollouts
 from trainer.rollouts.lengths import length_statistics, statistics_table
 from trainer.rollouts.prompts import Prompt, Selection
 from trainer.rollouts.samplers import Engine, Sampler, Sampling
@@ -68,12 +69,17 @@ def rollout(
 
 def fill(missing: Sequence[Shard], total: int, sampler: Sampler, sampling: Sampling) -> None:
     """Sample the shards that are not there, of `total`."""
+    tokenizer = sampler.tokenizer()
+    if tokenizer is None:
+        tqdm.write(
+            "the server does not tell its tokenizer; --tokenizer NAME lets training check it"
+        )
     for shard in tqdm(missing, desc="shards", initial=total - len(missing), total=total):
         rows = sample_rows(sampler, shard.prompts, sampling)
         if left_out := {prompt.id for prompt in shard.prompts} - {r["prompt_id"] for r in rows}:
             model, count = shard.settings["model"], len(left_out)
             tqdm.write(f"{shard.path.name}: {count} prompts are too long for {model}, left out")
-        shard.write(rows)
+        shard.write(rows, tokenizer)
 
 
 def sample_rows(
@@ -88,6 +94,7 @@ def sample_rows(
             "prompt_ids": sampled.prompt_ids,
             "completion_ids": ids,
             "finish_reason": reason,
+            "token_source": ENGINE,
         }
         for prompt, sampled in zip(prompts, sampler.sample(prompts, sampling), strict=True)
         if sampled
@@ -95,8 +102,13 @@ def sample_rows(
     ]
 
 
-def show_lengths(output: Path, plot: Path | None) -> None:
-    """Print a table and a JSON line of the lengths in a folder of shards; draw them."""
+def show_lengths(
+    output: Path, plot: Path | None, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Print a table and a JSON line of the lengths in a folder of shards; draw them.
+
+    more: what else the line tells.
+    """
     rollouts = read_rollouts(output)
     statistics = length_statistics(rollouts)
     if plot:
@@ -104,4 +116,4 @@ def show_lengths(output: Path, plot: Path | None) -> None:
         for sampled in rollouts:
             lengths[sampled.domain].append(len(sampled.completion_ids))
         plot_lengths(lengths, plot)
-    show(statistics_table(statistics), statistics, only_json=False)
+    show(statistics_table(statistics), statistics | dict(more), only_json=False)

@@ -1,5 +1,6 @@
 """Who samples: vLLM in this process, or a server of the OpenAI API. Token ids are kept exactly."""
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ import httpx
 from cyclopts import Parameter
 
 from trainer.checks import check, check_positive
+from trainer.rollout_files import TokenizerOf
 from trainer.rollouts.prompts import Prompt
+from value_server.contract.checkpoint import tokenizer_fingerprint
 
 ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30, read=3600)
@@ -51,7 +54,10 @@ class Sampled:
 
 class Sampler(Protocol):
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
-        """Completions of each prompt, as the user's only message; None where it is too long."""
+        """Completions of each prompt; None where it is too long."""
+
+    def tokenizer(self) -> TokenizerOf | None:
+        """Whose ids these are; None where nobody tells."""
 
 
 @Parameter(name="*")
@@ -62,6 +68,9 @@ class Engine:
     server: str | None = None
     """URL of an OpenAI API that returns token ids, with its /v1, to sample from; by default vLLM
     is loaded. Its key comes from OPENAI_API_KEY."""
+    tokenizer: str | None = None
+    """Hub name or folder of the server's tokenizer, to be told in the files; by default where the
+    server says that its model lies."""
     concurrency: int = 64
     """Requests that are open at a server at once."""
     max_model_len: int | None = None
@@ -70,18 +79,47 @@ class Engine:
     """Type of the model's weights, by vLLM's names."""
     seed: int = 0
     """Seed of the sampling in vLLM."""
+    engine_arg: tuple[str, ...] = ()
+    """Any other argument of vLLM's LLM class as name=value, the value JSON or else a text, as
+    tensor_parallel_size=2 or quantization=fp8."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_positive(concurrency=self.concurrency)
+        alone = not (self.server and self.engine_arg)
+        check(alone, "engine_arg", [*self.engine_arg], "left out with a server, which has its own")
+        self.engine_arguments()
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What vLLM's LLM class is given, but the model. Raises ValueError naming what is wrong."""
+        given: dict[str, Any] = {
+            "max_model_len": self.max_model_len, "dtype": self.dtype, "seed": self.seed
+        }  # fmt: skip
+        own = {"model", *given}
+        for argument in self.engine_arg:
+            name, equals, value = argument.partition("=")
+            name = name.strip().replace("-", "_")
+            fits = bool(equals and name.isidentifier() and name not in own)
+            rule = f"name=value, once, and of a name beside {', '.join(sorted(own))}"
+            check(fits and name not in given, "engine_arg", argument, rule)
+            try:
+                given[name] = json.loads(value)
+            except json.JSONDecodeError:
+                given[name] = value
+        return given
 
     def sampler(self, model: str) -> Sampler:
         """Ready to sample."""
         if self.server:
             key = os.environ.get("OPENAI_API_KEY", "none")
-            return ServerSampler(self.server, model, api_key=key, concurrency=self.concurrency)
-        options = {"max_model_len": self.max_model_len, "dtype": self.dtype, "seed": self.seed}
-        return OfflineSampler(model=model, **options)
+            return ServerSampler(
+                self.server,
+                model,
+                api_key=key,
+                concurrency=self.concurrency,
+                source=self.tokenizer,
+            )
+        return OfflineSampler(model=model, **self.engine_arguments())
 
 
 class OfflineSampler:
@@ -91,11 +129,12 @@ class OfflineSampler:
         from vllm import LLM
 
         self.llm = LLM(**options)
+        self.model = str(options["model"])
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
         from vllm import SamplingParams
 
-        chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+        chats = [prompt.messages() for prompt in prompts]
         fits = [self._fits(chat) for chat in chats]
         fitting = [chat for chat, fit in zip(chats, fits, strict=True) if fit]
         params = SamplingParams(**asdict(sampling))
@@ -108,6 +147,9 @@ class OfflineSampler:
             for output in outputs
         )
         return [next(sampled) if fit else None for fit in fits]
+
+    def tokenizer(self) -> TokenizerOf:
+        return TokenizerOf(self.model, tokenizer_fingerprint(self.llm.get_tokenizer()))
 
     def _fits(self, chat: list[dict[str, str]]) -> bool:
         """Whether the prompt leaves room for a token; vLLM would refuse all of its shard."""
@@ -130,6 +172,7 @@ class ServerSampler:
         *,
         api_key: str = "none",
         concurrency: int = 64,
+        source: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.client = httpx.Client(
@@ -141,16 +184,34 @@ class ServerSampler:
         )
         self.model = model
         self.concurrency = concurrency
+        self.source = source
         self.pause = 3.0
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sampled | None]:
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(lambda prompt: self._one(prompt, sampling), prompts))
 
+    def tokenizer(self) -> TokenizerOf | None:
+        """That of `source`, or of where the server's model lies, if that can be read here.
+
+        Raises ValueError where `source` holds none.
+        """
+        try:
+            return TokenizerOf.load(self.source or self._root())
+        except (OSError, ValueError, LookupError, httpx.HTTPError) as error:
+            if self.source:
+                raise ValueError(f"tokenizer: {self.source!r} does not load: {error}") from error
+            return None
+
+    def _root(self) -> str:
+        """What vLLM was started with."""
+        models = self.client.get("/models").raise_for_status().json()["data"]
+        return {str(own["id"]): str(own["root"]) for own in models if own.get("root")}[self.model]
+
     def _one(self, prompt: Prompt, sampling: Sampling) -> Sampled | None:
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": prompt.text}],
+            "messages": prompt.messages(),
             "return_token_ids": True,
             **NO_DEFAULTS,
             **asdict(sampling),

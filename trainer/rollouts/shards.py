@@ -13,18 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.resume import check_same
+from trainer.rollout_files import SCHEMA, TokenizerOf
 from trainer.rollouts.prompts import Prompt
 
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("domain", pa.string()),
-        ("prompt", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-    ]
-)
 SETTINGS_KEY = b"lenvm"
 
 
@@ -45,10 +36,11 @@ class Shard:
             check_same(self.path, json.loads(metadata[SETTINGS_KEY]), self.settings)
         return True
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows of SCHEMA, so that the file exists only when complete."""
+    def write(self, rows: Sequence[Mapping[str, Any]], tokenizer: TokenizerOf | None) -> None:
+        """Rows of SCHEMA, ids of `tokenizer`, so that the file exists only when complete."""
         unfinished = self.path.with_suffix(".tmp")
-        schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(self.settings).encode()})
+        told = tokenizer.metadata() if tokenizer else {}
+        schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(self.settings).encode(), **told})
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
         os.replace(unfinished, self.path)
 
@@ -59,6 +51,13 @@ def shards_of(
     """A shard for every `size` prompts, in order."""
     rest, number = iter(prompts), 0
     while part := tuple(islice(rest, size)):
-        digest = hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(_told(part).encode()).hexdigest()[:16]
         yield Shard(folder / f"part-{number:05d}.parquet", part, {**settings, "prompts": digest})
         number += 1
+
+
+def _told(prompts: Sequence[Prompt]) -> str:
+    """All that the prompts are, in the form of before they had a system prompt where none has."""
+    texts = (f"Prompt(id={p.id!r}, domain={p.domain!r}, text={p.text!r})" for p in prompts)
+    systems = [p.system for p in prompts]
+    return repr(prompts) if any(systems) else f"({', '.join(texts)}{',' * (len(systems) == 1)})"

@@ -6,14 +6,23 @@ from typing import Literal
 
 import torch
 from cyclopts import Parameter
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from trainer.checks import check, check_choice, check_positive
-from value_server.contract.checkpoint import LenvmConfig, read_config, tokenizer_fingerprint
+from trainer.rollout_files import TokenizerOf
+from value_server.contract.checkpoint import LenvmConfig, read_config
 from value_server.model.value_model import ValueHead, ValueModel, load_adapter, load_backbone
 
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
+
+# Layers that the attention mask keeps from other texts of a row; and backbones of other layers,
+# whose configs do not all say so.
+PACKED = {"full_attention", "sliding_attention"}
+RECURRENT = {
+    *("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba"),
+    *("zamba", "zamba2", "falcon_h1", "nemotron_h", "granitemoehybrid", "minimax", "kimi_linear"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,7 @@ class Backbone:
             check(same, "num_layers", layers, f"{start.num_layers}, as {self.start} has")
             adapts = self.tune != "lora" or start.weights != "full"
             check(adapts, "tune", self.tune, f"full or head, {self.start} is a full backbone")
-            known = self.tokenizer_fingerprint() == start.tokenizer_fingerprint
+            known = self.tokenizer().fingerprint == start.tokenizer_fingerprint
             check(known, "model", self.model, f"one with the tokenizer that {self.start} learnt")
 
     def started(self) -> LenvmConfig | None:
@@ -68,9 +77,16 @@ class Backbone:
         start = self.started()
         return self.base_model or (start.base_model if start else self.model)
 
-    def tokenizer_fingerprint(self) -> str:
-        """Of MODEL's."""
-        return tokenizer_fingerprint(AutoTokenizer.from_pretrained(self.model))
+    def states(self) -> str | None:
+        """The kind of its layers that carry states through a row of texts, if it has any."""
+        config = load_config(self.model)
+        kinds = [*(getattr(config, "layer_types", None) or [])][: self.depth()]
+        others = sorted({*kinds} - PACKED)
+        return ", ".join(others) or (config.model_type if config.model_type in RECURRENT else None)
+
+    def tokenizer(self) -> TokenizerOf:
+        """MODEL's."""
+        return TokenizerOf.load(self.model)
 
     def depth(self) -> int:
         """Layers that the value model has."""
@@ -127,10 +143,15 @@ def as_value_head(model: ValueModel) -> None:
             ours.zero_()[0] = theirs[0]
 
 
-def load_shape(model: str) -> tuple[int, int]:
-    """(layers, vocabulary size) of a backbone. Raises ValueError if there is none."""
+def load_config(model: str) -> PreTrainedConfig:
+    """Of a backbone's decoder. Raises ValueError if there is none."""
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        return AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"model: {model!r} does not load: {error}") from error
+
+
+def load_shape(model: str) -> tuple[int, int]:
+    """(layers, vocabulary size) of a backbone. Raises ValueError if there is none."""
+    config = load_config(model)
     return config.num_hidden_layers, config.vocab_size

@@ -12,7 +12,23 @@ from transformers import TrainingArguments
 from trainer.checks import check, check_choice, check_positive
 from value_server.model.value_model import default_dtype
 
+SLACK = 1 / 8  # of a step: that far from tokens_per_step larger passes go first
+
 Batches = Literal["shuffled", "grouped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One of the optimizer's: each process takes `passes` passes of `packs_per_pass` packs."""
+
+    processes: int
+    passes: int
+    packs_per_pass: int
+
+    @property
+    def packs(self) -> int:
+        """Of all processes."""
+        return self.processes * self.passes * self.packs_per_pass
 
 
 @Parameter(name="*")
@@ -27,11 +43,15 @@ class Recipe:
     max_steps: int = -1
     """Ends training early; -1 leaves it to the epochs."""
     tokens_per_step: int = 16384
-    """Tokens of one optimizer step of all processes, in packs of max_length."""
+    """Tokens of one optimizer step of all processes: as near as packs of max_length come to it."""
     max_length: int = 3000
     """Tokens of a pack; longer texts are truncated, their labels stay true."""
     packs_per_pass: int = 1
-    """Packs that a device takes at once: more of them, padded to the longest, keep a GPU busy."""
+    """Packs that a device takes at once, at most: more of them, padded to the longest, keep a GPU
+    busy."""
+    packing: bool = True
+    """Several texts in a pack; else each has its own, as backbones need whose layers keep states.
+    """
     batches: Batches = "shuffled"
     """All texts shuffled, or those of a prompt grouped side by side."""
     warmup_steps: int = 50
@@ -55,12 +75,7 @@ class Recipe:
         steps = self.max_steps
         check(steps > 0 or steps == -1, "max_steps", steps, "above 0, or -1")
         check(self.max_length > 1, "max_length", self.max_length, "above 1")
-        check(
-            self.tokens_per_step >= self.max_length,
-            "tokens_per_step",
-            self.tokens_per_step,
-            f"at least max_length {self.max_length}",
-        )
+        check(self.tokens_per_step > 0, "tokens_per_step", self.tokens_per_step, "above 0")
         check(self.packs_per_pass > 0, "packs_per_pass", self.packs_per_pass, "above 0")
         check_choice("batches", self.batches, get_args(Batches))
         check(not (self.fp16 and self.bf16), "fp16", self.fp16, "left out beside bf16")
@@ -77,30 +92,45 @@ class Recipe:
         return default_dtype(device) == torch.bfloat16
 
     def facts(self) -> dict[str, Any]:
-        """What shapes the result."""
+        """What shapes the result. Of what runs did not tell before there was any choice only what
+        is not as it was."""
         facts = asdict(self) | {"bf16": self.mixed}
-        del facts["save_steps"], facts["packs_per_pass"]
-        return facts
+        del facts["save_steps"], facts["packs_per_pass"], facts["packing"]
+        packs = self.step().packs
+        told = {} if packs == self.tokens_per_step // self.max_length else {"packs_per_step": packs}
+        return facts | told | ({} if self.packing else {"packing": False})
+
+    def step(self) -> Step:
+        """What comes nearest to tokens_per_step: passes as large as they may be, or at least half
+        of that where it brings a step nearer."""
+        processes = int(getenv("WORLD_SIZE", "1"))
+        packs = self.tokens_per_step / self.max_length / processes
+        largest = min(self.packs_per_pass, max(round(packs), 1))
+        fits = [
+            Step(processes, max(round(packs / size), 1), size)
+            for size in range(largest, (largest - 1) // 2, -1)
+        ]
+        off = [abs(fit.passes * fit.packs_per_pass - packs) for fit in fits]
+        near = max(0.5, SLACK * packs, min(off))
+        return next(fit for fit, own in zip(fits, off, strict=True) if own <= near)
+
+    def told(self) -> str | None:
+        """A line, where a step is not what tokens_per_step says."""
+        step = self.step()
+        if (tokens := step.packs * self.max_length) == self.tokens_per_step:
+            return None
+        return (
+            f"tokens_per_step: {tokens} in place of {self.tokens_per_step}: {step.processes} "
+            f"processes, {step.passes} passes of {step.packs_per_pass} packs of {self.max_length}"
+        )
 
     def arguments(self, steps: Path) -> TrainingArguments:
-        """For transformers; `steps` is the folder of saved steps.
-
-        Raises ValueError if the packs of a step cannot be shared among the processes.
-        """
-        packs, processes = self.tokens_per_step // self.max_length, int(getenv("WORLD_SIZE", "1"))
-        own = packs // processes
-        check(
-            packs % processes == 0,
-            "tokens_per_step",
-            self.tokens_per_step,
-            f"a multiple of max_length {self.max_length} times {processes} processes",
-        )
-        fits = own % self.packs_per_pass == 0
-        check(fits, "packs_per_pass", self.packs_per_pass, f"a divisor of a step's {own} packs")
+        """For transformers; `steps` is the folder of saved steps."""
+        step = self.step()
         arguments = TrainingArguments(
             output_dir=str(steps),
-            per_device_train_batch_size=self.packs_per_pass,
-            gradient_accumulation_steps=own // self.packs_per_pass,
+            per_device_train_batch_size=step.packs_per_pass,
+            gradient_accumulation_steps=step.passes,
             learning_rate=self.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=self.warmup_steps,

@@ -26,22 +26,28 @@ from trainer.data import (
     make_example,
     prompt_example,
     prompt_hashes,
-    read_rollouts,
     split,
 )
 from trainer.evaluation.baselines import fit_baselines
 from trainer.evaluation.card import write_card
-from trainer.resume import fingerprint
+from trainer.resume import check_same, fingerprint
+from trainer.rollout_files import read_rollouts
 from trainer.training.ahead import Ahead
 from trainer.training.backbone import Backbone, load_shape
 from trainer.training.objective import Objective
 from trainer.training.recipe import Recipe
 from trainer.training.steps import last_step, open_steps
 from trainer.training.value_trainer import ValueTrainer
-from value_server.contract.checkpoint import CheckpointError, LenvmConfig, read_config
+from value_server.contract.checkpoint import (
+    CONFIG_FILE,
+    CheckpointError,
+    LenvmConfig,
+    read_config,
+)
 from value_server.model.value_model import ValueModel
 
 SKETCH_SIZE = 32
+OF_DATA = ("completions", "cut", "baselines", "prompt_sketch")  # facts that nobody chose
 
 
 @Parameter(name="*")
@@ -63,6 +69,9 @@ class Training:
         self.recipe.check()
         check(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and below 1")
         self.backbone.check()
+        if self.recipe.packing and (kind := self.backbone.states()):
+            rule = f"left out (--no-packing) with {kind} layers, which carry states between texts"
+            check(False, "packing", True, rule)
         if start := self.backbone.started():
             where = f"as {self.backbone.start} has"
             gamma, target = self.objective.gamma, self.objective.target
@@ -82,7 +91,7 @@ class Training:
 
     def part(self, rollouts: Path) -> list[Rollout]:
         """The rollouts that are not held out."""
-        return split(read_rollouts(rollouts), self.holdout)[0]
+        return split(read_rollouts(rollouts, self.backbone.tokenizer()), self.holdout)[0]
 
     def fresh_model(self, config: LenvmConfig) -> ValueModel:
         """Before any step."""
@@ -120,10 +129,12 @@ def train(
     arguments = training.recipe.arguments(steps)
     settings = settings_of(examples, config, training.backbone)
     run = fingerprint(settings)
-    if resume and not steps.exists() and is_finished(output, run):
+    if resume and not steps.exists() and is_finished(output, run, settings):
         print(f"{output}: finished before; without resume it starts anew")
         return
     first = arguments.process_index == 0
+    if first and (told := training.recipe.told()):
+        print(told)
     with arguments.main_process_first():
         last = open_steps(steps, settings, resume) if first else last_step(steps)
     loop = training_loop(examples, config, training, arguments, tensorboard if first else None)
@@ -163,7 +174,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], Le
         base_model=backbone.name(),
         weights=backbone.weights(),
         num_layers=backbone.depth(),
-        tokenizer_fingerprint=backbone.tokenizer_fingerprint(),
+        tokenizer_fingerprint=backbone.tokenizer().fingerprint,
         target=objective.target,
         target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
         lookahead_rank=training.ahead.lookahead,
@@ -232,6 +243,7 @@ def training_loop(
         grouped=recipe.batches == "grouped",
         trajectory_mean=objective.weighting == "trajectory",
         prompt_weight=objective.prompt_weight,
+        packing=recipe.packing,
     )
     return ValueTrainer(
         model,
@@ -246,12 +258,26 @@ def training_loop(
     )
 
 
-def is_finished(output: Path, run: str) -> bool:
-    """Whether `output` holds the checkpoint of a run with the same settings."""
-    try:
-        return read_config(output).training.get("run") == run
-    except CheckpointError:
+def is_finished(output: Path, run: str, settings: Mapping[str, Any]) -> bool:
+    """Whether `output` holds the checkpoint of a run with the same settings.
+
+    Raises ValueError, naming a setting that differs if one is known, where it holds another.
+    """
+    if not (output / CONFIG_FILE).exists():
         return False
+    anew = "another output folder, or --no-resume,"
+    try:
+        found = read_config(output)
+    except CheckpointError as error:
+        raise ValueError(f"output: {error}; {anew} starts anew") from error
+    if found.training.get("run") == run:
+        return True
+    before = msgspec.to_builtins(found) | found.training
+    known = [name for name in settings if name in before and name not in OF_DATA]
+    check_same(output, {n: before[n] for n in known}, {n: settings[n] for n in known}, anew)
+    raise ValueError(
+        f"output: {output} holds a value model of other data, model or options; {anew} starts anew"
+    )
 
 
 def loss_curve(loop: ValueTrainer) -> list[float]:

@@ -17,9 +17,10 @@ from benchmarks.evidence.scaling import subset
 from benchmarks.evidence.small import SmallBackbone, SmallLora, SmallRecipe, SmallTraining
 from tests.support.tiny_llm import tiny_llm
 from tests.support.training import row, write
-from trainer.data import Rollout, read_rollouts
+from trainer.data import Rollout
 from trainer.evaluation.figures import predicted, summarise
 from trainer.reading import Reading
+from trainer.rollout_files import read_rollouts
 
 GAMMA = 0.99
 TINY = SmallRecipe(max_steps=2, tokens_per_step=128, max_length=128, warmup_steps=1, bf16=False)

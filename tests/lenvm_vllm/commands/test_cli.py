@@ -10,7 +10,17 @@ import pytest
 from lenvm_vllm.commands.cli import app, main
 
 COMMANDS = (
-    *("serve", "rollout", "distil", "train", "evaluate", "tokens", "import", "export"),
+    *(
+        "serve",
+        "rollout",
+        "import-logs",
+        "distil",
+        "train",
+        "evaluate",
+        "tokens",
+        "import",
+        "export",
+    ),
     *("predict", "doctor", "demo"),
 )
 

@@ -15,11 +15,12 @@ import torch
 from tests.support import training as support
 from tests.support.tiny import GAMMA, tiny_checkpoint
 from tests.support.training import grouped, row
-from trainer.data import Rollout, make_example, prompt_hashes, read_rollouts
+from trainer.data import Rollout, make_example, prompt_hashes
 from trainer.evaluation import evaluate as command
 from trainer.evaluation.figures import predicted, summarise
 from trainer.evaluation.predict import predict
 from trainer.reading import Reading
+from trainer.rollout_files import read_rollouts
 from value_server.contract.values import length_from_logit, logit_from_length
 from value_server.model.value_model import ValueModel
 

@@ -1,103 +1,17 @@
-"""Rollouts with a vLLM made by hand: it answers a prompt with its own bytes."""
+"""Rollouts with a vLLM made by hand."""
 
 import json
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.fake_vllm import FakeVllm, KilledError, answer, rollout
 from tests.support.prompts import LINES, PROMPTS, many, write_prompts
-from tests.support.training import grouped
-from trainer.data import read_rollouts
-from trainer.rollouts import rollout as command
-from trainer.rollouts.prompts import Selection
-from trainer.rollouts.samplers import Engine, Sampling
-from trainer.rollouts.shards import SCHEMA
-
-
-def rollout(prompts: Path, output: Path, **options: Any) -> None:
-    kinds = {"selection": Selection, "sampling": Sampling, "engine": Engine}
-    command.rollout(prompts, output, **grouped(options, **kinds))
-
-
-@dataclass
-class Completion:
-    token_ids: Sequence[int]
-    finish_reason: str
-
-
-@dataclass
-class Output:
-    prompt_token_ids: list[int]
-    outputs: list[Completion]
-
-
-@dataclass
-class FakeVllm(ModuleType):
-    """Completion k of a prompt repeats its bytes and ends with k; one of over 5 tokens is cut.
-
-    chats: the texts of every call. After `calls_left` calls the next one fails.
-    """
-
-    models: list[dict[str, Any]] = field(default_factory=list)
-    samplings: list[dict[str, Any]] = field(default_factory=list)
-    chats: list[list[str]] = field(default_factory=list)
-    calls_left: int = 1000
-
-    def LLM(self, **options: Any) -> "FakeVllm":  # noqa: N802
-        self.models.append(options)
-        return self
-
-    def SamplingParams(self, **options: Any) -> dict[str, Any]:  # noqa: N802
-        self.samplings.append(options)
-        return options
-
-    @property
-    def model_config(self) -> SimpleNamespace:
-        return SimpleNamespace(max_model_len=self.models[-1]["max_model_len"] or 1000)
-
-    def get_tokenizer(self) -> "FakeVllm":
-        return self
-
-    def apply_chat_template(self, chat: list[dict[str, str]], **_options: bool) -> dict[str, Any]:
-        return {"input_ids": [1, *chat[0]["content"].encode(), 2]}
-
-    def chat(
-        self, chats: list[list[dict[str, str]]], sampling: dict[str, Any], use_tqdm: bool
-    ) -> list[Output]:
-        if self.calls_left == 0:
-            raise KilledError
-        self.calls_left -= 1
-        assert all([message["role"] for message in chat] == ["user"] for chat in chats)
-        texts = [chat[0]["content"] for chat in chats]
-        self.chats.append(texts)
-        return [
-            Output([1, *text.encode(), 2], [answer(text, k) for k in range(sampling["n"])])
-            for text in texts
-        ]
-
-
-def answer(text: str, k: int) -> Completion:
-    ids = (*text.encode(), k)  # vLLM gives a tuple or its own sequence
-    return Completion(ids, "stop" if len(ids) <= 5 else "length")
-
-
-class KilledError(Exception):
-    pass
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
-    fake = FakeVllm()
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    return fake
+from trainer.rollout_files import SCHEMA, read_rollouts
 
 
 def rows_of(*files: Path) -> list[dict[str, Any]]:
@@ -117,6 +31,8 @@ def test_tokens_and_finish_reasons_are_kept(vllm: FakeVllm, tmp_path: Path) -> N
             "prompt_ids": [1, *prompt.text.encode(), 2],
             "completion_ids": list(answer(prompt.text, k).token_ids),
             "finish_reason": "stop" if prompt.text == "one" else "length",
+            "conversation": None,
+            "token_source": "engine",
         }
         for prompt in PROMPTS
         for k in range(2)
@@ -202,6 +118,9 @@ def test_nothing_left_to_do_loads_no_model(vllm: FakeVllm, tmp_path: Path) -> No
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("concurrency", 0),
+        ("engine_arg", "tensor_parallel_size"),
+        ("engine_arg", "dtype=half"),
+        ("engine_arg", "=1"),
         ("plot", "a.txt"),
         ("template", "no place"),
         ("template", "{prompt} {other}"),
@@ -209,7 +128,8 @@ def test_nothing_left_to_do_loads_no_model(vllm: FakeVllm, tmp_path: Path) -> No
     ],
 )
 def test_a_bad_argument_is_named(name: str, value: Any, vllm: FakeVllm, tmp_path: Path) -> None:
-    options: dict[str, Any] = {name: Path(value) if name == "plot" else value}
+    kinds: dict[str, Any] = {"plot": Path, "engine_arg": lambda text: (text,)}
+    options: dict[str, Any] = {name: kinds.get(name, lambda own: own)(value)}
     with pytest.raises(ValueError, match=f"^{name}: {re.escape(repr(value))}, "):
         rollout(many(tmp_path), tmp_path / "out", model="m", **options)
     assert not (tmp_path / "out").exists()

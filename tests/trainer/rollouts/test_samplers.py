@@ -9,19 +9,28 @@ import httpx
 import pytest
 
 from tests.support.prompts import PROMPTS, many
-from trainer.data import read_rollouts
+from tests.support.tiny import tiny_tokenizer
+from trainer.rollout_files import TokenizerOf, read_rollouts
 from trainer.rollouts.rollout import rollout
 from trainer.rollouts.samplers import Engine, Sampling, ServerSampler
+from value_server.contract.checkpoint import tokenizer_fingerprint
 
 SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=9)
 
 
-def server(*answers: httpx.Response | Exception) -> tuple[ServerSampler, list[dict[str, Any]]]:
-    """A sampler whose server gives these answers in turn, then completions; and its requests."""
+def server(
+    *answers: httpx.Response | Exception, root: str | None = None
+) -> tuple[ServerSampler, list[dict[str, Any]]]:
+    """A sampler whose server gives these answers in turn, then completions; and its requests.
+
+    root: where it says that its model lies.
+    """
     requests: list[dict[str, Any]] = []
     queue = list(answers)
 
     def handle(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "m", "root": root}]})
         body = json.loads(request.content)
         requests.append({"path": request.url.path, "key": request.headers["authorization"]} | body)
         if queue:
@@ -104,3 +113,17 @@ def test_rollouts_from_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rollout(many(tmp_path), tmp_path / "out", model="m", engine=engine, shard_size=4)
     assert len(requests) == 10
     assert len(read_rollouts(tmp_path / "out")) == 20
+
+
+def test_a_server_tells_its_tokenizer(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    told = TokenizerOf(str(tmp_path), tokenizer_fingerprint(tiny_tokenizer()))
+    sampler, _ = server(root=str(tmp_path))
+    assert sampler.tokenizer() == told
+    unknown, _ = server()
+    assert unknown.tokenizer() is None
+    unknown.source = str(tmp_path)
+    assert unknown.tokenizer() == told
+    unknown.source = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"^tokenizer: .*nothing' does not load"):
+        unknown.tokenizer()

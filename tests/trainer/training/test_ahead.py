@@ -174,7 +174,6 @@ def test_packs_of_a_pass_change_nothing_but_speed(
         ({"lookahead": 4, "within_weight": -1.0}, "within_weight: -1.0, must be at least 0"),
         ({"sampled": "token"}, "sampled: 'token', must be one of value, label"),
         ({"packs_per_pass": 0}, "packs_per_pass: 0, must be above 0"),
-        ({"packs_per_pass": 2}, "packs_per_pass: 2, must be a divisor of a step's 3 packs"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -32,7 +32,7 @@ from trainer.training.backbone import LoraShape
         ("max_steps", 0),
         ("max_steps", -2),
         ("max_length", 1),
-        ("tokens_per_step", 63),
+        ("tokens_per_step", 0),
         ("warmup_steps", -1),
         ("save_steps", 0),
         ("num_layers", 0),

@@ -80,15 +80,12 @@ def test_a_run_of_before_lookahead_goes_on_with_other_passes(
 def test_a_finished_run_is_not_repeated(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unless its settings are others."""
     out = tmp_path / "out"
     run(data, out, base, max_steps=1)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     run(data, out, base, max_steps=1)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert f"{out}: finished before" in capsys.readouterr().out
-    run(data, out, base, max_steps=1, seed=1)
-    assert min(path.stat().st_mtime_ns for path in out.iterdir()) > max(before.values())
 
 
 def test_a_step_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
@@ -177,3 +174,35 @@ def test_without_resume_it_starts_anew(
     run(data, out, base, seed=7, max_steps=2, resume=False)
     assert (out / "config.json").stat().st_mtime_ns > made
     assert contents(out) == finished
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run(data, folder, base, max_steps=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_steps", 2), ("seed", 7), ("gamma", 0.5), ("loss", "bce")]
+)
+def test_a_finished_run_with_other_settings_is_not_written_over(
+    name: str, value: Any, finished: Path, base: Path, data: Path
+) -> None:
+    before = contents(finished)
+    with pytest.raises(ValueError, match=rf"^{name}: .* was made with .*--no-resume, starts anew"):
+        run(data, finished, base, **{"max_steps": 1, name: value})
+    assert contents(finished) == before
+
+
+def test_nor_one_of_other_data_or_what_is_no_value_model(
+    finished: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    rows = toy_rows()
+    rows[5]["completion_ids"][1] += 1
+    other = write(tmp_path / data.name, rows)
+    with pytest.raises(ValueError, match=r"^output: .* of other data, model or options; "):
+        run(other, finished, base, max_steps=1)
+    model = shutil.copytree(base, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^output: .*not a LenVM checkpoint; .* starts anew"):
+        run(data, model, base, max_steps=1)

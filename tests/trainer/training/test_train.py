@@ -150,7 +150,7 @@ def test_a_folder_can_be_written_again(base: Path, data: Path, tmp_path: Path) -
     run(data, tmp_path / "out", base, tune="lora", seed=1, max_steps=1)
     tunes: list[Tune] = ["full", "lora", "head"]
     for tune in tunes:
-        run(data, tmp_path / "out", base, tune=tune, max_steps=1)
+        run(data, tmp_path / "out", base, tune=tune, max_steps=1, resume=False)
         run(data, tmp_path / tune, base, tune=tune, max_steps=1)
         again, fresh = (ValueModel.load(tmp_path / name, str(base)) for name in ("out", tune))
         with torch.inference_mode():

@@ -1,0 +1,172 @@
+"""Files of rollouts: their schema, the tokenizer that their ids are of, several of them as one.
+
+A file is Parquet with the columns of SCHEMA; COLUMNS are those that it must have. In its metadata
+TOKENIZER_KEY tells whose ids it holds.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer
+
+from trainer.data import Rollout
+from value_server.contract.checkpoint import tokenizer_fingerprint
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("domain", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("conversation", pa.string()),
+        ("token_source", pa.string()),
+    ]
+)
+COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
+OPTIONAL = ("conversation",)
+TOKENIZER_KEY = b"lenvm.tokenizer"
+ENGINE, TEXT = "engine", "text"  # token_source: ids as sampled, or a text that was encoded
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerOf:
+    """Whose token ids these are. model: for messages; fingerprint: as in a checkpoint."""
+
+    model: str
+    fingerprint: str
+
+    @classmethod
+    def load(cls, model: str) -> "TokenizerOf":
+        """Of a hub name or folder."""
+        return cls(model, tokenizer_fingerprint(AutoTokenizer.from_pretrained(model)))
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """For a file's schema."""
+        return {TOKENIZER_KEY: json.dumps(asdict(self)).encode()}
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, or the shards of a folder in order."""
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
+def check_tokenizer(path: Path, ours: TokenizerOf) -> None:
+    """Raises ValueError naming both tokenizers where a file of `path` has ids of another one.
+
+    Files that do not tell are accepted, with a line on stderr.
+    """
+    silent = []
+    for file in files_of(path):
+        found = (_schema(file).metadata or {}).get(TOKENIZER_KEY)
+        if found is None:
+            silent.append(file)
+            continue
+        theirs = TokenizerOf(**json.loads(found))
+        if theirs.fingerprint != ours.fingerprint:
+            raise ValueError(
+                f"rollouts: {file} has token ids of {theirs.model}'s tokenizer "
+                f"({theirs.fingerprint[:12]}…), that of {ours.model} is another "
+                f"({ours.fingerprint[:12]}…)"
+            )
+    if silent:
+        print(
+            f"warning: {path}: {len(silent)} of its files tell no tokenizer; it is taken to be "
+            f"that of {ours.model}",
+            file=sys.stderr,
+        )
+
+
+def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Rollout]:
+    """All rollouts of a Parquet file or a folder of shards, which must be of `tokenizer`.
+
+    A text that is in several files counts as often as in the one that has it most. Equal prompts
+    have one id, that of the first, and different prompts different ones. Raises ValueError naming
+    the file and what it lacks.
+    """
+    if tokenizer:
+        check_tokenizer(path, tokenizer)
+    kept: Counter[bytes] = Counter()
+    ids = _Ids()
+    rollouts = []
+    for file in files_of(path):
+        seen: Counter[bytes] = Counter()
+        for rollout in _read_file(file):
+            prompt = _digest(rollout.prompt_ids)
+            text = prompt + _digest(rollout.completion_ids) + bytes([rollout.finished])
+            seen[text] += 1
+            if seen[text] > kept[text]:
+                kept[text] += 1
+                rollouts.append(ids.named(rollout, prompt))
+    if not rollouts:
+        raise ValueError(f"{path}: no rollouts")
+    return rollouts
+
+
+class _Ids:
+    """A prompt, an id: the first that it came with, unless another prompt had that before.
+
+    So for its conversation, that the split goes by.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[bytes, tuple[str, str]] = {}
+        self._owners: dict[str, bytes] = {}
+
+    def named(self, rollout: Rollout, prompt: bytes) -> Rollout:
+        if prompt not in self._names:
+            given = rollout.prompt_id
+            free = self._owners.setdefault(given, prompt) == prompt
+            own = given if free else f"{given}-{prompt.hex()}"
+            self._names[prompt] = (own, rollout.conversation)
+        own, conversation = self._names[prompt]
+        return replace(rollout, prompt_id=own, conversation=conversation)
+
+
+def _digest(ids: Any) -> bytes:
+    return hashlib.sha256(ids.tobytes()).digest()[:16]
+
+
+def _schema(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file or folder") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
+
+
+def _read_file(file: Path) -> Iterator[Rollout]:
+    schema = _schema(file)
+    missing = [name for name in COLUMNS if name not in schema.names]
+    if missing:
+        raise ValueError(f"{file}: column {missing[0]!r} is missing, it has {schema.names}")
+    for name in ("prompt_ids", "completion_ids"):
+        kind = schema.field(name).type
+        if not pa.types.is_nested(kind) or not pa.types.is_integer(kind.field(0).type):
+            raise ValueError(f"{file}: column {name!r} holds {kind}, not token ids")
+    columns = [*COLUMNS, *(name for name in OPTIONAL if name in schema.names)]
+    try:
+        table = pq.read_table(file, columns=columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
+    for row in table.to_pylist():
+        if row["prompt_ids"] and row["completion_ids"]:
+            yield Rollout(
+                str(row["prompt_id"]),
+                row["domain"] or "",
+                np.asarray(row["prompt_ids"], dtype=np.int64),
+                np.asarray(row["completion_ids"], dtype=np.int64),
+                row["finish_reason"] == "stop",
+                row.get("conversation") or "",
+            )
