@@ -24,17 +24,22 @@ from value_server.contract.values import value_from_length
 
 NO_LABEL = -100.0
 COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
+TEXT_COLUMN = "prompt"  # as it was before the chat template; not needed to train
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled completion. `finished` is False where max_tokens cut it."""
+    """One sampled completion. `finished` is False where max_tokens cut it.
+
+    prompt: its text, empty where the file has none.
+    """
 
     prompt_id: str
     domain: str
     prompt_ids: NDArray[np.int64]
     completion_ids: NDArray[np.int64]
     finished: bool
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,8 @@ def _read_file(file: Path) -> Iterator[Rollout]:
         kind = table.schema.field(name).type
         if not pa.types.is_nested(kind) or not pa.types.is_integer(kind.field(0).type):
             raise ValueError(f"{file}: column {name!r} holds {kind}, not token ids")
-    for row in table.select(COLUMNS).to_pylist():
+    text = [TEXT_COLUMN] if TEXT_COLUMN in names else []
+    for row in table.select([*COLUMNS, *text]).to_pylist():
         if row["prompt_ids"] and row["completion_ids"]:
             yield Rollout(
                 str(row["prompt_id"]),
@@ -101,6 +107,7 @@ def _read_file(file: Path) -> Iterator[Rollout]:
                 np.asarray(row["prompt_ids"], dtype=np.int64),
                 np.asarray(row["completion_ids"], dtype=np.int64),
                 row["finish_reason"] == "stop",
+                row.get(TEXT_COLUMN) or "",
             )
 
 

@@ -99,7 +99,7 @@ class Grid:
                 "completions": facts["completions"],
                 "cut": facts["cut"],
                 "length_error": length_errors(finished, gamma)["0.0"],
-                "figures": intervals(texts),
+                "figures": intervals(texts, gamma),
             }
 
 

@@ -39,6 +39,7 @@ def test_a_section_whose_run_is_not_here_stays(
     for name in ("scaling", "ablations-small"):
         run = {"axis": "layers", "setting": "2", "completions": 9, "cut": 1, "length_error": 0.25}
         run["figures"] = {"mre math": figure, "loss": figure, "r2": figure}
+        run["figures"] |= {"median_error": figure, "rank_correlation": figure}
         write_figures(tmp_path / "runs" / name, {"gamma": 0.9, "runs": [run]})
         keep_settings(tmp_path / "runs" / name, {"model": "m"})
     docs = tmp_path / "docs"
