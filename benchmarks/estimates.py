@@ -50,8 +50,10 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def bootstrap(of: Callable[..., float | None], *values: Floats, seed: int = 0) -> Estimate:
-    """`of` (N,) values, a prompt each, as a median or a correlation of two; NaN for None."""
+def bootstrap(of: Callable[..., float | None], *values: Floats, seed: int = 0) -> Estimate | None:
+    """`of` (N,) values, a prompt each, as a median or a correlation of two; None where that is."""
+    if (value := of(*values)) is None:
+        return None
     count = len(values[0])
     draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
 
@@ -60,10 +62,8 @@ def bootstrap(of: Callable[..., float | None], *values: Floats, seed: int = 0) -
         return np.nan if found is None else found
 
     resampled = [number(*(own[draw] for own in values)) for draw in draws]
-    if np.isnan(resampled).all():
-        return Estimate(np.nan, np.nan, np.nan, count)
     low, high = np.nanpercentile(resampled, TAILS)
-    return Estimate(number(*values), float(low), float(high), count)
+    return Estimate(value, float(low), float(high), count)
 
 
 def estimate(

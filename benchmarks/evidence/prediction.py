@@ -17,10 +17,11 @@ from cyclopts import App
 
 from benchmarks.estimates import Estimate, Sample, bootstrap, estimate
 from benchmarks.figures import write_figures
+from benchmarks.provenance import end
 from trainer.evaluation.figures import Predicted, squared_errors
 from trainer.evaluation.forecasts import forecasts_of, rank_correlation, together
 from trainer.evaluation.predictors import predictors
-from trainer.output import show, table
+from trainer.output import table
 from trainer.reading import Reading
 from value_server.contract.checkpoint import read_config
 
@@ -29,10 +30,11 @@ Figures = dict[str, Estimate]
 
 
 def intervals(texts: Sequence[Predicted], gamma: float) -> Figures:
-    """`mre DOMAIN` and `relative_error_of_u DOMAIN`; of all domains `median_error` and
-    `rank_correlation`; of finished texts `loss` (mean squared error of u) and `r2`."""
+    """`mre DOMAIN` and `relative_error_of_u DOMAIN`; of all domains `median_error`, and
+    `rank_correlation` unless all predictions are the same; of finished texts `loss` (mean squared
+    error of u) and `r2`."""
     forecasts = forecasts_of(texts, gamma)
-    figures = {}
+    figures: dict[str, Estimate | None] = {}
     for domain, own in forecasts.items():
         figures[f"mre {domain}"] = estimate(Sample(list(own.errors), own.prompts))
         of_u = Sample(list(own.errors_of_u), own.prompts)
@@ -45,7 +47,7 @@ def intervals(texts: Sequence[Predicted], gamma: float) -> Figures:
     squared, spread = (Sample(list(part), groups) for part in squared_errors(finished))
     figures["loss"] = estimate(squared)
     figures["r2"] = estimate(squared, spread, of=lambda error, total: 1 - error / total)
-    return figures
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def columns(figures: Figures) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def columns(figures: Figures) -> dict[str, Any]:
     return {
         **{f"{name}, %": e.scaled(100) for name, e in mre.items()},
         "median error, %": figures["median_error"].scaled(100),
-        "rank correlation": figures["rank_correlation"],
+        "rank correlation": figures.get("rank_correlation"),
         **{"loss / 0.001": figures["loss"].scaled(1000), "R²": figures["r2"]},
         **{"prompts": figures["median_error"].n, "tokens": figures["loss"].n},
     }
@@ -93,7 +95,7 @@ def main(
         models = {name: intervals(texts, gamma) for name, texts in found.items()}
         result = {"gamma": gamma, "rollouts": rollouts.name, "models": models}
         write_figures(output, result)
-        show(table(table_rows(models)), result, reading.only_json)
+        end(result, table(table_rows(models)), reading.only_json)
 
 
 if __name__ == "__main__":

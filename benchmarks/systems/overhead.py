@@ -8,7 +8,6 @@ all arms have the same number of tokens: unguided by `ignore_eos`, guided by an 
 tilted by `min_tokens`.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 from cyclopts import App
 
 from benchmarks.metrics import metrics
+from benchmarks.provenance import end
 from benchmarks.systems.disturb import awake, paused
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
@@ -128,7 +128,7 @@ def main(
                 ratio[str(size)] = round(statistics.median(a / b for a, b in pairs), 3)
     idle = round(statistics.median(ratios["idle"].values()), 3)
     result = {"plugin_idle_ratio": idle, "guided_ratio": ratios["guided"]}
-    print(json.dumps({**result, "tilt_ratio": ratios["tilt"], "idle_ratio": ratios["idle"]}))
+    end({**result, "tilt_ratio": ratios["tilt"], "idle_ratio": ratios["idle"]})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from trainer.evaluation.baselines import logits_of_guess
 from trainer.evaluation.boosting import Boosted, boost
 
 Floats = NDArray[np.float64]
-PLACES = 2  # positions of each finished completion that the fit within texts sees
+STRIDE = 100  # the fit within texts sees one token in so many: each counts the same, as in R²
 # What is asked: question words, verbs, and names of what is to be written.
 WORDS = (
     *("what", "why", "how", "who", "when", "where", "which", "can", "is", "are", "do", "if"),
@@ -76,9 +76,9 @@ def fit_lexical(rollouts: Sequence[Rollout], gamma: float, max_length: int) -> L
         own = features(rollout.prompt, len(rollout.prompt_ids))
         boundary.append((own, u[0]))
         if rollout.finished:
-            places = chance.integers(0, len(u), PLACES)
+            places = np.arange(chance.integers(STRIDE), len(u), STRIDE)
             within.append((_within(own, places), u[places]))
-    if not within:
+    if not sum(len(own) for _, own in within):
         return None
     x, first = zip(*boundary, strict=True)
     x_within, u_within = zip(*within, strict=True)
