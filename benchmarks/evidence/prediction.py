@@ -4,8 +4,9 @@
 
 On prompts that the training of the first did not see, as `lenvm evaluate` has it, here with
 intervals. At the prompt's end, in lengths: MRE (paper, Eq. 13 to 15), the median error and the rank
-correlation; MRE also in values. At every token of the finished completions: squared error and R²
-of u. All are compared under the gamma of the first.
+correlation; MRE also in values; and how far the mean length lies above the forecasts of the first.
+At every token of the finished completions: squared error and R² of u. All are compared under the
+gamma of the first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from benchmarks.estimates import Estimate, Sample, bootstrap, estimate
 from benchmarks.figures import write_figures
 from benchmarks.provenance import end
 from trainer.evaluation.figures import Predicted, squared_errors
-from trainer.evaluation.forecasts import forecasts_of, rank_correlation, together
+from trainer.evaluation.forecasts import bias, forecasts_of, rank_correlation, together
 from trainer.evaluation.predictors import predictors
 from trainer.output import table
 from trainer.reading import Reading
@@ -72,6 +73,7 @@ def main(
     *,
     rollouts: Path,
     checkpoint: tuple[Path, ...],
+    training: Path | None = None,
     holdout: float | None = None,
     reading: Reading = Reading(),
     output: Path = Path("runs/prediction"),
@@ -84,6 +86,8 @@ def main(
         Parquet file or folder of shards, several completions a prompt.
     checkpoint
         Folders that `lenvm train` wrote; give it once for each.
+    training
+        Rollouts to take the baselines from, as for `lenvm evaluate`; for rollouts of other prompts.
     holdout
         Share of the prompts that was held out, 1 for all; as for `lenvm evaluate`.
     output
@@ -91,9 +95,13 @@ def main(
     """
     reading.check()
     gamma = read_config(checkpoint[0]).gamma
-    with predictors(checkpoint, rollouts, reading, gamma, holdout=holdout) as found:
+    with predictors(
+        checkpoint, rollouts, reading, gamma, training=training, holdout=holdout
+    ) as found:
         models = {name: intervals(texts, gamma) for name, texts in found.items()}
-        result = {"gamma": gamma, "rollouts": rollouts.name, "models": models}
+        first = next(iter(found.values()))
+        biases = bias(forecasts_of(first, gamma))
+        result = {"gamma": gamma, "rollouts": rollouts.name, "models": models, "bias": biases}
         write_figures(output, result)
         end(result, table(table_rows(models)), reading.only_json)
 
