@@ -49,6 +49,8 @@ def names(claim: str) -> list[str]:
 def filled(claim: dict[str, Any]) -> str:
     """The piece of the README with the figures that the stored result has."""
     figures = {name: value(claim["from"], name) for name in names(claim["readme"])}
+    if claim.get("percent"):  # whole ones, of which the sign stands at the last
+        figures = {name: round(100 * figure) for name, figure in figures.items()}
     return str(claim["readme"].format(**figures))
 
 
