@@ -6,4 +6,5 @@ report       tables and pages from the results of `evidence`
 endpoint     many answers of one server; servers: a vLLM with its value server, which it asks
              (their command lines: lenvm_vllm/commands/servers.py)
 estimates    means with intervals
+provenance   what each final line says of commit, command, versions, machine, settings, servers
 """

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
 LEVEL = 95.0  # percent
+TAILS = [(100 - LEVEL) / 2, (100 + LEVEL) / 2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,22 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
+def bootstrap(of: Callable[..., float | None], *values: Floats, seed: int = 0) -> Estimate | None:
+    """`of` (N,) values, a prompt each, as a median or a correlation of two; None where that is."""
+    if (value := of(*values)) is None:
+        return None
+    count = len(values[0])
+    draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+
+    def number(*own: Floats) -> float:
+        found = of(*own)
+        return np.nan if found is None else found
+
+    resampled = [number(*(own[draw] for own in values)) for draw in draws]
+    low, high = np.nanpercentile(resampled, TAILS)
+    return Estimate(value, float(low), float(high), count)
+
+
 def estimate(
     *samples: Sample, of: Callable[..., Any] = lambda mean: mean, seed: int = 0
 ) -> Estimate:
@@ -66,7 +83,6 @@ def estimate(
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw may miss a sample altogether
         means = [(draws @ sums) / (draws @ counts) for sums, counts in parts]
         resampled = of(*means)
-    tail = (100 - LEVEL) / 2
-    low, high = np.nanpercentile(resampled, [tail, 100 - tail])
+    low, high = np.nanpercentile(resampled, TAILS)
     value = of(*(sums.sum() / counts.sum() for sums, counts in parts))
     return Estimate(float(value), float(low), float(high), len(samples[0].values))

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.estimates import Estimate
+from benchmarks.provenance import KEY, provenance
 
 FIGURES_FILE = "figures.json"
 
 
 def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FIGURES_FILE).write_text(json.dumps(figures, default=asdict) + "\n")
+    told = {**figures, KEY: provenance()}
+    (folder / FIGURES_FILE).write_text(json.dumps(told, default=asdict) + "\n")
 
 
 def read_figures(folder: Path) -> dict[str, Any]:

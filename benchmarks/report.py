@@ -24,6 +24,7 @@ from benchmarks.evidence import grid, lifebench_table, prediction, tradeoff_tabl
 from benchmarks.evidence.texts import Text, choose, read_texts
 from benchmarks.figures import FIGURES_FILE, read_figures
 from benchmarks.pictures import plot_control, plot_grid, plot_tradeoff
+from benchmarks.provenance import KEY
 from benchmarks.servers import value_served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from trainer.output import table
@@ -106,15 +107,26 @@ def sections_of(runs: Path, docs: Path) -> dict[Path, Section]:
         for path in sorted(runs.glob(f"{kind}*/{FIGURES_FILE}")):
             folder = path.parent
             picture = docs / f"{folder.name}.png"
-            tables = reader(read_figures(folder), picture)
+            figures = read_figures(folder)
+            tables = reader(figures, picture)
             settings = folder / SETTINGS_FILE
             facts = json.loads(settings.read_text()) if settings.exists() else {}
+            facts |= _origin(figures.get(KEY))
             about = ", ".join(f"{name} {value}" for name, value in facts.items())
             pictures = [picture] if picture.exists() else []
             found[folder] = Section(folder.name, about, tables, pictures)
     if not found:
         raise ValueError(f"runs: {runs} has no folder of {', '.join(READERS)} with {FIGURES_FILE}")
     return found
+
+
+def _origin(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of runs that noted it: commit and machine, for the line under a section's title."""
+    if provenance is None:
+        return {}
+    machine = provenance["machine"]
+    named = ", ".join([f"{machine['cores']} cores of {machine['processor']}", *machine["gpus"]])
+    return {"commit": provenance["commit"] or "unknown", "on": named}
 
 
 def texts_of(

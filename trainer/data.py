@@ -27,6 +27,7 @@ class Rollout:
     """One sampled completion. `finished` is False where max_tokens cut it.
 
     conversation: what it is one turn of, if any; its turns contain each other.
+    prompt: its text, empty where the file has none.
     """
 
     prompt_id: str
@@ -35,6 +36,7 @@ class Rollout:
     completion_ids: NDArray[np.int64]
     finished: bool
     conversation: str = ""
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
     ]
 )
 COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
-OPTIONAL = ("conversation",)
+OPTIONAL = ("conversation", "prompt")
 TOKENIZER_KEY = b"lenvm.tokenizer"
 ENGINE, TEXT = "engine", "text"  # token_source: ids as sampled, or a text that was encoded
 
@@ -168,5 +168,5 @@ def _read_file(file: Path) -> Iterator[Rollout]:
                 np.asarray(row["prompt_ids"], dtype=np.int64),
                 np.asarray(row["completion_ids"], dtype=np.int64),
                 row["finish_reason"] == "stop",
-                row.get("conversation") or "",
+                *(row.get(name) or "" for name in OPTIONAL),
             )

@@ -19,8 +19,9 @@ from benchmarks.estimates import Sample, estimate
 from benchmarks.evidence.lifebench_table import judged, measure
 from benchmarks.evidence.second import opinions
 from benchmarks.figures import write_figures
+from benchmarks.provenance import end
 from lenvm_vllm.steering.constants import NATURAL
-from trainer.output import OnlyJson, show, table
+from trainer.output import OnlyJson, table
 from trainer.rows import Rows
 from value_server.contract.units import UNITS
 
@@ -63,8 +64,9 @@ def main(
         for mode in sorted({row["mode"] for own in rows.values() for row in own})
         for arm, own in rows.items()
     ]
-    write_figures(output, {"unit": unit, "second": second, "arms": lines})
-    show(table(lines), {"unit": unit, "second": second, "arms": lines}, only_json)
+    result = {"unit": unit, "second": second, "arms": lines}
+    write_figures(output, result)
+    end(result, table(lines), only_json)
 
 
 def read(arm: str, unit: str) -> dict[tuple[str, int, str], dict[str, Any]]:

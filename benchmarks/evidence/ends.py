@@ -25,8 +25,9 @@ from benchmarks.evidence.likelihood import score_rows
 from benchmarks.evidence.measures import MODES
 from benchmarks.evidence.tasks import stratified
 from benchmarks.figures import write_figures
+from benchmarks.provenance import end
 from trainer.checks import check, check_choice, check_positive
-from trainer.output import OnlyJson, show, table
+from trainer.output import OnlyJson, table
 from trainer.resume import keep_settings
 from trainer.rows import Rows, read_rows
 
@@ -157,7 +158,7 @@ def main(
     result = summary(found)
     write_figures(output, {"cells": found, **result})
     text = (f"### {caption}\n\n{table(lines)}\n" for caption, lines in tables(found).items())
-    show("\n".join(text), result, only_json)
+    end(result, "\n".join(text), only_json)
 
 
 if __name__ == "__main__":

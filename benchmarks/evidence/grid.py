@@ -13,10 +13,11 @@ from tqdm import tqdm
 from benchmarks.evidence.prediction import columns, intervals
 from benchmarks.evidence.small import SmallTraining
 from benchmarks.figures import FIGURES_FILE, read_figures, write_figures
+from benchmarks.provenance import end
 from trainer.data import finished_lengths
 from trainer.evaluation.figures import length_errors
 from trainer.evaluation.predictors import predictors
-from trainer.output import OnlyJson, show, table
+from trainer.output import OnlyJson, table
 from trainer.reading import Reading
 from trainer.resume import keep_settings
 from trainer.training.train import train
@@ -74,7 +75,7 @@ class Grid:
         ]
         result = {"gamma": gamma, **facts, "runs": rows}
         write_figures(output, result)
-        show(table(table_rows(rows)), result, self.only_json)
+        end(result, table(table_rows(rows)), self.only_json)
 
     def _row(self, run: Run, gamma: float, folder: Path) -> dict[str, Any]:
         if not (folder / FIGURES_FILE).exists():
@@ -99,7 +100,7 @@ class Grid:
                 "completions": facts["completions"],
                 "cut": facts["cut"],
                 "length_error": length_errors(finished, gamma)["0.0"],
-                "figures": intervals(texts),
+                "figures": intervals(texts, gamma),
             }
 
 

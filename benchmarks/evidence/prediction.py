@@ -2,22 +2,27 @@
 
     python -m benchmarks.evidence.prediction --rollouts rollouts/ --checkpoint A --checkpoint B
 
-On prompts that the training of the first did not see: MRE at the prompt's end by domain (paper,
-Eq. 13 to 15), squared error and R² of u at every token of the finished completions, as `lenvm
-evaluate` has them, here with intervals. All are compared under the gamma of the first.
+On prompts that the training of the first did not see, as `lenvm evaluate` has it, here with
+intervals. At the prompt's end, in lengths: MRE (paper, Eq. 13 to 15), the median error and the rank
+correlation; MRE also in values; and how far the mean length lies above the forecasts of the first.
+At every token of the finished completions: squared error and R² of u. All are compared under the
+gamma of the first.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cyclopts import App
 
-from benchmarks.estimates import Estimate, Sample, estimate
+from benchmarks.estimates import Estimate, Sample, bootstrap, estimate
 from benchmarks.figures import write_figures
-from trainer.evaluation.figures import Predicted, relative_errors, squared_errors
+from benchmarks.provenance import end
+from trainer.evaluation.figures import Predicted, squared_errors
+from trainer.evaluation.forecasts import bias, forecasts_of, rank_correlation, together
 from trainer.evaluation.predictors import predictors
-from trainer.output import show, table
+from trainer.output import table
 from trainer.reading import Reading
 from value_server.contract.checkpoint import read_config
 
@@ -25,27 +30,36 @@ app = App(help=__doc__)
 Figures = dict[str, Estimate]
 
 
-def intervals(texts: Sequence[Predicted]) -> Figures:
-    """`mre DOMAIN`, `loss` (mean squared error of u) and `r2`, the last two of finished texts."""
-    figures = {
-        f"mre {domain}": estimate(Sample([*errors.values()], [*errors]))
-        for domain, errors in relative_errors(texts).items()
-    }
+def intervals(texts: Sequence[Predicted], gamma: float) -> Figures:
+    """`mre DOMAIN` and `relative_error_of_u DOMAIN`; of all domains `median_error`, and
+    `rank_correlation` unless all predictions are the same; of finished texts `loss` (mean squared
+    error of u) and `r2`."""
+    forecasts = forecasts_of(texts, gamma)
+    figures: dict[str, Estimate | None] = {}
+    for domain, own in forecasts.items():
+        figures[f"mre {domain}"] = estimate(Sample(list(own.errors), own.prompts))
+        of_u = Sample(list(own.errors_of_u), own.prompts)
+        figures[f"relative_error_of_u {domain}"] = estimate(of_u)
+    every = together(forecasts)
+    figures["median_error"] = bootstrap(lambda errors: float(np.median(errors)), every.errors)
+    figures["rank_correlation"] = bootstrap(rank_correlation, every.predicted, every.length)
     finished = [text for text in texts if text.rollout.finished]
     groups = [text.rollout.prompt_id for text in finished for _ in text.u]
     squared, spread = (Sample(list(part), groups) for part in squared_errors(finished))
     figures["loss"] = estimate(squared)
     figures["r2"] = estimate(squared, spread, of=lambda error, total: 1 - error / total)
-    return figures
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def columns(figures: Figures) -> dict[str, Any]:
-    """MRE in percent, the squared error in thousandths; n: held-out prompts, and tokens."""
-    mre = {name: e for name, e in figures.items() if name.startswith("mre")}
+    """Errors in percent, the squared error in thousandths; n: held-out prompts, and tokens."""
+    mre = {name: e for name, e in figures.items() if name.startswith("mre ")}
     return {
         **{f"{name}, %": e.scaled(100) for name, e in mre.items()},
+        "median error, %": figures["median_error"].scaled(100),
+        "rank correlation": figures.get("rank_correlation"),
         **{"loss / 0.001": figures["loss"].scaled(1000), "R²": figures["r2"]},
-        **{"prompts": sum(e.n for e in mre.values()), "tokens": figures["loss"].n},
+        **{"prompts": figures["median_error"].n, "tokens": figures["loss"].n},
     }
 
 
@@ -59,6 +73,7 @@ def main(
     *,
     rollouts: Path,
     checkpoint: tuple[Path, ...],
+    training: Path | None = None,
     holdout: float | None = None,
     reading: Reading = Reading(),
     output: Path = Path("runs/prediction"),
@@ -71,6 +86,8 @@ def main(
         Parquet file or folder of shards, several completions a prompt.
     checkpoint
         Folders that `lenvm train` wrote; give it once for each.
+    training
+        Rollouts to take the baselines from, as for `lenvm evaluate`; for rollouts of other prompts.
     holdout
         Share of the prompts that was held out, 1 for all; as for `lenvm evaluate`.
     output
@@ -78,11 +95,15 @@ def main(
     """
     reading.check()
     gamma = read_config(checkpoint[0]).gamma
-    with predictors(checkpoint, rollouts, reading, gamma, holdout=holdout) as found:
-        models = {name: intervals(texts) for name, texts in found.items()}
-        result = {"gamma": gamma, "rollouts": rollouts.name, "models": models}
+    with predictors(
+        checkpoint, rollouts, reading, gamma, training=training, holdout=holdout
+    ) as found:
+        models = {name: intervals(texts, gamma) for name, texts in found.items()}
+        first = next(iter(found.values()))
+        biases = bias(forecasts_of(first, gamma))
+        result = {"gamma": gamma, "rollouts": rollouts.name, "models": models, "bias": biases}
         write_figures(output, result)
-        show(table(table_rows(models)), result, reading.only_json)
+        end(result, table(table_rows(models)), reading.only_json)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from benchmarks.evidence.tasks import stratified
 from benchmarks.evidence.tradeoff_table import points_of, summary, table_rows
 from benchmarks.figures import write_figures
 from benchmarks.pictures import plot_tradeoff
+from benchmarks.provenance import end
 from trainer.checks import check, check_positive
-from trainer.output import OnlyJson, show, table
+from trainer.output import OnlyJson, table
 from trainer.resume import keep_settings
 from trainer.rows import Rows
 
@@ -153,7 +154,7 @@ def main(
     result = {"data": settings["data"], "model": settings["model"], **summary(points)}
     write_figures(output, {"measured": points, **result})
     plot_tradeoff(points, output / "tradeoff.png")
-    show(table(table_rows(points)), result, only_json)
+    end(result, table(table_rows(points)), only_json)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 from cyclopts import App
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.provenance import end
 from lenvm_vllm.commands.demo import MODEL
 from trainer.checks import check
-from trainer.output import OnlyJson, show, table
+from trainer.output import OnlyJson, table
 from trainer.rows import read_rows
 from value_server.contract.units import CHARACTERS, PRIOR, WORDS, count
 from value_server.http.text import TextRequest, Texts
@@ -113,7 +114,7 @@ def main(
         for answer in read(path) if path else ():
             by_kind[answer.kind].append(answer)
     figures = {kind: figures_of(own, Texts(tokenizer)) for kind, own in by_kind.items()}
-    show(table(rows_of(figures)), figures, only_json)
+    end(figures, table(rows_of(figures)), only_json)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from cyclopts import App, Parameter
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
+from benchmarks.provenance import end
 from benchmarks.systems.scoring import Ours
 from benchmarks.systems.timing import times_ms
 from trainer.output import table
@@ -212,7 +213,7 @@ def main(
         del engine
         gc.collect()
     print(f"\n{machine.name}, {dtype}{', compiled' if compiled else ''}\n\n{table(rows)}\n")
-    print(json.dumps({"machine": vars(machine), "compiled": compiled, "steps": rows}))
+    end({"machine": vars(machine), "compiled": compiled, "steps": rows})
 
 
 if __name__ == "__main__":

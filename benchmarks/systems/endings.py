@@ -9,7 +9,6 @@ themselves: the plugin's own yardstick, by which it also chooses.
 """
 
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import httpx
 from cyclopts import App
 
 from benchmarks.endpoint import Endpoint
+from benchmarks.provenance import end
 from benchmarks.servers import served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from lenvm_vllm.commands.demo.questions import PROMPTS
@@ -141,7 +141,7 @@ def main(
     print(table(rows))
     cells = {f"{row['at a time']}/{row['endings']}": row for row in rows}
     names = ("p50 s", "p95 s", "tokens/s", "sampled", "natural %", "whole %", "LD %")
-    print(json.dumps({k: {n: round(row[n], 2) for n in names} for k, row in cells.items()}))
+    end({k: {n: round(row[n], 2) for n in names} for k, row in cells.items()})
 
 
 if __name__ == "__main__":

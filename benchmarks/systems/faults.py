@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cyclopts import App
 
+from benchmarks.provenance import KEY, end, provenance
 from benchmarks.systems.fault_summary import Observed, Window, few, lines
 from benchmarks.systems.latency import ENOUGH
 from benchmarks.systems.stage import Stage, stage_of
@@ -106,11 +107,13 @@ def main(
         counts = {"resent": load.counts["resent"], "engine_deaths": stage.deaths()}
     rows, result = observed.rows(), observed.result() | counts
     if out:
-        out.write_text(json.dumps({"result": result, "rows": rows}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"result": result, "rows": rows, KEY: provenance()}, indent=1) + "\n"
+        )
     print(table(lines(rows)))
     if names := few(rows, ENOUGH):
         print(f"p99 of fewer than {ENOUGH} gaps: {', '.join(names)}")
-    print(json.dumps(result))
+    end(result)
 
 
 if __name__ == "__main__":

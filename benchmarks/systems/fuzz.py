@@ -8,7 +8,6 @@ OpenAPI description; `step` sends msgpack: noise, messages of wrong types, messa
 themselves or ask too much, and good ones with some bits flipped.
 """
 
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from benchmarks.provenance import end
 from benchmarks.systems.steps import step_request
 from benchmarks.systems.watch import Watch, tiny_value_server
 from lenvm_vllm.commands.processes import Server
@@ -145,7 +145,7 @@ def step(*, minutes: float = 10.0) -> None:
             send()
         counts = {str(status): count for status, count in sorted(statuses.items())}
         result = {"requests": statuses.total(), "statuses": counts, "server_errors": statuses[500]}
-        print(json.dumps(result | state(serving, watch)))
+        end(result | state(serving, watch))
 
 
 @app.command
@@ -160,7 +160,7 @@ def openapi(*, minutes: float = 10.0) -> None:
             if run.returncode:
                 failed += 1
                 print(run.stdout[-4000:], run.stderr[-2000:], file=sys.stderr)
-        print(json.dumps({"runs": turn, "failed_runs": failed} | state(serving, watch)))
+        end({"runs": turn, "failed_runs": failed} | state(serving, watch))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ The model is random and tiny, so that the rest is what is seen: encoding, the so
 thread of the engine, decoding.
 """
 
-import json
-
 from cyclopts import App
 
+from benchmarks.provenance import end
 from benchmarks.systems.step_over_http import overhead_ms
 
 app = App(help=__doc__)
@@ -27,7 +26,7 @@ def main(*, sessions: int = 32, candidates: int = 15) -> None:
         Of each row.
     """
     times = {name: round(ms, 3) for name, ms in overhead_ms(sessions, candidates).items()}
-    print(json.dumps({"http_overhead_ms_p50": times["tcp"], **times}))
+    end({"http_overhead_ms_p50": times["tcp"], **times})
 
 
 if __name__ == "__main__":

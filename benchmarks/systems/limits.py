@@ -23,6 +23,7 @@ import httpx
 from cyclopts import App
 from tqdm import tqdm
 
+from benchmarks.provenance import end
 from benchmarks.systems.disturb import killed, meanwhile
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.processes import Server
@@ -165,7 +166,7 @@ def main(
         "inexact": sum(answer.is_inexact for answer in answers),
         "kills": weather.kills,
     }
-    print(json.dumps(line))
+    end(line)
     sys.exit(1 if line["above"] or line["inexact"] else 0)
 
 

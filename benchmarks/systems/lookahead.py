@@ -12,7 +12,6 @@ one reading of all keys and values. A checkpoint without a lookahead head gets a
 takes as long.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cyclopts import App
 from tqdm import tqdm
 from transformers.utils import logging
 
+from benchmarks.provenance import end
 from benchmarks.systems.baselines import Baselines
 from benchmarks.systems.scoring import Ceiling, Ours, measure_ceiling, whole_above_100
 from benchmarks.systems.timing import best_ms
@@ -130,7 +130,7 @@ def main(
     steps = [measure(engine, ceiling, plain, shape, repeats) for shape in tqdm(shapes)]
     rows = [{name: whole_above_100(value) for name, value in step.items()} for step in steps]
     print(f"\n{dtype}, {threads} thread(s), {engine.device}, ms\n\n{table(rows)}\n")
-    print(json.dumps(summary(steps)))
+    end(summary(steps))
 
 
 def summary(steps: Sequence[Step]) -> dict[str, float]:

@@ -7,7 +7,6 @@ both URLs. Sessions step; in the middle one server's process is killed, and Ray 
 """
 
 import contextlib
-import json
 import signal
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from cyclopts import App
 from ray import serve
 from tqdm import tqdm
 
+from benchmarks.provenance import end
 from benchmarks.systems.timing import wait_until
 from lenvm_vllm.commands.processes import free_port
 from lenvm_vllm.engine.messages import Question
@@ -103,7 +103,7 @@ def main(*, steps: int = 200) -> None:
         line = run(connect(load_settings({"lenvm": {"url": urls}})), steps)
     serve.shutdown()
     ray.shutdown()  # Ray writes to stdout while it ends
-    print(json.dumps(line))
+    end(line)
 
 
 if __name__ == "__main__":

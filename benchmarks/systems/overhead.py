@@ -8,7 +8,6 @@ all arms have the same number of tokens: unguided by `ignore_eos`, guided by an 
 tilted by `min_tokens`.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 from cyclopts import App
 
 from benchmarks.metrics import metrics
+from benchmarks.provenance import end
 from benchmarks.systems.disturb import awake, paused
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
@@ -137,7 +137,7 @@ def main(
     idle = round(statistics.median(ratios["idle"].values()), 3)
     result = {"plugin_idle_ratio": idle, "guided_ratio": ratios["guided"]}
     result |= {"tilt_ratio": ratios["tilt"], "idle_ratio": ratios["idle"]}
-    print(json.dumps({**result, "valued_share": valued}))
+    end({**result, "valued_share": valued})
 
 
 if __name__ == "__main__":

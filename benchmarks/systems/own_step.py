@@ -12,7 +12,6 @@ The last line is one JSON object: of each number of rows the median and the 99th
 step, and the mean of each of its parts, in milliseconds.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -33,6 +32,7 @@ from cyclopts import App
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.provenance import end
 from benchmarks.systems.timing import times_ms
 from lenvm_vllm.commands.demo import MODEL
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
@@ -272,7 +272,7 @@ def main(
         os.environ[FOLDER] = folder
         found = {b: measured(b, steps, warm, rank) | {"passes": passes_ms(b)} for b in rows}
     print(table([{"rows": b} | of for b, of in found.items()]), file=sys.stderr)
-    print(json.dumps({f"own_ms_{b}": of for b, of in found.items()}))
+    end({f"own_ms_{b}": of for b, of in found.items()})
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ card's full rates. A lookahead step is one row a session, an exact one nine (the
 eight candidates). What an engine reaches of this is measured by `benchmarks.systems.device`.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cyclopts import App
 
+from benchmarks.provenance import end
 from benchmarks.systems.device import SHAPES
 from trainer.output import table
 
@@ -130,8 +130,7 @@ def main(*, sessions: tuple[int, ...] = (1, 32, 256), tokens: tuple[int, ...] = 
         Behind each.
     """
     found = list(lines(tuple((n, behind) for n in sessions for behind in tokens)))
-    print(table(found))
-    print(json.dumps({"lines": found}))
+    end({"lines": found}, table(found))
 
 
 if __name__ == "__main__":

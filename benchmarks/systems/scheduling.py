@@ -18,6 +18,7 @@ from typing import Any
 from cyclopts import App
 from tqdm import tqdm
 
+from benchmarks.provenance import end
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
@@ -88,7 +89,7 @@ def main(
                 result[arm] = seconds(report) | {"tokens": report["total_output_tokens"]}
     for kind in ("mean", "p99"):
         result[f"{kind}_ratio"] = round(result["forecast"][kind] / result["fcfs"][kind], 3)
-    print(json.dumps(result))
+    end(result)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from cyclopts import App
 from tqdm import tqdm
 from transformers.utils import logging
 
+from benchmarks.provenance import end
 from benchmarks.systems.baselines import Baselines
 from benchmarks.systems.step_over_http import overhead_ms
 from benchmarks.systems.timing import best_ms
@@ -236,7 +237,7 @@ def main(
         print(table(rows), end="\n\n")
         gc.collect()
     (output / "scoring.json").write_text(json.dumps(everything, indent=1) + "\n")
-    print(json.dumps(summary(everything)))
+    end(summary(everything))
 
 
 def whole_above_100(number: float | None) -> float | None:

@@ -8,7 +8,6 @@ forward of the same tiny model; at the end all sessions are closed, and no slot 
 """
 
 import contextlib
-import json
 import random
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ import torch
 from cyclopts import App
 
 from benchmarks.metrics import metrics
+from benchmarks.provenance import end
 from benchmarks.systems.steps import Sessions
 from benchmarks.systems.timing import wait_until
 from benchmarks.systems.watch import Watch, tiny_value_server
@@ -113,7 +113,7 @@ def main(*, minutes: float = 10.0, clients: int = 4) -> None:
     """
     torch.set_num_threads(1)
     with tiny_value_server(*LIMITS, max_position=MOST_POSITIONS) as server:
-        print(json.dumps(run(server, minutes, clients)))
+        end(run(server, minutes, clients))
 
 
 def run(server: Server, minutes: float, clients: int) -> dict[str, float]:

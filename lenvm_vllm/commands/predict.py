@@ -20,7 +20,8 @@ def predict(
 ) -> None:
     """Print the completion length that the value server predicts for a prompt.
 
-    A line for each unit, as "93.4 words". Tokens include the end of sequence.
+    A line for each unit, as "93.4 words". Tokens include the end of sequence. It is a typical
+    length, below the mean of many answers where these differ.
 
     Parameters
     ----------

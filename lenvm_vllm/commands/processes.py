@@ -23,6 +23,7 @@ import httpx
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 15
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+STARTED: list["Server"] = []  # by this process, each once; benchmarks tell them
 # $1: the group. A group that has ended is left alone, as its number may be another's.
 _GUARD = f"""
 read -r _
@@ -95,6 +96,8 @@ class Server:
 
     def start(self) -> None:
         """Returns once it is up. Raises RuntimeError with the end of its log."""
+        if not any(server is self for server in STARTED):
+            STARTED.append(self)
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 self.command,

@@ -15,6 +15,9 @@ from lenvm_vllm.steering.goals import Goals
 from lenvm_vllm.steering.landing import Landing
 from lenvm_vllm.text.sentences import Sentences
 
+# The mode of a request, not of its aim, which a wall makes a range: the paper knows no wall.
+_EXTREMES = {"at_most": -1.0, "at_least": 1.0}
+
 
 def cut_of(state: RequestState, settings: Settings) -> Cut:
     """The candidate cut of a request: its own, or the plugin's where it sets none."""
@@ -69,11 +72,14 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
     numbers = np.array([state.aim.numbers for state in states], np.float64).reshape(-1, 6)
     numbers[:, 2:4] -= next_  # what remains behind the next token
     exact, tilts, lowest, target, before, behind = torch.from_numpy(numbers).unbind(-1)
+    extremes = [_EXTREMES.get(target.mode, 0.0) for target in targets]
     bounds = [max_kl if target.max_kl is None else target.max_kl for target in targets]
     return Goals(
         exact=exact.bool(),
         tilts=tilts.bool(),
         greedy=torch.tensor([target.policy == "greedy" for target in targets]),
+        extreme=torch.tensor(extremes, dtype=torch.float64),
+        railed=torch.tensor([target.tolerance is not None for target in targets]),
         lowest=lowest,
         landing=Landing(target, before, behind),
         beta=torch.tensor([target.beta or 0.0 for target in targets], dtype=torch.float64),

@@ -18,6 +18,8 @@ class Goals:
     """What each of B rows wants.
 
     exact, tilts, greedy: (B,) bool, the modes equal_to and tilt, and the policy.
+    extreme: (B,) which value `greedy` always takes, whatever the text expects: -1 the smallest,
+    of at_most, 1 the largest, of at_least; 0 none of them. railed: (B,) bool, rails are on.
     lowest: (B,) the fewest tokens that are to come behind the next one, negative past them; 0
     where any number will do. landing: of each row, in tokens from the next one; its target is the
     most that are to come. beta: (B,), of a tilt. max_kl: (B,) nats.
@@ -26,6 +28,8 @@ class Goals:
     exact: Tensor
     tilts: Tensor
     greedy: Tensor
+    extreme: Tensor
+    railed: Tensor
     lowest: Tensor
     landing: Landing[Tensor]
     beta: Tensor
@@ -83,9 +87,14 @@ class Goals:
         return replace(self, lowest=lowest, greedy=self.greedy & ~alone)
 
     @property
-    def too_early(self) -> Tensor:
-        """(B,) bool: no end yet, whatever its value."""
+    def short(self) -> Tensor:
+        """(B,) bool: an end now would be below the fewest of a limit or a range."""
         return ~self.exact & (self.lowest > 0)
+
+    @property
+    def too_early(self) -> Tensor:
+        """(B,) bool: the lower rail bars an end, whatever its value."""
+        return self.short & self.railed
 
 
 _OF_ROWS = [field.name for field in fields(Goals) if field.name not in ("landing", "gamma")]

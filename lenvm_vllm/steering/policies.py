@@ -196,11 +196,13 @@ def _decide_end(log_p0: Tensor, own_p0: Tensor, mean: Tensor, goals: Goals) -> T
     most, least = (torch.where(p < NO_END, 0.0, p) for p in (most, least))
     most = most.masked_fill(goals.too_early | (goals.exact & (landed < 0)), 0)
     gained = torch.sigmoid(torch.logit(there) + LANDING_NATS * landed.clamp(0, 1))
-    raised = torch.where(landed < 0, p0, torch.maximum(p0, torch.minimum(least, gained)))
+    raised = torch.where(
+        (landed < 0) | goals.short, p0, torch.maximum(p0, torch.minimum(least, gained))
+    )
     new = torch.minimum(most, raised)
     beyond = mean > value_from_length(room.clamp(min=0), goals.gamma)
     last = (goals.exact & (goals.lowest <= 0)) | ((room < SENTENCE) & beyond)
-    taken = last & (landed >= 0) & (there >= NATURAL) & ~goals.too_early
+    taken = last & (landed >= 0) & (there >= NATURAL) & ~goals.short
     new = torch.where((room < 1) | taken, 1.0, new)
     return torch.where((there == 0) | (new == p0), own_p0, new.log())
 
@@ -208,8 +210,10 @@ def _decide_end(log_p0: Tensor, own_p0: Tensor, mean: Tensor, goals: Goals) -> T
 def _choose(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     """The paper's rule: all probability on one candidate, the end among them.
 
-    equal_to: the value nearest u*. Other modes: the smallest while the model's own mean value
-    is above their bounds, the largest while it is below. Too early there is no end.
+    equal_to: the value nearest u*. at_most: always the smallest value, which is the end's wherever
+    it is a candidate. at_least: always the largest, so that the text ends where nothing else is
+    left. A range is not the paper's: the smallest while the model's own mean value is above it, the
+    largest while below. Nor are rails, which bar an end that comes too early.
     """
     log_q, u, _, _, log_p0 = given
     low, high = goals.bounds()
@@ -219,7 +223,8 @@ def _choose(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     allowed = torch.cat([may_end[:, None], ~log_q.isneginf()], dim=-1)
 
     ended = torch.where(may_end, log_p0.exp(), 0.0)
-    direction = _direction((1 - ended) * (log_q.exp() * u).sum(-1), low, high)
+    broken = _direction((1 - ended) * (log_q.exp() * u).sum(-1), low, high)
+    direction = torch.where(goals.extreme != 0, goals.extreme, broken)
     near = (values - low[:, None]).abs()
     cost = torch.where(goals.exact[:, None], near, -direction[:, None] * values)
     choice = torch.where(allowed, cost, torch.inf).argmin(-1)

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import report
 from benchmarks.estimates import Estimate
 from benchmarks.figures import write_figures
+from benchmarks.provenance import commit
 from benchmarks.report import SECTION, write
 from trainer.resume import keep_settings
 
@@ -39,6 +40,7 @@ def test_a_section_whose_run_is_not_here_stays(
     for name in ("scaling", "ablations-small"):
         run = {"axis": "layers", "setting": "2", "completions": 9, "cut": 1, "length_error": 0.25}
         run["figures"] = {"mre math": figure, "loss": figure, "r2": figure}
+        run["figures"] |= {"median_error": figure, "rank_correlation": figure}
         write_figures(tmp_path / "runs" / name, {"gamma": 0.9, "runs": [run]})
         keep_settings(tmp_path / "runs" / name, {"model": "m"})
     docs = tmp_path / "docs"
@@ -55,8 +57,9 @@ def test_a_section_whose_run_is_not_here_stays(
         "scaling",
         "ablations-small",
     ]
-    row = "| layers | 2 | 9 | 1 | 50 [40, 60] | 500 [400, 600] | 0.5 [0.4, 0.6] | 9 | 9 | 25% |"
-    assert row in text
-    assert "model m\n" in text
+    percent, share = "50 [40, 60]", "0.5 [0.4, 0.6]"
+    figures = f"{percent} | {percent} | {share} | 500 [400, 600] | {share}"
+    assert f"| layers | 2 | 9 | 1 | {figures} | 9 | 9 | 25% |" in text
+    assert f"model m, commit {commit() or 'unknown'}, on " in text
     with pytest.raises(ValueError, match=r"^runs: .* has no folder of lifebench"):
         report.main(runs=docs)

@@ -33,6 +33,7 @@ class Row:
     own_end: bool = True
     mode: str = "equal_to"
     greedy: bool = False
+    railed: bool = True
     remaining: int = 10
     width: int = 0
     landing: float = 0.0
@@ -52,6 +53,11 @@ class Row:
     @property
     def u_star(self) -> float:
         return 1 - GAMMA ** max(self.remaining, 0)
+
+    @property
+    def is_short(self) -> bool:
+        """Of a limit or a range."""
+        return self.remaining > 0 and self.mode in ("at_least", "range")
 
     @property
     def ceiling(self) -> int:
@@ -104,6 +110,8 @@ def goals_of(rows: list[Row]) -> Goals:
         exact=torch.tensor([row.mode == "equal_to" for row in rows]),
         tilts=torch.tensor([row.mode == "tilt" for row in rows]),
         greedy=torch.tensor([row.greedy for row in rows]),
+        extreme=column({"at_most": -1, "at_least": 1}.get(row.mode, 0) for row in rows),
+        railed=torch.tensor([row.railed for row in rows]),
         lowest=column(0 if row.mode in ("at_most", "tilt") else row.remaining for row in rows),
         landing=Landing(
             column(landing.target for landing in landings),

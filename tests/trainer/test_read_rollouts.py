@@ -31,6 +31,9 @@ def test_read_one_file(tmp_path: Path) -> None:
     assert first.prompt_ids.tolist() == [1, 2]
     assert first.completion_ids.tolist() == [3, 4, 5]
     assert (second.domain, second.finished) == ("", False)
+    assert first.prompt == ""
+    (told,) = read_rollouts(write(tmp_path / "b.parquet", ROW | {"prompt": "Why?"}))
+    assert told.prompt == "Why?"
 
 
 @pytest.mark.parametrize("reason", ["length", "abort", "", None])

@@ -1,7 +1,9 @@
 """How well a value model predicts.
 
 evaluate     the command; figures: what it computes; card: the README of a checkpoint
-predictors   what is compared: models (predict) and guesses without one (baselines)
+forecasts    the length after a prompt, foretold and found
+predictors   what is compared: models (predict) and guesses without one: baselines, and
+             lexical, by the words of the prompt (boosting)
 lookahead    a lookahead head beside exact values
 journal      predictions kept as they are made
 tokens       which tokens lengthen a text

@@ -1,4 +1,4 @@
-"""What a value model has to beat: guesses that read no text.
+"""What a value model has to beat: guesses that read no text. (One by words is in lexical.py.)
 
 training mean: the mean value of the training completions, at the prompt's end and over all
 their tokens. prompt length: a least-squares line through the log of the prompt's length, and
@@ -69,5 +69,10 @@ def baseline_logits(
     x = _features(prompt, count)
     u = x @ coefficients["tokens"]
     u[:1] = x[:1] @ coefficients["boundary"]
+    return logits_of_guess(u, size)
+
+
+def logits_of_guess(u: Floats, size: int) -> Floats:
+    """(size,) logits of a guess of u at the last places of a text; those before are 0."""
     u = np.clip(u, LOWEST, HIGHEST)
-    return np.concatenate([np.zeros(size - count), np.log(u) - np.log1p(-u)])
+    return np.concatenate([np.zeros(size - len(u)), np.log(u) - np.log1p(-u)])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.evaluation.forecasts import ALL
 from trainer.output import table
 from value_server.contract.checkpoint import LenvmConfig
 
@@ -52,22 +53,29 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
     """One paragraph: on what, and what the columns of the table are."""
     return (
         f"On {figures['completions']} completions of {figures['prompts']} prompts "
-        f"({figures.get('rollouts', 'not named')}), of which {figures['cut']} were cut. MRE: mean "
-        "over prompts of the relative error of the value at the prompt's end; R²: of the value "
-        "at every token of the finished completions."
+        f"({figures.get('rollouts', 'not named')}), of which {figures['cut']} were cut. MRE and "
+        "median error: over prompts, of |L̂ - L| / L at the prompt's end, L the length of the mean "
+        "value of its completions; rank correlation: of L̂ and L over all prompts; R²: of the "
+        "value at every token of the finished completions."
     )
 
 
 def result_table(figures: Mapping[str, Any]) -> str:
-    """Markdown: the model and each baseline in a row; MRE by domain, R² in u-space."""
+    """Markdown: the model and each baseline in a row; MRE by domain, R² of values."""
     return table(
         [
             {"predictor": name}
             | {f"MRE {domain}": f"{error:.1%}" for domain, error in row["mre"].items()}
-            | {"R²": f"{row['r2']:.2f}"}
+            | {"median error": f"{row['median_error'][ALL]:.1%}"}
+            | {"rank correlation": _two_digits(row["rank_correlation"][ALL])}
+            | {"R²": _two_digits(row["r2"])}
             for name, row in {"this model": figures, **figures["baselines"]}.items()
         ]
     )
+
+
+def _two_digits(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.2f}"
 
 
 def agreement_table(figures: Mapping[str, float]) -> str:

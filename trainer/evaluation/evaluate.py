@@ -1,4 +1,4 @@
-"""`lenvm evaluate`: how well a value model predicts, beside guesses that read no text."""
+"""`lenvm evaluate`: how well a value model predicts, beside guesses without one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,12 @@ from trainer.plots import check_picture, plot_calibration
 from trainer.reading import Reading
 from trainer.rollout_files import TokenizerOf, check_tokenizer, read_rollouts
 from value_server.contract.checkpoint import read_config
+
+# Of a baseline; the first model has more.
+COMPARED = (
+    *("mre", "median_error", "rank_correlation", "relative_error_of_u"),
+    *("r2", "r2_with_bounds"),
+)
 
 
 def evaluate(
@@ -86,7 +92,7 @@ def summarise_all(found: Mapping[str, Sequence[Predicted]], gamma: float) -> dic
     """The figures of the first, and what of them the others are compared by."""
     first, *others = (summarise(texts, gamma) for texts in found.values())
     first["baselines"] = {
-        name: {key: figures[key] for key in ("mre", "r2", "r2_with_bounds")}
+        name: {key: figures[key] for key in COMPARED}
         for name, figures in zip(list(found)[1:], others, strict=True)
     }
     first["baseline_mre"] = {

@@ -3,17 +3,15 @@
 Legend: P prompt tokens, R completion tokens, T tokens of a text, K its known places: the last
 prompt token and all completion tokens but the last; u = 1 - gamma^r.
 
-MRE (paper, Eq. 13 to 15): over the prompts of a domain the mean of |û - ū| / ū at the last prompt
-token, ū the mean of 1 - gamma^R over the prompt's completions. R²: share of the variance of u
+Forecasts are judged prompt by prompt, in lengths (forecasts.py). R²: share of the variance of u
 that the prediction explains, over the known places of all finished completions together.
 
 A completion that max_tokens cut has a lower bound: at least one token more than was seen. In the
-MRE and the calibration it counts at that bound. R² and the errors by position leave it out. In
-`r2_with_bounds` its tokens take part, with what a prediction falls short of their bounds as its
-error; the variance is then what the best constant prediction leaves.
+forecasts' figures and the calibration it counts at that bound. R² and the errors by position
+leave it out. In `r2_with_bounds` its tokens take part, with what a prediction falls short of
+their bounds as its error; the variance is then what the best constant prediction leaves.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.data import Rollout, known_values
+from trainer.evaluation.forecasts import bias, forecast_figures, forecasts_of
 from value_server.contract.values import length_from_logit
 
 Floats = NDArray[np.float64]
@@ -66,30 +65,18 @@ def summarise(texts: Sequence[Predicted], gamma: float) -> dict[str, Any]:
     finished = [text for text in texts if text.rollout.finished]
     if not finished:
         raise ValueError("rollouts: no finished completion among them")
-    errors = relative_errors(texts)
+    forecasts = forecasts_of(texts, gamma)
     return {
-        "mre": {name: float(np.mean([*own.values()])) for name, own in errors.items()},
+        **forecast_figures(forecasts),
         "r2": explained(*squared_errors(finished)),
         "r2_with_bounds": explained(*squared_errors(texts)),
         "length_error_by_position": length_errors(finished, gamma),
         "calibration": calibration(texts, gamma),
-        "prompts": sum(map(len, errors.values())),
+        "prompts": sum(len(own.prompts) for own in forecasts.values()),
         "completions": len(texts),
         "cut": len(texts) - len(finished),
+        "bias": bias(forecasts),
     }
-
-
-def relative_errors(texts: Sequence[Predicted]) -> dict[str, dict[str, float]]:
-    """|û - ū| / ū at the last prompt token, by domain and by prompt."""
-    pairs: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for text in texts:
-        own = pairs[text.rollout.domain][text.rollout.prompt_id]
-        own.append((text.u[0], text.guess[0]))
-    errors: dict[str, dict[str, float]] = {}
-    for domain, prompts in sorted(pairs.items()):
-        means = {name: np.mean(own, axis=0) for name, own in prompts.items()}
-        errors[domain] = {n: float(abs(guess - u) / u) for n, (u, guess) in means.items()}
-    return errors
 
 
 def squared_errors(texts: Sequence[Predicted]) -> tuple[Floats, Floats]:

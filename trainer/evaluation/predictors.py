@@ -1,4 +1,4 @@
-"""A checkpoint beside others and beside guesses that read no text, on the same completions."""
+"""A checkpoint beside others and beside guesses without one, on the same completions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,14 @@ from trainer.data import Rollout, prompt_hashes, split
 from trainer.evaluation.baselines import baseline_logits, fit_baselines
 from trainer.evaluation.figures import Predicted, predicted
 from trainer.evaluation.journal import close_journal, open_journal
+from trainer.evaluation.lexical import fit_lexical
 from trainer.evaluation.predict import predict_all
 from trainer.reading import Reading
 from trainer.rollout_files import read_rollouts
 from value_server.contract.checkpoint import LenvmConfig
 from value_server.contract.values import length_from_logit, logit_from_length
+
+LEXICAL = "words of the prompt"
 
 
 @contextmanager
@@ -33,8 +36,9 @@ def predictors(
 ) -> Iterator[dict[str, list[Predicted]]]:
     """By name what each predicts, of completions that the first checkpoint did not see.
 
-    gamma: that all are compared under. training, holdout: see `evaluate`. Predictions are kept
-    until the block has ended without an error. Raises ValueError naming what is wrong.
+    gamma: that all are compared under. training, holdout: see `evaluate`. The guess by words needs
+    the training's rollouts and the texts of all prompts. Predictions are kept until the block has
+    ended without an error. Raises ValueError naming what is wrong.
     """
     paths = {path.name: path for path in checkpoints}
     names = [*map(str, checkpoints)]
@@ -59,6 +63,8 @@ def predictors(
     for name, line in fitted.items():
         guesses = (baseline_logits(line, rollout, longest) for rollout in held_out)
         logits[name] = [with_gamma(z, config.gamma, gamma) for z in guesses]
+    if (words := fit_lexical(known, gamma, longest)) and all(r.prompt for r in held_out):
+        logits[LEXICAL] = [words.logits(rollout, longest) for rollout in held_out]
     yield {name: predicted(held_out, own, gamma, longest) for name, own in logits.items()}
     for journal in journals.values():
         close_journal(journal)

@@ -44,6 +44,7 @@ from value_server.contract.checkpoint import (
     LenvmConfig,
     read_config,
 )
+from value_server.contract.weights import weights_fingerprint
 from value_server.model.value_model import ValueModel
 
 SKETCH_SIZE = 32
@@ -175,6 +176,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], Le
         weights=backbone.weights(),
         num_layers=backbone.depth(),
         tokenizer_fingerprint=backbone.tokenizer().fingerprint,
+        base_fingerprint=weights_fingerprint(backbone.model),
         target=objective.target,
         target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
         lookahead_rank=training.ahead.lookahead,
@@ -215,7 +217,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """All that shapes the weights, as JSON."""
     facts = msgspec.to_builtins(config) | config.training
-    del facts["training"]
+    del facts["training"], facts["base_fingerprint"]  # so that runs of before it was known go on
     if not config.lookahead_rank:  # so that runs of before there was any go on
         del facts["lookahead_rank"]
     lora = asdict(backbone.lora)

@@ -3,6 +3,7 @@
 values.py       what a value is, and the length that it stands for
 targets.py      what a head's output reads as
 checkpoint.py   what a checkpoint holds
+weights.py      whether two copies of a model have the same weights
 wire.py         messages between plugin and server
 units.py        what a word and a character are
 listen.py       whether a server can listen at an address

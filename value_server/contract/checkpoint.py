@@ -40,6 +40,8 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
         model) or "head" (the base model as it is).
     num_layers: layers of the base model that are used, from the bottom.
     tokenizer_fingerprint: of the tokenizer trained with.
+    base_fingerprint: of the base model's weights that were trained on (weights.py); empty where
+        it is not known.
     lookahead_rank: r of the lookahead head (model/lookahead.py); 0: there is none.
     training: free facts (data, command, figures).
     """
@@ -51,6 +53,7 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     tokenizer_fingerprint: str
     target: Target = "discounted_return"
     target_scale: float = 1.0
+    base_fingerprint: str = ""
     lookahead_rank: int = 0
     training: dict[str, Any] = {}
 

@@ -87,6 +87,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     """What `GET /v1/model` tells about the served value model.
 
     model_id: another one where any of the other facts is another.
+    base_fingerprint: of the base model's weights that it was trained on; empty: not known.
     lookahead_rank: r of its lookahead head; 0: it has none.
     """
 
@@ -94,6 +95,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     model_id: str = ""
     gamma: float
     base_model: str
+    base_fingerprint: str = ""
     tokenizer_fingerprint: str
     vocab_size: int
     max_position: int

@@ -126,14 +126,18 @@ async def step(http: Request) -> Response:
 
 @router.post(wire.PREDICT_PATH)
 async def predict(request: TextRequest, http: Request) -> Prediction:
-    """The length to expect after this prompt, in tokens, words and characters."""
+    """The length to expect after this prompt, in tokens, words and characters.
+
+    It is the length of the mean value, which lies below the mean length of many answers wherever
+    they differ in length.
+    """
     tokens = (await shared(http).lengths(request, http))[-1]
     return await run_in_threadpool(shared(http).texts.prediction, request, tokens)
 
 
 @router.post(wire.VALUES_PATH)
 async def token_values(request: TextRequest, http: Request) -> dict[str, list[float]]:
-    """Tokens to expect after each token of this text."""
+    """Tokens to expect after each token of this text, as /v1/predict does after the last."""
     return {"predicted_tokens": await shared(http).lengths(request, http)}
 
 
@@ -196,6 +200,7 @@ def model_facts(engine: Engine) -> tuple[wire.ModelInfo, wire.LookaheadKeys | No
     info = wire.ModelInfo(
         gamma=lenvm.gamma,
         base_model=lenvm.base_model,
+        base_fingerprint=lenvm.base_fingerprint,
         tokenizer_fingerprint=lenvm.tokenizer_fingerprint,
         vocab_size=engine.vocab_size,
         max_position=engine.max_position,

@@ -33,6 +33,7 @@ from value_server.contract.checkpoint import (
     read_config,
 )
 from value_server.contract.targets import Readout
+from value_server.contract.weights import are_other_weights, weights_fingerprint
 from value_server.model.lookahead import Lookahead, logits_after
 from value_server.model.text_part import text_part
 
@@ -191,6 +192,10 @@ class ValueModel(nn.Module):
             backbone = load_adapter(backbone, checkpoint).merge_and_unload()
         model = cls(backbone.to(dtype), ValueHead(backbone.config.hidden_size), lenvm)
         model.load_heads(checkpoint)
+        if lenvm.weights != "full" and are_other_weights(
+            lenvm.base_fingerprint, weights_fingerprint(source)
+        ):
+            log.warning("%s: was trained on other weights than those of %s", checkpoint, source)
         return model.eval()
 
 

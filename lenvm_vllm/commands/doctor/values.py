@@ -54,6 +54,7 @@ def findings(model: str | None) -> Iterator[Finding]:
     elif served:
         remedies = {"": "name a model that has one, a folder or a hub name"}
         yield from guarded("tokenizer", f"of {model}", _tokenizer(model, served), remedies)
+        yield from guarded("weights", f"of {model}", _weights(model, served), remedies)
 
 
 def _misspelt() -> Iterator[Finding]:
@@ -129,3 +130,23 @@ def _tokenizer(model: str, served: dict[str, wire.ModelInfo]) -> Iterator[Findin
             "docs/training.md tells how it is made"
         )
         yield Finding("tokenizer", f"{url}: {text}", advice)
+
+
+def _weights(model: str, served: dict[str, wire.ModelInfo]) -> Iterator[Finding]:
+    """A copy of the model that was quantised, or trained on, writes texts of other lengths."""
+    from value_server.contract.weights import are_other_weights, weights_fingerprint
+
+    ours = weights_fingerprint(model)
+    for url, info in served.items():
+        if are_other_weights(info.base_fingerprint, ours):
+            text = (
+                f"{url}: its values were learnt with other weights than those of {model}, as a "
+                "quantised or a fine-tuned copy has"
+            )
+            advice = (
+                f"`lenvm evaluate` on rollouts of {model} tells how good they are for it; "
+                "docs/training.md tells how others are made"
+            )
+            yield Finding("weights", text, advice, off=True)
+        elif ours and ours == info.base_fingerprint:
+            yield Finding("weights", f"{url}: its values were learnt with those of {model}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.estimates import Sample, estimate
+from benchmarks.estimates import Sample, bootstrap, estimate
 from benchmarks.evidence.arms import ARMS, fields
 from benchmarks.evidence.lifebench_table import cells, judged, lasts_of, summary, tables
 from benchmarks.evidence.measures import (
@@ -22,6 +22,7 @@ from benchmarks.evidence.measures import (
 from benchmarks.evidence.units import Answer, figures_of, of_lifebench, rows_of
 from benchmarks.ramp import STRENGTH, boost
 from tests.support.tiny import tiny_tokenizer
+from trainer.evaluation.forecasts import rank_correlation
 from trainer.output import table
 from value_server.contract.units import WORDS
 from value_server.http.text import Texts
@@ -78,6 +79,21 @@ def test_arms_are_resampled_by_the_same_prompts() -> None:
     paired = Sample([x + 1 for x in free], groups), Sample(free, groups)
     difference = estimate(*paired, of=lambda a, b: a - b)
     assert (difference.low, difference.value, difference.high) == pytest.approx((1, 1, 1))
+
+
+def test_a_figure_of_all_prompts_together_is_resampled_as_a_whole() -> None:
+    """The interval of a mean is that of `estimate`; a correlation that a draw lacks is left out."""
+    values = np.random.default_rng(2).normal(5, 1, 60)
+    whole = bootstrap(lambda x: float(x.mean()), values)
+    alike = estimate(Sample(list(values), [str(i) for i in range(60)]))
+    assert whole is not None
+    assert (whole.value, whole.n) == (pytest.approx(alike.value), 60)
+    assert (whole.low, whole.high) == pytest.approx((alike.low, alike.high), abs=0.02)
+    few = np.array([1.0, 2.0, 3.0])
+    same = bootstrap(rank_correlation, few, few)
+    assert same is not None
+    assert (same.low, same.value, same.high) == pytest.approx((1, 1, 1))
+    assert bootstrap(rank_correlation, np.ones(3), few) is None
 
 
 def test_an_empty_sample_has_no_figure() -> None:

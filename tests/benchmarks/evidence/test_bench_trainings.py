@@ -46,12 +46,17 @@ def test_figures_are_those_of_lenvm_evaluate() -> None:
     chance = np.random.default_rng(1)
     logits = [chance.normal(0, 1, 4 + len(r.completion_ids)) for r in texts]
     told = predicted(texts, logits, GAMMA, 64)
-    mine, theirs = intervals(told), summarise(told, GAMMA)
-    for domain, mre in theirs["mre"].items():
-        figure = mine[f"mre {domain}"]
-        assert figure.value == pytest.approx(mre)
-        assert figure.low < figure.value < figure.high
-        assert figure.n == 10
+    mine, theirs = intervals(told, GAMMA), summarise(told, GAMMA)
+    for name in ("mre", "relative_error_of_u"):
+        for domain, mre in theirs[name].items():
+            figure = mine[f"{name} {domain}"]
+            assert figure.value == pytest.approx(mre)
+            assert figure.low < figure.value < figure.high
+            assert figure.n == 10
+    for name in ("median_error", "rank_correlation"):
+        assert mine[name].value == pytest.approx(theirs[name]["all"])
+        assert mine[name].low < mine[name].value < mine[name].high
+        assert mine[name].n == 20
     assert mine["r2"].value == pytest.approx(theirs["r2"])
     assert mine["loss"].low < mine["loss"].value < mine["loss"].high
 
@@ -133,7 +138,10 @@ def test_scaling_goes_on_and_its_checkpoints_are_compared(
     models = last_line(capsys)["models"]
     assert list(models)[:2] == ["layers-2", "layers-1"]
     assert {"training mean", "prompt length"} < models.keys()
-    assert {"mre code", "mre math", "loss", "r2"} == models["layers-1"].keys()
+    assert {
+        *("mre code", "mre math", "relative_error_of_u code", "relative_error_of_u math"),
+        *("median_error", "rank_correlation", "loss", "r2"),
+    } == models["layers-1"].keys()
     with pytest.raises(ValueError, match=r"checkpoint: .*different names"):
         prediction.main(checkpoint=(checkpoints[0], tmp_path / "b" / "layers-2"), **where)
 

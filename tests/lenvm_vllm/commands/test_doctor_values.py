@@ -15,7 +15,9 @@ from lenvm_vllm.commands.doctor.finding import Finding
 from lenvm_vllm.commands.processes import free_port
 from tests.support.fakes import INFO
 from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_llm import tiny_llm
 from value_server.contract import wire
+from value_server.contract.weights import weights_fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,24 @@ def test_values_for_the_tokens_of_another_model(
     assert f"`lenvm serve CHECKPOINT` with one that was trained for {other}" in finding.advice
     assert found(str(tmp_path))["tokenizer"].advice.startswith("name a model that has one")
     assert found()["tokenizer"].state == "off"
+
+
+def test_values_learnt_with_other_weights(
+    values: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As of a quantised copy: same name, shapes and tokens. It is told, and is no error."""
+    monkeypatch.setenv("LENVM_URL", values.url())
+    model, other = (str(tiny_llm(tmp_path / str(seed), seed)) for seed in (0, 1))
+    assert "weights" not in found(model)  # the checkpoint does not say
+    info = json.loads(values.answer[1]) | {"base_fingerprint": weights_fingerprint(model)}
+    values.answer = (200, json.dumps(info).encode())
+    assert found(model)["weights"].state == "ok"
+    finding = found(other)["weights"]
+    assert finding.state == "off"
+    assert f"learnt with other weights than those of {other}" in finding.seen
+    assert f"`lenvm evaluate` on rollouts of {other}" in finding.advice
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer-only")
+    assert "weights" not in found(str(tmp_path / "tokenizer-only"))
 
 
 def test_tokens(values: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -62,14 +63,39 @@ def test_perfect_values_land_on_the_target(policy: str) -> None:
     assert [text.generated for text in texts] == [text.target for text in texts]
 
 
-@pytest.mark.parametrize("policy", ["project", "greedy"])
-def test_perfect_values_keep_the_limits(policy: str) -> None:
-    at_most = [ToyText(target, "at_most", policy) for target in (1, 2, 32) for _ in range(20)]
-    at_least = [ToyText(target, "at_least", policy) for target in (1, 2, 32) for _ in range(20)]
+def test_perfect_values_keep_the_limits() -> None:
+    at_most = [ToyText(target, "at_most", "project") for target in (1, 2, 32) for _ in range(20)]
+    at_least = [ToyText(target, "at_least", "project") for target in (1, 2, 32) for _ in range(20)]
     write([*at_most, *at_least])
     assert all(text.generated <= text.target for text in at_most)
     assert all(text.generated >= text.target for text in at_least)
     assert any(text.generated != text.target for text in at_most)
+
+
+def test_the_papers_rule_takes_the_extreme_value_whatever_the_limit() -> None:
+    """at_most ends at once where it may, also far below its limit; at_least never ends by itself,
+    also far past its own. Where no end is possible it takes the shortest way on, or the longest."""
+    text: dict[str, Any] = {"q": (0.6, 0.3, 0.1), "r": (20, 40, 60), "greedy": True}
+    for remaining in (-5, 10, 500):
+        for railed in (False, True):
+            at_most = Row(mode="at_most", remaining=remaining, railed=railed, **text)
+            at_least = replace(at_most, mode="at_least")
+            (shortest, _), (longest, end) = batched([at_most, replace(at_least, p0=0.9)])
+            assert shortest == [1, 0, 0]
+            assert (longest, end) == ([0, 0, 1], 0)
+            assert batched([replace(at_most, p0=1e-6)])[0][1] == 1
+    texts = [ToyText(target, "at_most", "greedy") for target in (1, 2, 32) for _ in range(5)]
+    write(texts)
+    assert {text.generated for text in texts} == {1}
+
+
+def test_without_rails_nothing_bars_an_early_end() -> None:
+    """The bug guarded against: a lower bound that was built in made LS 100 of any at_least."""
+    sure = Row(q=(1.0,), r=(90,), p0=0.6, mode="at_least", remaining=10)
+    for greedy, without, railed in ((True, 0.0, 0.0), (False, 0.6, 0.0)):
+        rows = [replace(sure, greedy=greedy, railed=on) for on in (False, True)]
+        ends = [p0 for _, p0 in batched(rows)]
+        assert ends == pytest.approx([without, railed])
 
 
 def drifting_text(target: int) -> int:

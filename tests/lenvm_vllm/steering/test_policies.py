@@ -67,7 +67,7 @@ def naive_project(row: Row) -> tuple[list[float], float]:
 def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
     if row.mode == "range":
         q, p0 = naive_tilt_and_end(row.one_sided())
-        return q, 0.0 if row.remaining > 0 else p0
+        return q, naive_early_end(row, q) if row.is_short else p0
     u, u_star, due = row.u, row.u_star, row.remaining <= 0
     rises = row.mean < u_star and row.mode != "at_most"
     falls = row.mean > u_star and row.mode != "at_least"
@@ -84,7 +84,7 @@ def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
     if row.p0 == 0 or (due and row.mode == "at_least"):
         return q, row.own_p0
     if row.mode == "at_least":
-        return q, 0.0
+        return q, naive_early_end(row, q)
     exact = row.mode == "equal_to"
     if row.room < 1:
         return q, 1.0
@@ -100,20 +100,26 @@ def naive_tilt_and_end(row: Row) -> tuple[list[float], float]:
     return q, row.own_p0 if row.landed < 0 else max(row.own_p0, min(wanted, row.gained))
 
 
+def naive_early_end(row: Row, q: list[float]) -> float:
+    """Of a text that is short yet: barred by its rail, or what leaves the mean at the limit."""
+    return 0.0 if row.railed else min(row.own_p0, max(0.0, 1 - row.u_star / mean(q, row.u)))
+
+
 def naive_greedy(row: Row) -> tuple[list[float] | None, float]:
     """(None, 1.0) where the end is chosen: then q is of no account."""
-    if row.mode == "range":
-        return naive_greedy(replace(row, p0=0.0 if row.remaining > 0 else row.own_p0).one_sided())
-    due, row = row.remaining <= 0, replace(row, p0=row.own_p0)
-    p0 = 0.0 if row.mode == "at_least" and not due else row.p0
+    p0 = 0.0 if row.railed and row.is_short else row.own_p0
     expected = (1 - p0) * row.mean
-    if row.mode == "at_most" and expected <= row.u_star:
+    costs = {"equal_to": lambda u: abs(u - row.u_star), "at_most": float, "at_least": float.__neg__}
+    if row.mode == "range" and expected < row.u_star:
+        cost = costs["at_least"]
+    elif row.mode == "range" and expected > 1 - GAMMA ** max(row.ceiling, 0):
+        cost = costs["at_most"]
+    elif row.mode == "range":
         return list(row.q), p0
-    if row.mode == "at_least" and expected >= row.u_star:
-        return list(row.q), p0
-    cost = {"equal_to": lambda u: abs(u - row.u_star), "at_most": float, "at_least": float.__neg__}
-    best = min(row.u, key=cost[row.mode])
-    if p0 > 0 and cost[row.mode](0.0) <= cost[row.mode](best):
+    else:
+        cost = costs[row.mode]
+    best = min(row.u, key=cost)
+    if p0 > 0 and cost(0.0) <= cost(best):
         return None, 1.0
     return [float(u == best) for u in row.u], 0.0
 
@@ -135,6 +141,7 @@ def drawn_rows(draw: st.DrawFn, **fixed: Any) -> Row:
         r=tuple(r),
         p0=draw(st.sampled_from([0.0, 1e-9, 1e-3, 0.3, 0.99])),
         own_end=draw(st.booleans()),
+        railed=draw(st.booleans()),
         mode=(mode := draw(st.sampled_from(MODES))),
         remaining=draw(st.integers(-3, 400)),
         width=draw(st.integers(0, 50)) if mode == "range" else 0,

@@ -106,12 +106,29 @@ def test_baselines_come_from_the_checkpoint_or_from_the_rollouts_given(
     out = trained(checkpoint, tmp_path / "out", baselines=fitted)
     recorded = evaluate(out, data, only_json=True)
     assert list(recorded["baselines"]) == ["training mean"]
-    truths = [1 - GAMMA ** (i % 9 + 2) for i in range(20)]
-    by_hand = np.mean([abs(0.5 - true) / true for true in truths])
+    guess = np.log(0.5) / np.log(GAMMA)
+    by_hand = np.mean([abs(guess - length) / length for length in (i % 9 + 2 for i in range(20))])
     assert recorded["baseline_mre"][""] == pytest.approx(by_hand)
     given = evaluate(out, data, training=data, only_json=True)
     assert list(given["baselines"]) == ["training mean", "prompt length"]
     assert given["baseline_mre"][""] == min(b["mre"][""] for b in given["baselines"].values())
+
+
+def test_words_are_a_baseline_where_the_training_is_known(checkpoint: Path, tmp_path: Path) -> None:
+    """Of the training's prompts alone: nothing is learnt from those that are judged."""
+    rows = [
+        row(i, [i], [*range(1 + 8 * (i % 2)), 256]) | {"prompt": ("Name it.", "Explain it.")[i % 2]}
+        for i in range(60)
+    ]
+    data = support.write(tmp_path / "a.parquet", rows)
+    known = evaluate(checkpoint, data, holdout=0.3, only_json=True)["baselines"]
+    words = known["words of the prompt"]
+    assert words["mre"][""] < known["training mean"]["mre"][""] / 3
+    assert words["rank_correlation"]["all"] > 0.9
+    assert "words of the prompt" not in evaluate(checkpoint, data, only_json=True)["baselines"]
+    silent = write(tmp_path / "b.parquet", 20)
+    told = evaluate(checkpoint, silent, training=data, only_json=True)["baselines"]
+    assert "words of the prompt" not in told
 
 
 def test_another_checkpoint_in_the_same_table(checkpoint: Path, tmp_path: Path) -> None:

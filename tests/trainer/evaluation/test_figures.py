@@ -12,6 +12,7 @@ from tests.support.tiny import GAMMA
 from trainer.data import Rollout
 from trainer.evaluation.baselines import baseline_logits, fit_baselines
 from trainer.evaluation.figures import predicted, summarise
+from trainer.evaluation.forecasts import rank_correlation
 from value_server.contract.values import logit_from_length
 
 MAX_LENGTH = 3000
@@ -79,8 +80,14 @@ def test_the_training_mean_by_hand() -> None:
     training = [rollout("t", 5, n) for n in (10, 100, 300)]
     mean = float(np.mean([u(n) for n in (10, 100, 300)]))
     result = figures(ROLLOUTS, baseline("training mean", training))
-    by_hand = np.mean([abs(mean - u(n)) / u(n) for n in (1, 2, 9, 30, 77, 200, 640)])
-    assert result["mre"]["d"] == pytest.approx(by_hand)
+    lengths = (1, 2, 9, 30, 77, 200, 640)
+    by_hand = np.mean([abs(mean - u(n)) / u(n) for n in lengths])
+    assert result["relative_error_of_u"]["d"] == pytest.approx(by_hand)
+    guess = np.log(1 - mean) / np.log(GAMMA)
+    in_lengths = [abs(guess - n) / n for n in lengths]
+    assert result["mre"]["d"] == pytest.approx(np.mean(in_lengths))
+    assert result["median_error"]["d"] == pytest.approx(np.median(in_lengths))
+    assert result["rank_correlation"] == {"d": None, "all": None}  # one guess for all
     assert figures(training, baseline("training mean", training))["r2"] == pytest.approx(
         0, abs=0.01
     )
@@ -94,7 +101,7 @@ def test_a_line_through_the_prompts_length_finds_a_law_of_that_kind() -> None:
     rollouts = [rollout(str(p), p, n) for p, n in lengths.items()]
     line = figures(rollouts, baseline("prompt length", rollouts))
     mean = figures(rollouts, baseline("training mean", rollouts))
-    assert line["mre"]["d"] < 0.02 < mean["mre"]["d"]
+    assert line["mre"]["d"] < 0.05 < mean["mre"]["d"]
     assert line["r2"] > max(mean["r2"], 0.4)
 
 
@@ -106,22 +113,63 @@ def test_baselines_look_at_cut_completions_at_the_boundary_only() -> None:
     assert fit_baselines([cut], GAMMA, MAX_LENGTH) == {}
 
 
-def test_a_prompts_truth_is_the_mean_value_of_its_samples() -> None:
-    """Of values, not of lengths: u of the mean length would be another number."""
+def length_of(u: float) -> float:
+    return float(np.log(1 - u) / np.log(GAMMA))
+
+
+def test_a_prompts_truth_is_the_length_of_the_mean_value_of_its_samples() -> None:
+    """Paper, Eq. 13 to 15: not the mean length, which is larger (Appendix F)."""
     samples = [rollout("a", 3, 10), rollout("a", 3, 500)]
     truth = (u(10) + u(500)) / 2
     result = figures(samples, constant(0.5))
-    assert result["mre"]["d"] == pytest.approx(abs(0.5 - truth) / truth, rel=1e-5)
+    in_lengths = abs(length_of(0.5) - length_of(truth)) / length_of(truth)
+    assert result["mre"]["d"] == pytest.approx(in_lengths, rel=1e-5)
+    assert result["relative_error_of_u"]["d"] == pytest.approx(abs(0.5 - truth) / truth, rel=1e-5)
     assert (result["prompts"], result["completions"]) == (1, 2)
+    assert length_of(truth) < 255
+    assert result["bias"] == {
+        "mean_over_truth": pytest.approx(255 / length_of(truth)),
+        "mean_over_forecast": pytest.approx(255 / length_of(0.5), rel=1e-5),
+    }
+
+
+def test_an_error_of_values_flatters() -> None:
+    """The bug guarded against: 7% of u called the error of a length that is off by 39%."""
+    result = figures([rollout("a", 3, 400)], constant(u(400) * 0.93))
+    assert result["relative_error_of_u"]["d"] == pytest.approx(0.07, rel=1e-5)
+    assert result["mre"]["d"] == pytest.approx(0.39, abs=0.01)
 
 
 def test_a_cut_completion_counts_at_its_bound() -> None:
     """20 tokens and at least one more; left out, the prompt would look shorter than it is."""
     samples = [rollout("a", 3, 10), rollout("a", 3, 20, finished=False)]
-    truth = (u(10) + u(21)) / 2
+    truth = length_of((u(10) + u(21)) / 2)
     result = figures(samples, constant(0.5))
-    assert result["mre"]["d"] == pytest.approx(abs(0.5 - truth) / truth, rel=1e-5)
+    assert result["mre"]["d"] == pytest.approx(abs(length_of(0.5) - truth) / truth, rel=1e-5)
+    assert result["bias"]["mean_over_truth"] == pytest.approx((10 + 21) / 2 / truth)
     assert result["cut"] == 1
+
+
+def test_a_value_that_rounds_to_one_has_a_finite_error() -> None:
+    result = figures([rollout("a", 3, 20_000)], constant(0.5), max_length=30_000)
+    assert np.isfinite(result["mre"]["d"])
+
+
+def test_order_is_told_apart_from_size() -> None:
+    """Twice the true length has the right order everywhere; ranks that are shared by equals."""
+
+    def twice(rollout: Rollout) -> NDArray[np.float64]:
+        length = len(rollout.completion_ids)
+        size = len(rollout.prompt_ids) + length
+        return np.full(size, float(logit_from_length(torch.tensor(2.0 * length), GAMMA)))
+
+    result = figures(ROLLOUTS, twice)
+    assert result["rank_correlation"]["d"] == pytest.approx(1)
+    assert result["median_error"]["d"] == pytest.approx(1, rel=1e-3)
+    a, b = np.array([1.0, 2, 2, 9]), np.array([4.0, 3, 3, 1])
+    assert rank_correlation(a, b) == pytest.approx(-1)
+    assert rank_correlation(a, np.array([1.0, 2, 3, 4])) == pytest.approx(0.9486833)
+    assert rank_correlation(a, np.ones(4)) is None
 
 
 def test_a_cut_completion_stays_out_of_the_figures_by_token() -> None:
@@ -168,6 +216,7 @@ def test_domains_are_told_apart() -> None:
     for part, name in ((short, "short"), (long, "long")):
         assert both["mre"][name] == figures(part, constant(0.5))["mre"][name]
     assert set(both["mre"]) == {"short", "long"}
+    assert set(both["median_error"]) == {"short", "long", "all"}
 
 
 def test_equal_prompt_ids_of_two_domains_are_two_prompts() -> None:

@@ -25,6 +25,7 @@ from trainer.reading import Reading
 from trainer.training.backbone import Tune
 from value_server.contract.checkpoint import read_config, tokenizer_fingerprint
 from value_server.contract.values import length_from_logit
+from value_server.contract.weights import weights_fingerprint
 from value_server.model.value_model import ValueModel
 
 
@@ -58,6 +59,7 @@ def test_a_run_ends_with_a_checkpoint_that_loads(
     assert not any(str(place).encode() in c for c in files.values() for place in (base, tmp_path))
     config = read_config(out)
     assert config.base_model == NAME
+    assert config.base_fingerprint == weights_fingerprint(str(base)) != ""
     assert config.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
     assert config.training["completions"] == 48
     events = EventAccumulator(str(tmp_path / "log")).Reload().Scalars("train/loss")
