@@ -23,7 +23,7 @@ def rollouts(count: int, seed: int) -> list[Rollout]:
         ids = np.arange(chance.integers(5, 9))
         length += int(chance.integers(0, 10))
         text = f"{kind} things, number {chance.integers(9)}."
-        texts.append(Rollout(str(i), "d", ids, np.arange(length), True, text))
+        texts.append(Rollout(str(i), "d", ids, np.arange(length), True, prompt=text))
     return texts
 
 
