@@ -93,13 +93,18 @@ def test_texts_without_values_end_with_a_sentence(
 
 
 class Whole:
-    """Sentences of ten tokens, of which one has ended."""
+    """Sentences of ten tokens, of which one has ended; `stops` end one."""
 
-    ids: tuple[int, ...] = ()
+    breaks: tuple[int, ...] = ()
 
-    def __init__(self, whole: bool = True) -> None:
+    def __init__(self, whole: bool = True, stops: tuple[int, ...] = ()) -> None:
+        self.ids = stops
         self.is_whole = lambda text: whole
         self.tokens_a_sentence = lambda text: 10.0
+
+    def ends(self, text: list[int], tokens: list[int]) -> list[bool]:
+        assert -1 not in text
+        return [token in self.ids for token in tokens]
 
 
 def after(
@@ -190,9 +195,7 @@ def test_behind_the_landing_of_a_text_without_rails_any_end_is_taken() -> None:
 
 def test_a_token_that_is_not_known_yet_costs_no_other_row_its_values() -> None:
     server = toy.Server()
-    sentences: Any = Whole()
-    sentences.ids, sentences.ends = [20], lambda text, token: 1 / (-1 not in text)
-    guide = toy.guide_of(server, sentences)
+    guide = toy.guide_of(server, Whole(stops=(20,)))
     states = {0: text_of(29), 1: text_of(5)}
     states[0].output_ids.append(-1)
     assert toy.guided_rows(guide, toy.flat_logits(2), states) == [1]
