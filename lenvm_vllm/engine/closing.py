@@ -36,10 +36,11 @@ class Closing:
         logits: (batch, V). states: of the B rows in order.
         """
         ids = self._ids[self._ids < logits.shape[-1]]
-        at = [i for i, (row, s) in enumerate(states.items()) if self._leads(s, landings[row])]
-        if not at or not len(ids):
+        leads = [self._leads(state, landings[row]) for row, state in states.items()]
+        if not any(leads) or not len(ids):
             return found
-        rows = [list(states)[i] for i in at]
+        at = [i for i, led in enumerate(leads) if led]
+        rows = [row for row, led in zip(states, leads, strict=True) if led]
         led = [states[row] for row in rows]
         temperature = torch.tensor([s.temperature or 1.0 for s in led], dtype=torch.float64)
         closing = torch.tensor([landings[row].share(1) for row in rows], dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lenvm_vllm.engine.railed import NEAR
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.candidates import eos_index
-from lenvm_vllm.steering.constants import GOES_ON, NATURAL
+from lenvm_vllm.steering.constants import CLOSES, GOES_ON, NATURAL
 from lenvm_vllm.text.blocks import Blocks
 from lenvm_vllm.text.characters import LONGEST
 from lenvm_vllm.text.counter import Closed
@@ -74,11 +74,14 @@ def _block_of(
 ) -> tuple[int, ...]:
     """Tokens that close the code block in which the text is, if it is in one and near a rail; what
     they take of words or characters is kept free for them."""
-    near = state.is_known and (state.counter is not None or _is_near(state))
-    blocks = sentences.blocks if sentences is not None and near else None
+    left, last, counter = state.text_left, state.bounds.last, state.counter
+    near = left is not None and left < NEAR
+    if last is not None:  # not by `room`, which is found once a token, and from what is kept free
+        near |= last - state.amount <= 4 * _NEAR_UNITS
+    blocks = sentences.blocks if sentences is not None and near and state.is_known else None
     block = blocks.closing if blocks is not None and blocks.is_open(state.written) else ()
-    if state.counter is not None and not in_character:
-        state.reserved = state.counter.amount_of(block)
+    if counter is not None and not in_character:
+        state.reserved = counter.amount_of(block)
     return block
 
 
@@ -133,7 +136,7 @@ def _closed_in_last_word(own: Tensor, state: RequestState) -> Closed | None:
     ends = [end for end in state.ends if end < len(own)]
     if p[: len(closed)][goes_on].sum() > GOES_ON:
         return Closed(~goes_on)
-    if p[: len(closed)][closes].sum() + p[ends].sum() > NATURAL:
+    if p[: len(closed)][closes].sum() > CLOSES or p[ends].sum() > NATURAL:
         return Closed(~closes)
     return None
 

@@ -87,6 +87,10 @@ SCORED_MASS, MAX_SCORED = 0.9, 8
 # whole. By hand: the likelier of the two.
 GOES_ON = 0.5
 
+# Probability of the ends of a sentence, from which on one comes behind the last word that fits. As
+# at the close of a landing in tokens.
+CLOSES = 1e-5
+
 # Characters without which no other word begins before a limit, and of a short limit its part.
 # By hand: with fewer, last words are cut.
 LAST_WORD, LAST_WORD_PART = 10, 8

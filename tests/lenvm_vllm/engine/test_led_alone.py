@@ -28,10 +28,14 @@ SIZE = max(*WORDS, STOP, END) + 1  # of the vocabulary, as far as it is used
 LOG_WORDS = torch.linspace(0, -2, len(WORDS)).log_softmax(-1)
 
 
-def next_logits(text: list[int], rng: random.Random) -> Tensor:
-    """Of a model whose sentences have six words or more, and which hardly ever ends by itself."""
+def next_logits(text: list[int], rng: random.Random, rare: float = 1.0) -> Tensor:
+    """Of a model whose sentences have six words or more, and which hardly ever ends by itself.
+
+    rare: what its full stops are less likely by.
+    """
     here = len(text) - max((i + 1 for i, token in enumerate(text) if token == STOP), default=0)
     stop = 0.0 if here < 3 else 0.002 if here < 6 else rng.choice([0.02, 0.1, 0.4])
+    stop *= rare
     end = 2e-3 if text and here == 0 else 1e-7
     logits = torch.full((SIZE,), -math.inf)
     logits[WORDS] = LOG_WORDS + math.log(1 - stop - end)
@@ -39,15 +43,17 @@ def next_logits(text: list[int], rng: random.Random) -> Tensor:
     return logits
 
 
-def write(target: dict[str, Any], server: Any, seed: int = 0) -> list[RequestState]:
-    rng, made = random.Random(seed), SamplingParams(max_tokens=600)
+def write(
+    target: dict[str, Any], server: Any, seed: int = 0, rare: float = 1.0, **sampling: Any
+) -> list[RequestState]:
+    rng, made = random.Random(seed), SamplingParams(max_tokens=600, **sampling)
     made.extra_args = LengthTarget.parse(target).to_xargs()
     made.update_from_generation_config({}, END)
     rows = EngineRows(fakes.config(), fakes.replicas_of(server))
     opened = [rows.open(made, [1, 2], []) for _ in range(TEXTS)]
     states = [state for state in opened if state is not None]
     while running := [state for state in states if state.output_ids[-1:] != [END]]:
-        logits = torch.stack([next_logits(state.output_ids, rng) for state in running])
+        logits = torch.stack([next_logits(state.output_ids, rng, rare) for state in running])
         rows.tell(running)
         rows.steer_inplace(logits, dict(enumerate(running)))
         for state, p in zip(running, logits.softmax(-1), strict=True):
@@ -87,6 +93,28 @@ def test_texts_without_values_end_with_a_sentence(
     assert least <= min(sizes)
     assert max(sizes) <= most
     assert sum(text.endswith(".") for text in texts) >= 0.85 * TEXTS
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"tokens": 60},
+        {"tokens": 60, "tolerance": 0},
+        {"mode": "at_most", "tokens": 80},
+        {"mode": "range", "min_tokens": 50, "max_tokens": 80},
+        {"words": 80},
+    ],
+)
+def test_a_full_stop_needs_no_place_in_the_cut(target: dict[str, Any]) -> None:
+    """Ten words are likelier than it in each step, and the request takes five. Where but one token
+    may be the last one, a sentence that has just begun is cut."""
+    states = write(target, fakes.Server(TimedOut("slow")), rare=0.02, top_k=5)
+    texts = [TOKENIZER.decode(state.output_ids[:-1]) for state in states]
+    exact = target.get("tolerance") == 0
+    assert sum(text.endswith(".") for text in texts) >= (0.5 if exact else 0.95) * TEXTS
+    assert not exact or {len(state.output_ids) for state in states} == {60}
+    if "mode" not in target:  # it comes in the landing alone
+        assert not any("." in text.rstrip(".") for text in texts)
 
 
 # ---- one step
