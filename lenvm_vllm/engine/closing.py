@@ -22,6 +22,8 @@ class Closing:
         """sentences: None of a tokenizer that cannot tell them."""
         self._sentences = sentences
         self._ids = torch.tensor(sentences.ids if sentences else [], dtype=torch.long)
+        line = sentences.line if sentences else None
+        self.lines = [] if line is None else [line]
         self._breaks = torch.tensor(sentences.breaks if sentences else [], dtype=torch.long)
 
     def widened(
@@ -80,23 +82,34 @@ class Closing:
             closes[row, places] = torch.tensor(ends)
         return closes | (some & ~found.own)
 
-    def may_end(self, state: RequestState, landing: Landing[float], own: Tensor) -> bool:
-        """Whether a text ends here: a sentence or line of it has ended in the landing, and no other
-        one fits. own: (V,) logits of its row."""
-        aim, exact = state.aim, landing.behind > 0
-        early = aim.mode != "equal_to" and aim.fewest > state.generated + 1
+    def behind_whole(self, state: RequestState, landing: Landing[float], own: Tensor) -> list[int]:
+        """Tokens of which the next has to be one, where a sentence or line has ended in the landing
+        and no other one fits: the ends, or an empty line while a rail holds these. Empty: any.
+
+        own: (V,) logits of its row.
+        """
+        aim, opened = state.aim, landing.share(0) >= 0
+        exact = aim.mode == "equal_to"
+        early = not exact and aim.fewest > state.generated + 1
         # A marker of several tokens would be left open: it is forced by a rail, or comes by itself.
         in_pieces = state.target.scope == "thinking" and len(state.markers.think_end) > 1
         by_value = state.valued and state.target.policy == "greedy"  # the paper's rule, as it is
-        opened = landing.share(0) >= 0
-        if not opened and not (exact and state.is_railed):
-            return False
-        if state.held or early or in_pieces or by_value:
-            return False
+        may_come = opened or (exact and state.is_railed and not state.held)
+        # Empty lines are no words; of characters a line may be more than one.
+        waits = bool(state.held) and not (exact and state.counter is None)
+        if not may_come or waits or early or in_pieces or by_value:
+            return []
         if self._sentences is None or not self._sentences.is_whole(state.written):
-            return False
-        ends = [token for token in state.proper_ends if token < len(own)]
+            return []
+        tokens = self.lines if state.held else state.proper_ends
+        tokens = [token for token in tokens if token < len(own) and own[token] > -torch.inf]
+        return tokens if state.held or not self._fits(state, landing) else []
+
+    def _fits(self, state: RequestState, landing: Landing[float]) -> bool:
+        """Whether another sentence does."""
+        assert self._sentences is not None
         sentence = self._sentences.tokens_a_sentence(state.written)
-        near = exact and opened and landing.target < sentence / 2
-        fits = landing.closes >= sentence * (1 if opened else FITS)
-        return (near or not fits) and bool((own[ends] > -torch.inf).any())
+        if landing.share(0) < 0:
+            return landing.closes >= FITS * sentence
+        near = landing.behind > 0 and landing.target < sentence / 2
+        return not near and landing.closes >= sentence

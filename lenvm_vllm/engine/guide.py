@@ -92,14 +92,14 @@ class Guide:
         else:
             z = self._values(step, info)
         known = {row: s for row, s in turns.items() if s.valued is not None and s.is_known}
-        ended = {
-            row: s
+        last = {
+            row: self._closing.behind_whole(s, landings[row], logits[row])
             for row, s in known.items()
-            if self._closing.may_end(s, landings[row], logits[row])
         }
-        plans = [self._end(ended, logits.shape[-1])] if ended else []
+        last = {row: tokens for row, tokens in last.items() if tokens}
+        plans = [self._end(last, turns, logits.shape[-1])] if last else []
         if step is not None and z is not None:
-            plans += self._steer(step, z, info.gamma, ended.keys(), logits.shape[-1])
+            plans += self._steer(step, z, info.gamma, last.keys(), logits.shape[-1])
         return Writes.together(plans) if plans else None
 
     def _undecided(
@@ -170,10 +170,14 @@ class Guide:
             state.steered += bool(state.valued)
         return [plan_writes(step.rows, step.cuts, before, log_q, log_p0, size)]
 
-    def _end(self, ended: dict[int, RequestState], size: int) -> Writes:
-        """Nothing but an end in these rows. size: of the vocabulary."""
-        index, ids = eos_index([s.proper_ends for s in ended.values()], size)
-        for state in ended.values():
-            state.landing, state.forced, state.expected = True, True, 0.0
-        rows = torch.tensor(list(ended))[index]
+    def _end(
+        self, last: dict[int, list[int]], states: dict[int, RequestState], size: int
+    ) -> Writes:
+        """Nothing but these tokens in these rows. size: of the vocabulary."""
+        index, ids = eos_index(list(last.values()), size)
+        for row, tokens in last.items():
+            state, ends = states[row], tokens != self._closing.lines
+            state.landing, state.forced = True, ends
+            state.expected = 0.0 if ends else state.expected
+        rows = torch.tensor(list(last))[index]
         return Writes(rows, ids, torch.zeros(len(rows), dtype=torch.float64))

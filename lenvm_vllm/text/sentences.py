@@ -101,6 +101,7 @@ class Sentences:
         self.ids = sorted(i for i, text in texts.items() if may_end_sentence(text))
         # With which lines end that end no sentence.
         self.breaks = sorted(i for i in self._spaces if "\n" in texts[i])
+        self.line = next((i for i in self.breaks if texts[i] == "\n"), None)
         self._marks = [i for i, text in texts.items() if _BEGINS.fullmatch(text)]
 
     def is_whole(self, text: Sequence[int]) -> bool:
