@@ -79,7 +79,8 @@ def steer(
         if len(rows := chosen.nonzero()[:, 0]):
             # Kept candidates come first; those of a tilt may be many more than those of others.
             most = int((~log_q[rows].isneginf()).sum(-1).max())
-            text = (x[rows, :most] for x in (own_q, log_q, u, closes))
+            both = own_q[rows, :most], log_q[rows, :most]
+            text = *both, u[rows, :most], closes[rows, :most]
             given = _Given(*text, log_p0[rows], own_p0[rows])
             new_q[rows, :most], new_p0[rows] = policy(given, goals.pick(rows))
     return new_q, new_p0

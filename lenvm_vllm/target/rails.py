@@ -73,7 +73,7 @@ class Aim:
         """As `low`; 0 of a mode that has no least."""
         return 0 if self.mode in ("at_most", "tilt") else self.low
 
-    @property
+    @cached_property
     def landing(self) -> Landing[float]:
         landing = landing_of(self.mode, self.high, self.width)
         if self.mode != "equal_to" or self.rails.last is None:
