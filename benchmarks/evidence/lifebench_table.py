@@ -17,10 +17,13 @@ from benchmarks.evidence.measures import (
 from lenvm_vllm.api.continuation import narrowed
 from lenvm_vllm.target.rails import bounds_of
 from lenvm_vllm.target.request import LengthTarget
-from lenvm_vllm.text.sentences import ends_sentence
+from lenvm_vllm.text.sentences import ends_sentence, is_whole
 from value_server.contract.units import UNITS, count
 
-QUALITY = ("unforced_share", "sentence_share", "repetition", "distinct_1", "distinct_2")
+QUALITY = (
+    *("unforced_share", "sentence_share", "whole_share"),
+    *("repetition", "distinct_1", "distinct_2"),
+)
 CUTS = ("target", "kind", "language")
 
 
@@ -40,6 +43,7 @@ def judged(
         "ls": score(length, target, mode),
         "ld": deviation(length, target),
         "sentence_share": 100.0 * ends_sentence(answer["text"]),
+        "whole_share": 100.0 * is_whole(answer["text"]),
         "repetition": 100 * repetition(text),
         "distinct_1": 100 * distinct(text, 1),
         "distinct_2": 100 * distinct(text, 2),

@@ -12,7 +12,7 @@ from lenvm_vllm.api.texts import Text
 from lenvm_vllm.steering.constants import NATURAL
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.progress import Known, Step
-from lenvm_vllm.text.sentences import ends_sentence
+from lenvm_vllm.text.sentences import is_whole
 from value_server.contract.units import UNITS, count, tokens_per_unit
 
 RESULT, PROGRESS = "length_result", "length_progress"
@@ -36,7 +36,7 @@ class Outcome:
         known = self.step is not None and self.step.p_end >= NATURAL
         if not self.limited and (self.stopped or known):
             return "natural"
-        return "whole" if ends_sentence(self.text) else "cut"
+        return "whole" if is_whole(self.text) else "cut"
 
     @property
     def forced(self) -> bool:

@@ -133,6 +133,12 @@ class Completion:
             return text + (0 if parts.thinking or parts.in_call else unknown)
         return self.target.prefix_tokens + len(self.output_ids) - parts.called
 
+    @once_a_token
+    def written(self) -> list[int]:
+        """The completion, with what the prompt has of it."""
+        prefix = self.target.prefix_tokens
+        return [*(self.prompt_ids or [])[-prefix:], *self.output_ids] if prefix else self.output_ids
+
     @property
     def _thinks(self) -> bool:
         return self.target.scope == "thinking"

@@ -1,5 +1,5 @@
 """What the rails do to a row's logits: ends held back, or forced, no limit of words or characters
-passed, and no character cut.
+passed, and no character or code block cut.
 
 A token at -inf (grammar, allowed tokens) stays there, and a row is never emptied. Where not all
 can be kept the upper rail is: it goes first, so that a lower rail or an end that cannot come
@@ -9,16 +9,20 @@ leaves only what it allows.
 import torch
 from torch import Tensor
 
+from lenvm_vllm.engine.railed import NEAR
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.candidates import eos_index
-from lenvm_vllm.steering.constants import GOES_ON, NATURAL
+from lenvm_vllm.steering.constants import CLOSES, GOES_ON, NATURAL
+from lenvm_vllm.text.blocks import Blocks
 from lenvm_vllm.text.characters import LONGEST
 from lenvm_vllm.text.counter import Closed
 from lenvm_vllm.text.letters import Letters
+from lenvm_vllm.text.sentences import Sentences
 
 Tokens = dict[int, list[int]]  # of a row
 
 _FIRST = 64  # tokens
+_NEAR_UNITS = 16  # words or characters before a rail, within which nothing opens
 
 
 def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> Tokens:
@@ -33,7 +37,7 @@ def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Le
 
 def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens, Tokens, Tokens]:
     """Ends that the next token must not be, parts of characters that it must not be, and tokens
-    of which it must be one; no character is cut."""
+    of which it must be one; no character is cut, and no code block."""
     held, broken, due = {}, {}, {}
     characters = letters.characters
     for row, state in states.items():
@@ -42,20 +46,60 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
         if whole and (calm := state.calm) is not None:
             held[row] = calm
             continue
-        room = state.text_left
         missing = characters.missing(text)
+        block = _block_of(state, letters.sentences, missing > 0)
+        room = state.text_left
         held[row], due[row] = state.held, state.force(in_character=missing > 0)
         if missing and not due[row]:
             held[row] = [*held[row], *state.ends]
-        if not due[row] and room is not None and room < LONGEST:
-            broken[row] = characters.unfinished(text, room)
-            due[row] = characters.continuing(text, room) if missing > room else []
-        if not due[row] and state.has_last_word and letters.ends_sentence(text):
+        free = None if room is None else room - len(block)
+        if not due[row] and free is not None and free < LONGEST:
+            broken[row] = characters.unfinished(text, free)
+            due[row] = characters.continuing(text, free) if missing > free else []
+        if not due[row] and state.has_last_word and letters.ends_sentence(state.written):
             due[row] = state.proper_ends
+        if not missing and letters.sentences is not None and _is_near(state):
+            due[row] = _closing(state, letters.sentences.blocks, block) or due[row]
+            last = min(x for x in (room, state.room) if x is not None) < LONGEST
+            late = letters.sentences.begun_too_late(state.written, last)
+            broken[row] = [*broken.get(row, ()), *late]
     held, broken, due = (
         {row: tokens for row, tokens in rows.items() if tokens} for rows in (held, broken, due)
     )
     return held, broken, due
+
+
+def _block_of(
+    state: RequestState, sentences: Sentences | None, in_character: bool
+) -> tuple[int, ...]:
+    """Tokens that close the code block in which the text is, if it is in one and near a rail; what
+    they take of words or characters is kept free for them."""
+    left, last, counter = state.text_left, state.bounds.last, state.counter
+    near = left is not None and left < NEAR
+    if last is not None:  # not by `room`, which is found once a token, and from what is kept free
+        near |= last - state.amount <= 4 * _NEAR_UNITS
+    blocks = sentences.blocks if sentences is not None and near and state.is_known else None
+    block = blocks.closing if blocks is not None and blocks.is_open(state.written) else ()
+    if counter is not None and not in_character:
+        state.reserved = counter.amount_of(block)
+    return block
+
+
+def _is_near(state: RequestState) -> bool:
+    """Whether a rail stands so near that nothing more may open."""
+    left, room = state.text_left, state.room
+    in_tokens = left is not None and left < NEAR
+    return state.is_known and (in_tokens or (room is not None and room <= _NEAR_UNITS))
+
+
+def _closing(state: RequestState, blocks: Blocks, block: tuple[int, ...]) -> list[int]:
+    """The token with which an open block has to go on now, if it has to."""
+    if not block:
+        return []
+    if state.room is not None and (state.end_is_due or state.has_last_word):
+        return blocks.closing_now(state.written)
+    left = state.text_left
+    return [] if left is None else blocks.closing_in(left + 1)
 
 
 def _limit_inplace(logits: Tensor, states: dict[int, RequestState], known: Tokens) -> Tokens:
@@ -75,7 +119,8 @@ def _limit_inplace(logits: Tensor, states: dict[int, RequestState], known: Token
             closed = last or closed
         alike.setdefault(closed, []).append(row)
     for closed, rows in alike.items():
-        ends = [[*states[row].ends, *states[row].proper_ends] for row in rows]
+        kept = {row: [*states[row].proper_ends, *known.get(row, ())] for row in rows}
+        ends = [[*states[row].ends, *kept[row]] for row in rows]
         _close_inplace(logits, rows, closed, ends)
     return due
 
@@ -91,7 +136,7 @@ def _closed_in_last_word(own: Tensor, state: RequestState) -> Closed | None:
     ends = [end for end in state.ends if end < len(own)]
     if p[: len(closed)][goes_on].sum() > GOES_ON:
         return Closed(~goes_on)
-    if p[: len(closed)][closes].sum() + p[ends].sum() > NATURAL:
+    if p[: len(closed)][closes].sum() > CLOSES or p[ends].sum() > NATURAL:
         return Closed(~closes)
     return None
 

@@ -1,5 +1,5 @@
 """What a request wants of a step, from its target, its text and the plugin's settings: its cut,
-how many candidates are scored, where its value should be, and which candidates end a sentence."""
+how many candidates are scored, and where its value should be."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.settings import Settings
-from lenvm_vllm.steering.candidates import Candidates, Cut
+from lenvm_vllm.steering.candidates import Cut
 from lenvm_vllm.steering.goals import Goals
 from lenvm_vllm.steering.landing import Landing
-from lenvm_vllm.text.sentences import Sentences
 
 # The mode of a request, not of its aim, which a wall makes a range: the paper knows no wall.
 _EXTREMES = {"at_most": -1.0, "at_least": 1.0}
@@ -86,24 +85,3 @@ def goals_of(states: Sequence[RequestState], gamma: float, max_kl: float) -> Goa
         max_kl=torch.tensor(bounds, dtype=torch.float64),
         gamma=gamma,
     )
-
-
-class Closing:
-    """Finds the candidates that end a sentence."""
-
-    def __init__(self, sentences: Sentences | None) -> None:
-        """sentences: None of a tokenizer that cannot tell them."""
-        self._sentences = sentences
-        self._ids = torch.tensor(sentences.ids if sentences else [], dtype=torch.long)
-
-    def among(self, found: Candidates, states: Sequence[RequestState], heeded: Tensor) -> Tensor:
-        """(B, K) bool: those of texts that are led to the end of a sentence.
-
-        heeded: (B,) bool, as of `Goals.heeds_sentences`.
-        """
-        closes = torch.isin(found.ids, self._ids) & found.kept & heeded[:, None]
-        for row, place in closes.nonzero().tolist():
-            assert self._sentences is not None
-            text = states[row].output_ids
-            closes[row, place] = self._sentences.ends(text, int(found.ids[row, place]))
-        return closes

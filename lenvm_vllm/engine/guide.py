@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lenvm_vllm.engine.goals import Closing, cut_of, goals_of, landing_in_tokens, shares_of
+from lenvm_vllm.engine.closing import Closing, Landings
+from lenvm_vllm.engine.goals import cut_of, goals_of, landing_in_tokens, shares_of
 from lenvm_vllm.engine.messages import NOBODY, Question
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import Sessions
@@ -65,7 +66,6 @@ class Guide:
         self.sessions = sessions
         self._settings = settings
         self._counters = counters
-        self._sentences = sentences
         self._closing = Closing(sentences)
         self._pace = Pace(settings.wait_share, settings.wait_floor_s, settings.timeout_s)
 
@@ -82,7 +82,8 @@ class Guide:
         info = self.sessions.model(time.perf_counter() + self._pace.wait_s) if turns else NOBODY
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         logits = logits[:, : info.vocab_size]
-        step = self._undecided(logits, turns, info) if turns else None
+        landings = {row: landing_in_tokens(state) for row, state in turns.items()}
+        step = self._undecided(logits, turns, info, landings) if turns else None
         z = None
         if step is None:
             self.sessions.tell_closed()
@@ -91,22 +92,31 @@ class Guide:
         else:
             z = self._values(step, info)
         known = {row: s for row, s in turns.items() if s.valued is not None and s.is_known}
-        ended = {row: s for row, s in known.items() if self._may_end(s, logits[row])}
-        plans = [self._end(ended, logits.shape[-1])] if ended else []
+        last = {
+            row: self._closing.behind_whole(s, landings[row], logits[row])
+            for row, s in known.items()
+        }
+        last = {row: tokens for row, tokens in last.items() if tokens}
+        plans = [self._end(last, turns, logits.shape[-1])] if last else []
         if step is not None and z is not None:
-            plans += self._steer(step, z, info.gamma, ended.keys(), logits.shape[-1])
+            plans += self._steer(step, z, info.gamma, last.keys(), logits.shape[-1])
         return Writes.together(plans) if plans else None
 
     def _undecided(
-        self, logits: Tensor, turns: dict[int, RequestState], info: wire.ModelInfo
+        self,
+        logits: Tensor,
+        turns: dict[int, RequestState],
+        info: wire.ModelInfo,
+        landings: Landings,
     ) -> Step | None:
         """The rows whose next token is not too certain; None: no row."""
         rows, asking = list(turns), list(turns.values())
         cuts = [cut_of(state, self._settings) for state in asking]
         candidates = cut_candidates(logits, cuts, self._settings.max_candidates, rows)
+        candidates = self._closing.widened(candidates, logits, turns, landings)
         scored = candidates.scored(*shares_of(asking, self._settings, info.max_candidates))
         in_landing = self._settings.scoring == "landing"
-        exactly = torch.tensor([in_landing and landing_in_tokens(s).share(0) >= 0 for s in asking])
+        exactly = torch.tensor([in_landing and landings[row].share(0) >= 0 for row in rows])
         least = torch.tensor([s.target.min_entropy for s in asking], dtype=torch.float64)
         undecided = scored.any(-1) & (candidates.entropy() >= least)
         step = Step(rows, asking, cuts, candidates, scored, exactly).pick(undecided)
@@ -143,8 +153,10 @@ class Guide:
             goals = goals_of(step.states, gamma, self._settings.max_kl)
         before, heeded = step.candidates, goals.without_values(~known).heeds_sentences
         heeded &= torch.tensor([state.is_known for state in step.states])
-        closes = self._closing.among(before, step.states, heeded)
-        log_q, log_p0 = steer(before.log_q, before.log_p0, before.own_end, z, closes, goals)
+        closes = self._closing.among(before, step.states, heeded, goals.closing >= 0)
+        log_q, log_p0 = steer(
+            before.log_q, before.log_p0, before.own_end, z, closes, goals, before.own
+        )
         rest = expected_rest(log_q, log_p0, z, gamma).masked_fill(~known, torch.nan)
         told = zip(
             step.states,
@@ -158,27 +170,14 @@ class Guide:
             state.steered += bool(state.valued)
         return [plan_writes(step.rows, step.cuts, before, log_q, log_p0, size)]
 
-    def _may_end(self, state: RequestState, own: Tensor) -> bool:
-        """Whether a text ends here: a sentence or line of it has ended in the landing, and no other
-        one fits. own: (V,) logits of its row."""
-        landing, aim = landing_in_tokens(state), state.aim
-        early = aim.mode != "equal_to" and aim.fewest > state.generated + 1
-        # A marker of several tokens would be left open: it is forced by a rail, or comes by itself.
-        in_pieces = state.target.scope == "thinking" and len(state.markers.think_end) > 1
-        by_value = state.valued and state.target.policy == "greedy"  # the paper's rule, as it is
-        if landing.share(0) < 0 or early or in_pieces or state.held or by_value:
-            return False
-        if self._sentences is None or not self._sentences.is_whole(state.output_ids):
-            return False
-        ends = [token for token in state.proper_ends if token < len(own)]
-        sentence = self._sentences.tokens_a_sentence(state.output_ids)
-        near = landing.behind > 0 and landing.target < sentence / 2
-        return (near or landing.closes < sentence) and bool((own[ends] > -torch.inf).any())
-
-    def _end(self, ended: dict[int, RequestState], size: int) -> Writes:
-        """Nothing but an end in these rows. size: of the vocabulary."""
-        index, ids = eos_index([s.proper_ends for s in ended.values()], size)
-        for state in ended.values():
-            state.landing, state.forced, state.expected = True, True, 0.0
-        rows = torch.tensor(list(ended))[index]
+    def _end(
+        self, last: dict[int, list[int]], states: dict[int, RequestState], size: int
+    ) -> Writes:
+        """Nothing but these tokens in these rows. size: of the vocabulary."""
+        index, ids = eos_index(list(last.values()), size)
+        for row, tokens in last.items():
+            state, ends = states[row], tokens != self._closing.lines
+            state.landing, state.forced = True, ends
+            state.expected = 0.0 if ends else state.expected
+        rows = torch.tensor(list(last))[index]
         return Writes(rows, ids, torch.zeros(len(rows), dtype=torch.float64))

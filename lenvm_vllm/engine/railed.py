@@ -7,7 +7,11 @@ from functools import cached_property
 from lenvm_vllm.engine.completion import Completion, once_a_token
 from lenvm_vllm.steering.constants import ANSWER_PART, LEAST
 from lenvm_vllm.target.rails import Aim, Rails, aim_in_tokens, aim_of, bounds_of, rails_of
+from lenvm_vllm.text.blocks import LONGEST_CLOSING
 from lenvm_vllm.text.characters import LONGEST
+
+# Tokens that a character and the end of a code block take: further from a rail a text is free.
+NEAR = LONGEST + LONGEST_CLOSING
 
 
 @dataclass
@@ -15,6 +19,7 @@ class RailedText(Completion):
     _aim: tuple[tuple[int | None, int], Aim] | None = None
     _forced: tuple[int, list[int]] | None = None
     _gave_way: bool = False
+    reserved: int = 0  # words or characters that what is open needs to be closed
     # Tokens of the completion from which on and up to which it is calm, and what is held there.
     _calm: tuple[int, float, list[int]] | None = None
 
@@ -64,7 +69,7 @@ class RailedText(Completion):
         last = self.bounds.last
         if self.counter is None or last is None or not self._in_text:
             return None  # `_in_text` has followed the text
-        return last - self.counter.amount
+        return last - self.counter.amount - self.reserved
 
     @property
     def is_limited(self) -> bool:
@@ -117,8 +122,9 @@ class RailedText(Completion):
 
     @property
     def calm(self) -> list[int] | None:
-        """`held` of a text in which no rail forces a token, nor will behind the next character;
-        None of any other. Most rows of most steps are so, from one rail to the next.
+        """`held` of a text in which no rail forces a token, nor will behind the next character and
+        the end of a code block; None of any other. Most rows of most steps are so, from one rail to
+        the next.
 
         Only of texts in which each token counts, so that their number tells where the rails are.
         """
@@ -134,7 +140,7 @@ class RailedText(Completion):
     def _calm_until(self, tokens: int) -> float:
         room = math.inf if self.text_left is None else self.text_left
         early = self.rails.first - self.generated - 1
-        return tokens + min(room - LONGEST + 1, early if early > 0 else math.inf)
+        return tokens + min(room - NEAR + 1, early if early > 0 else math.inf)
 
     def force(self, in_character: bool = False) -> list[int]:
         """Tokens of which the next one must be one; empty where it is free.

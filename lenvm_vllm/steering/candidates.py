@@ -55,11 +55,12 @@ class Candidates:
     """The model's distribution over the candidates, float64 on the CPU.
 
     ids: (B, K) tokens that do not end the text, most probable first.
-    log_q: (B, K) their log-probabilities among themselves, -inf where cut.
+    log_q: (B, K) their log-probabilities among the `own` of them, -inf where cut.
     log_p0: (B,) log-probability of the end, -inf where it cannot even be brought about.
     log_rest: (B,) log(1 - p0), exact where p0 rounds to 1.
     own_end: (B,) bool, whether the end is inside the request's own cut; one that is not comes
         only where it is brought about.
+    own: (B, K) bool, the same of the candidates.
     """
 
     ids: Tensor
@@ -67,6 +68,7 @@ class Candidates:
     log_p0: Tensor
     log_rest: Tensor
     own_end: Tensor
+    own: Tensor
 
     @property
     def kept(self) -> Tensor:
@@ -81,7 +83,8 @@ class Candidates:
         """(B,) nats, of all candidates and the end together."""
         log_p0 = self.log_p0.masked_fill(~self.own_end, -torch.inf)
         log_rest = self.log_rest.masked_fill(~self.own_end, 0)
-        log_p = torch.cat([log_p0[:, None], self.log_q + log_rest[:, None]], dim=-1)
+        log_q = self.log_q.masked_fill(~self.own, -torch.inf)
+        log_p = torch.cat([log_p0[:, None], log_q + log_rest[:, None]], dim=-1)
         return torch.special.entr(log_p.exp()).sum(-1)
 
     def scored(self, mass: Tensor, most: Tensor) -> Tensor:
@@ -93,7 +96,8 @@ class Candidates:
         q = self.log_q.exp()
         likely = self.kept & (q.cumsum(-1) - q < _limit(mass)[:, None])
         likely &= torch.arange(q.shape[-1]) < most[:, None]
-        choice = likely.sum(-1) + ~self.log_p0.isneginf() > 1
+        brought = (self.kept & ~self.own).any(-1)
+        choice = likely.sum(-1) + ~self.log_p0.isneginf() + brought > 1
         return likely & choice[:, None]
 
 
@@ -233,7 +237,8 @@ def _cut(top: Tensor, ids: Tensor, end: Tensor, full: Tensor, cuts: _Columns) ->
     log_q = torch.where(top.isneginf(), -torch.inf, top - rest)
     most = max(1, int((~cut).sum(-1).max()))
     ids, log_q = ids[:, :most], log_q[:, :most]
-    return Candidates(ids, log_q, (end - both)[:, 0], (rest - both)[:, 0], own_end[:, 0])
+    ends = (end - both)[:, 0], (rest - both)[:, 0], own_end[:, 0]
+    return Candidates(ids, log_q, *ends, own=~log_q.isneginf())
 
 
 def _end_fits(top: Tensor, end: Tensor, full: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from lenvm_vllm.steering.constants import LANDING_BEFORE_LIMIT, LANDING_BEFORE_TARGET
+from lenvm_vllm.steering.constants import (
+    LANDING_BEFORE_LIMIT,
+    LANDING_BEFORE_TARGET,
+    LANDING_NATS,
+    SENTENCE_LEAD,
+    SENTENCE_RISE,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +59,11 @@ class Landing(Generic[Tokens]):
     def share(self, place: float) -> Tokens:
         """How much of it is behind a text that ends at `place`: below 0 before it opens."""
         return 1 - (self.closes - place) / (self.length + _NO_WIDTH)
+
+
+def sentence_gain(closing: Tokens) -> Tokens:
+    """Nats that the odds of the end of a sentence gain. closing: `share` of the token behind it."""
+    return LANDING_NATS * (SENTENCE_LEAD + SENTENCE_RISE * closing)
 
 
 NEVER: Landing[float] = Landing(math.inf, 0.0, 0.0)

@@ -15,7 +15,7 @@ it the odds gain a factor: an end that the model finds unlikely stays unlikely, 
 cut. Taking probability from an early end has no limit; equal_to has none before its landing.
 
 A text ends well where a sentence does. So candidates that end one gain too while the text is
-longer than wanted, by half as much more and a token sooner; right before the landing of
+longer than wanted, by more than the end of the text and a token sooner; right before the landing of
 equal_to they lose, for the next sentence would be cut. Where no other sentence fits, the first
 end that the model finds natural is taken.
 """
@@ -37,28 +37,40 @@ from lenvm_vllm.steering.constants import (
     SMALLEST_TILT,
 )
 from lenvm_vllm.steering.goals import Goals
+from lenvm_vllm.steering.landing import sentence_gain
 from value_server.contract.values import length_from_logit, value_from_length, value_from_logit
 
 
 def steer(
-    log_q: Tensor, log_p0: Tensor, own_end: Tensor, z: Tensor, closes: Tensor, goals: Goals
+    log_q: Tensor,
+    log_p0: Tensor,
+    own_end: Tensor,
+    z: Tensor,
+    closes: Tensor,
+    goals: Goals,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The steered (log_q, log_p0).
 
-    log_q: (B, K) log-probabilities, most probable first, -inf in padding; each row sums to 1.
+    log_q: (B, K) log-probabilities, most probable first, -inf in padding; the `own` of each row
+        sum to 1.
     log_p0: (B,) log-probability of the end, -inf where it is no candidate.
     own_end: (B,) bool, whether it would come by itself; else only `project` may bring it about.
     z: (B, K) value logits after each candidate; padding is ignored. NaN where a candidate was
         not scored: it counts with the mean of those that were. A row without any goes on as if
         its text would never end by itself; it is no tilt.
     closes: (B, K) bool, candidates that end a sentence.
+    own: (B, K) bool, those inside the request's own cut, None: all; another one is an end of a
+        sentence that `project` may bring about.
     """
+    own = torch.ones_like(closes) if own is None else own
     alone = (z.isnan() | log_q.isneginf()).all(-1)
     goals = goals.without_values(alone)
     u = torch.where(alone[:, None], (~log_q.isneginf()).double(), _values(log_q, z))
     own_p0 = log_p0.masked_fill(~own_end, -torch.inf)
     greedy = goals.greedy & ~goals.tilts
-    new_q, new_p0 = log_q.clone(), log_p0.clone()
+    own_q = log_q.masked_fill(~own, -torch.inf)
+    new_q, new_p0 = own_q.clone(), log_p0.clone()
     for chosen, policy in (
         (goals.tilts, _tilt),
         (greedy, _choose),
@@ -67,17 +79,19 @@ def steer(
         if len(rows := chosen.nonzero()[:, 0]):
             # Kept candidates come first; those of a tilt may be many more than those of others.
             most = int((~log_q[rows].isneginf()).sum(-1).max())
-            text = log_q[rows, :most], u[rows, :most], closes[rows, :most]
+            both = own_q[rows, :most], log_q[rows, :most]
+            text = *both, u[rows, :most], closes[rows, :most]
             given = _Given(*text, log_p0[rows], own_p0[rows])
             new_q[rows, :most], new_p0[rows] = policy(given, goals.pick(rows))
     return new_q, new_p0
 
 
 class _Given(NamedTuple):
-    """Of the rows of one policy, as of `steer`; own_p0: log_p0 of an end that would come by itself,
-    else -inf."""
+    """Of the rows of one policy, as of `steer`. log_q, own_p0: of what would come by itself, else
+    -inf; all_q: of all candidates."""
 
     log_q: Tensor
+    all_q: Tensor
     u: Tensor
     closes: Tensor
     log_p0: Tensor
@@ -120,22 +134,24 @@ def _direction(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def _project(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     """The smallest change of the distribution that meets the target: first the text, then its
     end."""
-    log_q, u, closes, log_p0, own_p0 = given
-    text = _tilt_to_target(_close_sentence(log_q, u, closes, goals), u, goals)
+    _, _, u, _, log_p0, own_p0 = given
+    text = _tilt_to_target(_close_sentence(given, goals), u, goals)
     return text, _decide_end(log_p0, own_p0, (text.exp() * u).sum(-1), goals)
 
 
-def _close_sentence(log_q: Tensor, u: Tensor, closes: Tensor, goals: Goals) -> Tensor:
+def _close_sentence(given: _Given, goals: Goals) -> Tensor:
     """(B, K) q with other odds of the end of a sentence, where the text is near its own."""
+    log_q, all_q, u, closes, *_ = given
     too_long = (log_q.exp() * u).sum(-1) > goals.bounds()[1]
     closing = goals.closing
     before = goals.exact & (closing < 0) & goals.near_landing
     # Behind the landing, where no rail forces an end, short sentences would follow each other.
     now = too_long & (closing >= 0) & (closing <= 1)
-    gain = torch.where(now, LANDING_NATS * (closing + SENTENCE_LEAD), 0.0)
+    gain = torch.where(now, sentence_gain(closing), 0.0)
     gain = torch.where(before, -LANDING_NATS * SENTENCE_LEAD, gain)
     changed = closes.any(-1) & (gain != 0) & (goals.max_kl > 0)
-    log_w = torch.addcmul(log_q, gain[:, None], closes.double())
+    log_w = torch.where(gain[:, None] > 0, all_q, log_q)
+    log_w = torch.addcmul(log_w, gain[:, None], closes.double())
     return torch.where(changed[:, None], log_w.log_softmax(-1), log_q)
 
 
@@ -215,7 +231,7 @@ def _choose(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     left. A range is not the paper's: the smallest while the model's own mean value is above it, the
     largest while below. Nor are rails, which bar an end that comes too early.
     """
-    log_q, u, _, _, log_p0 = given
+    log_q, _, u, _, _, log_p0 = given
     low, high = goals.bounds()
     may_end = ~log_p0.isneginf() & ~goals.too_early
     # (B, K + 1): the end comes first, so that it wins a tie
@@ -239,7 +255,7 @@ def _choose(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
 
 def _tilt(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     """p' ~ p exp(beta u) over all candidates, the end (u = 0) among them."""
-    log_q, u, _, _, log_p0 = given
+    log_q, _, u, _, _, log_p0 = given
     log_w = log_q + goals.beta[:, None] * u
     rest = log_w.logsumexp(-1)
     total = torch.logaddexp(log_p0, log1mexp(log_p0) + rest)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
-from lenvm_vllm.steering.constants import DEFAULT_TOLERANCE, LEAST
+from lenvm_vllm.steering.constants import DEFAULT_TOLERANCE, LEAST, SHORTEST_LANDING
 from lenvm_vllm.steering.landing import NEVER, Landing, landing_of
 from lenvm_vllm.target.request import LengthTarget
 from value_server.contract.units import CHARACTERS, UNITS, WORDS
@@ -73,9 +73,12 @@ class Aim:
         """As `low`; 0 of a mode that has no least."""
         return 0 if self.mode in ("at_most", "tilt") else self.low
 
-    @property
+    @cached_property
     def landing(self) -> Landing[float]:
-        return landing_of(self.mode, self.high, self.width)
+        landing = landing_of(self.mode, self.high, self.width)
+        if self.mode != "equal_to" or self.rails.last is None:
+            return landing
+        return replace(landing, before=max(landing.before, SHORTEST_LANDING - landing.behind))
 
 
 def rails_of(target: LengthTarget) -> Rails:

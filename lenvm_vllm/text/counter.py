@@ -196,6 +196,11 @@ class Counter:
         words, self._place = follow_words(text, self._place)
         self._whole += len(text) if self._unit == CHARACTERS else words
 
+    def amount_of(self, tokens: Iterable[int]) -> int:
+        """What a line with these tokens alone would have."""
+        text = "".join(self.units.texts.get(token, "") for token in tokens)
+        return len(text) if self._unit == CHARACTERS else follow_words(text, OUT)[0]
+
     def part(self) -> None:
         """A text of its own begins: no word goes on in it."""
         self._place = OUT

@@ -43,10 +43,10 @@ class Letters:
             )
 
     def ends_sentence(self, text: list[int]) -> bool:
-        """Whether a sentence ends where this text does. Not where its last token is not known
-        yet, a -1, which no tokenizer decodes."""
+        """Whether a sentence, or a line, ends where this text does. Not where its last token is not
+        known yet, a -1, which no tokenizer decodes."""
         known = self.sentences if text and text[-1] != -1 else None
-        return known is not None and known.ends(text[:-1], text[-1])
+        return known is not None and known.is_whole(text)
 
     def counter(self, unit: str, specials: bool, calls: bool = True) -> Counter | None:
         """Of one text; None where its unit is tokens, or nothing is known of their texts.

@@ -1,25 +1,38 @@
-"""Where a sentence ends: the place to end a text at."""
+"""Where a sentence, a line or a code block ends: the places to end a text at."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import regex
 
-_TAIL = 24  # tokens that tell what stands before one, a line or so
+from lenvm_vllm.text.blocks import FENCE, Blocks
+from lenvm_vllm.text.tokenizer import decoded
+
+_TAIL = 32  # tokens that tell what stands before one, a line or so
+_RECENT = 160  # tokens whose sentences tell how long the next one will be
 
 _CLOSERS = r"""(?:["'*_`\p{Pe}\p{Pf}]|</?\w+>)*"""
 _TERMINAL = regex.compile(rf"[\p{{Sentence_Terminal}}…]{_CLOSERS}$")
 _GREEK_QUESTION = regex.compile(rf"\p{{Greek}}\s*[;\u037e]{_CLOSERS}$")
 # Thai and Lao sentences have no mark: a space ends one.
 _SPACE = regex.compile(r"[\p{Thai}\p{Lao}][\p{Thai}\p{Lao}\p{M}]*\s+$")
-_FENCE = regex.compile(r"^[ \t]*```", regex.MULTILINE)
 _NUMBERED = regex.compile(r"(?:^|\n)[ \t>#*_-]*\(?(?:\d{1,3}|\p{L}|[ivxlcIVXLC]{1,5})\.[*_]*$")
 _ABBREVIATION = regex.compile(
     r"(?:^|[\s(\"'“„«.])(?:\p{Lu}|Mr|Mrs|Ms|Mx|Messrs|Dr|Drs|Prof|Rev|Hon|Gen|Col|Maj|Capt|Lt|Sgt"
     r"|Sen|Rep|Gov|St|Mt|Ft|Fig|Figs|Eq|Vol|No|Nos|Nr|Art|Sec|Ch|pp?|vs|cf|ca|al|approx|est|e\.g|i\.e"
     r"|eg|ie|z\.B|d\.h|u\.a|bzw|ggf|vgl|evtl|Mme|Mlle|Mgr|Sra?|Sres|Dra|Srta|Ud|Uds|Sig)\.$"
 )
-_ENDS = regex.compile(rf"[\p{{Sentence_Terminal}}…]{_CLOSERS}(?=\s|$)|\n+")
+# Of scripts that put no space behind it, a full stop ends a sentence wherever it stands.
+_ENDS = regex.compile(
+    rf"[[\p{{Sentence_Terminal}}…]--[!-~]]{_CLOSERS}|[.!?]{_CLOSERS}(?=\s|$)|\n", regex.V1
+)
+_SAYS = regex.compile(r"[\p{L}\p{N}]")
+_MARK = r"(?:[-*+•‣–—]|\(?(?:\d{1,3}|\p{L})[.)])"  # noqa: RUF001
+_ITEM = regex.compile(rf"^[ \t>]*{_MARK}[ \t]+[^\s].*")
+# A line that something follows, or that says nothing yet: a heading, a bare mark of a list.
+_LEADS_ON = regex.compile(rf"^[ \t>]*(?:#{{1,6}}\s.*|{_MARK}?)[ \t]*$|[,:;(（，、：；–—-][*_\s]*$")  # noqa: RUF001
+# A token that begins one of a list, or a heading, and says nothing yet.
+_BEGINS = regex.compile(r"\s*(?:[-*+•‣#>–—]+|\(?\d{1,3}[.)]?)\s*")  # noqa: RUF001
 # What ends a sentence behind the right text: a fence, a Greek semicolon, a space, what closes.
 _MAY_END = regex.compile(rf"(?:[\p{{Sentence_Terminal}}…;\u037e]{_CLOSERS}|```|\s+)$")
 _CLOSES = regex.compile(rf"{_CLOSERS}$")
@@ -35,7 +48,7 @@ def ends_sentence(text: str) -> bool:
         return True
     text = text.rstrip()
     if text.endswith("```"):
-        fences = len(_FENCE.findall(text))
+        fences = len(FENCE.findall(text))
         return fences > 0 and fences % 2 == 0
     if _GREEK_QUESTION.search(text):
         return True
@@ -49,34 +62,87 @@ def may_end_sentence(token: str) -> bool:
     return bool(token) and bool(_MAY_END.search(token) or _CLOSES.fullmatch(token.strip()))
 
 
+def is_item(line: str) -> bool:
+    """Whether it is one of a list, and says something."""
+    return bool(_ITEM.match(line))
+
+
+def is_whole(text: str) -> bool:
+    """Whether it stops at the end of a sentence, of a line or of a code block, outside of any
+    other."""
+    if len(FENCE.findall(text)) % 2:
+        return False
+    if not text.endswith("\n"):
+        return ends_sentence(text) and not _NUMBERED.search(text)
+    line = text.rstrip().rpartition("\n")[2]
+    return bool(line) and not _LEADS_ON.search(line)
+
+
+def sentences_in(text: str) -> int:
+    """How many sentences or lines end in it; a number of a list ends none."""
+    number, start = 0, 0
+    for end in _ENDS.finditer(text):
+        piece = text[start : end.end()]
+        stops = end[0] == "\n" or not (_NUMBERED.search(piece) or _ABBREVIATION.search(piece))
+        if stops:
+            number += bool(_SAYS.search(piece))
+            start = end.end()
+    return number
+
+
 class Sentences:
     """The tokens with which a sentence may end, and whether one does."""
 
     def __init__(self, tokenizer: Any, texts: dict[int, str]) -> None:
         """texts: of each token in the middle of a text."""
-        self._tokenizer = tokenizer
-        self._fences = {i for i, text in texts.items() if "```" in text}
+        self._tokenizer, self._texts = tokenizer, texts
+        self.blocks = Blocks(tokenizer, texts)
         self._spaces = {i for i, text in texts.items() if text.isspace()}
         self.ids = sorted(i for i, text in texts.items() if may_end_sentence(text))
+        # With which lines end that end no sentence.
+        self.breaks = sorted(i for i in self._spaces if "\n" in texts[i])
+        self.line = next((i for i in self.breaks if texts[i] == "\n"), None)
+        self._marks = [i for i, text in texts.items() if _BEGINS.fullmatch(text)]
 
     def is_whole(self, text: Sequence[int]) -> bool:
-        """Whether it stops at the end of a sentence, of a line or of a code block."""
-        tail = str(self._tokenizer.decode(list(text[-_TAIL:])))
-        if not tail.strip() or not (tail.endswith("\n") or ends_sentence(tail)):
-            return False
-        whole = str(self._tokenizer.decode(list(text)))
-        fences = len(_FENCE.findall(whole))
-        return fences % 2 == 0 and not whole.rstrip().endswith((":", ","))
+        """As of the text that these tokens are."""
+        fenced = self.blocks.may_have(text)
+        return is_whole(decoded(self._tokenizer, list(text if fenced else text[-_TAIL:])))
 
     def tokens_a_sentence(self, text: Sequence[int]) -> float:
-        """Of the sentences, or lines, that it has so far; all of it where it has none."""
-        whole = str(self._tokenizer.decode(list(text)))
-        return len(text) / max(1, len(_ENDS.findall(whole)))
+        """Of its last sentences, or lines; all of it where it has none."""
+        recent = list(text[-_RECENT:])
+        return len(recent) / max(1, sentences_in(decoded(self._tokenizer, recent)))
 
-    def ends(self, text: Sequence[int], token: int) -> bool:
-        """Whether a sentence of `text` ends with `token`."""
-        # Only a whole text tells which of its fences open.
-        before = text if token in self._fences else text[-_TAIL:]
-        whole = str(self._tokenizer.decode([*before, token]))
-        # Behind a full stop a space begins what follows.
-        return bool(_SPACE.search(whole)) if token in self._spaces else ends_sentence(whole)
+    def ends(self, text: Sequence[int], tokens: Sequence[int]) -> list[bool]:
+        """Whether a sentence of `text`, or a line of a list or of code, ends with each of them."""
+        if self.blocks.is_open(text):
+            line = self._tail(text).rpartition("\n")[2].strip()
+            fences = self.blocks.fences
+            return [i in (self.breaks if line else fences) for i in tokens]
+        before = self._tail(text)
+        if before.endswith("\ufffd"):  # a character that is not whole
+            return [False] * len(tokens)
+        return [self._ends(before, self._texts.get(token, ""), token) for token in tokens]
+
+    def _ends(self, before: str, text: str, token: int) -> bool:
+        if token not in self._spaces:
+            return token not in self.blocks.fences and ends_sentence(before + text)
+        if "\n" not in text or ends_sentence(before):
+            # Behind a full stop a space begins what follows.
+            return bool(_SPACE.search(before + text))
+        line = before.rpartition("\n")[2]
+        return bool(_SPACE.search(before + text)) or (is_item(line) and not _LEADS_ON.search(line))
+
+    def begun_too_late(self, text: Sequence[int], last: bool) -> list[int]:
+        """Tokens that would open a code block, and in the `last` few tokens another item of a list:
+        nothing could come of them."""
+        fences = [] if self.blocks.is_open(text) else list(self.blocks.fences)
+        if not last:
+            return fences
+        *lines, here = self._tail(text).split("\n")
+        begins = not here.strip() and any(map(is_item, lines))
+        return [*fences, *self._marks] if begins else fences
+
+    def _tail(self, text: Sequence[int]) -> str:
+        return decoded(self._tokenizer, list(text[-_TAIL:]))

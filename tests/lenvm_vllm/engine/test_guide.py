@@ -196,10 +196,10 @@ def test_tokens_that_end_a_sentence_are_led_to_in_the_landing() -> None:
     logits[:, EOS] = -6.0
 
     class Ends:
-        ids = (20,)
+        ids, breaks, line = (20,), (), None
 
-        def ends(self, text: Any, token: int) -> bool:
-            return len(text) == 28 and token == 20  # there, and not in any text
+        def ends(self, text: Any, tokens: Any) -> list[bool]:
+            return [len(text) == 28 and token == 20 for token in tokens]  # there, and not elsewhere
 
         def is_whole(self, text: Any) -> bool:
             return False

@@ -24,30 +24,38 @@ END = TOKENIZER.eos_token_id
 (STOP,) = TOKENIZER.encode(".", add_special_tokens=False)
 SAID = " the cat and old river was never in its long house of stone while rain fell"
 WORDS = TOKENIZER.encode(SAID, add_special_tokens=False)  # a token each
-SIZE = max(*WORDS, STOP, END) + 1  # of the vocabulary, as far as it is used
+(LINE,) = TOKENIZER.encode("\n", add_special_tokens=False)
+SIZE = max(*WORDS, STOP, LINE, END) + 1  # of the vocabulary, as far as it is used
 LOG_WORDS = torch.linspace(0, -2, len(WORDS)).log_softmax(-1)
 
 
-def next_logits(text: list[int], rng: random.Random) -> Tensor:
-    """Of a model whose sentences have six words or more, and which hardly ever ends by itself."""
+def next_logits(text: list[int], rng: random.Random, rare: float = 1.0) -> Tensor:
+    """Of a model whose sentences have six words or more, and which hardly ever ends by itself.
+
+    rare: what its full stops are less likely by.
+    """
     here = len(text) - max((i + 1 for i, token in enumerate(text) if token == STOP), default=0)
     stop = 0.0 if here < 3 else 0.002 if here < 6 else rng.choice([0.02, 0.1, 0.4])
+    stop *= rare
     end = 2e-3 if text and here == 0 else 1e-7
     logits = torch.full((SIZE,), -math.inf)
     logits[WORDS] = LOG_WORDS + math.log(1 - stop - end)
     logits[STOP], logits[END] = math.log(stop or 1e-7), math.log(end)
+    logits[LINE] = -20.0
     return logits
 
 
-def write(target: dict[str, Any], server: Any, seed: int = 0) -> list[RequestState]:
-    rng, made = random.Random(seed), SamplingParams(max_tokens=600)
+def write(
+    target: dict[str, Any], server: Any, seed: int = 0, rare: float = 1.0, **sampling: Any
+) -> list[RequestState]:
+    rng, made = random.Random(seed), SamplingParams(max_tokens=600, **sampling)
     made.extra_args = LengthTarget.parse(target).to_xargs()
     made.update_from_generation_config({}, END)
     rows = EngineRows(fakes.config(), fakes.replicas_of(server))
     opened = [rows.open(made, [1, 2], []) for _ in range(TEXTS)]
     states = [state for state in opened if state is not None]
     while running := [state for state in states if state.output_ids[-1:] != [END]]:
-        logits = torch.stack([next_logits(state.output_ids, rng) for state in running])
+        logits = torch.stack([next_logits(state.output_ids, rng, rare) for state in running])
         rows.tell(running)
         rows.steer_inplace(logits, dict(enumerate(running)))
         for state, p in zip(running, logits.softmax(-1), strict=True):
@@ -89,17 +97,46 @@ def test_texts_without_values_end_with_a_sentence(
     assert sum(text.endswith(".") for text in texts) >= 0.85 * TEXTS
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"tokens": 60},
+        {"tokens": 60, "tolerance": 0},
+        {"mode": "at_most", "tokens": 80},
+        {"mode": "range", "min_tokens": 50, "max_tokens": 80},
+        {"words": 80},
+    ],
+)
+def test_a_full_stop_needs_no_place_in_the_cut(target: dict[str, Any]) -> None:
+    """Ten words are likelier than it in each step, and the request takes five. Where but one token
+    may be the last one, empty lines fill a text up to it."""
+    states = write(target, fakes.Server(TimedOut("slow")), rare=0.02, top_k=5)
+    texts = [TOKENIZER.decode(state.output_ids[:-1]) for state in states]
+    assert sum(text.rstrip("\n").endswith(".") for text in texts) >= 0.9 * TEXTS
+    assert not any(text.endswith("\n" * 5) for text in texts)
+    if target.get("tolerance") == 0:
+        assert {len(state.output_ids) for state in states} == {60}
+    if "mode" not in target:  # it comes in the landing alone
+        assert not any("." in text.rstrip(".\n") for text in texts)
+
+
 # ---- one step
 
 
 class Whole:
-    """Sentences of ten tokens, of which one has ended."""
+    """Sentences of ten tokens, of which one has ended; `stops` end one."""
 
-    ids: tuple[int, ...] = ()
+    breaks: tuple[int, ...] = ()
+    line = None
 
-    def __init__(self, whole: bool = True) -> None:
+    def __init__(self, whole: bool = True, stops: tuple[int, ...] = ()) -> None:
+        self.ids = stops
         self.is_whole = lambda text: whole
         self.tokens_a_sentence = lambda text: 10.0
+
+    def ends(self, text: list[int], tokens: list[int]) -> list[bool]:
+        assert -1 not in text
+        return [token in self.ids for token in tokens]
 
 
 def after(
@@ -194,9 +231,7 @@ def test_behind_the_landing_of_a_text_without_rails_any_end_is_taken() -> None:
 
 def test_a_token_that_is_not_known_yet_costs_no_other_row_its_values() -> None:
     server = toy.Server()
-    sentences: Any = Whole()
-    sentences.ids, sentences.ends = [20], lambda text, token: 1 / (-1 not in text)
-    guide = toy.guide_of(server, sentences)
+    guide = toy.guide_of(server, Whole(stops=(20,)))
     states = {0: text_of(29), 1: text_of(5)}
     states[0].output_ids.append(-1)
     assert toy.guided_rows(guide, toy.flat_logits(2), states) == [1]

@@ -121,10 +121,10 @@ def test_a_sentence_ends_in_the_landing_and_not_right_before() -> None:
     assert odds(6 + SENTENCE) == 0
     assert [odds(5 + SENTENCE), odds(7)] == [pytest.approx(-LANDING_NATS / 2)] * 2
     assert odds(6) == pytest.approx(LANDING_NATS / 2)
-    assert odds(1) == pytest.approx(LANDING_NATS * (1 / 2 + 1 / 3))
-    assert odds(-9) == pytest.approx(LANDING_NATS * 3 / 2)
+    assert odds(1) == pytest.approx(LANDING_NATS * (1 / 2 + 3 / 2 * 1 / 3))
+    assert odds(-9) == pytest.approx(LANDING_NATS * 2)
     assert odds(-10) == 0
-    assert closing_odds(1, landing=0) == pytest.approx(1.5 * LANDING_NATS)  # right before N
+    assert closing_odds(1, landing=0) == pytest.approx(2 * LANDING_NATS)  # right before N
     assert closing_odds(2, landing=0) == pytest.approx(-LANDING_NATS / 2)
 
 

@@ -51,7 +51,7 @@ def naive_close(row: Row) -> Row:
     limit = 1 - GAMMA ** max(row.ceiling, 0)
     gain = 0.0
     if row.mode != "at_least" and 0 <= closing <= 1 and row.mean > limit:
-        gain = LANDING_NATS * (closing + 0.5)
+        gain = LANDING_NATS * (0.5 + 1.5 * closing)
     elif row.mode == "equal_to" and closing < 0 and row.room - row.span <= SENTENCE:
         gain = -LANDING_NATS / 2
     if gain == 0 or row.max_kl == 0:

@@ -272,10 +272,10 @@ def step(
     [
         # Most of it goes on with the word.
         ({"ycle": 20.0, ".": 18.0, " and": 17.0}, ["ycle"]),
-        # The word is whole, and a full stop is not unlikely.
+        # The word is whole, and a full stop is possible.
         ({" and": 20.0, ".": 18.0, ",": 18.0}, ["."]),
         # Neither: the text ends as it is.
-        ({" and": 20.0, ",": 18.0, ".": 13.0}, []),
+        ({" and": 20.0, ",": 18.0, ".": 8.0}, []),
     ],
 )
 @pytest.mark.parametrize(

@@ -76,12 +76,23 @@ def test_tokens_that_may_end_a_sentence() -> None:
         ("เสร็จแล้ว ", True),
         ("x" * 100 + "\n3.", False),
         ("x" * 100 + "3.", True),
+        ("- one\n", True),  # an item of a list
+        ("2) two\n", True),
+        ("- one:\n", False),
+        ("- It ends.\n", False),  # it has already
+        ("-\n", False),
+        ("A line\n", False),
+        ("```\nx.", False),  # code
+        ("```\nx\n", True),  # a line of code
+        ("```\nx\n\n", False),
+        ("```\nx\n`", True),  # what closes the block, or begins to
+        ("x\n`", False),
     ],
 )
 def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
     tokenizer, found = sentences()
     *before, token = tokenizer.encode(text, add_special_tokens=False)
-    assert found.ends(before, token) is ends
+    assert found.ends(before, [token]) == [ends]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +111,13 @@ def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
         ("```\nx = 1\n" + "y = 2\n" * 9, False),
         ("```\nx = 1\n```", True),
         ("```\nx = 1\n```\n", True),
+        ("```\nx = 1\n```\n" + "It ends. " * 9 + "\n```py\nx.", False),
+        ("- one\n", True),
+        ("- one\n-\n", False),
+        ("- one\n3.\n", False),
+        ("# Title\n", False),
+        ("**These are:**\n", False),
+        ("这些是：\n", False),  # noqa: RUF001
     ],
 )
 def test_a_whole_text(text: str, whole: bool) -> None:
@@ -114,6 +132,11 @@ def test_a_whole_text(text: str, whole: bool) -> None:
         ("It ends. It ends.", 8.5),
         ("- one\n- two\n", 6),
         ("v3.5 is it.", 11),
+        ("It ends.\n\nIt ends.\n\n", 10),  # a break after a full stop ends nothing more
+        ("1. One.\n2. Two.\n", 8),
+        ("He met Mr. Wu.", 14),
+        ("完了。完了。", 9),
+        ("x" * 800 + ". " + "It ends. " * 20, 160 / 18),  # what is long ago does not count
         ("", 0),
     ],
 )
@@ -121,3 +144,16 @@ def test_tokens_a_sentence(text: str, tokens: float) -> None:
     """A token is a byte here."""
     tokenizer, found = sentences()
     assert found.tokens_a_sentence(tokenizer.encode(text, add_special_tokens=False)) == tokens
+
+
+def test_what_is_begun_too_late() -> None:
+    tokenizer, found = sentences()
+
+    def late(text: str, last: bool) -> str:
+        tokens = found.begun_too_late(tokenizer.encode(text, add_special_tokens=False), last)
+        return tokenizer.decode(sorted(tokens))
+
+    assert late("- one\n", last=False) == late("- one", last=True) == "`"
+    assert late("It ends.\n", last=True) == "`"  # what begins there may be a number
+    assert late("```\nx\n", last=False) == ""
+    assert {*"#*-1`"} <= {*late("- one\n", last=True)}
