@@ -191,7 +191,7 @@ def test_a_raised_end_outlives_the_cut() -> None:
         wanted = taken(params(10, **fields))
         before, landing = (final(wanted, logits, output=[9] * n) for n in (3, 9))
         assert before[EOS] == 0
-        assert 0.004 < landing[EOS] < 0.1, fields
+        assert 0.004 < landing[EOS] < 0.5, fields
 
 
 @pytest.mark.parametrize("fields", [{}, OWN, {"temperature": 0.5, "top_p": 0.5}])
