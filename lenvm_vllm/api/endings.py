@@ -4,6 +4,8 @@ Only the way that a text ends tells whether its length was meant, so only that i
 vLLM has the text before it in its prefix cache, and the value server in its own
 (`continuation.py`).
 
+Of a stream the last tokens are held back for that (`held_streams.py`).
+
 They cost work, so none begins where it cannot help: a text that steering had no part in, values
 that are missing, a vLLM whose requests wait. And they are bounded, so that nobody waits for them
 longer than for the answer itself.
@@ -19,10 +21,12 @@ from typing import Any
 
 from lenvm_vllm.api.answers import Answers, Sampled, keyed
 from lenvm_vllm.api.asgi import Upstream
-from lenvm_vllm.api.continuation import Draft, continuation, for_text, narrowed
+from lenvm_vllm.api.continuation import Draft, continuation, for_text, limit_of, narrowed
+from lenvm_vllm.api.held_streams import HeldStream, Pace
 from lenvm_vllm.api.outcome import ENDS, Outcome, Report
 from lenvm_vllm.api.texts import texts_of
 from lenvm_vllm.steering.constants import SENTENCE
+from lenvm_vllm.target.rails import landing_before
 from lenvm_vllm.telemetry.metrics import Counters
 from value_server.contract.units import UNITS
 
@@ -39,11 +43,13 @@ class Bounds:
     """What the endings of all requests of an API server process share.
 
     rounds: how many rounds may run at a time. patience: how long a request may look for endings,
-    in times of what its first answer took. waiting: requests that wait in vLLM's queue.
+    in times of what its first answer took. pause: seconds for which a stream may stop for them.
+    waiting: requests that wait in vLLM's queue.
     """
 
     rounds: asyncio.Semaphore
     patience: float
+    pause: float
     waiting: Callable[[], float]
     counters: Counters = field(default_factory=Counters)
 
@@ -74,6 +80,28 @@ class Endings(Answers):
             limit = self.bounds.patience * (time.monotonic() - started)
             await self._rewrite(for_text(vllm), request, report, draft, limit)
         return Sampled(reply, [draft.outcome], draft.sampled, draft.endings)
+
+    async def stream(
+        self, vllm: Upstream, request: dict[str, Any], report: Report, send: Any, wants_ids: bool
+    ) -> None:
+        started = time.monotonic()
+
+        async def improve(draft: Draft) -> None:
+            if not self._needs_another(draft):
+                return
+            stopped = time.monotonic()
+            limit = min(self.bounds.patience * (stopped - started), self.bounds.pause)
+            await self._rewrite(for_text(vllm), request, report, draft, limit)
+            self.bounds.counters.add("stream_pauses")
+            self.bounds.counters.add("stream_pause_seconds", time.monotonic() - stopped)
+
+        pace = Pace(landing_before(self.target, limit_of(request)), self.target.unit)
+        held = HeldStream(send, report, wants_ids, pace, improve, self.tokenizer)
+        try:
+            await vllm.forward(request, held)
+        except Exception:
+            await held.flush()
+            raise
 
     def _needs_another(self, draft: Draft) -> bool:
         """Whether its end is bad, steering had a part in that, and values are there for more."""
@@ -107,7 +135,7 @@ class Endings(Answers):
         most = self.target.limits[1] if self.target.unit == UNITS[0] else draft.sampled
         cut = min(draft.sampled, most) - TAIL
         while draft.endings < self.endings and not self._is_good(*best):
-            begin, n = max(0, cut), min(ROUND, self.endings - draft.endings)
+            begin, n = max(draft.kept, cut), min(ROUND, self.endings - draft.endings)
             async with self.bounds.rounds:
                 if self.bounds.waiting() > 0:
                     return
@@ -116,7 +144,7 @@ class Endings(Answers):
             if not any(outcome.step and outcome.step.valued for _, outcome in found):
                 return  # without values the next ones will be no better
             for ids, outcome in found:
-                if (faults := outcome.faults(nearer)) < best:
+                if (faults := outcome.faults(nearer)) < best and draft.can_end_with(outcome):
                     best = faults
                     draft.end_with(begin, ids, outcome)
             cut -= SENTENCE
