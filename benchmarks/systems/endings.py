@@ -77,7 +77,8 @@ def ask(http: httpx.Client, model: str, most: int, streams: bool, job: Job) -> A
 
 
 def streamed(http: httpx.Client, body: dict[str, Any], target: int) -> Answer:
-    times, result = [time.perf_counter()], {}
+    times = [time.perf_counter()]
+    result: dict[str, Any] = {}
     with http.stream("POST", "/chat/completions", json=body | {"stream": True}) as reply:
         reply.raise_for_status()
         for line in reply.iter_lines():

@@ -81,11 +81,20 @@ class Upstream:
         message = {"type": "http.request", "body": body, "more_body": False}
         await self.app(scope, replay([message], self.receive), send)
 
-    async def ask(self, request: Any) -> Reply:
-        """The same, with the answer kept.
+    async def listen(self, request: Any, send: Any, enough: asyncio.Event) -> None:
+        """The same until there is `enough`, or this is cancelled: then it hangs up on vLLM, which
+        would otherwise sample on, for nobody."""
+        vllm = replace(self, receive=until(enough, self.receive))
+        answering = asyncio.ensure_future(vllm.forward(request, send))
+        try:
+            await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            enough.set()
+            asyncio.get_running_loop().call_later(_GRACE_S, answering.cancel)
+            raise
 
-        Cancelled, it hangs up on vLLM, which would otherwise sample on, for nobody.
-        """
+    async def ask(self, request: Any) -> Reply:
+        """The same, with the answer kept."""
         start: Any = {}
         pieces: list[bytes] = []
 
@@ -95,15 +104,7 @@ class Upstream:
             else:
                 pieces.append(message.get("body", b""))
 
-        gone = asyncio.Event()
-        vllm = replace(self, receive=until(gone, self.receive))
-        asking = asyncio.ensure_future(vllm.forward(request, keep))
-        try:
-            await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            gone.set()
-            asyncio.get_running_loop().call_later(_GRACE_S, asking.cancel)
-            raise
+        await self.forward(request, keep)
         body = b"".join(pieces)
         return Reply(start, body, json.loads(body) if start["status"] == 200 else None)
 

@@ -21,9 +21,10 @@ from typing import Any
 
 from lenvm_vllm.api.answers import Answers, Sampled, keyed
 from lenvm_vllm.api.asgi import Upstream
-from lenvm_vllm.api.continuation import Draft, continuation, for_text, limit_of, narrowed
+from lenvm_vllm.api.continuation import Draft, continuation, for_text, limit_of
 from lenvm_vllm.api.held_streams import HeldStream, Pace
 from lenvm_vllm.api.outcome import ENDS, Outcome, Report
+from lenvm_vllm.api.rounds import Round
 from lenvm_vllm.api.texts import texts_of
 from lenvm_vllm.steering.constants import SENTENCE
 from lenvm_vllm.target.rails import landing_before
@@ -58,8 +59,8 @@ class Bounds:
 class Endings(Answers):
     """The answer with the best of up to `endings` endings.
 
-    More are sampled, ROUND at a time, only while none is good; those of a later round begin a
-    sentence earlier. Whatever goes wrong with them, the answer is what it was.
+    More are sampled, ROUND at a time, only until one is good; those of a later round begin a
+    sentence earlier. Whatever goes wrong with them, the answer is the best so far.
 
     max_model_len, tokenizer: of the served model.
     """
@@ -105,12 +106,13 @@ class Endings(Answers):
 
     def _needs_another(self, draft: Draft) -> bool:
         """Whether its end is bad, steering had a part in that, and values are there for more."""
-        step, (kind, missed) = draft.outcome.step, draft.outcome.faults(self.target)
-        if step is None or not step.valued or self._is_good(kind, missed):
+        step, (_, missed) = draft.outcome.step, draft.outcome.faults(self.target)
+        if step is None or not step.valued or self._is_good(draft.outcome):
             return False
         return (step.forced or step.landing or missed > 0) and draft.is_all_text()
 
-    def _is_good(self, kind: int, missed: int) -> bool:
+    def _is_good(self, outcome: Outcome) -> bool:
+        kind, missed = outcome.faults(self.target)
         width = (self.target.tolerance or 0.0) * self.target.limits[1]
         return kind < _CUT and missed <= max(NEAR * width, min(1, width))
 
@@ -131,48 +133,48 @@ class Endings(Answers):
     async def _rounds(
         self, vllm: Upstream, request: dict[str, Any], report: Report, draft: Draft
     ) -> None:
-        best, nearer = draft.outcome.faults(self.target), narrowed(self.target)
         most = self.target.limits[1] if self.target.unit == UNITS[0] else draft.sampled
         cut = min(draft.sampled, most) - TAIL
-        while draft.endings < self.endings and not self._is_good(*best):
+        while draft.endings < self.endings and not self._is_good(draft.outcome):
             begin, n = max(draft.kept, cut), min(ROUND, self.endings - draft.endings)
             async with self.bounds.rounds:
                 if self.bounds.waiting() > 0:
                     return
                 wish = continuation(request, self.target, draft, begin, n, self.max_model_len)
-                found = await self._round(vllm, wish, report, draft, begin)
-            if not any(outcome.step and outcome.step.valued for _, outcome in found):
-                return  # without values the next ones will be no better
-            for ids, outcome in found:
-                if (faults := outcome.faults(nearer)) < best and draft.can_end_with(outcome):
-                    best = faults
-                    draft.end_with(begin, ids, outcome)
+                valued = await self._round(vllm, wish, report, draft, begin)
+            if not valued:
+                return  # the next ones will be no better
             cut -= SENTENCE
 
     async def _round(
         self, vllm: Upstream, wish: dict[str, Any], report: Report, draft: Draft, cut: int
-    ) -> list[tuple[list[int], Outcome]]:
-        """Tokens and outcomes of other endings behind the draft's first `cut` tokens.
+    ) -> bool:
+        """Endings behind the draft's first `cut` tokens, up to a good one; the best is the draft's.
 
-        An outcome is that of the whole text. None where vLLM refused them.
+        Whether one of them had values.
         """
         report = replace(report, key=uuid.uuid4().hex)
-        answer = (await vllm.ask(keyed(wish, report.key))).answer
-        if answer is None:
-            return []
-        self._count(answer, draft)
-        found = []
-        for text in texts_of(answer):
-            ids, outcome = text.ids or [], report.outcome(text)
-            whole = draft.text_with(cut, ids)
-            found.append((ids, replace(outcome, length=cut + outcome.length, text=whole)))
-        return found
 
-    def _count(self, answer: dict[str, Any], draft: Draft) -> None:
-        """What a round has cost."""
-        endings, tokens = len(answer["choices"]), answer["usage"]["completion_tokens"]
-        draft.endings += endings
-        draft.sampled += tokens
+        def take(ids: list[int], outcome: Outcome) -> bool:
+            text = draft.text_with(cut, ids)
+            outcome = replace(outcome, length=cut + outcome.length, text=text)
+            better = outcome.faults(self.target) < draft.outcome.faults(self.target)
+            if better and draft.can_end_with(outcome):
+                draft.end_with(cut, ids, outcome)
+            return self._is_good(draft.outcome)
+
+        heard = Round(report, take)
+        try:
+            await vllm.listen(keyed(wish | {"stream": True}, report.key), heard, heard.enough)
+        finally:
+            if heard.tokens:
+                self._count(heard.tokens, draft)
+        return heard.valued
+
+    def _count(self, tokens: list[int], draft: Draft) -> None:
+        """What a round has cost. tokens: of each ending."""
+        draft.endings += len(tokens)
+        draft.sampled += sum(tokens)
         self.bounds.counters.add("ending_rounds")
-        self.bounds.counters.add("endings", endings)
-        self.bounds.counters.add("ending_tokens", tokens)
+        self.bounds.counters.add("endings", len(tokens))
+        self.bounds.counters.add("ending_tokens", sum(tokens))

@@ -8,7 +8,7 @@ from typing import Any
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
 from lenvm_vllm.api.routes import CHAT
 from lenvm_vllm.telemetry.progress import KEY
-from tests.support.engine_side import App, Told, tell
+from tests.support.engine_side import EVENTS, App, Told, tell
 from tests.support.through import chunk
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -41,8 +41,7 @@ class Streaming(App):
         request = json.loads((await receive())["body"])
         self.asked.append((scope["path"], request))
         (told,) = self.rounds[0]
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
         for number, event in enumerate(events_of(scope["path"], request, told)):
             tell(self.engine, request["vllm_xargs"][KEY], told)
             await self._say(send, self.more.get(number, b"") + event)

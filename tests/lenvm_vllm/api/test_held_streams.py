@@ -96,7 +96,7 @@ def test_a_bad_one_goes_on_with_the_best_of_its_endings(path: str, size: int) ->
     (_, wish) = app.asked[1]
     cut = len(wish["prompt"]) - 2
     assert cut == KEPT - 1
-    assert "stream" not in wish
+    assert (wish["n"], wish["stream"], "stream_options" in wish) == (4, True, False)
     before = Heard(app.before[0])
     assert before.ids == [97] * cut  # what the client has is what is continued
     assert before.text == "a" * cut
@@ -236,3 +236,25 @@ def test_a_client_who_hangs_up_ends_the_round() -> None:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(run(), 5))
+
+
+class Unfinished(Streaming):
+    """Of a round one ending is there, and the others only come when its client hangs up."""
+
+    left = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def say(message: Any) -> None:
+            await send(message | {"more_body": True} if "body" in message else message)
+
+        again = bool(self.asked)
+        await super().__call__(scope, receive, say if again else send)
+        if again:
+            self.left = (await receive())["type"] == "http.disconnect"
+
+
+def test_a_round_ends_with_its_first_good_ending() -> None:
+    app = Unfinished(FIRST, round_of((101, 0.5), cut=KEPT - 1))
+    heard = app.answer(HELLO | {"length_target": 100})
+    assert (heard.text, app.left) == ("a" * (KEPT - 1) + "b" * (101 - KEPT), True)
+    assert heard.result["endings"] == 2
