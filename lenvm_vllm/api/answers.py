@@ -8,6 +8,7 @@ from typing import Any
 
 from lenvm_vllm.api.asgi import Reply, Upstream
 from lenvm_vllm.api.outcome import Outcome, Report
+from lenvm_vllm.api.routes import streams
 from lenvm_vllm.api.streams import Stream, hide_ids
 from lenvm_vllm.api.texts import texts_of
 from lenvm_vllm.host import served
@@ -56,7 +57,7 @@ class Answers:
         # With token ids vLLM would leave the prompt out of an echo.
         if not echoes and not vllm.scope["path"].rstrip("/").endswith(_WITHOUT_IDS):
             asked["return_token_ids"] = True
-        if request.get("stream") is True:
+        if streams(request):
             await self.stream(vllm, asked, report, send, wants_ids)
             return
         sampled = await self.sample(vllm, asked, report)

@@ -23,7 +23,7 @@ from lenvm_vllm.api.forecast import Forecast
 from lenvm_vllm.api.playground import Playground
 from lenvm_vllm.api.recordings import watched
 from lenvm_vllm.api.request_field import take
-from lenvm_vllm.api.routes import PATHS, RECORDINGS, Route, route_at
+from lenvm_vllm.api.routes import PATHS, RECORDINGS, Route, route_at, streams
 from lenvm_vllm.api.whole_answers import WholeAnswers
 from lenvm_vllm.host import served
 from lenvm_vllm.settings import load_settings
@@ -98,8 +98,8 @@ class LengthTargetMiddleware:
         config = served.config
         if target.best_of > 1:
             return WholeAnswers(target, self._known, predicted)
-        holds = request.get("stream") is not True or self._settings.endings_pause_s > 0
-        if config is not None and route.choices and holds and can_continue(request, target):
+        waits = self._settings.endings_pause_s > 0 or not streams(request)
+        if config is not None and route.choices and waits and can_continue(request, target):
             endings = target.endings or self._default_endings(target, config)
             if endings > 1 and (tokenizer := tokenizer_of(config)) is not None:
                 return Endings(
