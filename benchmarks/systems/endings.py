@@ -165,7 +165,7 @@ def main(
     rows = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        served(str(MODEL), CHECKPOINT, Path(folder), concurrency=max(concurrency)) as endpoint,
+        served(str(MODEL), CHECKPOINT, Path(folder), concurrency=max(32, *concurrency)) as endpoint,
     ):
         for size in concurrency:
             count = max(requests // 2 if size == 1 else requests, 2 * size)
