@@ -36,8 +36,8 @@ class Pace:
     def free(self, tokens: int, more: str) -> int:
         """Tokens that may be sent of a text of so many, which has grown by `more`.
 
-        All far before the landing, all but HOLD in it, and none of those before its target that
-        other endings of a text that passes it begin from.
+        All far before the landing, all but HOLD in it; and no more where it has passed its target,
+        since other endings begin HOLD tokens before that.
         """
         amount, ratio = self._follow(tokens, more), 1.0
         if self._unit != UNITS[0]:
