@@ -48,11 +48,11 @@ def narrowed(target: LengthTarget) -> LengthTarget:
 class Draft:
     """An answer of one choice, with the best of its ends so far.
 
-    endings, sampled: how many endings it had, and the tokens of all of them. kept, kept_text: its
-    first tokens, and their text, which are with the client already.
+    endings, sampled: how many endings it had, and the tokens of all of them. streamed: the client
+    has its first `kept` tokens already, as `kept_text`.
     """
 
-    kept, kept_text = 0, ""
+    streamed, kept, kept_text = False, 0, ""
 
     def __init__(self, answer: dict[str, Any], outcome: Outcome, tokenizer: Any) -> None:
         """An answer without token ids is one whose tokens are not known, and stays."""

@@ -35,7 +35,9 @@ logger = logging.getLogger("vllm.lenvm")
 
 ROUND = 4  # endings that are sampled side by side
 TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
-NEAR = 0.25  # of the tolerance, or a token, that a good ending may miss its target by
+# Of the tolerance, or a token, that a good ending may miss its target by. A stream does not stop
+# for a length inside its rails.
+NEAR = 0.25
 _CUT = ENDS.index("cut")
 
 
@@ -107,14 +109,15 @@ class Endings(Answers):
     def _needs_another(self, draft: Draft) -> bool:
         """Whether its end is bad, steering had a part in that, and values are there for more."""
         step, (_, missed) = draft.outcome.step, draft.outcome.faults(self.target)
-        if step is None or not step.valued or self._is_good(draft.outcome):
+        if step is None or not step.valued or self._is_good(draft):
             return False
         return (step.forced or step.landing or missed > 0) and draft.is_all_text()
 
-    def _is_good(self, outcome: Outcome) -> bool:
-        kind, missed = outcome.faults(self.target)
+    def _is_good(self, draft: Draft) -> bool:
+        kind, missed = draft.outcome.faults(self.target)
         width = (self.target.tolerance or 0.0) * self.target.limits[1]
-        return kind < _CUT and missed <= max(NEAR * width, min(1, width))
+        near = width if draft.streamed else max(NEAR * width, min(1, width))
+        return kind < _CUT and missed <= near
 
     async def _rewrite(
         self, vllm: Upstream, request: dict[str, Any], report: Report, draft: Draft, limit: float
@@ -135,7 +138,7 @@ class Endings(Answers):
     ) -> None:
         most = self.target.limits[1] if self.target.unit == UNITS[0] else draft.sampled
         cut = min(draft.sampled, most) - TAIL
-        while draft.endings < self.endings and not self._is_good(draft.outcome):
+        while draft.endings < self.endings and not self._is_good(draft):
             begin, n = max(draft.kept, cut), min(ROUND, self.endings - draft.endings)
             async with self.bounds.rounds:
                 if self.bounds.waiting() > 0:
@@ -161,7 +164,7 @@ class Endings(Answers):
             better = outcome.faults(self.target) < draft.outcome.faults(self.target)
             if better and draft.can_end_with(outcome):
                 draft.end_with(cut, ids, outcome)
-            return self._is_good(draft.outcome)
+            return self._is_good(draft)
 
         heard = Round(report, take)
         try:

@@ -136,7 +136,7 @@ class HeldStream(Stream):
             {"choices": [choice], "usage": usage}, self._report.outcome(text), self._tokenizer
         )
         tokens, characters = self._kept
-        draft.kept, draft.kept_text = tokens, text.text[:characters]
+        draft.streamed, draft.kept, draft.kept_text = True, tokens, text.text[:characters]
         return draft
 
     def _end_with(self, draft: Draft, choice: Any) -> None:

@@ -15,14 +15,16 @@ pytestmark = [pytest.mark.e2e, pytest.mark.pair("tiny")]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ASK = {CHAT: {"messages": [{"role": "user", "content": "hi"}]}, TEXT: {"prompt": "hi"}}
 TOKENIZER = tiny_tokenizer()
-# A random model hardly ends naturally. Of letters, since random bytes are no text that could be
-# continued.
-LETTERS = [*TOKENIZER.encode("abcdefghijklmnop"), TOKENIZER.eos_token_id]
+END = TOKENIZER.eos_token_id
+# Of letters, since random bytes are no text that could be continued, and with an end that is never
+# natural.
+LETTERS = [*TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz"), END]
 ASKED: dict[str, Any] = {
     "model": "tiny",
     "max_tokens": 256,
     "temperature": 1.0,
     "allowed_token_ids": LETTERS,
+    "logit_bias": {str(END): -3.0},
     "return_token_ids": True,
     "stream": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},

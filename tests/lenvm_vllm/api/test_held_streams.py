@@ -74,7 +74,7 @@ def test_words_are_held_by_the_tokens_that_they_take() -> None:
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 @pytest.mark.parametrize("size", [0, 1, 7])
 def test_a_good_end_is_what_it_is_without_holding(path: str, size: int) -> None:
-    for first in (Told(102), Told(101, BAD, ".", forced=True), Told(60, landing=False)):
+    for first in (Told(102), Told(101, BAD, ".", forced=True), Told(91), Told(110)):
         held, free = (
             Streaming(first, size=size).answer(
                 ASK[path] | {"length_target": {"tokens": 100} | endings}, path
