@@ -112,6 +112,15 @@ def test_a_bad_one_goes_on_with_the_best_of_its_endings(path: str, size: int) ->
     assert [choice for choice in heard.choices if "length_result" in choice] == [heard.choices[-1]]
 
 
+def test_a_limit() -> None:
+    """Its landing is the last fifth."""
+    first, target = Told(100, BAD, forced=True), {"mode": "at_most", "tokens": 100}
+    app = Streaming(first, round_of((94, 0.5), cut=KEPT - 1))
+    heard = app.answer(HELLO | {"length_target": target})
+    assert heard.text == "a" * (KEPT - 1) + "b" * (94 - KEPT)
+    assert paced(target, ["a "] * 100)[79:99] == [tokens - HOLD for tokens in range(80, 100)]
+
+
 def test_ids_that_nobody_asked_for_stay_hidden() -> None:
     heard = Streaming(FIRST, ENDINGS).answer(HELLO | {"length_target": 100})
     assert (heard.ids, heard.text[-1]) == ([], "d")
