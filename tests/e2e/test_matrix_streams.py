@@ -61,8 +61,9 @@ def test_other_endings_of_a_stream(pair: Pair, path: str, unit: str, amount: int
     assert found[-1]["usage"]["completion_tokens"] == len(ids)
     assert found[-2]["usage"]["completion_tokens"] == len(ids)
     assert 40 <= len(ids) <= 60
-    assert result["endings"] in (5, 8)
-    assert result["sampled_tokens"] > len(ids) + 4 * 8
+    if unit == "tokens":  # in another one, a text may have to end where no values were needed
+        assert result["endings"] in (5, 8)
+        assert result["sampled_tokens"] > len(ids) + 4 * 8
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
