@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     endings: int = Field(8, ge=1, le=64)
     endings_at_once: int = Field(4, ge=1)
     endings_patience: float = Field(1.0, ge=0)
-    endings_pause_s: float = Field(1.5, ge=0)
+    endings_pause_s: float = Field(1.2, ge=0)
     top_k: int = Field(constants.TOP_K, ge=1)
     top_p: float = Field(constants.TOP_P, gt=0, le=1)
     tilt_min_p: float = Field(constants.TILT_MIN_P, ge=0, le=1)
