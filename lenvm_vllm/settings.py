@@ -52,6 +52,8 @@ class Settings(BaseSettings):
     endings_at_once: rounds of them that may run at a time in an API server process.
     endings_patience: how long a request may look for other endings, in times of what its first
         answer took.
+    endings_pause_s: seconds for which a stream may stop before its end for other endings; with 0
+        nothing of a stream is held back, and it has one ending.
     top_k, top_p: candidate cut of a request with a token target that sets none itself.
     tilt_min_p: candidate cut of a tilt that sets none itself.
     thinking_end_ids: tokens of the marker that ends a thinking, in their order, for the scopes
@@ -81,6 +83,7 @@ class Settings(BaseSettings):
     endings: int = Field(8, ge=1, le=64)
     endings_at_once: int = Field(4, ge=1)
     endings_patience: float = Field(1.0, ge=0)
+    endings_pause_s: float = Field(1.2, ge=0)
     top_k: int = Field(constants.TOP_K, ge=1)
     top_p: float = Field(constants.TOP_P, gt=0, le=1)
     tilt_min_p: float = Field(constants.TILT_MIN_P, ge=0, le=1)

@@ -1,4 +1,5 @@
-"""What other endings cost in seconds and what they buy, by how many an answer may have.
+"""What other endings cost in seconds and what they buy, by how many an answer may have, and how
+long a stream stops for them.
 
     python -m benchmarks.systems.endings
 
@@ -41,9 +42,14 @@ PROMPTS_MORE = (
 
 @dataclass(frozen=True)
 class Answer:
+    """first, pause: of a stream, seconds to its first text, and the longest between two chunks that
+    have text or end it."""
+
     seconds: float
     target: int
     result: dict[str, Any]
+    first: float = 0.0
+    pause: float = 0.0
 
     @property
     def deviation(self) -> float:
@@ -54,8 +60,7 @@ class Answer:
 Job = tuple[str, int]  # prompt and tokens
 
 
-def ask(http: httpx.Client, model: str, most: int, job: Job) -> Answer:
-    started = time.perf_counter()
+def ask(http: httpx.Client, model: str, most: int, streams: bool, job: Job) -> Answer:
     prompt, target = job
     body = {
         "model": model,
@@ -63,23 +68,47 @@ def ask(http: httpx.Client, model: str, most: int, job: Job) -> Answer:
         "temperature": 1.0,
         "length_target": {"tokens": target, "endings": most},
     }
+    started = time.perf_counter()
+    if streams:
+        return streamed(http, body, target)
     reply = http.post("/chat/completions", json=body).raise_for_status()
     (choice,) = reply.json()["choices"]
     return Answer(time.perf_counter() - started, target, choice["length_result"])
 
 
+def streamed(http: httpx.Client, body: dict[str, Any], target: int) -> Answer:
+    times = [time.perf_counter()]
+    result: dict[str, Any] = {}
+    with http.stream("POST", "/chat/completions", json=body | {"stream": True}) as reply:
+        reply.raise_for_status()
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+            result = choice.get("length_result", result)
+            if choice["delta"].get("content") or result:
+                times.append(time.perf_counter())
+    first, *gaps = (later - now for now, later in itertools.pairwise(times))
+    return Answer(times[-1] - times[0], target, result, first, max(gaps, default=0.0))
+
+
 def answered(
-    endpoint: Endpoint, jobs: Sequence[Job], size: int, most: int
+    endpoint: Endpoint, jobs: Sequence[Job], size: int, most: int, streams: bool
 ) -> tuple[list[Answer], float]:
     """All answers, so many asked at a time, and the seconds of the whole."""
     with httpx.Client(base_url=endpoint.url, timeout=600) as http, ThreadPoolExecutor(size) as pool:
         started = time.perf_counter()
-        answers = list(pool.map(partial(ask, http, endpoint.model, most), jobs))
+        answers = list(pool.map(partial(ask, http, endpoint.model, most, streams), jobs))
         return answers, time.perf_counter() - started
 
 
-def row_of(size: int, most: int, answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
-    times = sorted(answer.seconds for answer in answers)
+def row_of(
+    size: int, most: int, streams: bool, answers: Sequence[Answer], seconds: float
+) -> dict[str, Any]:
+    times, firsts, pauses = (
+        sorted(getattr(answer, name) for answer in answers)
+        for name in ("seconds", "first", "pause")
+    )
     results = [answer.result for answer in answers]
     tokens = sum(result["tokens"] for result in results)
 
@@ -88,9 +117,13 @@ def row_of(size: int, most: int, answers: Sequence[Answer], seconds: float) -> d
 
     return {
         "at a time": size,
+        "": "stream" if streams else "whole",
         "endings": most,
         "p50 s": statistics.median(times),
-        "p95 s": times[min(len(times) - 1, round(0.95 * (len(times) - 1)))],
+        "p95 s": most_of(times),
+        "first s": statistics.median(firsts),
+        "pause p50": statistics.median(pauses),
+        "pause p95": most_of(pauses),
         "tokens/s": tokens / seconds,
         "sampled": sum(result["sampled_tokens"] for result in results) / tokens,
         "natural %": share("natural"),
@@ -100,11 +133,17 @@ def row_of(size: int, most: int, answers: Sequence[Answer], seconds: float) -> d
     }
 
 
+def most_of(times: Sequence[float]) -> float:
+    """What 95 of 100 do not exceed; of sorted ones."""
+    return times[round(0.95 * (len(times) - 1))]
+
+
 @app.default
 def main(
     *,
     concurrency: tuple[int, ...] = (1, 8, 32),
     endings: tuple[int, ...] = (1, 4, 8, 16),
+    streams: tuple[bool, ...] = (False, True),
     targets: tuple[int, ...] = (40, 80, 160),
     requests: int = 48,
 ) -> None:
@@ -116,6 +155,8 @@ def main(
         Requests at a time.
     endings
         That an answer may have at most.
+    streams
+        Whether answers are streams; those that are none have no first text and no pause.
     targets
         Tokens, in turn.
     requests
@@ -124,7 +165,7 @@ def main(
     rows = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        served(str(MODEL), CHECKPOINT, Path(folder), concurrency=max(concurrency)) as endpoint,
+        served(str(MODEL), CHECKPOINT, Path(folder), concurrency=max(32, *concurrency)) as endpoint,
     ):
         for size in concurrency:
             count = max(requests // 2 if size == 1 else requests, 2 * size)
@@ -133,14 +174,14 @@ def main(
                 (f"{next(texts)} ({number})", targets[number % len(targets)])
                 for number in range(count)
             ]
-            answered(endpoint, jobs[:size], size, 1)  # a first round, not measured
-            for most in endings:
-                answers, seconds = answered(endpoint, jobs, size, most)
-                rows.append(row_of(size, most, answers, seconds))
+            answered(endpoint, jobs[:size], size, 1, False)  # a first round, not measured
+            for most, stream in itertools.product(endings, streams):
+                answers, seconds = answered(endpoint, jobs, size, most, stream)
+                rows.append(row_of(size, most, stream, answers, seconds))
                 print(rows[-1], file=sys.stderr, flush=True)
     print(table(rows))
-    cells = {f"{row['at a time']}/{row['endings']}": row for row in rows}
-    names = ("p50 s", "p95 s", "tokens/s", "sampled", "natural %", "whole %", "LD %")
+    cells = {f"{row['at a time']}/{row['endings']}/{row['']}": row for row in rows}
+    names = list(rows[0])[3:-1]  # but for n
     end({k: {n: round(row[n], 2) for n in names} for k, row in cells.items()})
 
 

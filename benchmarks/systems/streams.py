@@ -149,7 +149,7 @@ class Load:
             "max_tokens": MAX_TOKENS,
         }
         if wish is not None:
-            body[FIELD] = {**wish, "progress": 1}
+            body[FIELD] = {**wish, "progress": 1, "endings": 1}
         while True:
             wait_until(lambda: self._vllm.up, PATIENCE_S)
             process, answer = self._vllm.process, Answer(wish, extra)

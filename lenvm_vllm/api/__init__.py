@@ -6,6 +6,7 @@ hint             says the length in the prompt as well, where a request wants it
 forecast         the length to expect, for the client and vLLM's queue; prompts: what it asks with
 answers          one text as vLLM samples it; whole_answers: the best of `best_of`
 endings          the best of several ends of a text; continuation: how they are asked for
+rounds           some of them, side by side; held_streams: streams that wait for them
 fields           what each field of a request means for other endings
 texts, streams   the texts of an answer in each route's form; outcome: what is told of them
 intake           behind vLLM's own processing of a request, on its way into the engine

@@ -8,6 +8,7 @@ from typing import Any
 
 from lenvm_vllm.api.asgi import Reply, Upstream
 from lenvm_vllm.api.outcome import Outcome, Report
+from lenvm_vllm.api.routes import streams
 from lenvm_vllm.api.streams import Stream, hide_ids
 from lenvm_vllm.api.texts import texts_of
 from lenvm_vllm.host import served
@@ -56,8 +57,8 @@ class Answers:
         # With token ids vLLM would leave the prompt out of an echo.
         if not echoes and not vllm.scope["path"].rstrip("/").endswith(_WITHOUT_IDS):
             asked["return_token_ids"] = True
-        if request.get("stream") is True:
-            await vllm.forward(asked, Stream(send, report, wants_ids))
+        if streams(request):
+            await self.stream(vllm, asked, report, send, wants_ids)
             return
         sampled = await self.sample(vllm, asked, report)
         if (answer := sampled.reply.answer) is not None:
@@ -65,6 +66,12 @@ class Answers:
             if not wants_ids:
                 hide_ids(answer)
         await sampled.reply.send(send, {SAMPLED: sampled.tokens} if sampled.tokens else {})
+
+    async def stream(
+        self, vllm: Upstream, request: dict[str, Any], report: Report, send: Any, wants_ids: bool
+    ) -> None:
+        """Of a request that has the key of `report`; wants_ids: as of `Stream`."""
+        await vllm.forward(request, Stream(send, report, wants_ids))
 
     async def sample(self, vllm: Upstream, request: dict[str, Any], report: Report) -> Sampled:
         """Of a request that has the key of `report`."""
@@ -76,9 +83,14 @@ def _explain(answer: dict[str, Any], sampled: Sampled, report: Report) -> None:
     """Put its RESULT into each text of an answer."""
     for text, outcome in zip(texts_of(answer), sampled.outcomes, strict=True):
         report.put(text, outcome, sampled.tokens, sampled.endings)
-        if sampled.tokens and served.logs_answers:  # vLLM logs what was sampled for it
-            name, of = answer.get("id"), sampled.endings
-            logger.info("%s, returned, the best of %d: %r", name, of, text.text)
+        if sampled.tokens:
+            log_chosen(answer.get("id"), sampled.endings, text.text)
+
+
+def log_chosen(name: str | None, of: int, text: str) -> None:
+    """What is returned, where vLLM itself logs all that was sampled for it."""
+    if served.logs_answers:
+        logger.info("%s, returned, the best of %d: %r", name, of, text)
 
 
 def keyed(request: dict[str, Any], key: str) -> dict[str, Any]:

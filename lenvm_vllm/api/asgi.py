@@ -1,8 +1,11 @@
 """The few moves of ASGI that the middleware is made of."""
 
+import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+_GRACE_S = 1.0  # in which vLLM ends what nobody waits for any more
 
 
 async def read(receive: Any) -> list[Any]:
@@ -23,6 +26,21 @@ def replay(messages: list[Any], receive: Any) -> Any:
         return await receive()
 
     return replayed
+
+
+def until(gone: asyncio.Event, receive: Any) -> Any:
+    """An ASGI `receive` of a client who hangs up with that event, too."""
+
+    async def received() -> Any:
+        waits = [asyncio.ensure_future(one) for one in (receive(), gone.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"} if gone.is_set() else waits[0].result()
+        finally:
+            for one in waits:
+                one.cancel()
+
+    return received
 
 
 def resized(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
@@ -62,6 +80,18 @@ class Upstream:
         scope = {**self.scope, "headers": resized(self.scope["headers"], len(body))}
         message = {"type": "http.request", "body": body, "more_body": False}
         await self.app(scope, replay([message], self.receive), send)
+
+    async def listen(self, request: Any, send: Any, enough: asyncio.Event) -> None:
+        """The same until there is `enough`, or this is cancelled: then it hangs up on vLLM, which
+        would otherwise sample on, for nobody."""
+        vllm = replace(self, receive=until(enough, self.receive))
+        answering = asyncio.ensure_future(vllm.forward(request, send))
+        try:
+            await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            enough.set()
+            asyncio.get_running_loop().call_later(_GRACE_S, answering.cancel)
+            raise
 
     async def ask(self, request: Any) -> Reply:
         """The same, with the answer kept."""

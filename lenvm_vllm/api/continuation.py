@@ -48,8 +48,11 @@ def narrowed(target: LengthTarget) -> LengthTarget:
 class Draft:
     """An answer of one choice, with the best of its ends so far.
 
-    endings, sampled: how many endings it had, and the tokens of all of them.
+    endings, sampled: how many endings it had, and the tokens of all of them. streamed: the client
+    has its first `kept` tokens already, as `kept_text`.
     """
+
+    streamed, kept, kept_text = False, 0, ""
 
     def __init__(self, answer: dict[str, Any], outcome: Outcome, tokenizer: Any) -> None:
         """An answer without token ids is one whose tokens are not known, and stays."""
@@ -66,6 +69,14 @@ class Draft:
         known = self._choice.get("message", self._choice)
         text = known.get("content", known.get("text"))
         return bool(self.prompt_ids and self.ids) and self.text_with(len(self.ids), []) == text
+
+    @property
+    def finish_reason(self) -> str:
+        return str(self._choice["finish_reason"])
+
+    def can_end_with(self, outcome: Outcome) -> bool:
+        """Whether the text of that outcome goes on from what the client has."""
+        return outcome.text.startswith(self.kept_text)
 
     def end_with(self, cut: int, ids: list[int], outcome: Outcome) -> None:
         """Take another ending, behind the first `cut` tokens; `usage` counts what is returned."""
@@ -100,9 +111,8 @@ def continuation(
     """
     prompt = draft.prompt_ids + draft.ids[:cut]
     goal = narrowed(target).model_copy(update={"prefix_tokens": cut})
-    given = request.get("max_completion_tokens")
-    given = request.get("max_tokens") if given is None else given
-    walls = [limit - cut for limit in (given, rails_of(goal).last) if limit is not None]
+    limits = limit_of(request), rails_of(goal).last
+    walls = [limit - cut for limit in limits if limit is not None]
     other = {k: v for k, v in request["vllm_xargs"].items() if not k.startswith(PREFIX)}
     wish = {name: request[name] for name in CARRIED & request.keys()} | {
         "prompt": prompt,
@@ -115,6 +125,12 @@ def continuation(
     if request.get("seed") is not None:  # with the same one, the same ending again
         wish["seed"] = request["seed"] + draft.endings
     return wish
+
+
+def limit_of(request: dict[str, Any]) -> int | None:
+    """The most tokens that a chat or a text completion asks for."""
+    given = request.get("max_completion_tokens")
+    return request.get("max_tokens") if given is None else given
 
 
 def for_text(vllm: Upstream) -> Upstream:

@@ -4,6 +4,8 @@ Only the way that a text ends tells whether its length was meant, so only that i
 vLLM has the text before it in its prefix cache, and the value server in its own
 (`continuation.py`).
 
+Of a stream the last tokens are held back for that (`held_streams.py`).
+
 They cost work, so none begins where it cannot help: a text that steering had no part in, values
 that are missing, a vLLM whose requests wait. And they are bounded, so that nobody waits for them
 longer than for the answer itself.
@@ -19,10 +21,13 @@ from typing import Any
 
 from lenvm_vllm.api.answers import Answers, Sampled, keyed
 from lenvm_vllm.api.asgi import Upstream
-from lenvm_vllm.api.continuation import Draft, continuation, for_text, narrowed
+from lenvm_vllm.api.continuation import Draft, continuation, for_text, limit_of
+from lenvm_vllm.api.held_streams import HeldStream, Pace
 from lenvm_vllm.api.outcome import ENDS, Outcome, Report
+from lenvm_vllm.api.rounds import Round
 from lenvm_vllm.api.texts import texts_of
 from lenvm_vllm.steering.constants import SENTENCE
+from lenvm_vllm.target.rails import landing_before
 from lenvm_vllm.telemetry.metrics import Counters
 from value_server.contract.units import UNITS
 
@@ -30,7 +35,9 @@ logger = logging.getLogger("vllm.lenvm")
 
 ROUND = 4  # endings that are sampled side by side
 TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
-NEAR = 0.25  # of the tolerance, or a token, that a good ending may miss its target by
+# Of the tolerance, or a token, that a good ending may miss its target by. A stream does not stop
+# for a length inside its rails.
+NEAR = 0.25
 _CUT = ENDS.index("cut")
 
 
@@ -39,11 +46,13 @@ class Bounds:
     """What the endings of all requests of an API server process share.
 
     rounds: how many rounds may run at a time. patience: how long a request may look for endings,
-    in times of what its first answer took. waiting: requests that wait in vLLM's queue.
+    in times of what its first answer took. pause: seconds for which a stream may stop for them.
+    waiting: requests that wait in vLLM's queue.
     """
 
     rounds: asyncio.Semaphore
     patience: float
+    pause: float
     waiting: Callable[[], float]
     counters: Counters = field(default_factory=Counters)
 
@@ -52,8 +61,8 @@ class Bounds:
 class Endings(Answers):
     """The answer with the best of up to `endings` endings.
 
-    More are sampled, ROUND at a time, only while none is good; those of a later round begin a
-    sentence earlier. Whatever goes wrong with them, the answer is what it was.
+    More are sampled, ROUND at a time, only until one is good; those of a later round begin a
+    sentence earlier. Whatever goes wrong with them, the answer is the best so far.
 
     max_model_len, tokenizer: of the served model.
     """
@@ -75,16 +84,40 @@ class Endings(Answers):
             await self._rewrite(for_text(vllm), request, report, draft, limit)
         return Sampled(reply, [draft.outcome], draft.sampled, draft.endings)
 
+    async def stream(
+        self, vllm: Upstream, request: dict[str, Any], report: Report, send: Any, wants_ids: bool
+    ) -> None:
+        started = time.monotonic()
+
+        async def improve(draft: Draft) -> None:
+            if not self._needs_another(draft):
+                return
+            stopped = time.monotonic()
+            limit = min(self.bounds.patience * (stopped - started), self.bounds.pause)
+            await self._rewrite(for_text(vllm), request, report, draft, limit)
+            self.bounds.counters.add("stream_pauses")
+            self.bounds.counters.add("stream_pause_seconds", time.monotonic() - stopped)
+
+        pace = Pace(landing_before(self.target, limit_of(request)), self.target.unit)
+        held = HeldStream(send, report, wants_ids, pace, improve, self.tokenizer)
+        try:
+            await vllm.forward(request, held)
+        except Exception:
+            await held.flush()
+            raise
+
     def _needs_another(self, draft: Draft) -> bool:
         """Whether its end is bad, steering had a part in that, and values are there for more."""
-        step, (kind, missed) = draft.outcome.step, draft.outcome.faults(self.target)
-        if step is None or not step.valued or self._is_good(kind, missed):
+        step, (_, missed) = draft.outcome.step, draft.outcome.faults(self.target)
+        if step is None or not step.valued or self._is_good(draft):
             return False
         return (step.forced or step.landing or missed > 0) and draft.is_all_text()
 
-    def _is_good(self, kind: int, missed: int) -> bool:
+    def _is_good(self, draft: Draft) -> bool:
+        kind, missed = draft.outcome.faults(self.target)
         width = (self.target.tolerance or 0.0) * self.target.limits[1]
-        return kind < _CUT and missed <= max(NEAR * width, min(1, width))
+        near = width if draft.streamed else max(NEAR * width, min(1, width))
+        return kind < _CUT and missed <= near
 
     async def _rewrite(
         self, vllm: Upstream, request: dict[str, Any], report: Report, draft: Draft, limit: float
@@ -103,48 +136,48 @@ class Endings(Answers):
     async def _rounds(
         self, vllm: Upstream, request: dict[str, Any], report: Report, draft: Draft
     ) -> None:
-        best, nearer = draft.outcome.faults(self.target), narrowed(self.target)
         most = self.target.limits[1] if self.target.unit == UNITS[0] else draft.sampled
         cut = min(draft.sampled, most) - TAIL
-        while draft.endings < self.endings and not self._is_good(*best):
-            begin, n = max(0, cut), min(ROUND, self.endings - draft.endings)
+        while draft.endings < self.endings and not self._is_good(draft):
+            begin, n = max(draft.kept, cut), min(ROUND, self.endings - draft.endings)
             async with self.bounds.rounds:
                 if self.bounds.waiting() > 0:
                     return
                 wish = continuation(request, self.target, draft, begin, n, self.max_model_len)
-                found = await self._round(vllm, wish, report, draft, begin)
-            if not any(outcome.step and outcome.step.valued for _, outcome in found):
-                return  # without values the next ones will be no better
-            for ids, outcome in found:
-                if (faults := outcome.faults(nearer)) < best:
-                    best = faults
-                    draft.end_with(begin, ids, outcome)
+                valued = await self._round(vllm, wish, report, draft, begin)
+            if not valued:
+                return  # the next ones will be no better
             cut -= SENTENCE
 
     async def _round(
         self, vllm: Upstream, wish: dict[str, Any], report: Report, draft: Draft, cut: int
-    ) -> list[tuple[list[int], Outcome]]:
-        """Tokens and outcomes of other endings behind the draft's first `cut` tokens.
+    ) -> bool:
+        """Endings behind the draft's first `cut` tokens, up to a good one; the best is the draft's.
 
-        An outcome is that of the whole text. None where vLLM refused them.
+        Whether one of them had values.
         """
         report = replace(report, key=uuid.uuid4().hex)
-        answer = (await vllm.ask(keyed(wish, report.key))).answer
-        if answer is None:
-            return []
-        self._count(answer, draft)
-        found = []
-        for text in texts_of(answer):
-            ids, outcome = text.ids or [], report.outcome(text)
-            whole = draft.text_with(cut, ids)
-            found.append((ids, replace(outcome, length=cut + outcome.length, text=whole)))
-        return found
 
-    def _count(self, answer: dict[str, Any], draft: Draft) -> None:
-        """What a round has cost."""
-        endings, tokens = len(answer["choices"]), answer["usage"]["completion_tokens"]
-        draft.endings += endings
-        draft.sampled += tokens
+        def take(ids: list[int], outcome: Outcome) -> bool:
+            text = draft.text_with(cut, ids)
+            outcome = replace(outcome, length=cut + outcome.length, text=text)
+            better = outcome.faults(self.target) < draft.outcome.faults(self.target)
+            if better and draft.can_end_with(outcome):
+                draft.end_with(cut, ids, outcome)
+            return self._is_good(draft)
+
+        heard = Round(report, take)
+        try:
+            await vllm.listen(keyed(wish | {"stream": True}, report.key), heard, heard.enough)
+        finally:
+            if heard.tokens:
+                self._count(heard.tokens, draft)
+        return heard.valued
+
+    def _count(self, tokens: list[int], draft: Draft) -> None:
+        """What a round has cost. tokens: of each ending."""
+        draft.endings += len(tokens)
+        draft.sampled += sum(tokens)
         self.bounds.counters.add("ending_rounds")
-        self.bounds.counters.add("endings", endings)
-        self.bounds.counters.add("ending_tokens", tokens)
+        self.bounds.counters.add("endings", len(tokens))
+        self.bounds.counters.add("ending_tokens", sum(tokens))

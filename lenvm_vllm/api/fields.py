@@ -22,7 +22,7 @@ CARRIED = _names("""
     seed temperature top_p top_k min_p repetition_penalty
     logit_bias allowed_token_ids watermarking
 """)
-# These made the prompt, or are dealt with by the ending; the first answer tells the last four,
+# These made the prompt, or are dealt with by the ending; the first answer tells the last six,
 # and what is returned is that answer.
 SEEN_TO = _names("""
     messages prompt documents chat_template chat_template_kwargs
@@ -30,6 +30,7 @@ SEEN_TO = _names("""
     truncate_prompt_tokens truncation_side reasoning_effort
     max_tokens max_completion_tokens min_tokens n return_token_ids
     request_id prompt_logprobs return_prompt_text return_token_offsets
+    stream stream_options
 """)
 # These change nothing in a text, or nothing that vLLM reads: fields of tools, beams, pictures,
 # streams, logprobs and special tokens, where there are any, and of OpenAI's own.
@@ -44,8 +45,6 @@ ANY = _names("""
 """)
 # These change nothing while they have one of these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (None, False),
-    "stream_options": (None,),
     "logprobs": (None,),  # of a text completion 0 asks for some; see OF_CHAT
     "top_logprobs": (None, 0),
     "logprob_token_ids": (None,),

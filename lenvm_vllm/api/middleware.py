@@ -23,7 +23,7 @@ from lenvm_vllm.api.forecast import Forecast
 from lenvm_vllm.api.playground import Playground
 from lenvm_vllm.api.recordings import watched
 from lenvm_vllm.api.request_field import take
-from lenvm_vllm.api.routes import PATHS, RECORDINGS, Route, route_at
+from lenvm_vllm.api.routes import PATHS, RECORDINGS, Route, route_at, streams
 from lenvm_vllm.api.whole_answers import WholeAnswers
 from lenvm_vllm.host import served
 from lenvm_vllm.settings import load_settings
@@ -45,7 +45,8 @@ class LengthTargetMiddleware:
         self._settings = settings
         self._known = Known()
         rounds = asyncio.Semaphore(settings.endings_at_once)
-        self._bounds = Bounds(rounds, settings.endings_patience, waiting_requests)
+        patience, pause = settings.endings_patience, settings.endings_pause_s
+        self._bounds = Bounds(rounds, patience, pause, waiting_requests)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         method = scope["method"] if scope["type"] == "http" else None
@@ -97,7 +98,8 @@ class LengthTargetMiddleware:
         config = served.config
         if target.best_of > 1:
             return WholeAnswers(target, self._known, predicted)
-        if config is not None and route.choices and can_continue(request, target):
+        waits = self._settings.endings_pause_s > 0 or not streams(request)
+        if config is not None and route.choices and waits and can_continue(request, target):
             endings = target.endings or self._default_endings(target, config)
             if endings > 1 and (tokenizer := tokenizer_of(config)) is not None:
                 return Endings(

@@ -6,6 +6,8 @@ A test walks over the routes of vLLM's own application: one that writes text is 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from lenvm_vllm.target.request import number
 
 CHAT = "/v1/chat/completions"
@@ -64,6 +66,17 @@ class Route:
 def whole(params: dict[str, Any], name: str) -> int | None:
     """A number of the request, as vLLM reads it; None for anything else, which is left to it."""
     return value if type(value := number(params.get(name))) is int else None
+
+
+_FLAG = TypeAdapter(bool)
+
+
+def streams(request: dict[str, Any]) -> bool:
+    """Whether its answer is a stream, as vLLM reads that; what it refuses is none."""
+    try:
+        return _FLAG.validate_python(request.get("stream") or False)
+    except ValidationError:
+        return False
 
 
 _CHAT = Route(choices=True)

@@ -33,16 +33,20 @@ class Stream:
             kinds = [v for k, v in message["headers"] if k.lower() == b"content-type"]
             self._is_stream = bool(kinds) and kinds[0].startswith(b"text/event-stream")
         elif self._is_stream:
-            message = {**message, "body": self._told(message)}
+            message = {**message, "body": await self._told(message)}
         await self._send(message)
 
-    def _told(self, message: Any) -> bytes:
+    async def _told(self, message: Any) -> bytes:
         """The events that are whole now."""
         *events, self._rest = (self._rest + message.get("body", b"")).split(_END)
-        told = b"".join(map(self._event, events))
-        return told if message.get("more_body", False) else told + self._rest
+        told = b"".join([await self._event(event) for event in events])
+        return told if message.get("more_body", False) else told + self._left() + self._rest
 
-    def _event(self, raw: bytes) -> bytes:
+    def _left(self) -> bytes:
+        """Events that were not told yet, where nothing more comes."""
+        return b""
+
+    async def _event(self, raw: bytes) -> bytes:
         """An event and what ends it; nothing for one that vLLM sent for its token ids alone."""
         before, found, data = raw.rpartition(_DATA)
         if not found or not data.startswith(b"{"):
@@ -50,7 +54,7 @@ class Stream:
         chunk = json.loads(data)
         kind = chunk.get("type")
         if "choices" in chunk:
-            if not self._is_wanted(chunk):
+            if not await self._is_wanted(chunk):
                 return b""
         elif kind == "message_delta":
             self._end_message(chunk)
@@ -63,17 +67,17 @@ class Stream:
             return raw + _END
         return before + found + compact(chunk) + _END
 
-    def _is_wanted(self, chunk: Any) -> bool:
+    async def _is_wanted(self, chunk: Any) -> bool:
         """Follow the choices of a chunk; False where it says nothing that the client asked for."""
         for choice in chunk["choices"]:
-            self._follow(choice)
+            await self._follow(choice)
         if self._wants_ids:
             return True
         hide_ids(chunk)
         says_nothing = bool(chunk["choices"]) and not chunk.get("usage")
         return not says_nothing or not all(map(_is_hollow, chunk["choices"]))
 
-    def _follow(self, choice: Any) -> None:
+    async def _follow(self, choice: Any) -> None:
         """Put into a choice how far its text is, or how it ended."""
         index, delta = choice["index"], choice.get("delta", choice)
         ids = self._ids.setdefault(index, [])
@@ -84,7 +88,7 @@ class Stream:
         if choice.get("finish_reason") is not None:
             limited = choice["finish_reason"] == "length"
             stopped = isinstance(choice.get("stop_reason"), str)
-            self._end(Text(choice, ids or None, len(ids) or None, text, limited, stopped))
+            await self._finish(Text(choice, ids or None, len(ids) or None, text, limited, stopped))
             return
         is_due = self._every > 0 and before // self._every < len(ids) // self._every
         if is_due and (progress := self._report.progress(ids, text)) is not None:
@@ -103,6 +107,10 @@ class Stream:
         if incomplete := chunk["response"].get("status") == "incomplete":
             chunk["type"] = "response.incomplete"
         return incomplete
+
+    async def _finish(self, text: Text) -> None:
+        """The last chunk of a choice has come."""
+        self._end(text)
 
     def _end(self, text: Text) -> None:
         self._report.put(text, self._report.outcome(text))

@@ -172,6 +172,14 @@ def aim_in_tokens(
     return replace(aim, rails=Rails(last=wall if walled else None))
 
 
+def landing_before(target: LengthTarget, wall: int | None) -> Landing[float]:
+    """Where, in the target's unit, its end may be brought about.
+
+    wall: as of `aim_of`; of a target in another unit it is left out.
+    """
+    return aim_of(target, wall if target.unit == UNITS[0] else None).landing
+
+
 def landing_span(target: LengthTarget) -> tuple[float, float] | None:
     """Amounts of the target's unit between which an end is brought about; None where none is."""
     landing = aim_of(target).landing

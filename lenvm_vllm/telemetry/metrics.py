@@ -37,6 +37,8 @@ HELP = {
     "ending_tokens": "Tokens of other endings.",
     "ending_rounds": "Rounds of other endings, sampled side by side.",
     "ending_seconds": "Time in which answers waited for other endings.",
+    "stream_pauses": "Streams that stopped before their end for other endings.",
+    "stream_pause_seconds": "Time for which they stopped; a part of lenvm_ending_seconds.",
 }
 _NAMES = list(HELP)
 

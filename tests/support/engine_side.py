@@ -16,6 +16,7 @@ from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.telemetry.progress import FORCED, KEY, LANDING, VALUED, Progress
 
 EOS = 0
+EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 BAD = 0.01  # probability of an end that the model would not have taken
 
 
@@ -81,10 +82,11 @@ class App:
         before = request["vllm_xargs"].get("length_prefix_tokens", 0)
         for told in self.rounds[number]:
             tell(self.engine, request["vllm_xargs"][KEY], told, before + told.length)
-        answer = answer_of(path, self.rounds[number])
-        body = json.dumps(answer).encode()
+        body = json.dumps(answer_of(path, self.rounds[number])).encode()
         headers = [(b"Content-Length", b"%d" % len(body)), (b"x-request-id", b"r")]
         status = self.status if number else 200
+        if request.get("stream") and status == 200:  # a round
+            body, headers = b"data: %b\n\ndata: [DONE]\n\n" % body, [EVENTS]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body[:9], "more_body": True})
         await send({"type": "http.response.body", "body": body[9:]})

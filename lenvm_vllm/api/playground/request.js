@@ -24,7 +24,8 @@ export function plain(wish) {
 export function guided(wish, rails) {
   const limit = rails.last === null ? { max_tokens: Math.max(wish.most, roomFor(wish)) } : {};
   if (wish.endings) return { ...plain(wish), ...limit };
-  return { ...plain(wish), ...STREAM, ...limit, length_target: { ...wish.target, progress: 1 } };
+  const told = { progress: 1, endings: 1 }; // of each of its tokens
+  return { ...plain(wish), ...STREAM, ...limit, length_target: { ...wish.target, ...told } };
 }
 
 export function unguided(wish) {

@@ -10,7 +10,7 @@ import pytest
 
 from lenvm_vllm.api.answers import Answers
 from lenvm_vllm.api.asgi import Upstream, replay
-from lenvm_vllm.api.routes import CHAT
+from lenvm_vllm.api.routes import CHAT, streams
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.telemetry.progress import KEY, VALUED, Known, Progress
@@ -213,6 +213,16 @@ def test_token_ids_that_the_client_asked_for_stay() -> None:
     assert [i for choice in choices for i in choice["token_ids"]] == Told(10).ids
     assert choices[-1]["length_result"]["end"] == "natural"
     assert {} in [choice["delta"] for choice in choices]
+
+
+@pytest.mark.parametrize(
+    ("said", "whether"), [(1, True), ("true", True), ("no", False), (2, False)]
+)
+def test_a_stream_is_what_vllm_takes_for_one(said: Any, whether: bool) -> None:
+    assert streams({"stream": said}) is whether
+    if whether:
+        app = Saying(b"text/event-stream", stream(CUT), CUT)
+        assert choices_of(ask(app, CHAT, stream=said))[-1]["length_result"]["end"] == "cut"
 
 
 def test_a_stream_whose_tokens_are_hidden() -> None:

@@ -20,6 +20,7 @@ ASK: dict[str, dict[str, Any]] = {CHAT: HELLO, TEXT: {"prompt": "?", "max_tokens
 
 @pytest.fixture(autouse=True)
 def _served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LENVM_ENDINGS_PATIENCE", "1000")  # the first answer takes no time
     serve(monkeypatch, tmp_path)
 
 
