@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     endings_patience: how long a request may look for other endings, in times of what its first
         answer took.
     endings_pause_s: seconds for which a stream may stop before its end for other endings; with 0
-        nothing of a stream is held back, and it has one ending.
+        here or as endings_patience nothing of a stream is held back, and it has one ending.
     top_k, top_p: candidate cut of a request with a token target that sets none itself.
     tilt_min_p: candidate cut of a tilt that sets none itself.
     thinking_end_ids: tokens of the marker that ends a thinking, in their order, for the scopes

@@ -10,6 +10,7 @@ themselves: the plugin's own yardstick, by which it also chooses.
 """
 
 import itertools
+import json
 import statistics
 import sys
 import tempfile

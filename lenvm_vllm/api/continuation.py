@@ -9,11 +9,11 @@ from typing import Any
 from lenvm_vllm.api.asgi import Upstream
 from lenvm_vllm.api.fields import CARRIED, allow_endings
 from lenvm_vllm.api.outcome import Outcome
-from lenvm_vllm.api.routes import CHAT, TEXT
+from lenvm_vllm.api.routes import CHAT, TEXT, whole
 from lenvm_vllm.target.rails import rails_of
 from lenvm_vllm.target.request import PREFIX, LengthTarget
 from lenvm_vllm.text.tokenizer import decoded
-from value_server.contract.units import CHARACTERS, UNITS, WORDS
+from value_server.contract.units import CHARACTERS, UNITS, WORDS, count
 
 NARROW = 0.5  # of the tolerance is theirs: with several at hand the target may be met closer
 ROOM = {UNITS[0]: 4, WORDS: 3, CHARACTERS: 16}  # of it that they keep, in the target's unit
@@ -88,6 +88,8 @@ class Draft:
         self.outcome = replace(outcome, step=step)
         reason = "length" if outcome.limited else "stop"
         self._choice.update(finish_reason=reason, token_ids=self.ids)
+        if "stop_reason" in self._choice:
+            self._choice["stop_reason"] = None
         if "message" in self._choice:
             self._choice["message"]["content"] = outcome.text
         else:
@@ -103,34 +105,30 @@ class Draft:
 
 
 def continuation(
-    request: dict[str, Any], target: LengthTarget, draft: Draft, cut: int, n: int, context: int
+    request: dict[str, Any], target: LengthTarget, draft: Draft, cut: int, n: int, wall: int
 ) -> dict[str, Any]:
     """The request for `n` other endings behind the draft's first `cut` tokens.
 
-    context: the most tokens of prompt and completion together.
+    wall: the most tokens of the completion.
     """
-    prompt = draft.prompt_ids + draft.ids[:cut]
-    goal = narrowed(target).model_copy(update={"prefix_tokens": cut})
-    limits = limit_of(request), rails_of(goal).last
-    walls = [limit - cut for limit in limits if limit is not None]
+    amount = cut if target.unit == UNITS[0] else count(draft.text_with(cut, []), target.unit)
+    # Behind the target a nearer rail leaves no room, or little.
+    goal = narrowed(target) if amount < target.limits[1] else target
+    goal = goal.model_copy(update={"prefix_tokens": cut})
+    most = min(wall, rails_of(goal).last or wall)
+    least, seed = whole(request, "min_tokens") or 0, whole(request, "seed")
     other = {k: v for k, v in request["vllm_xargs"].items() if not k.startswith(PREFIX)}
     wish = {name: request[name] for name in CARRIED & request.keys()} | {
-        "prompt": prompt,
+        "prompt": draft.prompt_ids + draft.ids[:cut],
         "n": n,
-        "max_tokens": max(1, min([context - len(prompt), *walls])),
-        "min_tokens": max(0, (request.get("min_tokens") or 0) - cut),
+        "max_tokens": max(1, most - cut),
+        "min_tokens": max(0, least - cut),
         "return_token_ids": True,
         "vllm_xargs": other | goal.to_xargs(),
     }
-    if request.get("seed") is not None:  # with the same one, the same ending again
-        wish["seed"] = request["seed"] + draft.endings
+    if seed is not None:  # with the same one, the same ending again
+        wish["seed"] = seed + draft.endings
     return wish
-
-
-def limit_of(request: dict[str, Any]) -> int | None:
-    """The most tokens that a chat or a text completion asks for."""
-    given = request.get("max_completion_tokens")
-    return request.get("max_tokens") if given is None else given
 
 
 def for_text(vllm: Upstream) -> Upstream:

@@ -21,7 +21,7 @@ from typing import Any
 
 from lenvm_vllm.api.answers import Answers, Sampled, keyed
 from lenvm_vllm.api.asgi import Upstream
-from lenvm_vllm.api.continuation import Draft, continuation, for_text, limit_of
+from lenvm_vllm.api.continuation import Draft, continuation, for_text
 from lenvm_vllm.api.held_streams import HeldStream, Pace
 from lenvm_vllm.api.outcome import ENDS, Outcome, Report
 from lenvm_vllm.api.rounds import Round
@@ -64,10 +64,12 @@ class Endings(Answers):
     More are sampled, ROUND at a time, only until one is good; those of a later round begin a
     sentence earlier. Whatever goes wrong with them, the answer is the best so far.
 
-    max_model_len, tokenizer: of the served model.
+    limits: the most tokens of the answer; None: no such limit. max_model_len, tokenizer: of the
+    served model.
     """
 
     endings: int
+    limits: tuple[int | None, ...]
     max_model_len: int
     tokenizer: Any
     bounds: Bounds
@@ -90,7 +92,7 @@ class Endings(Answers):
         started = time.monotonic()
 
         async def improve(draft: Draft) -> None:
-            if not self._needs_another(draft):
+            if not self._needs_another(draft) or self._is_full(draft):
                 return
             stopped = time.monotonic()
             limit = min(self.bounds.patience * (stopped - started), self.bounds.pause)
@@ -98,16 +100,24 @@ class Endings(Answers):
             self.bounds.counters.add("stream_pauses")
             self.bounds.counters.add("stream_pause_seconds", time.monotonic() - stopped)
 
-        pace = Pace(landing_before(self.target, limit_of(request)), self.target.unit)
-        held = HeldStream(send, report, wants_ids, pace, improve, self.tokenizer)
+        def paced(prompt: int) -> Pace:
+            return Pace(landing_before(self.target, self._wall(prompt)), self.target.unit)
+
+        held = HeldStream(send, report, wants_ids, paced, improve, self.tokenizer)
         try:
             await vllm.forward(request, held)
         except Exception:
             await held.flush()
             raise
 
+    def _wall(self, prompt: int) -> int:
+        """The most tokens of the answer to a prompt of so many."""
+        return min([self.max_model_len - prompt, *(n for n in self.limits if n is not None)])
+
     def _needs_another(self, draft: Draft) -> bool:
         """Whether its end is bad, steering had a part in that, and values are there for more."""
+        if draft.finish_reason not in ("stop", "length"):
+            return False  # vLLM gave up
         step, (_, missed) = draft.outcome.step, draft.outcome.faults(self.target)
         if step is None or not step.valued or self._is_good(draft):
             return False
@@ -118,6 +128,11 @@ class Endings(Answers):
         width = (self.target.tolerance or 0.0) * self.target.limits[1]
         near = width if draft.streamed else max(NEAR * width, min(1, width))
         return kind < _CUT and missed <= near
+
+    def _is_full(self, draft: Draft) -> bool:
+        """Whether requests wait in vLLM's queue, or a stream would have to wait for its round."""
+        stands_in_line = draft.streamed and self.bounds.rounds.locked()
+        return stands_in_line or self.bounds.waiting() > 0
 
     async def _rewrite(
         self, vllm: Upstream, request: dict[str, Any], report: Report, draft: Draft, limit: float
@@ -140,10 +155,13 @@ class Endings(Answers):
         cut = min(draft.sampled, most) - TAIL
         while draft.endings < self.endings and not self._is_good(draft):
             begin, n = max(draft.kept, cut), min(ROUND, self.endings - draft.endings)
+            if self._is_full(draft):
+                return
             async with self.bounds.rounds:
                 if self.bounds.waiting() > 0:
                     return
-                wish = continuation(request, self.target, draft, begin, n, self.max_model_len)
+                wall = self._wall(len(draft.prompt_ids))
+                wish = continuation(request, self.target, draft, begin, n, wall)
                 valued = await self._round(vllm, wish, report, draft, begin)
             if not valued:
                 return  # the next ones will be no better

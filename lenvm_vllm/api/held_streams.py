@@ -36,8 +36,8 @@ class Pace:
     def free(self, tokens: int, more: str) -> int:
         """Tokens that may be sent of a text of so many, which has grown by `more`.
 
-        All far before the landing, all but HOLD in it; and no more where it has passed its target,
-        since other endings begin HOLD tokens before that.
+        All far before the landing, all but HOLD in it. Where it has passed its target, no more
+        until 2 HOLD are held: other endings begin before the target, if that is not far behind.
         """
         amount, ratio = self._follow(tokens, more), 1.0
         if self._unit != UNITS[0]:
@@ -45,6 +45,7 @@ class Pace:
         if amount <= self._landing.target:
             near = 2 * HOLD + (amount - self._landing.opens) * ratio
             self._free = max(self._free, tokens - int(min(HOLD, max(0.0, near / 2))))
+        self._free = max(self._free, tokens - 2 * HOLD)
         return self._free
 
     def _follow(self, tokens: int, more: str) -> int:
@@ -61,8 +62,8 @@ class Pace:
 class HeldStream(Stream):
     """A stream of one choice.
 
-    pace: what may be sent of it. improve: gives the whole text another ending where it needs one,
-    and is awaited while the stream stands still.
+    paced: what may be sent of it, by how many tokens its prompt has. improve: gives the whole text
+    another ending where it needs one, and is awaited while the stream stands still.
     """
 
     def __init__(
@@ -70,12 +71,13 @@ class HeldStream(Stream):
         send: Any,
         report: Report,
         wants_ids: bool,
-        pace: Pace,
+        paced: Callable[[int], Pace],
         improve: Callable[[Draft], Awaitable[None]],
         tokenizer: Any,
     ) -> None:
         super().__init__(send, report, wants_ids)
-        self._pace, self._improve, self._tokenizer = pace, improve, tokenizer
+        self._paced, self._improve, self._tokenizer = paced, improve, tokenizer
+        self._pace: Pace | None = None
         self._name: str | None = None
         self._prompt_ids: list[int] = []
         self._held: deque[tuple[int, int, bytes]] = deque()  # tokens and characters up to its end
@@ -100,6 +102,8 @@ class HeldStream(Stream):
         event = await super()._event(raw)
         tokens, text = len(self._ids.get(0, ())), self._texts.get(0, "")
         self._held.append((tokens, len(text), event))
+        if self._pace is None:  # the first chunk tells the prompt
+            self._pace = self._paced(len(self._prompt_ids))
         free = self._pace.free(tokens, text[before:])
         told = []
         while self._held and (not self._grows or self._held[0][0] <= free):
@@ -131,6 +135,7 @@ class HeldStream(Stream):
     def _draft(self, text: Text) -> Draft:
         """The text as one answer; what was sent of it stays."""
         choice = {"text": text.text, "token_ids": text.ids, "prompt_token_ids": self._prompt_ids}
+        choice["finish_reason"] = text.body["finish_reason"]
         usage = {"prompt_tokens": len(self._prompt_ids)}
         draft = Draft(
             {"choices": [choice], "usage": usage}, self._report.outcome(text), self._tokenizer
@@ -149,5 +154,7 @@ class HeldStream(Stream):
             choice["text"] = rest
         choice["token_ids"] = draft.ids[tokens:]
         choice["finish_reason"] = draft.finish_reason
+        if "stop_reason" in choice:
+            choice["stop_reason"] = None
         self._ids[0], self._is_other = draft.ids, True
         self._held.clear()

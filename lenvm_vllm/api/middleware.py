@@ -98,7 +98,7 @@ class LengthTargetMiddleware:
         config = served.config
         if target.best_of > 1:
             return WholeAnswers(target, self._known, predicted)
-        waits = self._settings.endings_pause_s > 0 or not streams(request)
+        waits = not streams(request) or self._stops_for_endings(target)
         if config is not None and route.choices and waits and can_continue(request, target):
             endings = target.endings or self._default_endings(target, config)
             if endings > 1 and (tokenizer := tokenizer_of(config)) is not None:
@@ -107,11 +107,17 @@ class LengthTargetMiddleware:
                     self._known,
                     predicted,
                     endings=endings,
+                    limits=(route.limit_of(request), _operators_limit(config)),
                     max_model_len=config.model_config.max_model_len,
                     tokenizer=tokenizer,
                     bounds=self._bounds,
                 )
         return Answers(target, self._known, predicted)
+
+    def _stops_for_endings(self, target: LengthTarget) -> bool:
+        """Whether its stream does. Without rails a text may end far behind its target."""
+        pause = min(self._settings.endings_pause_s, self._settings.endings_patience)
+        return pause > 0 and target.tolerance is not None
 
     def _default_endings(self, target: LengthTarget, config: Any) -> int:
         """One where others cost more than their own tokens: the text is computed anew where vLLM
@@ -119,6 +125,12 @@ class LengthTargetMiddleware:
         cheap = config.cache_config.enable_prefix_caching
         cheap &= config.parallel_config.data_parallel_size == 1
         return self._settings.endings if cheap and target.tolerance is not None else 1
+
+
+def _operators_limit(config: Any) -> int | None:
+    """The most tokens of any answer, by `--override-generation-config`."""
+    limit: int | None = config.model_config.override_generation_config.get("max_new_tokens")
+    return limit
 
 
 def _parsed(body: bytes) -> dict[str, Any] | None:

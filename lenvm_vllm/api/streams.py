@@ -48,7 +48,7 @@ class Stream:
 
     async def _event(self, raw: bytes) -> bytes:
         """An event and what ends it; nothing for one that vLLM sent for its token ids alone."""
-        before, found, data = raw.rpartition(_DATA)
+        before, found, data = raw.partition(_DATA)  # a text may have it, too
         if not found or not data.startswith(b"{"):
             return raw + _END
         chunk = json.loads(data)

@@ -80,7 +80,7 @@ FIELDS = {
         "scheduler_config use_v2_model_runner cache_config kv_transfer_config ec_transfer_config "
         "device_config"
     ),
-    "ModelConfig": "skip_tokenizer_init max_model_len logits_processors",
+    "ModelConfig": "skip_tokenizer_init max_model_len override_generation_config logits_processors",
     "ReasoningConfig": "natural_reasoning_end_token_ids reasoning_start_token_ids",
     "SchedulerConfig": "policy",
     "KVTransferConfig": "kv_role",

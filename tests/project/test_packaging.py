@@ -220,7 +220,19 @@ def test_the_trainer_trains(fresh: Callable[[str], Fresh], tmp_path: Path) -> No
     env, base = fresh("trainer"), str(tiny_llm(tmp_path / "base"))
     data, out = str(write(tmp_path / "toy.parquet", toy_rows())), str(tmp_path / "out")
     for command in (
-        ["train", data, out, "--model", base, "--tune", "lora", "--max-steps", "2"],
+        [
+            "train",
+            data,
+            out,
+            "--model",
+            base,
+            "--tune",
+            "lora",
+            "--max-steps",
+            "2",
+            "--holdout",
+            "0.5",
+        ],
         ["evaluate", out, data, "--plot", str(tmp_path / "plot.png"), "--card"],
         ["export", out, str(tmp_path / "exported")],
     ):

@@ -34,7 +34,7 @@ class Told:
     landing: bool = True
     valued: bool = True
     finish: str = "stop"
-    stop_reason: str | None = None
+    stop_reason: int | str | None = None
     content: str | None = None
 
     @property
@@ -137,7 +137,9 @@ def serve(patch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
     patch.setenv(FOLDER, str(folder))
     config = SimpleNamespace(
         reasoning_config=None,
-        model_config=SimpleNamespace(max_model_len=1000, skip_tokenizer_init=False),
+        model_config=SimpleNamespace(
+            max_model_len=1000, skip_tokenizer_init=False, override_generation_config={}
+        ),
         cache_config=SimpleNamespace(enable_prefix_caching=True),
         parallel_config=SimpleNamespace(data_parallel_size=1),
         speculative_config=None,

@@ -100,6 +100,7 @@ def events_of(path: str, request: Any, told: Told) -> list[bytes]:
         chunks.append(_chunk(path, [token], letters[number], told.finish if last else None))
         if options.get("continuous_usage_stats"):
             chunks[-1]["usage"] = usage_of(number + 1)
+    chunks[-1]["choices"][0]["stop_reason"] = told.stop_reason
     asked = chunks[0] if path == CHAT else chunks[0]["choices"][0]
     asked["prompt_token_ids"] = [65, 66]
     if options.get("include_usage"):

@@ -10,7 +10,7 @@ import pytest
 
 from lenvm_vllm.api.answers import Answers
 from lenvm_vllm.api.asgi import Upstream, replay
-from lenvm_vllm.api.routes import CHAT, streams
+from lenvm_vllm.api.routes import CHAT, RESPONSES, TEXT, streams
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.telemetry.progress import KEY, VALUED, Known, Progress
@@ -250,6 +250,24 @@ def test_streams_of_the_other_routes() -> None:
     told = json.loads(last.split("data: ")[1])
     assert (told["type"], told["response"]["status"]) == ("response.incomplete", "incomplete")
     assert told["response"]["length_result"]["forced"] is True
+
+
+SAYS = 'data: {"a": 1}'  # a text that looks like an event
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (CHAT, part([97], {"content": SAYS})),
+        (CHAT, part([97], {"content": "a"}) | {"prompt_text": SAYS}),
+        (TEXT, {"id": "r", "choices": [{"index": 0, "finish_reason": None, "text": SAYS}]}),
+        (RESPONSES, {"type": "response.output_text.done", "text": SAYS}),
+    ],
+)
+def test_a_text_may_look_like_an_event(path: str, said: Any) -> None:
+    app = Saying(b"text/event-stream", events(said, name="type" in said))
+    told = ask(app, path, stream=True, return_token_ids=True).removesuffix(b"\n\n")
+    assert json.loads(told.split(b"data: ", 1)[1]) == said
 
 
 def test_an_engine_elsewhere_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

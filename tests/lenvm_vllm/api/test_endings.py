@@ -101,6 +101,19 @@ def test_the_log_has_what_is_returned(
         assert (repr(text_of(answer)) in caplog.text) is wanted
 
 
+def test_a_text_that_vllm_gave_up_stays() -> None:
+    app = App([Told(60, BAD, finish="abort")])
+    answer = post(app, CHAT, length_target=100)
+    assert (len(app.asked), answer["choices"][0]["finish_reason"]) == (1, "abort")
+
+
+def test_an_end_that_is_replaced_takes_its_reason_along() -> None:
+    """One of a model's several ends has its number there."""
+    app = App([Told(60, BAD, stop_reason=7)], round_of(*[(60, 0.5)] * 4, cut=60 - TAIL))
+    (choice,) = post(app, CHAT, length_target=60)["choices"]
+    assert (choice["message"]["content"][-1], choice["stop_reason"]) == ("b", None)
+
+
 def test_rounds_begin_earlier_until_an_ending_is_good_or_none_is_left() -> None:
     bad = round_of(*[(TAIL, BAD)] * 4)
     app = App([Told(100, BAD)], bad, bad[:3])

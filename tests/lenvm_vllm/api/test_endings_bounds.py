@@ -11,9 +11,14 @@ import pytest
 from lenvm_vllm.api.asgi import replay
 from lenvm_vllm.api.endings import TAIL
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
+from lenvm_vllm.api.outcome import Report
+from lenvm_vllm.api.rounds import Round
 from lenvm_vllm.api.routes import CHAT
+from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.telemetry.metrics import exposition
-from tests.support.engine_side import BAD, App, Told, content_of, round_of, serve
+from lenvm_vllm.telemetry.progress import Known
+from tests.support.engine_side import BAD, EVENTS, App, Told, content_of, round_of, serve
+from tests.support.streaming import Streaming, events_of
 from tests.support.through import chunk, post_to
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
@@ -29,7 +34,7 @@ def post(app: App, length_target: Any) -> Any:
 
 
 def test_while_requests_wait_no_round_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = iter([0.0, 3.0])
+    waiting = iter([0.0, 0.0, 3.0])  # before a place in the line, and in it
     monkeypatch.setattr("lenvm_vllm.api.middleware.waiting_requests", lambda: next(waiting))
     app = App([Told(100, BAD)], round_of(*[(TAIL, BAD)] * 4))
     post(app, {"tokens": 100, "endings": 16})
@@ -106,6 +111,40 @@ def test_so_many_rounds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(six())
     assert (len(app.asked), app.most) == (12, 2)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_no_stream_stands_in_line_and_nothing_while_vllm_is_full(
+    monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    full = asyncio.Semaphore(0)
+    monkeypatch.setattr("lenvm_vllm.api.middleware.asyncio.Semaphore", lambda at_once: full)
+    monkeypatch.setattr("lenvm_vllm.api.middleware.waiting_requests", lambda: 1.0 - is_stream)
+    monkeypatch.setenv("LENVM_ENDINGS_PATIENCE", "1000")
+    if is_stream:
+        Streaming(Told(100, BAD)).answer(HELLO | {"length_target": 100})
+    else:
+        post(App([Told(100, BAD)]), 100)
+    lines = dict(line.split() for line in exposition().decode().splitlines() if line[0] != "#")
+    assert float(lines.get("lenvm_ending_seconds_total", 0)) < 0.2
+    assert float(lines.get("lenvm_stream_pauses_total", 0)) == 0
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+def test_what_comes_when_a_round_is_over_is_left_out(is_over: bool) -> None:
+    taken = []
+    report = Report(LengthTarget.parse(100), Known(), "a")
+    heard = Round(report, lambda ids, outcome: bool(taken.append(ids)))
+
+    async def hear() -> None:
+        await heard({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+        if is_over:
+            heard.enough.set()
+        for event in events_of(CHAT, {}, Told(20)):
+            await heard({"type": "http.response.body", "body": event, "more_body": True})
+
+    asyncio.run(hear())
+    assert len(taken) == 1 - is_over
 
 
 def test_what_they_cost_is_counted() -> None:

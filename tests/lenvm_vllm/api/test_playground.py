@@ -131,7 +131,7 @@ def test_head_has_no_body():
     ("target", "first", "last", "landing", "unit"),
     [
         (100, 90, 110, [95, 110], "tokens"),
-        ({"tokens": 100, "tolerance": 0}, 100, 100, [100, 100], "tokens"),
+        ({"tokens": 100, "tolerance": 0}, 100, 100, [96, 100], "tokens"),
         ({"tokens": 100, "tolerance": None}, 1, None, [95, 110], "tokens"),
         ({"mode": "at_most", "tokens": 100}, 1, 100, [80, 100], "tokens"),
         ({"mode": "range", "min_tokens": 80, "max_tokens": 120}, 80, 120, [96, 120], "tokens"),
