@@ -18,9 +18,10 @@ Landings = Mapping[int, Landing[float]]  # of each row, from its next token
 class Closing:
     """Finds the candidates that end a sentence, and the texts that are whole."""
 
-    def __init__(self, sentences: Sentences | None) -> None:
-        """sentences: None of a tokenizer that cannot tell them."""
-        self._sentences = sentences
+    def __init__(self, sentences: Sentences | None, max_kl: float) -> None:
+        """sentences: None of a tokenizer that cannot tell them.
+        max_kl: of a request that has none of its own."""
+        self._sentences, self._max_kl = sentences, max_kl
         self._ids = torch.tensor(sentences.ids if sentences else [], dtype=torch.long)
         line = sentences.line if sentences else None
         self.lines = [] if line is None else [line]
@@ -57,12 +58,14 @@ class Closing:
     def _drop_others_inplace(
         self, tokens: Tensor, log_q: Tensor, states: Sequence[RequestState]
     ) -> None:
-        """Of (L, M) tokens those that end no sentence of their texts."""
+        """Of (L, M) tokens those that end no sentence of their texts, or all of a text."""
         assert self._sentences is not None
         for row, open_ in enumerate(~log_q.isneginf()):
             if open_.any():
-                ends = self._sentences.ends(states[row].written, tokens[row].tolist())
-                log_q[row] = log_q[row].masked_fill(~torch.tensor(ends), -torch.inf)
+                here, state = tokens[row].tolist(), states[row]
+                ends = zip(here, self._sentences.ends(state.written, here), strict=True)
+                closes = [ends_one and token not in state.ends for token, ends_one in ends]
+                log_q[row] = log_q[row].masked_fill(~torch.tensor(closes), -torch.inf)
 
     def among(
         self, found: Candidates, states: Sequence[RequestState], heeded: Tensor, lands: Tensor
@@ -94,9 +97,12 @@ class Closing:
         # A marker of several tokens would be left open: it is forced by a rail, or comes by itself.
         in_pieces = state.target.scope == "thinking" and len(state.markers.think_end) > 1
         by_value = state.valued and state.target.policy == "greedy"  # the paper's rule, as it is
-        may_come = opened or (exact and state.is_railed and not state.held)
-        # Empty lines are no words; of characters a line may be more than one.
-        waits = bool(state.held) and not (exact and state.counter is None)
+        max_kl = self._max_kl if state.target.max_kl is None else state.target.max_kl
+        may_come = opened or (exact and state.is_railed and not state.held and max_kl > 0)
+        # Empty lines are no words; of characters a line may be more than one. A grammar may not
+        # have done what it wants.
+        fills = exact and state.counter is None and not state.has_grammar and max_kl > 0
+        waits = bool(state.held) and not fills
         if not may_come or waits or early or in_pieces or by_value:
             return []
         if self._sentences is None or not self._sentences.is_whole(state.written):

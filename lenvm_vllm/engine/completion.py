@@ -135,7 +135,10 @@ class Completion:
 
     @once_a_token
     def written(self) -> list[int]:
-        """The completion, with what the prompt has of it."""
+        """What the next token goes on with: the completion with what the prompt has of it, or what
+        stands behind its last thinking or tool call."""
+        if begun := self.parts.begun:
+            return self.output_ids[begun:]
         prefix = self.target.prefix_tokens
         return [*(self.prompt_ids or [])[-prefix:], *self.output_ids] if prefix else self.output_ids
 

@@ -27,7 +27,7 @@ _NEAR_UNITS = 16  # words or characters before a rail, within which nothing open
 
 def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Letters) -> Tokens:
     """logits: (batch, V). Returns of each row that is forced the tokens of which one must come."""
-    held, broken, due = _rails_in(states, letters)
+    held, broken, due = _rails_in(logits, states, letters)
     due |= _limit_inplace(logits, {row: s for row, s in states.items() if s.is_limited}, due)
     _hold_inplace(logits, held)
     _hold_inplace(logits, broken)
@@ -35,7 +35,9 @@ def enforce_inplace(logits: Tensor, states: dict[int, RequestState], letters: Le
     return due
 
 
-def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens, Tokens, Tokens]:
+def _rails_in(
+    logits: Tensor, states: dict[int, RequestState], letters: Letters
+) -> tuple[Tokens, Tokens, Tokens]:
     """Ends that the next token must not be, parts of characters that it must not be, and tokens
     of which it must be one; no character is cut, and no code block."""
     held, broken, due = {}, {}, {}
@@ -47,9 +49,9 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
             held[row] = calm
             continue
         missing = characters.missing(text)
-        block = _block_of(state, letters.sentences, missing > 0)
+        block, closing = _block_of(logits[row], state, letters.sentences, missing > 0)
         room = state.text_left
-        held[row], due[row] = state.held, state.force(in_character=missing > 0)
+        held[row], due[row] = state.held, state.force(missing > 0, closing)
         if missing and not due[row]:
             held[row] = [*held[row], *state.ends]
         free = None if room is None else room - len(block)
@@ -59,7 +61,6 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
         if not due[row] and state.has_last_word and letters.ends_sentence(state.written):
             due[row] = state.proper_ends
         if not missing and letters.sentences is not None and _is_near(state):
-            due[row] = _closing(state, letters.sentences.blocks, block) or due[row]
             last = min(x for x in (room, state.room) if x is not None) < LONGEST
             late = letters.sentences.begun_too_late(state.written, last)
             broken[row] = [*broken.get(row, ()), *late]
@@ -70,19 +71,37 @@ def _rails_in(states: dict[int, RequestState], letters: Letters) -> tuple[Tokens
 
 
 def _block_of(
-    state: RequestState, sentences: Sentences | None, in_character: bool
-) -> tuple[int, ...]:
-    """Tokens that close the code block in which the text is, if it is in one and near a rail; what
-    they take of words or characters is kept free for them."""
+    own: Tensor, state: RequestState, sentences: Sentences | None, in_character: bool
+) -> tuple[tuple[int, ...], list[int]]:
+    """Tokens that close the code block in which the text is, if it is in one and near a rail and
+    can be closed, and the one of them that has to come now, if one has. What they take of words
+    or characters is kept free for them.
+
+    own: (V,) logits of its row.
+    """
     left, last, counter = state.text_left, state.bounds.last, state.counter
     near = left is not None and left < NEAR
     if last is not None:  # not by `room`, which is found once a token, and from what is kept free
         near |= last - state.amount <= 4 * _NEAR_UNITS
-    blocks = sentences.blocks if sentences is not None and near and state.is_known else None
-    block = blocks.closing if blocks is not None and blocks.is_open(state.written) else ()
-    if counter is not None and not in_character:
+    near &= state.counts and state.is_known and state.target.scope != "thinking"
+    blocks = sentences.blocks if sentences is not None and near else None
+    rest: tuple[int, ...] = ()
+    if blocks is not None and blocks.is_open(state.written):
+        rest = blocks.rest(state.written)
+    fits = bool(rest) and _may_come(own, rest[0]) and (left is None or len(rest) <= left + 1)
+    if fits and counter is not None and last is not None:
+        fits = state.amount + counter.amount_of(rest) <= last
+    block = blocks.closing if fits and blocks is not None else ()
+    if in_character:
+        return block, []
+    if counter is not None:
         state.reserved = counter.amount_of(block)
-    return block
+    closing = _closing(state, blocks) if block and blocks is not None else []
+    return block, [token for token in closing if _may_come(own, token)]
+
+
+def _may_come(own: Tensor, token: int) -> bool:
+    return token < len(own) and bool(own[token] > -torch.inf)
 
 
 def _is_near(state: RequestState) -> bool:
@@ -92,12 +111,10 @@ def _is_near(state: RequestState) -> bool:
     return state.is_known and (in_tokens or (room is not None and room <= _NEAR_UNITS))
 
 
-def _closing(state: RequestState, blocks: Blocks, block: tuple[int, ...]) -> list[int]:
+def _closing(state: RequestState, blocks: Blocks) -> list[int]:
     """The token with which an open block has to go on now, if it has to."""
-    if not block:
-        return []
     if state.room is not None and (state.end_is_due or state.has_last_word):
-        return blocks.closing_now(state.written)
+        return list(blocks.rest(state.written)[:1])
     left = state.text_left
     return [] if left is None else blocks.closing_in(left + 1)
 

@@ -66,7 +66,7 @@ class Guide:
         self.sessions = sessions
         self._settings = settings
         self._counters = counters
-        self._closing = Closing(sentences)
+        self._closing = Closing(sentences, settings.max_kl)
         self._pace = Pace(settings.wait_share, settings.wait_floor_s, settings.timeout_s)
 
     def tell(self, states: Iterable[RequestState]) -> None:

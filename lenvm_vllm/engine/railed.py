@@ -142,14 +142,15 @@ class RailedText(Completion):
         early = self.rails.first - self.generated - 1
         return tokens + min(room - NEAR + 1, early if early > 0 else math.inf)
 
-    def force(self, in_character: bool = False) -> list[int]:
+    def force(self, in_character: bool = False, closing: list[int] | None = None) -> list[int]:
         """Tokens of which the next one must be one; empty where it is free.
 
         in_character: whether the text's last character is not whole; no marker is put into it.
+        closing: what comes before any other, where something open has to close now.
         """
         closes = self._closes_thinking() and not in_character
         tokens = self._next_of_marker() if closes else []
-        tokens = self.proper_ends if self.end_is_due else tokens
+        tokens = closing or (self.proper_ends if self.end_is_due else tokens)
         self._gave_way = self.gave_way
         self._forced = (len(self.output_ids), tokens) if tokens else None
         return tokens

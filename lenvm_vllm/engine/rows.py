@@ -84,6 +84,7 @@ class EngineRows:
             max_tokens=params.max_tokens,
             temperature=params.temperature,
             own=OwnSampling.of(params),
+            has_grammar=params.structured_outputs is not None,
             row=self._progress.open(params.extra_args.get(KEY)) if leads else None,
         )
 

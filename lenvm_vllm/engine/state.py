@@ -31,6 +31,7 @@ class RequestState(RailedText):
     again_at: when it is told again, on the clock `perf_counter`, if there was no room for it.
     refused: why the value server never has values for this text, if that is so.
     cut: of its candidates, once it is known; see `goals.py`.
+    has_grammar: whether what it may write is bound by one.
     row: of the table that the API server reads, None where it reads none.
     valued: whether the values were there when they were last asked for; None as long as they
         were not.
@@ -45,6 +46,7 @@ class RequestState(RailedText):
     again_at: float = 0.0
     refused: str | None = None
     cut: "Cut | None" = None
+    has_grammar: bool = False
     row: int | None = None
     valued: bool | None = None
     landing: bool = False

@@ -76,7 +76,7 @@ class Aim:
     @cached_property
     def landing(self) -> Landing[float]:
         landing = landing_of(self.mode, self.high, self.width)
-        if self.mode != "equal_to" or self.rails.last is None:
+        if self.mode != "equal_to" or self.rails.first <= 1:  # a wall alone holds no end back
             return landing
         return replace(landing, before=max(landing.before, SHORTEST_LANDING - landing.behind))
 

@@ -1,6 +1,7 @@
 """Code blocks: whether a text stands in one, and the tokens that close it."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import regex
@@ -30,7 +31,11 @@ class Blocks:
         """Whether it stands in a block that is not closed."""
         if not self.may_have(text):
             return False
-        return len(FENCE.findall(decoded(self._tokenizer, list(text)))) % 2 == 1
+        return len(FENCE.findall(self.text_of(tuple(text)))) % 2 == 1
+
+    @lru_cache(maxsize=256)  # noqa: B019 - as long as the process; a step asks a few times
+    def text_of(self, text: tuple[int, ...]) -> str:
+        return decoded(self._tokenizer, list(text))
 
     def closing_in(self, left: int) -> list[int]:
         """The next token of an open block of which `left` tokens may come, the last of them its
@@ -40,11 +45,11 @@ class Blocks:
             return []
         return [self.closing[0] if left > len(fence) else fence[-left]]
 
-    def closing_now(self, text: Sequence[int]) -> list[int]:
-        """The next token of an open block that has to close; empty where no tokens close one."""
+    def rest(self, text: Sequence[int]) -> tuple[int, ...]:
+        """What an open block lacks of `closing`; empty where no tokens close one."""
         begun = range(len(self.closing) - 1, 0, -1)
         done = next((n for n in begun if tuple(text[-n:]) == self.closing[:n]), 0)
-        return list(self.closing[done : done + 1])
+        return self.closing[done:]
 
 
 def _closing(tokenizer: Any, texts: dict[int, str]) -> tuple[int, ...]:

@@ -54,7 +54,8 @@ class Parts:
 
     thinking: whether the next token belongs to a thinking. unmarked: whether nothing has told yet
     whether there will be one: its start marker may come first. calls: tool calls that are whole.
-    thought, called: tokens of thinkings and of tool calls so far, markers included.
+    thought, called: tokens of thinkings and of tool calls so far, markers included. begun: tokens
+    before the part in which the next one stands.
     """
 
     def __init__(self, markers: Markers, turn: Sequence[int]) -> None:
@@ -62,7 +63,7 @@ class Parts:
         self._markers = markers
         self._tail: list[int] = []
         self._call: tuple[int | None] | None = None
-        self.followed = self.thought = self.called = self.calls = 0
+        self.followed = self.thought = self.called = self.calls = self.begun = 0
         start, end = _last(turn, markers.think_start), _last(turn, markers.think_end)
         self.thinking = bool(markers.think_end) and (
             start > end if markers.think_start else end < 0
@@ -83,7 +84,7 @@ class Parts:
 
     def follow(self, token: int) -> None:
         self.followed += 1
-        self.unmarked = False
+        self.unmarked, part = False, (self.thinking, self._call)
         self._tail = [*self._tail, token][-self._markers.longest :]
         if self._call is not None:
             self.called += 1
@@ -98,6 +99,8 @@ class Parts:
         elif token in self._markers.calls:
             self.called += 1
             self._call = (self._markers.calls[token],)
+        if (self.thinking, self._call) != part:
+            self.begun = self.followed
 
     def _ends_with(self, marker: tuple[int, ...]) -> bool:
         return bool(marker) and tuple(self._tail[-len(marker) :]) == marker

@@ -33,9 +33,9 @@ _ITEM = regex.compile(rf"^[ \t>]*{_MARK}[ \t]+[^\s].*")
 _LEADS_ON = regex.compile(rf"^[ \t>]*(?:#{{1,6}}\s.*|{_MARK}?)[ \t]*$|[,:;(（，、：；–—-][*_\s]*$")  # noqa: RUF001
 # A token that begins one of a list, or a heading, and says nothing yet.
 _BEGINS = regex.compile(r"\s*(?:[-*+•‣#>–—]+|\(?\d{1,3}[.)]?)\s*")  # noqa: RUF001
-# What ends a sentence behind the right text: a fence, a Greek semicolon, a space, what closes.
-_MAY_END = regex.compile(rf"(?:[\p{{Sentence_Terminal}}…;\u037e]{_CLOSERS}|```|\s+)$")
-_CLOSES = regex.compile(rf"{_CLOSERS}$")
+# What ends a sentence behind the right text: a fence, a Greek semicolon, a space. Not a quote
+# alone: the sentence has ended before it.
+_MAY_END = regex.compile(rf"(?:[\p{{Sentence_Terminal}}…;\u037e]{_CLOSERS}|^\s*`+|\s+)$")
 
 
 def ends_sentence(text: str) -> bool:
@@ -59,7 +59,7 @@ def ends_sentence(text: str) -> bool:
 
 def may_end_sentence(token: str) -> bool:
     """Whether a sentence may end with this token, if the right text stands before it."""
-    return bool(token) and bool(_MAY_END.search(token) or _CLOSES.fullmatch(token.strip()))
+    return bool(_MAY_END.search(token))
 
 
 def is_item(line: str) -> bool:
@@ -70,7 +70,7 @@ def is_item(line: str) -> bool:
 def is_whole(text: str) -> bool:
     """Whether it stops at the end of a sentence, of a line or of a code block, outside of any
     other."""
-    if len(FENCE.findall(text)) % 2:
+    if len(FENCE.findall(text)) % 2 or not _SAYS.search(text):
         return False
     if not text.endswith("\n"):
         return ends_sentence(text) and not _NUMBERED.search(text)
@@ -107,7 +107,7 @@ class Sentences:
     def is_whole(self, text: Sequence[int]) -> bool:
         """As of the text that these tokens are."""
         fenced = self.blocks.may_have(text)
-        return is_whole(decoded(self._tokenizer, list(text if fenced else text[-_TAIL:])))
+        return is_whole(self.blocks.text_of(tuple(text)) if fenced else self._tail(text))
 
     def tokens_a_sentence(self, text: Sequence[int]) -> float:
         """Of its last sentences, or lines; all of it where it has none."""
@@ -123,12 +123,14 @@ class Sentences:
         before = self._tail(text)
         if before.endswith("\ufffd"):  # a character that is not whole
             return [False] * len(tokens)
-        return [self._ends(before, self._texts.get(token, ""), token) for token in tokens]
+        ended = ends_sentence(before)
+        return [self._ends(before, ended, self._texts.get(token, ""), token) for token in tokens]
 
-    def _ends(self, before: str, text: str, token: int) -> bool:
+    def _ends(self, before: str, ended: bool, text: str, token: int) -> bool:
         if token not in self._spaces:
-            return token not in self.blocks.fences and ends_sentence(before + text)
-        if "\n" not in text or ends_sentence(before):
+            goes_on = not ended or bool(_SAYS.search(text))  # a second mark ends nothing
+            return goes_on and token not in self.blocks.fences and ends_sentence(before + text)
+        if "\n" not in text or ended:
             # Behind a full stop a space begins what follows.
             return bool(_SPACE.search(before + text))
         line = before.rpartition("\n")[2]

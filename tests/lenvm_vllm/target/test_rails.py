@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lenvm_vllm.steering.constants import SHORTEST_LANDING
 from lenvm_vllm.target.admission import Limits, check_admission, check_limits
 from lenvm_vllm.target.rails import Aim, Rails, aim_of, rails_of
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
@@ -181,3 +182,11 @@ def test_a_text_needs_room_for_a_word(target: Any, taken: bool) -> None:
     )
     with contextlib.nullcontext() if taken else refused:
         check_admission(LengthTarget.parse(target), Limits())
+
+
+@pytest.mark.parametrize(
+    ("rails", "before"), [(Rails(50, 50), SHORTEST_LANDING), (Rails(1, 99), 0)]
+)
+def test_the_landing_has_room_where_a_lower_rail_holds_ends(rails: Rails, before: int) -> None:
+    """Not before a wall alone, as of a text in words: nothing could fill it."""
+    assert Aim("equal_to", 50, 50, 0.0, rails).landing.before == before

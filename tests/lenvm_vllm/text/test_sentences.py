@@ -6,6 +6,7 @@ import pytest
 
 from lenvm_vllm.text.letters import texts_of
 from lenvm_vllm.text.sentences import Sentences, ends_sentence
+from tests.support.real_tokenizers import NAMES, real
 from tests.support.tiny import tiny_tokenizer
 
 
@@ -61,8 +62,8 @@ def sentences() -> tuple[Any, Sentences]:
 def test_tokens_that_may_end_a_sentence() -> None:
     tokenizer, found = sentences()
     assert found.ids == sorted(found.ids)
-    assert set(tokenizer.encode('.!?") ', add_special_tokens=False)) <= set(found.ids)
-    assert not set(tokenizer.encode("so,([", add_special_tokens=False)) & set(found.ids)
+    assert set(tokenizer.encode(".!?` ", add_special_tokens=False)) <= set(found.ids)
+    assert not set(tokenizer.encode('so,([")*', add_special_tokens=False)) & set(found.ids)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,10 @@ def test_tokens_that_may_end_a_sentence() -> None:
     [
         ("It ends.", True),
         ("Steps:\n3.", False),
-        ('He said "no."', True),
+        ('He said "no."', False),  # it has before the quote
         ('He said "', False),
+        ("It ends!!", False),
+        ("wait...", False),
         ("It ends.\n", False),  # the next one begins
         ("เสร็จแล้ว ", True),
         ("x" * 100 + "\n3.", False),
@@ -104,6 +107,8 @@ def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
         ("It goes", False),
         ("", False),
         ("\n\n", False),  # nothing has been said
+        ("...", False),
+        ("--\n", False),
         ("These are:\n", False),
         ("One,\n", False),
         ("Steps:\n3.", False),
@@ -144,6 +149,19 @@ def test_tokens_a_sentence(text: str, tokens: float) -> None:
     """A token is a byte here."""
     tokenizer, found = sentences()
     assert found.tokens_a_sentence(tokenizer.encode(text, add_special_tokens=False)) == tokens
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mark_behind_the_end_of_a_sentence_ends_none(name: str) -> None:
+    """Nor does a tag, of a model whose markers are not special tokens."""
+    tokenizer = real(name)
+    found = Sentences(tokenizer, texts_of(tokenizer) | {7: "<tool_call>", 8: "</think>", 9: "好。"})
+    assert not {7, 8} & set(found.ids)
+    text = tokenizer.encode("It is the world.", add_special_tokens=False)
+    assert found.is_whole(text)
+    assert found.ends(text, [9]) == [True]
+    marks = [token for token in found.ids if found.ends(text, [token])[0]]
+    assert not {tokenizer.decode([token]).strip() for token in marks} & {*".!?…", '"', ")", "**"}
 
 
 def test_what_is_begun_too_late() -> None:
