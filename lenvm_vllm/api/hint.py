@@ -13,6 +13,8 @@ from lenvm_vllm.target.request import FIELD, LengthTarget, LengthTargetError
 from lenvm_vllm.text.tokenizer import tokenizer_of
 from value_server.contract.units import CHARACTERS, UNITS, WORDS, count, tokens_per_unit
 
+_ENOUGH = 4000  # characters of a message that tell how many tokens its words take
+
 # Script → what is said by mode, and the units. The first that a text has letters of counts.
 _LINES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     r"[\p{Hiragana}\p{Katakana}]": (
@@ -91,8 +93,9 @@ def _line(target: LengthTarget, text: str, config: Any) -> str:
     if unit == UNITS[0]:
         # Models know words and not tokens; the request's own text tells how many they take.
         tokenizer, unit = config and tokenizer_of(config), WORDS
-        tokens = len(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else 0
-        each = tokens_per_unit(WORDS, tokens, count(text, WORDS))
+        some = text[-_ENOUGH:].encode("utf-8", "replace").decode()  # a lone surrogate is no text
+        tokens = len(tokenizer.encode(some, add_special_tokens=False)) if tokenizer else 0
+        each = tokens_per_unit(WORDS, tokens, count(some, WORDS))
         low, high = (_plain((end - 1) / each) for end in (low, high))
     return lines[target.mode].format(low=low, high=high, unit=units[unit])
 

@@ -100,8 +100,9 @@ class Closing:
         max_kl = self._max_kl if state.target.max_kl is None else state.target.max_kl
         may_come = opened or (exact and state.is_railed and not state.held and max_kl > 0)
         # Empty lines are no words; of characters a line may be more than one. A grammar may not
-        # have done what it wants.
+        # have done what it wants, and a thinking has its end still to come.
         fills = exact and state.counter is None and not state.has_grammar and max_kl > 0
+        fills = fills and state.in_text
         waits = bool(state.held) and not fills
         if not may_come or waits or early or in_pieces or by_value:
             return []

@@ -1,5 +1,6 @@
 """From the logits of guided rows to their steered distribution: asks for values, then steers."""
 
+import math
 import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -178,6 +179,6 @@ class Guide:
         for row, tokens in last.items():
             state, ends = states[row], tokens != self._closing.lines
             state.landing, state.forced = True, ends
-            state.expected = 0.0 if ends else state.expected
+            state.expected = 0.0 if ends else math.nan
         rows = torch.tensor(list(last))[index]
         return Writes(rows, ids, torch.zeros(len(rows), dtype=torch.float64))

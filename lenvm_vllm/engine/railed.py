@@ -67,14 +67,14 @@ class RailedText(Completion):
         """Words or characters that may come still; None where no rail limits them. A marker that
         is not whole takes some, as long as it may turn out to be text."""
         last = self.bounds.last
-        if self.counter is None or last is None or not self._in_text:
-            return None  # `_in_text` has followed the text
+        if self.counter is None or last is None or not self.in_text:
+            return None  # `in_text` has followed the text
         return last - self.counter.amount - self.reserved
 
     @property
     def is_limited(self) -> bool:
         """Whether the next token has to keep to what words or characters may come."""
-        return self.counter is not None and self.is_railed and self._in_text
+        return self.counter is not None and self.is_railed and self.in_text
 
     @property
     def has_last_word(self) -> bool:
@@ -85,7 +85,7 @@ class RailedText(Completion):
         return self.counter.has_last_word(room)
 
     @property
-    def _in_text(self) -> bool:
+    def in_text(self) -> bool:
         return self.counts and not self._is_open
 
     @property

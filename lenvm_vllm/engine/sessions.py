@@ -158,9 +158,11 @@ class Sessions:
         """Messages to the servers that owe no answer, (B, K) bool: the candidates in them, and the
         rows of the other servers."""
         asks = question.scored.clone()
-        if not rows or self.trouble is not None or not self._client.any_free:
-            return [], asks, list(rows)
-        told = self._told((number, states[number]) for number in rows)
+        free = [row for row in rows if self._client.is_free(states[row].session)]
+        owed = [row for row in rows if row not in free]
+        if not free or self.trouble is not None:
+            return [], asks, owed
+        told = self._told((number, states[number]) for number in free)
         looks = self.looks_ahead([t.state for t in told])
         for t, looks_ahead in zip(told, looks, strict=True):
             if not t.whole or (looks_ahead and not question.exactly[t.number]):
@@ -169,9 +171,7 @@ class Sessions:
         build = builder(told, question.tokens[numbers], asks[numbers])
         counts = asks[numbers].sum(-1).tolist()
         open_ = bool(z[numbers].isnan().all(-1).any())
-        messages = self._send(told, build, pace.floor_s, pace.wait_s, open_, counts)
-        sent = {t.number for message in messages for t in message.told}
-        return messages, asks, [number for number in numbers if number not in sent]
+        return self._send(told, build, pace.floor_s, pace.wait_s, open_, counts), asks, owed
 
     def _take_ahead(
         self, states: Sequence[RequestState], question: Question, until: float | None, z: Tensor

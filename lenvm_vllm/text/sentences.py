@@ -106,8 +106,12 @@ class Sentences:
 
     def is_whole(self, text: Sequence[int]) -> bool:
         """As of the text that these tokens are."""
-        fenced = self.blocks.may_have(text)
-        return is_whole(self.blocks.text_of(tuple(text)) if fenced else self._tail(text))
+        if self.blocks.is_open(text):
+            return False
+        _, fence, tail = self._tail(text).rpartition("```")
+        if fence and not tail.strip():  # that of a block which it closes
+            return bool(_SAYS.search(self.blocks.text_of(tuple(text))))
+        return is_whole(tail)
 
     def tokens_a_sentence(self, text: Sequence[int]) -> float:
         """Of its last sentences, or lines; all of it where it has none."""

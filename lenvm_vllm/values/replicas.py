@@ -109,10 +109,11 @@ class Replicas:
         """Whether a server that could be told does not know yet of a session that is over."""
         return any(replica.closed and replica.call is None for replica in self._replicas)
 
-    @property
-    def any_free(self) -> bool:
-        """Whether one of them has no message out."""
-        return any(replica.call is None for replica in self._replicas)
+    def is_free(self, session: str) -> bool:
+        """Whether the replica of a session has no message out; also where none lives, which
+        `send` then says."""
+        lives = any(replica.served for replica in self._replicas)
+        return not lives or self._place(session).call is None
 
     def send(
         self,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lenvm_vllm.api.hint import say
 from lenvm_vllm.api.request_field import take
 from lenvm_vllm.api.routes import CHAT, RESPONSES, TEXT, route_at
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
@@ -85,3 +86,19 @@ def test_a_prepared_prompt_has_none() -> None:
     request: dict[str, Any] = {"vllm_xargs": {"length_target": 50, "length_hint": "Short."}}
     with pytest.raises(LengthTargetError, match="length_hint: unknown field"):
         take(request, route_at(CHAT, request), CHAT)
+
+
+def test_a_character_that_is_none_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lone surrogate, which a tokenizer does not take; of a long text the end tells enough."""
+    seen = []
+
+    class Tokenizer:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            seen.append(text.encode())
+            return [0] * 14
+
+    monkeypatch.setattr("lenvm_vllm.api.hint.tokenizer_of", lambda config: Tokenizer())
+    target = LengthTarget.parse({"tokens": 141, "hint": True})
+    request = {"messages": user("a " * 5000 + "\ud83d")}
+    assert str(say(request, target, object()).hint).startswith("Answer in about")
+    assert len(seen[0]) == 4000
