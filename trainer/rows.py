@@ -21,6 +21,8 @@ def row_of(place: str, line: bytes) -> dict[str, Any]:
     """Raises ValueError naming the place where a line holds no object."""
     try:
         row = json.loads(line.decode())
+        if b"\\ud" in line.lower():  # half a character, as of a text cut in JavaScript, is none
+            json.dumps(row, ensure_ascii=False).encode()
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if not isinstance(row, dict):

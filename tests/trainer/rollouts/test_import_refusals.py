@@ -36,6 +36,7 @@ def test_ids_of_another_tokenizer_are_refused(imported: Import, tmp_path: Path) 
 BAD: list[tuple[Any, str]] = [
     ("{", "Expecting property name"),
     ("[]", r"expected an object, got \[\]"),
+    ({"messages": [{**USER, "content": "\ud83d"}, REPLY]}, "'utf-8' codec can't encode"),
     ({}, r"messages: \[\], must be there"),
     ({"messages": 3}, r"messages: 3: Expected `array`, got `int`"),
     ({"messages": [USER, {"role": 7}]}, r"messages\[1\]\.role: 7: Expected `str`, got `int`"),
