@@ -6,23 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SHOWN = 80  # characters of a bad value in a message
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Of a file, plain or gzip: where each line stands, for messages, and the line."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with opener(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             yield f"{path}: line {number}", line
 
 
-def row_of(place: str, line: str) -> dict[str, Any]:
+def row_of(place: str, line: bytes) -> dict[str, Any]:
     """Raises ValueError naming the place where a line holds no object."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode())
+        if b"\\ud" in line.lower():  # half a character, as of a text cut in JavaScript, is none
+            json.dumps(row, ensure_ascii=False).encode()
+    except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object, got {row!r}")
+        raise ValueError(f"{place}: expected an object, got {repr(row)[:SHOWN]}")
     return row
 
 

@@ -6,6 +6,8 @@
 An answer with reasoning or tool calls is what the template writes behind the prompt.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +23,12 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """exact: whether the ids give the logged text back, None where no text says. tokens: what the
-    server counted for a text that was encoded."""
+    """exact: whether the ids give the logged text back, None where no text says; held: whether
+    it is a part of what they give. tokens: what the server counted for a text that was encoded."""
 
     row: dict[str, Any]
     exact: bool | None
+    held: bool
     tokens: int | None
 
 
@@ -45,16 +48,23 @@ class ChatEncoder:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(f"model: {model!r} has no chat template; chat_template gives one")
         self.whose = TokenizerOf(model, tokenizer_fingerprint(self.tokenizer))
-        self.end = self._end(model)
+        may = self._ends(model)
+        self.end = self._end(model, may)
+        ends = "|".join(re.escape(self.text([token])) for token in sorted(may))
+        self._behind = re.compile(rf"(?:(?:{ends})\s*)+\Z")  # an answer, as the template writes it
 
-    def _end(self, model: str) -> int:
-        """The token that ends an answer: the one of those that may which the template writes."""
+    def _ends(self, model: str) -> set[int]:
+        """The tokens that may end a text."""
         try:
             given = GenerationConfig.from_pretrained(model).eos_token_id
         except OSError:
             given = None
         ends = given if isinstance(given, list) else [given]
-        may = {end for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
+        known = range(len(self.tokenizer))
+        return {end for end in [*ends, self.tokenizer.eos_token_id] if end in known}
+
+    def _end(self, model: str, may: set[int]) -> int:
+        """The token that ends an answer: the one of those that may which the template writes."""
         asked = [{"role": "user", "content": "a"}]
         answered = [*asked, {"role": "assistant", "content": "b"}]
         written = self.ids(self._text("model", answered, None, {}, answers=False))
@@ -72,13 +82,13 @@ class ChatEncoder:
             known = len(self.tokenizer)
             if (largest := max(*prompt_ids, *ids)) >= known:
                 raise bad(turn.place, "token_ids", largest, f"below {known}, the tokens of MODEL")
-            exact = self._reads(ids, turn.answer)
+            exact, held = self._reads(ids, turn.answer)
         else:
             prompt = self._text(turn.place, turn.messages, turn.tools, turn.template_options)
-            text, own = self._completion(turn, prompt)
+            text, own, end = self._completion(turn, prompt)
             prompt_ids, source = self.ids(prompt), TEXT
-            exact = self.text(own) == text
-            ids = [*own, self.end] if finished else own
+            exact = held = self.text(own) == text
+            ids = [*own, end] if finished else own
         row = {
             "prompt_id": "",
             "domain": turn.domain,
@@ -89,7 +99,7 @@ class ChatEncoder:
             "conversation": turn.conversation,
             "token_source": source,
         }
-        return Encoded(row, exact, turn.tokens if source == TEXT else None)
+        return Encoded(row, exact, held, turn.tokens if source == TEXT else None)
 
     def ids(self, text: str, *, plain: bool = False) -> list[int]:
         """plain: names of special tokens in the text are no special tokens."""
@@ -105,26 +115,31 @@ class ChatEncoder:
         )
         return found
 
-    def _completion(self, turn: Turn, prompt: str) -> tuple[str, list[int]]:
-        """The text of an answer and its ids, without the end."""
+    def _completion(self, turn: Turn, prompt: str) -> tuple[str, list[int], int]:
+        """The text of an answer and its ids, without the end, and the end."""
         assert turn.answer
         if not _is_more(turn.answer):
             text = turn.answer["content"]
-            return text, self.ids(text, plain=True)
+            return text, self.ids(text, plain=True), self.end
         parts = (turn.tools, turn.template_options)
         whole = self._text(turn.place, [*turn.messages, turn.answer], *parts, answers=False)
         if not whole.startswith(prompt):
             more = "without reasoning and tool calls: the chat template writes it otherwise"
             raise bad(turn.place, "the answer", turn.answer, more)
-        text, _, _ = whole[len(prompt) :].rpartition(self.text([self.end]))
-        text = text or whole[len(prompt) :]
-        return text, self.ids(text)
+        text = whole[len(prompt) :]
+        found = self._behind.search(text)
+        text, end = (text[: found.start()], self.ids(found[0])[0]) if found else (text, self.end)
+        for name, part in _parts(turn.answer):
+            if part not in text:
+                raise bad(turn.place, name, part, "written by the chat template, which omits it")
+        return text, self.ids(text), end
 
-    def _reads(self, ids: list[int], answer: dict[str, Any] | None) -> bool | None:
-        """Whether MODEL's tokenizer makes the logged answer of its ids; parsers take parts away."""
+    def _reads(self, ids: list[int], answer: dict[str, Any] | None) -> tuple[bool | None, bool]:
+        """exact, held of the logged answer and its ids; parsers take parts away."""
         if answer is None or _is_more(answer):
-            return None
-        return self.text(ids, skip_special=True) == answer["content"]
+            return None, False
+        text, logged = self.text(ids, skip_special=True), answer["content"]
+        return text == logged, logged.strip() in text
 
     def _text(
         self,
@@ -149,3 +164,11 @@ class ChatEncoder:
 
 def _is_more(message: dict[str, Any]) -> bool:
     return bool(message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def _parts(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of an answer, by field: what the text of it cannot be without."""
+    for name in ("reasoning_content", "content"):
+        yield name, (message.get(name) or "").strip()
+    for call in message.get("tool_calls") or ():
+        yield "tool_calls.function.name", call["function"]["name"]

@@ -7,20 +7,21 @@
     request, response                                    request           response
     custom_id, response (OpenAI's batches, run-batch)    body of the line  response.body
                                                          of REQUESTS
-    prompt_token_ids, token_ids                          none              the line
+    prompt_token_ids, token_ids                          the line, if it   the line, and its last
+                                                         has messages      message as above
 
 Answers of vLLM to `return_token_ids` bring prompt_token_ids and token_ids: then these are taken.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from trainer.rows import read_lines, row_of
+from trainer.rows import SHOWN, read_lines, row_of
 
 TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 ENDED = ("stop", "tool_calls", "function_call")
@@ -30,7 +31,6 @@ Reason = Literal[
     "error",
 ]  # fmt: skip
 FAILED, STEERED = "failed", "steered"  # lines that hold no answer of the model's own
-SHOWN = 80  # characters of a bad value in a message
 
 
 class Part(msgspec.Struct):
@@ -114,13 +114,14 @@ class Completion(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """message: None where only its ids are logged; token_ids: empty where they are not.
+    """message: None where only its ids are logged; token_ids, prompt_ids: empty where they are not.
 
     finish_reason: None where none is told; tokens: what the server counted, if it did; key: of
     this answer and no other, "" where it has none.
     """
 
     message: dict[str, Any] | None
+    prompt_ids: list[int]
     token_ids: list[int]
     finish_reason: str | None
     tokens: int | None
@@ -129,18 +130,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """A line: messages before its answers, and the ids of the prompt where they are logged."""
+    """A line: messages before its answers, and these."""
 
     place: str
     domain: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     template_options: dict[str, Any]
-    prompt_ids: list[int]
     answers: list[Answer]
 
 
-def lines_of(path: Path) -> Iterator[tuple[str, str]]:
+def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
     """Where each line stands, and the line; those that are blank not."""
     return ((place, line) for place, line in read_lines(path) if line.strip())
 
@@ -159,7 +159,7 @@ def read_requests(path: Path) -> dict[str, Any]:
     return bodies
 
 
-def parse(place: str, line: str, requests: Mapping[str, Any] | None) -> Logged | str:
+def parse(place: str, line: bytes, requests: Mapping[str, Any] | None) -> Logged | str:
     """What a line holds; FAILED or STEERED where it has no answer of the model's own.
 
     requests: see `read_requests`. Raises ValueError naming place, field and value.
@@ -178,24 +178,25 @@ def parse(place: str, line: str, requests: Mapping[str, Any] | None) -> Logged |
         answers = _answers(completion) if completion else []
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    prompt_ids = _prompt_ids(completion) if completion else []
-    known = bool(prompt_ids) and all(a.token_ids for a in answers)
+    known = bool(answers) and all(a.prompt_ids and a.token_ids for a in answers)
     if asked.continue_final_message and not known:
         raise bad(place, "continue_final_message", True, "left out, or with token ids")
-    if not completion and messages and messages[-1]["role"] == "assistant":
-        answers = [_last(place, row, messages.pop())]
-    if not messages and not (known and answers):
+    alone = not inside and "choices" not in row and not asked.continue_final_message
+    if alone and messages and messages[-1]["role"] == "assistant":
+        last = messages.pop()
+        answers = [replace(a, message=last) for a in answers] or [_last(place, row, last)]
+    if not messages and not known:
         raise bad(
             place, "messages", asked.messages, "there (of a batch: by REQUESTS), or token ids"
         )
     for number, own in enumerate(answers):
-        if own.message is None and not (known and own.token_ids):
+        if own.message is None and not (own.prompt_ids and own.token_ids):
             raise bad(place, f"{inside}choices[{number}].message", None, "there without token ids")
     domain = row.get("domain") or ""
     if not isinstance(domain, str):
         raise bad(place, "domain", domain, "a text")
     options = asked.chat_template_kwargs or {}
-    return Logged(place, domain, messages, asked.tools, options, prompt_ids, answers)
+    return Logged(place, domain, messages, asked.tools, options, answers)
 
 
 def _sides(
@@ -225,11 +226,13 @@ def _sides(
 
 
 def _answers(completion: Completion) -> list[Answer]:
+    """Chats have the ids of the prompt at the top, answers of /v1/completions in each choice."""
     alone = len(completion.choices) == 1
     tokens = completion.usage.completion_tokens if completion.usage and alone else None
     return [
         Answer(
             choice.message.plain() | {"role": "assistant"} if choice.message else None,
+            choice.prompt_token_ids or completion.prompt_token_ids or [],
             choice.token_ids or [],
             choice.finish_reason,
             tokens,
@@ -239,16 +242,11 @@ def _answers(completion: Completion) -> list[Answer]:
     ]
 
 
-def _prompt_ids(completion: Completion) -> list[int]:
-    """Chat answers have them at the top, those of /v1/completions in each choice."""
-    return completion.prompt_token_ids or completion.choices[0].prompt_token_ids or []
-
-
 def _last(place: str, row: Mapping[str, Any], message: dict[str, Any]) -> Answer:
     """The answer that ends a conversation; the line may tell how."""
     choice = _convert(place, {"finish_reason": row.get("finish_reason")}, Choice, "")
     usage = _convert(place, row.get("usage") or {}, Usage, "usage.")
-    return Answer(message, [], choice.finish_reason, usage.completion_tokens, "")
+    return Answer(message, [], [], choice.finish_reason, usage.completion_tokens, "")
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -45,14 +45,23 @@ class Reader:
 
     encoder: ChatEncoder
     requests: Mapping[str, Any] | None
-    turns: Callable[[], Turns]
+    turns: Callable[[], Turns]  # of one log each; they have `told` in common
     skip_bad: bool
 
     def check(self, log: Path) -> None:
-        """Raises ValueError naming the first line that cannot be read, unless those are skipped."""
-        if not self.skip_bad:
-            for place, line in lines_of(log):
-                parse(place, line, self.requests)
+        """Note the answers of all logs, before `rows` of any.
+
+        Raises ValueError naming the first line that cannot be read, unless those are skipped.
+        """
+        turns = self.turns()
+        for place, line in lines_of(log):
+            try:
+                found = parse(place, line, self.requests)
+                if isinstance(found, Logged):
+                    turns.note(found)
+            except ValueError:
+                if not self.skip_bad:
+                    raise
 
     def rows(self, log: Path, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Of SCHEMA. counts: what became of lines and turns, added to."""
@@ -92,6 +101,7 @@ class Reader:
         if encoded.exact is not None:
             counts[f"{source}_compared"] += 1
             counts[f"{source}_exact"] += encoded.exact
+            counts[f"{source}_held"] += encoded.held
         if encoded.tokens is not None:
             counts["counted"] += 1
             counts["counted_alike"] += encoded.tokens == len(row["completion_ids"])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trainer.checks import check, check_choice
@@ -45,16 +46,24 @@ class Turns:
     """Takes the turns out of lines, each once.
 
     A conversation is logged again with every request that goes on with it, so that most turns
-    come as an answer and again as messages before other answers. dropped, repeated: counts.
+    come as an answer and again as messages before other answers, maybe of other logs. told: the
+    answers of all logs, which `note` gathers before any turn is taken. dropped, repeated: counts.
     """
 
     which: Which = "all"
     redact: Redact | None = None
+    told: set[str] = field(default_factory=set)
     dropped: int = 0
     repeated: int = 0
     _answers: set[str] = field(default_factory=set)
-    _told: set[str] = field(default_factory=set)
     _before: set[str] = field(default_factory=set)
+
+    def note(self, line: Logged) -> None:
+        """The answers of a line: they are no turns where they come as messages. Raises as `of`."""
+        for answer in line.answers:
+            whole, _ = self._redacted(line, answer)
+            if whole and answer.message:
+                self.told.add(key_of(whole))
 
     def of(self, line: Logged) -> Iterator[Turn]:
         """Raises ValueError where there is nothing that could be redacted."""
@@ -69,31 +78,35 @@ class Turns:
             yield from self._of(line, answer)
 
     def _of(self, line: Logged, answer: Answer | None) -> Iterator[Turn]:
-        told = [answer.message] if answer and answer.message else []
-        whole, same = self._redacted(line, [*line.messages, *told])
+        whole, same = self._redacted(line, answer)
         if whole is None:
             self.dropped += 1
             return
-        before, last = (whole[:-1], whole[-1]) if told else (whole, None)
+        answered = answer is not None and answer.message is not None
+        before, last = (whole[:-1], whole[-1]) if answered else (whole, None)
         common = (line.tools, line.template_options)
         if self.which == "all":
             for number, message in enumerate(before):
                 if message["role"] == "assistant" and number and self._is_new(before[: number + 1]):
                     own = (before[:number], message)
                     yield Turn(line.place, line.domain, *own, *common, [], [], None)
-        if answer and not (last and self._came_before([*before, last])):
-            ids = (line.prompt_ids, answer.token_ids)
+        if answer:
+            ids = (answer.prompt_ids, answer.token_ids)
             known = same and all(ids)
             reason, tokens = answer.finish_reason, answer.tokens if same else None
             exact = ids if known else ([], [])
             yield Turn(line.place, line.domain, before, last, *common, *exact, reason, tokens)
 
-    def _redacted(self, line: Logged, whole: Messages) -> tuple[Messages | None, bool]:
+    def _redacted(self, line: Logged, answer: Answer | None) -> tuple[Messages | None, bool]:
         """What is left of a conversation, and whether it is as it was."""
+        told = [answer.message] if answer and answer.message else []
+        whole = [*line.messages, *told]
         if self.redact is None:
             return whole, True
         if not line.messages:
             raise bad(line.place, "messages", [], "there, to be redacted")
+        if answer and not told:
+            raise bad(line.place, "message", None, "there beside its ids, to be redacted")
         try:
             left = self.redact(deepcopy(whole))
         except Exception as error:
@@ -106,20 +119,11 @@ class Turns:
         return left, left == whole
 
     def _is_new(self, messages: Messages) -> bool:
-        """Of a turn that is not the last; it may have come as an answer."""
+        """Of a turn that is not the last: no log has it as an answer."""
         key = key_of(messages)
-        if key in self._told or key in self._before:
+        if key in self.told or key in self._before:
             return False
         self._before.add(key)
-        return True
-
-    def _came_before(self, messages: Messages) -> bool:
-        """Of an answer that was already taken from the messages before a later one."""
-        key = key_of(messages)
-        self._told.add(key)
-        if key not in self._before:
-            return False
-        self._before.remove(key)
         return True
 
 
@@ -157,3 +161,9 @@ def load_redact(name: str) -> Redact:
     check(callable(found), "redact", name, "module:function")
     hook: Redact = found
     return hook
+
+
+def source_of(name: str) -> Path | None:
+    """The file of a hook that was loaded; some modules have none."""
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return Path(file) if file else None

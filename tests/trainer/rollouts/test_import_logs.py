@@ -16,7 +16,6 @@ from tests.support.logs import (
     USER,
     Import,
     answer,
-    encoded,
     figures,
     plain,
     prompt,
@@ -74,6 +73,33 @@ def test_ids_that_were_sampled_are_kept(line: Any, imported: Import) -> None:
     assert row["token_source"] == "engine"
 
 
+def test_a_conversation_with_its_ids_is_one_answer(imported: Import) -> None:
+    (row,) = imported(CHAT | IDS | {"finish_reason": "length"})
+    assert (row["prompt_ids"], row["completion_ids"]) == ([1, 2], IDS["token_ids"])
+    assert (row["token_source"], row["finish_reason"]) == ("engine", "length")
+    assert row["prompt"] == "Hi"
+
+
+def test_each_choice_has_its_own_prompt(imported: Import) -> None:
+    """/v1/completions takes several prompts at once."""
+    choices = [IDS | {"text": "Hello"}, IDS | {"prompt_token_ids": [3, 4, 5], "text": "Hello"}]
+    rows = imported({"response": {"id": "cmpl-1", "choices": choices}})
+    assert [row["prompt_ids"] for row in rows] == [[1, 2], [3, 4, 5]]
+    del choices[1]["prompt_token_ids"]
+    with pytest.raises(ValueError, match=r"line 1: messages: \[\], must be there"):
+        imported({"response": {"id": "cmpl-1", "choices": choices}})
+
+
+@pytest.mark.parametrize("sampled", ["Hm.\n\nHello", "Hello STOP"])
+def test_texts_that_the_server_trimmed_are_of_this_model(
+    sampled: str, imported: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a parser of reasoning that is not logged, or by a stop string."""
+    exact = {"token_ids": [*plain(sampled), END], "prompt_token_ids": [1]}
+    assert len(imported({"request": REQUEST, "response": answer(**exact)})) == 1
+    assert figures(capsys.readouterr().out)["engine_exact"] == 0
+
+
 def test_a_batch(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As `vllm run-batch` reads and writes it, in another order, with one that failed."""
     asked = [
@@ -102,82 +128,6 @@ def test_a_batch(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [row["prompt_ids"] for row in rows] == [prompt(("user", t)) for t in ("Ho", "Hi")]
     assert [row["completion_ids"][:-1] for row in rows] == [plain("a1"), plain("a0")]
     assert {"lines": 3, "turns": 2, "failed": 1}.items() <= figures(capsys.readouterr().out).items()
-
-
-TOOLS = {
-    "messages": [
-        USER,
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
-            ],
-        },
-        {"role": "tool", "tool_call_id": "1", "content": "2"},
-        {"role": "assistant", "content": "Two", "reasoning": "Hm"},
-    ],
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "chat_template_kwargs": {"mark": "!"},
-}
-TEMPLATE = (
-    "{% for t in tools or [] %}{{ t.function.name + ';' }}{% endfor %}"
-    "{% for m in messages %}{{ '<|start|>' + m.role + mark + '\n' }}"
-    "{% if m.reasoning_content %}{{ '[' + m.reasoning_content + ']' }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name + ':' + (c.function.arguments.a + 1)"
-    " | string }}{% endfor %}{{ m.content + '<|end|>' }}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant' + mark + '\n' }}{% endif %}"
-)
-
-
-def test_tools_and_reasoning_are_what_the_template_writes(imported: Import, tmp_path: Path) -> None:
-    template = tmp_path / "template.jinja"
-    template.write_text(TEMPLATE.replace("mark", "(mark or '')"))
-    first, second = imported(TOOLS, chat_template=template)
-    assert first["prompt_ids"] == encoded("f;<|start|>user!\nHi<|end|>\n<|start|>assistant!\n")
-    assert first["completion_ids"] == encoded("f:2<|end|>")
-    assert first["finish_reason"] == "stop"
-    assert second["completion_ids"] == encoded("[Hm]Two<|end|>")
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ raise_exception('no tools') }}", r"^model: .*no tools"),
-        (
-            "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('no tools') }}"
-            "{% endif %}{% endfor %}",
-            r"log\.jsonl: line 1: messages: the chat template refuses them: no tools",
-        ),
-        ("{% if add_generation_prompt %}?{% endif %}", r"line 1: the answer: .* must be without"),
-    ],
-)
-def test_turns_that_a_template_cannot_write_are_named(
-    template: str, message: str, imported: Import, tmp_path: Path
-) -> None:
-    (tmp_path / "t.jinja").write_text(template)
-    with pytest.raises(ValueError, match=message):
-        imported(TOOLS, chat_template=tmp_path / "t.jinja")
-
-
-def texts(rows: list[dict[str, Any]]) -> list[str]:
-    return [tiny_tokenizer().decode(row["completion_ids"][:-1]) for row in rows]
-
-
-def test_a_conversation_that_is_logged_with_each_request(imported: Import) -> None:
-    """Each turn once, in whatever order; an answer that is logged twice once."""
-    more = [USER, REPLY, {"role": "user", "content": "And?"}]
-    first = {"request": REQUEST, "response": answer() | {"id": "a"}}
-    second = {"request": {"messages": more}, "response": answer("No") | {"id": "b"}}
-    for lines in ([first, second], [second, first], [second], [first, second, second]):
-        assert sorted(texts(imported(*lines))) == ["Hello", "No"]
-    assert texts(imported(second, turns="last")) == ["No"]
-
-
-def test_samples_that_are_alike_are_kept(imported: Import) -> None:
-    """As many as were given: lengths that are common weigh more."""
-    lines = [{"request": REQUEST, "response": answer() | {"id": str(i)}} for i in range(3)]
-    assert texts(imported(*lines)) == ["Hello"] * 3
 
 
 def test_cut_and_other_ends_are_marked(imported: Import) -> None:

@@ -28,7 +28,7 @@ def test_ids_of_another_tokenizer_are_refused(imported: Import, tmp_path: Path) 
     line = {"request": REQUEST, "response": answer(token_ids=[1, 2, 3]) | {"prompt_token_ids": [1]}}
     with pytest.raises(ValueError, match=r"^model: .* makes other texts than .*log\.jsonl has"):
         imported(line)
-    assert not list(tmp_path.glob("out-*/*.parquet"))
+    assert not list(tmp_path.glob("out-*/*"))
     with pytest.raises(ValueError, match=r"line 1: token_ids: 258, must be below 258"):
         imported(IDS | {"token_ids": [258]})
 
@@ -36,6 +36,7 @@ def test_ids_of_another_tokenizer_are_refused(imported: Import, tmp_path: Path) 
 BAD: list[tuple[Any, str]] = [
     ("{", "Expecting property name"),
     ("[]", r"expected an object, got \[\]"),
+    ({"messages": [{**USER, "content": "\ud83d"}, REPLY]}, "'utf-8' codec can't encode"),
     ({}, r"messages: \[\], must be there"),
     ({"messages": 3}, r"messages: 3: Expected `array`, got `int`"),
     ({"messages": [USER, {"role": 7}]}, r"messages\[1\]\.role: 7: Expected `str`, got `int`"),
@@ -92,6 +93,22 @@ def test_a_bad_line_shows_little_of_its_value(imported: Import) -> None:
     with pytest.raises(ValueError, match="messages: ") as error:
         imported({"messages": "secret " * 100})
     assert len(str(error.value)) < 300
+    with pytest.raises(ValueError, match="line 1: expected an object, got ") as error:
+        imported(["secret " * 100])
+    assert len(str(error.value)) < 300
+
+
+def test_a_line_that_is_no_utf_8_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = write(tmp_path / "log.jsonl", CHAT)
+    log.write_bytes(b'{"messages": "\xff"}\n' + log.read_bytes())
+    with pytest.raises(ValueError, match=r"log\.jsonl: line 1: 'utf-8' codec can't decode"):
+        import_logs(log, tmp_path / "out", model=str(base))
+    import_logs(log, tmp_path / "out", model=str(base), skip_bad=True)
+    shown = capsys.readouterr()
+    assert {"bad": 1, "turns": 1}.items() <= figures(shown.out).items()
+    assert re.search(r"skipped: .*log\.jsonl: line 1: 'utf-8'", shown.err)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +173,38 @@ def test_personal_data(
         imported(CHAT, redact="hooks_of_test:fails")
     with pytest.raises(ValueError, match=r"line 1: messages: \[\], must be there, to be redacted"):
         imported(IDS, redact="hooks_of_test:hide")
+
+
+@pytest.mark.parametrize("text", ["Hi", "I am Ann"])
+def test_an_answer_of_ids_alone_is_not_redacted(
+    text: str, imported: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug guarded against: the hook saw the request, and the ids were written."""
+    (tmp_path / "hooks_of_ids.py").write_text(HOOK)
+    monkeypatch.chdir(tmp_path)
+    asked = {"messages": [{"role": "user", "content": text}]}
+    lines = [{"request": asked, "response": {**IDS, "choices": [IDS]}}, asked | IDS]
+    for line in lines:
+        assert [row["token_source"] for row in imported(line)] == ["engine"]
+        with pytest.raises(ValueError, match=r"line 1: message: None, must be there beside its"):
+            imported(line, redact="hooks_of_ids:hide")
+    assert len(list(tmp_path.glob("out-*"))) == len(lines)
+
+
+def test_a_corrected_hook_is_another_setting(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug guarded against: what the first one let through stayed in the files."""
+    monkeypatch.chdir(tmp_path)
+    hook = tmp_path / "hooks_to_correct.py"
+    hook.write_text(HOOK)
+    log = write(tmp_path / "log.jsonl", CHAT)
+    redact = "hooks_to_correct:hide"
+    for _ in range(2):
+        import_logs(log, tmp_path / "out", model=str(base), redact=redact)
+    hook.write_text(HOOK.replace("Ann", "Eve"))
+    with pytest.raises(ValueError, match=r"^redact_source: .*log\.parquet was made with '\w+'"):
+        import_logs(log, tmp_path / "out", model=str(base), redact=redact)
 
 
 @pytest.mark.parametrize("name", ["nothing", "json", "json:nothing", "nothing:f", ":f"])
