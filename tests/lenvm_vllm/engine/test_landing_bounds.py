@@ -189,6 +189,14 @@ def test_a_whole_text_is_filled_unless_a_grammar_binds_it_or_it_is_left_alone() 
     assert written(bound)[1] != [20]
 
 
+def test_an_open_thinking_is_not_filled() -> None:
+    """Its ends are held for the answer that is to come, and not for a rail."""
+    target = {"tokens": 30, "tolerance": 0.3}
+    thinking = toy.request(target, output=[60, *[50] * 26], markers=Markers((60,), (61,), {}))
+    assert thinking.held
+    assert written(thinking)[1] != [20]
+
+
 def test_no_text_that_is_left_alone_ends_before_its_landing() -> None:
     def text(**target: Any) -> RequestState:
         return toy.request({"tokens": 100, "tolerance": 0.1, **target}, output=[50] * 91)
