@@ -76,7 +76,7 @@ def test_what_a_result_says() -> None:
 
 
 def test_each_choice_has_its_own() -> None:
-    texts = CUT, Told(10, letter="b"), Told(12, 0.01, ".")
+    texts = CUT, Told(10, letter="b"), Told(12, 0.01, content="It is whole.")
     answer = json.loads(ask(App(texts), CHAT, n=3))
     ends = [choice["length_result"]["end"] for choice in answer["choices"]]
     reasons = [choice["finish_reason"] for choice in answer["choices"]]

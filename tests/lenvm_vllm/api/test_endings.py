@@ -50,7 +50,7 @@ def test_a_good_answer_stays(path: str) -> None:
 
 
 def test_a_whole_sentence_is_a_good_end() -> None:
-    app = App([Told(101, BAD, ".", forced=True)])
+    app = App([Told(101, BAD, forced=True, content="It is whole.")])
     answer = post(app, CHAT, length_target=100)
     assert (len(app.asked), result_of(answer)["end"]) == (1, "whole")
     assert answer["choices"][0]["finish_reason"] == "stop"
