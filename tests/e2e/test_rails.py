@@ -56,6 +56,7 @@ def test_the_end_comes_before_the_wall(client):
         "messages": [{"role": "user", "content": "h" * 400}],
         "length_target": {"mode": "at_least", "tokens": 30},
         "return_token_ids": True,
+        "logit_bias": {"258": -100, "259": -100},  # no thinking, which would not be cut
     }
     reply = client.post("/v1/chat/completions", json=body)
     assert reply.json()["choices"][0]["token_ids"][-1] == END
