@@ -118,11 +118,11 @@ class Sessions:
         z = torch.full(question.tokens.shape, torch.nan, dtype=torch.float64)
         started = time.perf_counter()
         until = started + pace.wait_s
-        in_vain = self._take_ahead(states, question, None, z)
+        in_vain = self._take_ahead(states, question, 0.0, (), z)
         # A server that owes no answer is asked before the others' answers are waited for.
         rows = self._open(states, question, in_vain, z)
         early, asks, owed = self._ask(rows, states, question, pace, z)
-        in_vain |= self._take_ahead(states, question, until, z)
+        in_vain |= self._take_ahead(states, question, until, early, z)
         owed += self._take_values(early, question.tokens, asks, until, z)
         if not question.rows:
             self.tell_closed()
@@ -174,11 +174,16 @@ class Sessions:
         return self._send(told, build, pace.floor_s, pace.wait_s, open_, counts), asks, owed
 
     def _take_ahead(
-        self, states: Sequence[RequestState], question: Question, until: float | None, z: Tensor
+        self,
+        states: Sequence[RequestState],
+        question: Question,
+        until: float,
+        but: Sequence[Sent],
+        z: Tensor,
     ) -> set[int]:
         """Fill z of the rows whose values were asked for ahead of this step; returns those for
         which the time of a step was not enough, though their text was there."""
-        answers, in_vain = self._read(until), set[int]()
+        answers, in_vain = self._read(until, but), set[int]()
         wanted = {states[row].session: row for row in question.rows} if answers else {}
         for sent, reply in answers:
             rows = [wanted.get(t.state.session) for t in sent.told]
@@ -269,12 +274,14 @@ class Sessions:
         self._out += sent
         return sent
 
-    def _read(self, until: float | None = None) -> list[tuple[Sent, wire.StepReply]]:
-        """Takes the answers that have come, or until then those to what was told ahead of this
-        step; returns those with values that were asked for ahead."""
+    def _read(
+        self, until: float = 0.0, but: Sequence[Sent] = ()
+    ) -> list[tuple[Sent, wire.StepReply]]:
+        """Takes the answers that have come, and until then those to what was told ahead of this
+        step; returns those with values that were asked for ahead. but: messages of this step."""
         found = []
-        for sent in [sent for sent in self._out if sent.ahead or until is None]:
-            if sent.call.is_there(until or 0.0):
+        for sent in [sent for sent in self._out if sent not in but]:
+            if sent.call.is_there(until if sent.ahead else 0.0):
                 reply = self._take(sent)
                 if reply is not None and sent.ahead and sent.call.keys:
                     found.append((sent, reply))
