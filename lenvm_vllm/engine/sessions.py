@@ -158,8 +158,8 @@ class Sessions:
         """Messages to the servers that owe no answer, (B, K) bool: the candidates in them, and the
         rows of the other servers."""
         asks = question.scored.clone()
-        free = [row for row in rows if self._client.is_free(states[row].session)]
-        owed = [row for row in rows if row not in free]
+        owed = [row for row in rows if not self._client.is_free(states[row].session)]
+        free = set(rows).difference(owed)
         if not free or self.trouble is not None:
             return [], asks, owed
         told = self._told((number, states[number]) for number in free)

@@ -22,6 +22,11 @@ class Blocks:
         fences = {i for i, text in texts.items() if "``" in text}
         self.fences = frozenset(fences.union(tokenizer.encode("```", add_special_tokens=False)))
         self.closing = _closing(tokenizer, texts)
+        # A step asks a few times for each text. Of this object: one of the class would keep it.
+        self.text_of = lru_cache(maxsize=256)(self._decoded)
+
+    def _decoded(self, text: tuple[int, ...]) -> str:
+        return decoded(self._tokenizer, list(text))
 
     def may_have(self, text: Sequence[int]) -> bool:
         """Whether it may have blocks."""
@@ -32,10 +37,6 @@ class Blocks:
         if not self.may_have(text):
             return False
         return len(FENCE.findall(self.text_of(tuple(text)))) % 2 == 1
-
-    @lru_cache(maxsize=256)  # noqa: B019 - as long as the process; a step asks a few times
-    def text_of(self, text: tuple[int, ...]) -> str:
-        return decoded(self._tokenizer, list(text))
 
     def closing_in(self, left: int) -> list[int]:
         """The next token of an open block of which `left` tokens may come, the last of them its
@@ -61,9 +62,8 @@ def _closing(tokenizer: Any, texts: dict[int, str]) -> tuple[int, ...]:
     before = tokens("a")
     lines = [i for i, text in texts.items() if text == "\n"]
     fences = [[i] for i, text in texts.items() if text == "```"]
-    behind = tokens("a" + _CLOSING)[
-        len(before) + 1 :
-    ]  # some put a space before what they begin with
+    # Some tokenizers put a space before what they begin with.
+    behind = tokens("a" + _CLOSING)[len(before) + 1 :]
     for fence in (*fences, tokens("```"), behind):
         closing = (*lines[:1], *fence)
         made = decoded(tokenizer, [*before, *closing])
