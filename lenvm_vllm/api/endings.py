@@ -35,9 +35,6 @@ logger = logging.getLogger("vllm.lenvm")
 
 ROUND = 4  # endings that are sampled side by side
 TAIL = 2 * SENTENCE  # tokens before the end from which the first of them begin
-# Of the tolerance, or a token, that a good ending may miss its target by. A stream does not stop
-# for a length inside its rails.
-NEAR = 0.25
 _CUT = ENDS.index("cut")
 
 
@@ -125,9 +122,7 @@ class Endings(Answers):
 
     def _is_good(self, draft: Draft) -> bool:
         kind, missed = draft.outcome.faults(self.target)
-        width = (self.target.tolerance or 0.0) * self.target.limits[1]
-        near = width if draft.streamed else max(NEAR * width, min(1, width))
-        return kind < _CUT and missed <= near
+        return kind < _CUT and missed <= (self.target.tolerance or 0.0) * self.target.limits[1]
 
     def _is_full(self, draft: Draft) -> bool:
         """Whether requests wait in vLLM's queue, or a stream would have to wait for its round."""
