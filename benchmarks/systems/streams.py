@@ -111,10 +111,12 @@ class Load:
         self._stop = threading.Event()
 
     @contextlib.contextmanager
-    def running(self, clients: int) -> Iterator[None]:
-        """So many guided and as many unguided clients. Raises what one of them raises."""
+    def running(self, clients: int, guided: bool = True) -> Iterator[None]:
+        """So many guided and as many unguided clients, or twice as many unguided ones. Raises what
+        one of them raises."""
         with ThreadPoolExecutor(2 * clients) as threads:
-            work = [threads.submit(self._run, i, i % 2 == 0) for i in range(2 * clients)]
+            kinds = [guided and i % 2 == 0 for i in range(2 * clients)]
+            work = [threads.submit(self._run, i, kind) for i, kind in enumerate(kinds)]
             try:
                 yield
             finally:

@@ -4,7 +4,7 @@ that a server that becomes slow is noticed before anybody's tokens come late."""
 from dataclasses import dataclass
 
 # Late answers in a row from which on nobody waits, until one is in time: a step may wait in vain
-# three times, not for ever.
+# three times, not for ever. One that takes several times as long as it may counts as so many.
 LATE_ANSWERS = 3
 # An answer may take so many times the mean, or so many mean deviations above it, as of TCP's timer.
 # By hand: with the deviations alone every ninth answer of a healthy server was late.
@@ -40,7 +40,7 @@ class _Usual:
 class Patience:
     def __init__(self) -> None:
         self._usual: dict[int, _Usual] = {}  # by the bits of the number of candidates
-        self.late = 0  # answers in a row
+        self.late = 0  # answers in a row, longer ones several times
 
     @property
     def is_slow(self) -> bool:
@@ -61,7 +61,7 @@ class Patience:
 
     def note(self, candidates: int, took: float, allowed: float, late: bool) -> None:
         """An answer has come, after so many seconds of those that it was allowed."""
-        self.late = self.late + 1 if late else 0
+        self.late = self.late + max(1, int(took / max(allowed, 1e-3))) if late else 0
         usual = self._usual.setdefault(candidates.bit_length(), _Usual())
         weight = LATE_WEIGHT if late else LONGER_WEIGHT if took > usual.seconds else WEIGHT
         usual.note(min(took, allowed) if usual.count < FEW else took, weight)

@@ -52,12 +52,20 @@ def test_a_server_that_becomes_slow_is_not_waited_for_and_for_good_it_is_in_the_
     begin = patience.seconds(16, LEAST, MOST)
     for number in range(100):
         assert patience.is_slow == (number >= LATE_ANSWERS)
-        patience.note(16, 0.5, begin, late=True)
+        patience.note(16, 1.5 * begin, begin, late=True)
     assert patience.seconds(16, LEAST, MOST) < 0.5
     for _ in range(2000):
         patience.note(16, 0.5, begin, late=True)
     assert patience.seconds(16, LEAST, MOST) > 0.5
     patience.note(16, 0.5, 0.6, late=False)
+    assert not patience.is_slow
+
+
+def test_an_answer_that_is_late_by_several_steps_is_waited_for_once() -> None:
+    patience = used_to(0.1)
+    patience.note(16, 3.0, 0.2, late=True)
+    assert patience.is_slow
+    patience.note(16, 0.1, 0.2, late=False)
     assert not patience.is_slow
 
 
