@@ -59,7 +59,7 @@ def start(
         ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},
         health_check_period_s=2,
     )
-    @serve.ingress(lambda: build_app(checkpoint, settings))
+    @serve.ingress(lambda: build_app({"": checkpoint}, settings))
     class ValueServer:
         pass
 

@@ -18,7 +18,8 @@ class ServerSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LENVM_SERVER_", frozen=True, extra="forbid")
 
     base_model: str | None = Field(
-        default=None, description="Where the backbone lies, if not where CHECKPOINT says."
+        default=None,
+        description="Where the backbone lies, of each model, if not where CHECKPOINT says.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8100, ge=0, le=65535, description="TCP port.")
@@ -48,7 +49,8 @@ class ServerSettings(BaseSettings):
     slots: int = Field(
         default=65536,
         ge=64,
-        description="Tokens and candidates whose keys and values fit, all sessions together.",
+        description="Tokens and candidates whose keys and values fit, all sessions together; of "
+        "several models each has an even share.",
     )
     max_sessions: int = Field(
         default=512,

@@ -272,6 +272,8 @@ def test_lora_request(engines: Engines) -> None:
     tuned = complete(engines.little, model="tuned", **exact)
     assert len(ids(tuned)) == 30
     assert ids(tuned) != ids(complete(engines.little, **exact))
+    # The base model's value model is that of its adapters, too.
+    assert tuned["choices"][0]["length_result"]["steered_steps"] > 0
 
 
 def test_session_of_a_client_who_hangs_up_is_freed(engines: Engines) -> None:

@@ -22,7 +22,7 @@ from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.telemetry.metrics import HELP
 from tests.support.tiny import tiny_model
 from value_server.engine.engine import Engine
-from value_server.http.metrics import Metrics
+from value_server.http.metrics import Figures, Metrics
 from value_server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -187,10 +187,10 @@ def test_environments_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dashboard_and_autoscaler_name_metrics_that_exist() -> None:
-    figures = Metrics(Engine(tiny_model(), slots=64))
+    figures = Figures({"": Metrics(Engine(tiny_model(), slots=64))})
     exposed = set(re.findall(r"^(lenvm_\w+)", figures.render().decode(), re.MULTILINE))
     exposed |= {f"lenvm_{name}_total" for name in HELP}
-    figures.errors.labels("busy").inc()
+    figures.error("busy", "")
     exposed |= set(re.findall(r"^(lenvm_\w+)", figures.render().decode(), re.MULTILINE))
     dashboard = json.loads((DEPLOY / "grafana" / "lenvm.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

@@ -41,7 +41,7 @@ class Server:
 
 @contextlib.contextmanager
 def served(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *flags: str,
     log: Path | None = None,
     uds: Path | None = None,

@@ -66,7 +66,7 @@ def test_from_a_log_to_a_value_server(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0 < figures["completions"] < 120
     assert figures["completions"] % 2 == 0  # both turns of a conversation are held out
 
-    with TestClient(build_app(out, ServerSettings(device="cpu"))) as client:
+    with TestClient(build_app({"": out}, ServerSettings(device="cpu"))) as client:
         told = client.get(MODEL_PATH).raise_for_status().json()
         served = AutoTokenizer.from_pretrained(base)
         assert told["tokenizer_fingerprint"] == tokenizer_fingerprint(served)

@@ -26,6 +26,11 @@ SESSIONS_PATH = "/v1/sessions"
 KEYS_PATH = "/v1/lookahead-keys"
 
 
+def model_path(name: str) -> str:
+    """What the paths of a value model begin with that has a name on its server."""
+    return f"/models/{name}"
+
+
 class WireError(ValueError):
     """A message that cannot be decoded or contradicts itself, in `field`, if that is known."""
 

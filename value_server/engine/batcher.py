@@ -28,7 +28,7 @@ STUCK_S = 300.0  # a forward pass that takes longer will not end
 class Batcher:
     """Runs jobs on `engine`, of which it holds `max_waiting` at most, finished ones not counted.
 
-    `on_pass(queries, jobs, seconds)` is told of every forward pass.
+    `on_pass(queries, jobs, seconds)` is told of every forward pass. name: of the model, to log.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Batcher:
         engine: Engine,
         max_waiting: int = 1024,
         on_pass: Callable[[int, int, float], None] = lambda *_: None,
+        name: str = "",
     ) -> None:
         self.engine = engine
         self.max_waiting = max_waiting
@@ -50,6 +51,7 @@ class Batcher:
         self._left = 0  # the engine's thread alone counts it
         self._stopped = False
         self._pass_began: float | None = None
+        self._name = f"value engine {name}".rstrip()
         self._thread = threading.Thread(target=self._loop, name="value-engine", daemon=True)
 
     def start(self) -> None:
@@ -129,12 +131,13 @@ class Batcher:
                     self._advance()
             except Exception:
                 # Not the model (that is handled below): a bug of ours. Serve on without the jobs.
-                log.exception("value engine: unexpected error")
+                log.exception("%s: unexpected error", self._name)
                 self.pace.fails(0)
                 for job in list(self._active):
                     self._end(job, ModelError("internal error of the value engine"))
         if self.pace.broken:
-            log.error("value engine: %d passes in a row failed: it is broken", self.pace.failures)
+            failed = self.pace.failures
+            log.error("%s: %d passes in a row failed: it is broken", self._name, failed)
         with self._lock:
             self.draining = True
         self._receive()
@@ -182,7 +185,7 @@ class Batcher:
         try:
             self.engine.admit(job)
         except Exception:
-            log.exception("value engine: cannot admit a job")
+            log.exception("%s: cannot admit a job", self._name)
             self.engine.release(job)
             self._end(job, ModelError("internal error of the value engine"))
             return
@@ -220,7 +223,7 @@ class Batcher:
 
     def _bear(self, failure: PassFailedError) -> None:
         """The next pass is smaller; a row that fails alone, and nothing else does, is refused."""
-        log.warning("value engine: %s", failure)
+        log.warning("%s: %s", self._name, failure)
         if self.pace.fails(failure.queries) and self.engine.works():
             self.pace.failures = 0
             for row in failure.rows:

@@ -1,6 +1,7 @@
 """Everything that the server tells a client it did wrong, or cannot do now.
 
-RequestError 422 ┬ UnknownSessionError 404
+RequestError 422 ┬ UnknownModelError 404
+                 ├ UnknownSessionError 404
                  ├ MalformedError 400
                  ├ UnauthorizedError 401
                  ├ TooLargeError 413
@@ -23,6 +24,13 @@ class RequestError(Exception):
         super().__init__(message)
         self.message = message
         self.field = field
+
+
+class UnknownModelError(RequestError):
+    """The path names no model that this server has."""
+
+    status = 404
+    type = "unknown_model"
 
 
 class UnknownSessionError(RequestError):

@@ -1,6 +1,6 @@
 """The application: routes, the guard in front of them, and what an error looks like."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -9,45 +9,40 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from value_server.contract.wire import WireError, encode
-from value_server.engine.batcher import Batcher
-from value_server.engine.engine import Engine
+from value_server.contract.wire import WireError, model_path
 from value_server.engine.errors import MalformedError, RequestError
 from value_server.http.guard import Guard
-from value_server.http.metrics import Metrics
-from value_server.http.routes import Shared, error_response, model_facts, router, shared
+from value_server.http.metrics import Figures
+from value_server.http.models import Models, ServedModel, name_of
+from value_server.http.routes import error_response, router
 from value_server.http.telemetry import log_refusal
-from value_server.http.text import Texts
 
 HTTP_TYPES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_app(
-    engine: Engine,
-    texts: Texts,
+    served: Mapping[str, ServedModel],
     *,
     tokens: Sequence[str] = (),
     max_body_bytes: int = 16 << 20,
-    max_waiting: int = 1024,
 ) -> FastAPI:
-    """The application; its lifespan starts and stops the engine's thread.
-
-    `engine` should be warm already (Engine.warm_up).
-    """
-    info, keys = model_facts(engine)
-    metrics = Metrics(engine)
-    batcher = Batcher(engine, max_waiting, metrics.on_pass)
+    """The application; its lifespan starts and stops the engines' threads. served: see Models."""
+    models = Models(served)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
+        models.start()
         yield
-        await run_in_threadpool(batcher.stop)
+        await run_in_threadpool(models.stop)
 
     app = FastAPI(title="LenVM value server", lifespan=lifespan)
-    app.state.shared = Shared(batcher, metrics, texts, info, encode(keys) if keys else None)
+    app.state.models = models
+    app.state.figures = Figures({name: model.metrics for name, model in served.items()})
     app.include_router(router)
-    app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, refuse=refuse)
+    app.include_router(router, prefix=model_path("{model:path}"), include_in_schema=False)
+    app.add_middleware(
+        Guard, names=list(served), tokens=tokens, max_body_bytes=max_body_bytes, refuse=refuse
+    )
     for kind in (RequestError, WireError, RequestValidationError):
         app.add_exception_handler(kind, on_refusal)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -57,9 +52,13 @@ def create_app(
 
 def refuse(request: Request, error: RequestError) -> Response:
     """Count the error, log it, and answer with it."""
-    shared(request).metrics.errors.labels(error.type).inc()
+    count(request, error.type)
     log_refusal(request, error)
     return error_response(error.status, error.type, error.message, error.field)
+
+
+def count(request: Request, kind: str) -> None:
+    request.app.state.figures.error(kind, name_of(request))
 
 
 async def on_refusal(request: Request, error: Exception) -> Response:
@@ -73,7 +72,7 @@ async def on_http_error(_: Request, error: Exception) -> Response:
 
 
 async def on_bug(request: Request, _: Exception) -> Response:
-    shared(request).metrics.errors.labels("internal_error").inc()
+    count(request, "internal_error")
     return error_response(500, "internal_error", "internal error, see the server's log", None)
 
 

@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from value_server.contract.wire import model_path
 from value_server.engine.errors import RequestError, TooLargeError, UnauthorizedError
 
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/health", "/ready")  # of each model, too
 
 
 class Guard:
@@ -27,6 +28,7 @@ class Guard:
         self,
         app: ASGIApp,
         *,
+        names: Sequence[str],
         tokens: Sequence[str],
         max_body_bytes: int,
         refuse: Callable[[Request, RequestError], Response],
@@ -35,6 +37,8 @@ class Guard:
         self.max_body_bytes = max_body_bytes
         self.refuse = refuse
         self._expected = [f"Bearer {token}".encode() for token in tokens]
+        prefixes = ["", *map(model_path, names)]
+        self._open = {prefix + path for prefix in prefixes for path in OPEN_PATHS}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,7 +57,7 @@ class Guard:
     def _client(self, scope: Scope) -> str:
         """Raises UnauthorizedError. Compares with all tokens in the time that the longest takes."""
         address = (scope.get("client") or ("local",))[0]
-        if not self._expected or scope["path"] in OPEN_PATHS:
+        if not self._expected or scope["path"] in self._open:
             return str(address)
         given = dict(scope["headers"]).get(b"authorization", b"")
         matches = [hmac.compare_digest(given, expected) for expected in self._expected]

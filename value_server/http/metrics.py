@@ -1,4 +1,4 @@
-"""What the server counts, in a Prometheus registry of its own.
+"""What the server counts, in Prometheus registries of its own: one a model.
 
     lenvm_step_seconds
     ├ lenvm_encode_seconds    bytes to rows, and logits to bytes
@@ -10,7 +10,7 @@
 Each counts once for every answered step, so their averages add up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prometheus_client import (
@@ -22,6 +22,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from value_server.engine.engine import Engine
 from value_server.engine.job import Job, JobResult
@@ -31,7 +32,7 @@ COUNTS = tuple(float(2**n) for n in range(13))
 
 
 class Metrics(Collector):
-    """Figures of one server: those that it is told, and those that the engine keeps itself."""
+    """Figures of one model: those that it is told, and those that the engine keeps itself."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -44,7 +45,6 @@ class Metrics(Collector):
         self._pass = self._seconds("pass", "Time of a forward pass.")
         self._pass_queries = self._counts("tokens", "Tokens and candidates in a forward pass.")
         self._pass_jobs = self._counts("requests", "Requests in a forward pass.")
-        self.errors = self._counter("errors", "Requests refused or failed.", "type")
         self._lookahead = self._counter("rows_lookahead", "Rows of steps that ask for lookahead.")
         self._pending = self._counter("rows_pending", "Rows of steps answered without values.")
         self._refused = self._counter("rows_refused", "Rows of steps refused.", "type")
@@ -68,18 +68,6 @@ class Metrics(Collector):
         self._queue.observe(job.queue_seconds)
         self._prefill.observe(job.prefill_seconds)
         self._compute.observe(job.compute_seconds)
-
-    def listen(self, host: str, port: int, cert: Path | None, key: Path | None) -> int:
-        """Show the figures, and nothing else, on a port of their own; the port (another for 0).
-
-        https where a certificate is given. Raises OSError where the port is not to be had.
-        """
-        cert_file, key_file = (str(path) if path else None for path in (cert, key))
-        try:
-            server, _thread = start_http_server(port, host, self.registry, cert_file, key_file)
-        except OSError as error:
-            raise OSError(f"metrics_port: {host}:{port}: {error.strerror}") from error
-        return int(server.server_port)
 
     def collect(self) -> Iterator[Metric]:
         """What the engine keeps: gauges, and counters, whose names get `_total`."""
@@ -113,10 +101,6 @@ class Metrics(Collector):
         ):
             yield CounterMetricFamily(f"lenvm_{name}", text, value)
 
-    def render(self) -> bytes:
-        """The text format of Prometheus."""
-        return generate_latest(self.registry)
-
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"lenvm_{name}", text, labels, registry=self.registry)
 
@@ -125,3 +109,51 @@ class Metrics(Collector):
 
     def _counts(self, name: str, text: str) -> Histogram:
         return Histogram(f"lenvm_pass_{name}", text, buckets=COUNTS, registry=self.registry)
+
+
+class Figures(Collector):
+    """All figures of a server; those of a model that has a name are labelled with it."""
+
+    def __init__(self, models: Mapping[str, Metrics]) -> None:
+        self._models = dict(models)
+        self._own, self._registry = CollectorRegistry(), CollectorRegistry()
+        text = "Requests refused or failed."
+        self._errors = Counter("lenvm_errors", text, ("type", "model"), registry=self._own)
+        self._registry.register(self)
+
+    def error(self, kind: str, model: str) -> None:
+        """A request was refused, or failed. model: that it named, if it is one."""
+        self._errors.labels(kind, model if model in self._models else "").inc()
+
+    def listen(self, host: str, port: int, cert: Path | None, key: Path | None) -> int:
+        """Show the figures, and nothing else, on a port of their own; the port (another for 0).
+
+        https where a certificate is given. Raises OSError where the port is not to be had.
+        """
+        cert_file, key_file = (str(path) if path else None for path in (cert, key))
+        try:
+            server, _thread = start_http_server(port, host, self._registry, cert_file, key_file)
+        except OSError as error:
+            raise OSError(f"metrics_port: {host}:{port}: {error.strerror}") from error
+        return int(server.server_port)
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a name, with the samples of all models."""
+        families: dict[str, Metric] = {}
+        registries = [(name, model.registry) for name, model in self._models.items()]
+        for name, registry in [*registries, ("", self._own)]:
+            for found in registry.collect():
+                known = families.setdefault(found.name, found)
+                samples = [_labelled(sample, name) for sample in found.samples]
+                known.samples = samples if known is found else [*known.samples, *samples]
+        yield from families.values()
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self._registry)
+
+
+def _labelled(sample: Sample, model: str) -> Sample:
+    """With the label `model`; a model without a name has none, as where there is but one."""
+    labels = {"model": model} | sample.labels
+    return sample._replace(labels={key: value for key, value in labels.items() if value})

@@ -21,6 +21,8 @@ _NO_VALUES = (
 _LOST = {
     "^TimedOut": "it hangs, or a firewall is between: look into its log, and start it anew",
     "^Mismatch": "install the same version of lenvm-vllm on both sides",
+    "unknown_model": "name one that it has in LENVM_URL, http://host:port/models/NAME, or "
+    "`{serve}`",
     "HTTP 401": "set LENVM_TOKEN or LENVM_TOKEN_FILE to one of its tokens, for vLLM too",
     "HTTP 5": "it is ending, or ill: look into its log, and start it anew",
     "^Refused|^BadReply": _NO_VALUES,
@@ -106,12 +108,12 @@ def _request(tokens: int, **more: Any) -> wire.StepRequest:
 
 
 def _serve(url: str) -> str:
-    if url.startswith("unix:"):
-        return f"lenvm serve CHECKPOINT --uds {url.removeprefix('unix:')}"
-    port = url.rstrip("/").rpartition(":")[2]
-    return "lenvm serve CHECKPOINT" + (
-        f" --port {port}" if port.isdigit() and port != "8100" else ""
-    )
+    place, named, name = url.rstrip("/").partition(wire.model_path(""))
+    serve = f"lenvm serve {name}=CHECKPOINT" if named else "lenvm serve CHECKPOINT"
+    if place.startswith("unix:"):
+        return f"{serve} --uds {place.removeprefix('unix:').removesuffix(':')}"
+    port = place.rpartition(":")[2]
+    return serve + (f" --port {port}" if port.isdigit() and port != "8100" else "")
 
 
 def _tokenizer(model: str, served: dict[str, wire.ModelInfo]) -> Iterator[Finding]:

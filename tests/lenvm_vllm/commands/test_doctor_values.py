@@ -162,6 +162,17 @@ def test_no_value_server(values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert advice == "install the same version of lenvm-vllm on both sides"
 
 
+def test_a_model_that_the_server_does_not_have(
+    values: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = {"type": "unknown_model", "message": "no model 'b'; this server has …: a"}
+    values.answer = (404, json.dumps({"error": error}).encode())
+    seen, advice = told(f"{values.url()}/models/b", monkeypatch)
+    assert "no model 'b'; this server has" in seen
+    assert advice.startswith("name one that it has in LENVM_URL, http://host:port/models/NAME, or ")
+    assert advice.endswith(f"`lenvm serve b=CHECKPOINT --port {values.server_port}`")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "seen"),
     [

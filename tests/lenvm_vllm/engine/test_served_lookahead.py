@@ -12,6 +12,7 @@ from tests.support.toy import SECONDS, request, tell, values
 from tests.support.value_servers import in_thread
 from value_server.engine.engine import Engine
 from value_server.http.app import create_app
+from value_server.http.models import ServedModel
 from value_server.http.text import Texts
 from value_server.model.lookahead import logits_after
 
@@ -28,7 +29,8 @@ def naive(text: list[int], tokens: list[int]) -> torch.Tensor:
 
 
 def test_values_are_those_of_the_head_whether_told_ahead_or_asked_in_the_step() -> None:
-    app = create_app(Engine(tiny.tiny_lookahead(), slots=400), Texts(None))
+    served = ServedModel.of(Engine(tiny.tiny_lookahead(), slots=400), Texts(None))
+    app = create_app({"": served})
     states = [request(prompt=[n + 1, 2]) for n in range(3)]
     with in_thread(uvicorn.Server(uvicorn.Config(app, log_level="warning"))) as (url, _):
         replicas = Replicas({url: ValueClient(url, timeout_s=SECONDS)})

@@ -17,6 +17,7 @@ from tests.support.slots import check_integrity
 from tests.support.value_servers import as_client, in_thread, naive, step, step_body
 from value_server.contract import wire
 from value_server.http.app import create_app
+from value_server.http.models import ServedModel
 from value_server.http.text import Texts
 
 
@@ -45,7 +46,7 @@ class Served:
 @pytest.fixture
 def served() -> Iterator[Served]:
     engine = BlockedEngine(prefill_tokens=64)
-    app = create_app(engine, Texts(None), max_waiting=8)
+    app = create_app({"": ServedModel.of(engine, Texts(None), max_waiting=8)})
     with (
         in_thread(uvicorn.Server(uvicorn.Config(app, log_level="warning"))) as (url, _),
         as_client(url) as client,

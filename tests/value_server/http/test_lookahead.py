@@ -14,6 +14,7 @@ from tests.support.value_servers import as_client, in_thread, naive, step, step_
 from value_server.contract import wire
 from value_server.engine.engine import Engine
 from value_server.http.app import create_app
+from value_server.http.models import ServedModel
 from value_server.http.text import Texts
 from value_server.model.value_model import ValueModel
 
@@ -22,7 +23,8 @@ RANK = 5
 
 @contextmanager
 def serving(model: ValueModel, token: str = "") -> Iterator[httpx.Client]:
-    app = create_app(Engine(model, slots=400), Texts(None), tokens=[token] if token else [])
+    served = ServedModel.of(Engine(model, slots=400), Texts(None))
+    app = create_app({"": served}, tokens=[token] if token else [])
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with in_thread(server) as (url, _), as_client(url, token) as client:
         yield client

@@ -24,14 +24,15 @@ from value_server.contract import wire
 from value_server.contract.values import length_from_logit
 from value_server.engine.engine import Engine
 from value_server.http.app import create_app
+from value_server.http.models import ServedModel
 from value_server.http.text import Texts
 from value_server.serve import BROKEN, ValueServer
 
 
 def test_what_runs_is_finished_and_what_comes_is_refused() -> None:
     engine = BlockedEngine()
-    app = create_app(engine, Texts(None))
-    server = ValueServer(uvicorn.Config(app, log_level="warning"), app.state.shared.batcher, 0)
+    app = create_app({"": ServedModel.of(engine, Texts(None))})
+    server = ValueServer(uvicorn.Config(app, log_level="warning"), app.state.models, 0)
     with (
         in_thread(server) as (url, thread),
         as_client(url) as client,
@@ -109,7 +110,7 @@ def test_a_plugin_reads_another_checkpoint_rightly() -> None:
     def server(seed: int, gamma: float) -> uvicorn.Server:
         model = tiny_model(seed)
         model.lenvm = msgspec.structs.replace(model.lenvm, gamma=gamma)
-        app = create_app(Engine(model, slots=400), Texts(None))
+        app = create_app({"": ServedModel.of(Engine(model, slots=400), Texts(None))})
         return uvicorn.Server(uvicorn.Config(app, log_level="warning"))
 
     def ask(start: int, tokens: list[int]) -> tuple[float, int]:

@@ -12,11 +12,9 @@ from lenvm_vllm.commands.cli import main
 from lenvm_vllm.commands.processes import free_port
 from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.values.client import Refused, Unreachable, ValueClient
-from tests.support.tiny import tiny_model
 from tests.support.value_servers import Server, as_client, served, step, step_body
 from value_server.contract import wire
-from value_server.engine.engine import Engine
-from value_server.http.metrics import Metrics
+from value_server.http.metrics import Figures
 from value_server.settings import ServerSettings
 
 pytestmark = pytest.mark.e2e
@@ -135,6 +133,6 @@ def test_metrics_on_a_port_of_their_own(server: Server, client: httpx.Client) ->
 
 def test_a_busy_metrics_port_is_told_at_once(server: Server) -> None:
     address = f"127.0.0.1:{server.metrics_port}"
-    metrics = Metrics(Engine(tiny_model(), slots=64))
+    figures = Figures({})
     with pytest.raises(OSError, match=f"metrics_port: {address}: Address already in use"):
-        metrics.listen("127.0.0.1", server.metrics_port, None, None)
+        figures.listen("127.0.0.1", server.metrics_port, None, None)

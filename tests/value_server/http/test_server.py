@@ -225,7 +225,7 @@ def test_unusable_checkpoint_is_one_line(
     monkeypatch.setattr("value_server.serve.signal.signal", lambda *_: None)
     folder = tmp_path / "nowhere" if how == "missing" else broken(tmp_path, how)
     with pytest.raises(SystemExit) as ended:
-        serve(folder, settings=ServerSettings(port=0))
+        serve([str(folder)], settings=ServerSettings(port=0))
     error = str(ended.value)
     assert error.startswith(f"error: cannot serve {folder}: ")
     assert "\n" not in error
