@@ -23,6 +23,8 @@ def _listed(urls: Any) -> Any:
 
 
 def _checked(urls: tuple[str, ...]) -> tuple[str, ...]:
+    if not urls:
+        raise ValueError("no server is named")
     for url in urls:
         if not url.startswith(_SCHEMES):
             raise ValueError(f"expected http://host:port, https://… or unix:/path, got {url!r}")
@@ -37,8 +39,11 @@ Urls = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValid
 class Settings(BaseSettings):
     """Read from LENVM_<NAME> in the environment; `--additional-config '{"lenvm": {...}}'` wins.
 
-    url: of the value server, http://host:port or unix:/path/to/socket; several replicas with
+    url: of the value server, http://host:port or unix:/path/to/socket, with /models/NAME behind
+        it where it has several models (unix:/path/to/socket:/models/NAME); several replicas with
         commas between them, or as a JSON list.
+    adapters: the same for LoRA adapters that have value models of their own, by their names; the
+        texts of all others have the values of `url`.
     token, token_file: bearer token, or the file that holds it, if the server asks for one.
     tls_ca: PEM file of the authority that signs the certificates of https:// servers.
     wait_share: how long a step may wait for values, in times of what vLLM's own step takes. Texts
@@ -72,7 +77,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LENVM_", frozen=True, extra="forbid")
 
-    url: Urls = Field(("http://127.0.0.1:8100",), min_length=1)
+    url: Urls = ("http://127.0.0.1:8100",)
+    adapters: dict[str, Urls] = {}
     token: SecretStr | None = None
     token_file: Path | None = None
     tls_ca: Path | None = None
@@ -95,6 +101,12 @@ class Settings(BaseSettings):
     max_candidates: int = Field(constants.MAX_CANDIDATES, ge=1)
     scored_mass: float = Field(constants.SCORED_MASS, gt=0, le=1)
     max_scored: int = Field(constants.MAX_SCORED, ge=2)
+
+    @property
+    def servers(self) -> list[str]:
+        """URLs of all value servers, each once."""
+        urls = [self.url, *self.adapters.values()]
+        return list(dict.fromkeys(url for each in urls for url in each))
 
     @property
     def connection(self) -> dict[str, Any]:

@@ -54,9 +54,12 @@ class Forecast:
     ) -> None:
         """Connects to nothing yet. date: seconds since 1970."""
         options = settings.connection
-        self._servers = deque(
-            _Server(async_http_client(url, transport=transport, **options)) for url in settings.url
-        )
+        servers = {
+            url: _Server(async_http_client(url, transport=transport, **options))
+            for url in settings.servers
+        }
+        own = {**settings.adapters, "": settings.url}
+        self._servers_of = {name: deque(servers[url] for url in urls) for name, urls in own.items()}
         self._aging = settings.aging
         self._clock = clock
         self._date = date
@@ -115,8 +118,9 @@ class Forecast:
         """The answer of the first server that has one; each request begins with another."""
         if (prompt := to_predict(request)) is None:
             return None
-        self._servers.rotate(-1)
-        for server in list(self._servers):
+        servers = self._servers_of.get(str(request.get("model")), self._servers_of[""])
+        servers.rotate(-1)
+        for server in list(servers):
             if self._clock() < server.silent_until:
                 continue
             try:

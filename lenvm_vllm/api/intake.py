@@ -10,7 +10,7 @@ from lenvm_vllm.api.errors import check_context
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
-from lenvm_vllm.target.request import LengthTarget
+from lenvm_vllm.target.request import ADAPTER, LengthTarget
 
 
 def take_in(config: Any, request: Any) -> None:
@@ -23,6 +23,8 @@ def take_in(config: Any, request: Any) -> None:
         return
     target = resolved(target, config)
     params.extra_args = {**params.extra_args, **target.to_xargs()}
+    if request.lora_request is not None:  # the engine's processors are not told
+        params.extra_args[ADAPTER] = request.lora_request.lora_name
     prompt = len(request.prompt_token_ids or ())
     room = config.model_config.max_model_len - prompt
     if not only_prefills(config):

@@ -19,7 +19,7 @@ from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.steering.candidates import Writes
 from lenvm_vllm.target.admission import markers_of, resolved
-from lenvm_vllm.target.request import HAS_CALLS, LengthTarget, LengthTargetError
+from lenvm_vllm.target.request import ADAPTER, HAS_CALLS, LengthTarget, LengthTargetError
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.telemetry.progress import KEY, Progress
 from lenvm_vllm.text.letters import Letters
@@ -45,8 +45,9 @@ class EngineRows:
         self._letters = Letters(tokenizer, self._markers)
         self._counters = Counters()
         self._progress = Progress()
+        self._client = client or connect(settings)
         self._sessions = Sessions(
-            client or connect(settings),
+            self._client,
             cache(lambda: None if tokenizer is None else tokenizer_fingerprint(tokenizer)),
             self._counters,
         )
@@ -73,8 +74,10 @@ class EngineRows:
         text_only = counter is not None and not calls
         if leads := ranks.leads():
             self._counters.add("requests")
+        session = session_of(params.extra_args)
+        self._client.assign(session, str(params.extra_args.get(ADAPTER, "")))
         return RequestState(
-            session=session_of(params.extra_args),
+            session=session,
             target=target,
             prompt_ids=prompt_ids,
             output_ids=output_ids,

@@ -36,6 +36,7 @@ WHERE = {
     "ChatCompletionRequest": f"{_CHAT}:ChatCompletionRequest",
     "EngineCoreRequest": "vllm.v1.engine:EngineCoreRequest",
     "InputProcessor": "vllm.v1.engine.input_processor:InputProcessor",
+    "LoRARequest": "vllm.lora.request:LoRARequest",
     "apply_top_k_top_p": "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
     "apply_all_penalties": "vllm.v1.sample.ops.penalties:apply_all_penalties",
     "cached_tokenizer_from_config": "vllm.tokenizers:cached_tokenizer_from_config",
@@ -70,7 +71,8 @@ FIELDS = {
         "min_p thinking_token_budget stop repetition_penalty frequency_penalty presence_penalty"
     ),
     "InputProcessor": "process_inputs",
-    "EngineCoreRequest": "sampling_params prompt_token_ids prompt_embeds",
+    "EngineCoreRequest": "sampling_params prompt_token_ids prompt_embeds lora_request",
+    "LoRARequest": "lora_name",
     "BatchUpdate": "removed added moved",
     "MoveDirectionality": "SWAP UNIDIRECTIONAL",
     "LogitsContext": "idx_mapping_np seq_lens_upper_bound_np",

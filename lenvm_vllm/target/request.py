@@ -22,9 +22,9 @@ from lenvm_vllm.steering.constants import DEFAULT_TOLERANCE
 from lenvm_vllm.target.misplaced import FIELD, PREFIX, is_meant
 from value_server.contract.units import UNITS
 
-# Keys in `vllm_xargs` beside those of the field: the id that a request came with, and whether its
-# tool calls are taken out of its text.
-REQUEST_ID, HAS_CALLS = "lenvm_request_id", "lenvm_has_calls"
+# Keys in `vllm_xargs` beside those of the field: the id that a request came with, whether its tool
+# calls are taken out of its text, and the LoRA adapter that writes it.
+REQUEST_ID, HAS_CALLS, ADAPTER = "lenvm_request_id", "lenvm_has_calls", "lenvm_adapter"
 
 # Units in which no length can be asked for.
 _OTHER_UNITS = {"chars", "letters", "sentences", "paragraphs", "lines", "pages", "bytes"}

@@ -5,6 +5,9 @@ engine that knows the same list agrees) and stays there while that one lives. A 
 sessions go each to its own next one, with their whole text; nobody else's move. A replica that
 comes back, or a new one, gets new sessions only: to move an old one would compute its text anew.
 
+Texts of a LoRA adapter with value servers of its own belong to those; where none of them lives, to
+the others, whose values are for the same tokens.
+
 Each replica has a thread, which carries one message at a time. A step waits for its answer as
 long as it may; while the answer is still out, that replica is not asked, and nobody waits for it.
 
@@ -44,20 +47,31 @@ Build = Callable[[list[int], list[str], float, int], wire.StepRequest]
 def connect(settings: Settings) -> "Replicas":
     """Connects to nothing yet. Raises OSError for a file of the settings that cannot be read."""
     options = settings.connection
-    clients = {url: ValueClient(url, **options) for url in settings.url}
-    return Replicas(clients, looks_ahead=settings.scoring != "exact")
+    clients = {url: ValueClient(url, **options) for url in settings.servers}
+    return Replicas(clients, settings.scoring != "exact", {**settings.adapters, "": settings.url})
 
 
 class Replicas:
     """One or more value servers that answer as one. For one thread at a time."""
 
-    def __init__(self, clients: Mapping[str, OneServer], looks_ahead: bool = True) -> None:
-        """clients: by URL. looks_ahead: whether lookahead heads are used."""
+    def __init__(
+        self,
+        clients: Mapping[str, OneServer],
+        looks_ahead: bool = True,
+        adapters: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """clients: by URL. looks_ahead: whether lookahead heads are used. adapters: URLs of the
+        servers of an adapter's texts, by its name, "" for all others; None: all are for all."""
         self._looks_ahead = looks_ahead
         self._replicas = [
             Replica(url, client, ThreadPoolExecutor(1, thread_name_prefix="lenvm-values"))
             for url, client in clients.items()
         ]
+        self._replicas_of = {
+            name: [replica for replica in self._replicas if replica.url in urls]
+            for name, urls in (adapters or {"": list(clients)}).items()
+        }
+        self._adapters: dict[str, str] = {}  # of sessions, where it has servers of its own
         self._places: dict[str, Replica] = {}
         self._error: ValueServerError | None = None  # by which the last one was lost
         self._gamma: float | None = None
@@ -98,8 +112,14 @@ class Replicas:
         served = self._place(session).served
         return served is not None and served.keys is not None
 
+    def assign(self, session: str, adapter: str) -> None:
+        """The text of this session, which is new, is written by this adapter."""
+        if adapter and adapter in self._replicas_of:
+            self._adapters[session] = adapter
+
     def close(self, session: str) -> None:
         """This session is over: tell its server with the next message."""
+        self._adapters.pop(session, None)
         place = self._places.pop(session, None)
         if place is not None and place.served is not None:  # else it drops the session by itself
             place.closed.append(session)
@@ -210,7 +230,9 @@ class Replicas:
         """The replica of a session. Raises ValueServerError when none lives."""
         place = self._places.get(session)
         if place is None or place.served is None:
-            place = max(self._live(), key=lambda replica: rank(replica.url, session))
+            own = self._replicas_of[self._adapters.get(session, "")]
+            live = [replica for replica in own if replica.served] or self._live()
+            place = max(live, key=lambda replica: rank(replica.url, session))
             self._places.pop(session, None)
             self._places[session] = place
             if len(self._places) > MOST_SESSIONS:

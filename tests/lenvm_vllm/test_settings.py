@@ -31,6 +31,16 @@ def test_wrong_urls_are_named(given: Any) -> None:
         load_settings({"lenvm": {"url": given}})
 
 
+def test_servers_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENVM_ADAPTERS", '{"sql": "http://b:1/models/sql", "law": ["http://a:1"]}')
+    found = load_settings({"lenvm": {"url": "http://a:1,unix:/run/s:/models/base"}})
+    assert found.adapters == {"sql": ("http://b:1/models/sql",), "law": ("http://a:1",)}
+    assert found.servers == ["http://a:1", "unix:/run/s:/models/base", "http://b:1/models/sql"]
+    for wrong in ({"sql": "b:1"}, {"sql": []}, "http://b:1"):
+        with pytest.raises(ValueError, match="adapters"):
+            load_settings({"lenvm": {"adapters": wrong}})
+
+
 @pytest.mark.parametrize(
     "wrong", [{"wait_share": -0.1}, {"wait_floor_s": -1}, {"timeout_s": 0}, {"wait": 1}]
 )

@@ -46,7 +46,7 @@ def findings(model: str | None) -> Iterator[Finding]:
         yield from _settings(error)
         return
     served: dict[str, wire.ModelInfo] = {}
-    for url in settings.url:
+    for url in settings.servers:
         remedies = {error: advice.format(serve=_serve(url)) for error, advice in _LOST.items()}
         look = _server(url, settings.timeout_s, connection, served)
         yield from guarded("value server", url, look, remedies)

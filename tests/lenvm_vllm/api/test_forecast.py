@@ -87,6 +87,23 @@ def test_every_endpoint_is_asked_in_its_own_words(request_body, asked) -> None:
     assert server.asked == [asked]
 
 
+def test_an_adapter_with_servers_of_its_own_is_asked_there() -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, json={"predicted_tokens": 7})
+
+    made = forecast(answer, url="http://a", adapters={"sql": "http://b/models/sql"})  # type: ignore[arg-type]
+    for model in ("base", "sql", "other"):
+        assert tokens(made, {"messages": CHAT, "model": model}) == 7
+    assert asked == [
+        "http://a/v1/predict",
+        "http://b/models/sql/v1/predict",
+        "http://a/v1/predict",
+    ]
+
+
 @pytest.mark.parametrize(
     "request_body",
     [

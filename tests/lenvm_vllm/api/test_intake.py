@@ -36,7 +36,9 @@ OWN = {
 def taken(wanted: SamplingParams, prompt: Any = (7, 8), **facts: Any) -> SamplingParams:
     """What the engine gets of it."""
     served = config(**facts)
-    request = SimpleNamespace(sampling_params=wanted.clone(), prompt_token_ids=list(prompt))
+    request = SimpleNamespace(
+        sampling_params=wanted.clone(), prompt_token_ids=list(prompt), lora_request=None
+    )
     take_in(served, request)
     return request.sampling_params
 

@@ -123,8 +123,13 @@ def test_no_guidance_of_drafts(target: Any) -> None:
         made.speculative_config = drafts
         wishes = [params(), params(target)]
         for wanted in wishes if drafts is None else wishes[:1]:
-            take_in(made, SimpleNamespace(sampling_params=wanted, prompt_token_ids=[7]))
-        refused = SimpleNamespace(sampling_params=params(target), prompt_token_ids=[7])
+            take_in(
+                made,
+                SimpleNamespace(sampling_params=wanted, prompt_token_ids=[7], lora_request=None),
+            )
+        refused = SimpleNamespace(
+            sampling_params=params(target), prompt_token_ids=[7], lora_request=None
+        )
         if drafts is not None:
             with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
                 take_in(made, refused)

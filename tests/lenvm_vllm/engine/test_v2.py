@@ -50,7 +50,9 @@ def test_the_class_itself_is_taken_too() -> None:
 def test_a_step_without_values_is_cut_by_the_plugin() -> None:
     """vLLM is not told of the cut, which it would apply to steered rows, too."""
     runner = Runner(Server(TimedOut("slow")))
-    request = SimpleNamespace(sampling_params=params(free(9), top_k=3), prompt_token_ids=[7, 8])
+    request = SimpleNamespace(
+        sampling_params=params(free(9), top_k=3), prompt_token_ids=[7, 8], lora_request=None
+    )
     take_in(config(v2=True), request)
     runner.add(0, request.sampling_params)
     runner.add(1, params(top_k=3))
