@@ -1,5 +1,6 @@
 """Pictures of lengths. matplotlib loads when one is drawn."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ def check_picture(field: str, path: Path | None) -> None:
 
 def plot_calibration(figures: Mapping[str, Any], path: Path) -> None:
     """Predicted against true length, and the error by position, of `figures.summarise`."""
+    _calibration(figures)(path)
+
+
+def calibration_svg(figures: Mapping[str, Any]) -> str:
+    """The same as an element of a page."""
+    drawn = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    _calibration(figures)(drawn, format="svg", metadata=nothing)
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]  # behind what begins a file
+
+
+def _calibration(figures: Mapping[str, Any]) -> Any:
+    """What saves the picture."""
     left, right, save = _two_axes()
     points = figures["calibration"]
     predicted = [point["predicted"] for point in points]
@@ -26,7 +40,7 @@ def plot_calibration(figures: Mapping[str, Any], path: Path) -> None:
     errors = figures["length_error_by_position"]
     right.bar([f"{float(position):.0%}" for position in errors], list(errors.values()))
     right.set(xlabel="of the completion written", ylabel="median |error| / tokens to come")
-    save(path)
+    return save
 
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]], path: Path) -> None:

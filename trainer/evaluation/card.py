@@ -61,17 +61,20 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
 
 
 def result_table(figures: Mapping[str, Any]) -> str:
-    """Markdown: the model and each baseline in a row; MRE by domain, R² of values."""
-    return table(
-        [
-            {"predictor": name}
-            | {f"MRE {domain}": f"{error:.1%}" for domain, error in row["mre"].items()}
-            | {"median error": f"{row['median_error'][ALL]:.1%}"}
-            | {"rank correlation": _two_digits(row["rank_correlation"][ALL])}
-            | {"R²": _two_digits(row["r2"])}
-            for name, row in {"this model": figures, **figures["baselines"]}.items()
-        ]
-    )
+    """Markdown of `result_rows`."""
+    return table(result_rows(figures))
+
+
+def result_rows(figures: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The model and each baseline in a row; MRE by domain, R² of values."""
+    return [
+        {"predictor": name}
+        | {f"MRE {domain}": f"{error:.1%}" for domain, error in row["mre"].items()}
+        | {"median error": f"{row['median_error'][ALL]:.1%}"}
+        | {"rank correlation": _two_digits(row["rank_correlation"][ALL])}
+        | {"R²": _two_digits(row["r2"])}
+        for name, row in {"this model": figures, **figures["baselines"]}.items()
+    ]
 
 
 def _two_digits(figure: float | None) -> str:

@@ -9,6 +9,7 @@ from trainer.evaluation.card import agreement_table, result_table, write_card
 from trainer.evaluation.figures import Predicted, summarise
 from trainer.evaluation.lookahead import Agreement, agreement
 from trainer.evaluation.predictors import predictors, split_as_trained
+from trainer.evaluation.report import write_report
 from trainer.output import show
 from trainer.plots import check_picture, plot_calibration
 from trainer.reading import Reading
@@ -32,6 +33,7 @@ def evaluate(
     reading: Reading = Reading(),
     ahead: Agreement = Agreement(),
     plot: Path | None = None,
+    html: Path | None = None,
     card: bool = False,
 ) -> dict[str, Any]:
     """Evaluate CHECKPOINT on the prompts of ROLLOUTS that training did not see.
@@ -54,12 +56,16 @@ def evaluate(
         recorded, and 1 for rollouts of other prompts than those trained on.
     plot
         Picture of predicted against true lengths to write, as .png, .svg or .pdf.
+    html
+        Page to write: calibration, errors by domain and position, and the worst prompts, with
+        their texts.
     card
         Write the figures into the checkpoint's README.md.
     """
     check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
     reading.check()
     check_picture("plot", plot)
+    check(html is None or html.suffix == ".html", "html", str(html), "a name in .html")
     config = read_config(checkpoint)
     ahead.check(config)
     learnt = TokenizerOf(str(checkpoint), config.tokenizer_fingerprint)
@@ -82,8 +88,11 @@ def evaluate(
             text += "\n\n" + agreement_table(figures)
         if plot:
             plot_calibration(result, plot)
+        told = result | {"rollouts": rollouts.name}
+        if html:
+            write_report(html, checkpoint, config, told, next(iter(found.values())))
         if card:
-            write_card(checkpoint, config, result | {"rollouts": rollouts.name})
+            write_card(checkpoint, config, told)
         show(text, result, reading.only_json)
     return result
 
