@@ -61,7 +61,7 @@ def write_report(
         _table(_by_domain(texts, forecasts, config.gamma)),
         "<h2>The worst prompts</h2>",
         f"<p>Half of all prompts are foretold within a factor of {half:.2f}, nine tenths within "
-        f"{most:.2f}. Those furthest off, in either direction:</p>",
+        f"{most:.2f}. Those furthest off, in either direction (≥: completions were cut):</p>",
         _table(_worst(texts, forecasts)),
     ]
     page = (
@@ -96,6 +96,7 @@ def _by_domain(
 
 def _worst(texts: Sequence[Predicted], forecasts: Mapping[str, Forecasts]) -> list[dict[str, str]]:
     said = {(t.rollout.domain, t.rollout.prompt_id): t.rollout.prompt for t in texts}
+    cut = {(t.rollout.domain, t.rollout.prompt_id) for t in texts if not t.rollout.finished}
     domains = [domain for domain, own in forecasts.items() for _ in own.prompts]
     own = together(forecasts)
     factors = _factors(own)
@@ -103,10 +104,11 @@ def _worst(texts: Sequence[Predicted], forecasts: Mapping[str, Forecasts]) -> li
     for i in np.argsort(-factors, kind="stable")[:WORST]:
         prompt = own.prompts[i]
         text = said[domains[i], prompt] or f"prompt_id {prompt}"
+        least = "≥ " if (domains[i], prompt) in cut else ""
         rows.append(
             {
                 "domain": domains[i],
-                "length": f"{own.length[i]:.0f}",
+                "length": f"{least}{own.length[i]:.0f}",
                 "foretold": f"{own.predicted[i]:.0f}",
                 "factor": f"{factors[i]:.1f}",
                 "prompt": text if len(text) <= SHOWN else text[:SHOWN] + "…",

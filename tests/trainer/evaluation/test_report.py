@@ -58,13 +58,18 @@ class Page(HTMLParser):
 
 
 def text(
-    number: int, length: int, foretold: float, prompt: str = "", domain: str = "d"
+    number: int,
+    length: int,
+    foretold: float,
+    prompt: str = "",
+    domain: str = "d",
+    finished: bool = True,
 ) -> Predicted:
     """A text whose forecast is `foretold` at its prompt's end, and right behind it."""
     ids = np.arange(length)
-    rollout = Rollout(f"p{number}", domain, np.arange(3), ids, True, prompt=prompt)
+    rollout = Rollout(f"p{number}", domain, np.arange(3), ids, finished, prompt=prompt)
     u = known_values(rollout, GAMMA, 999)
-    lengths = torch.tensor([foretold, *range(length - 1, 0, -1)], dtype=torch.float64)
+    lengths = torch.tensor([foretold, *range(len(u) - 1, 0, -1)], dtype=torch.float64)
     return Predicted(rollout, u, logit_from_length(lengths, GAMMA).numpy())
 
 
@@ -81,7 +86,7 @@ def page_of(checkpoint: Path, texts: list[Predicted], path: Path) -> Page:
 
 def test_domains_positions_and_the_worst_prompts(checkpoint: Path, tmp_path: Path) -> None:
     texts = [text(i, 40, 40 + i, f"prompt {i}") for i in range(30)]
-    texts += [text(90, 40, 20, "too short", "e"), text(91, 20, 60, "", "e")]
+    texts += [text(90, 40, 20, "too short", "e"), text(91, 20, 63, "", "e", finished=False)]
     _, domains, worst = page_of(checkpoint, texts, tmp_path / "r.html").tables
     head = ["domain", "prompts", "completions", "mean length", "forecast"]
     assert domains[0] == [*head, "at 0%", "at 25%", "at 50%", "at 75%", "R²"]
@@ -90,11 +95,11 @@ def test_domains_positions_and_the_worst_prompts(checkpoint: Path, tmp_path: Pat
         ["e", "2", "2", "30"],
         ["all", "32", "32", "39"],
     ]
-    assert domains[2][4:9] == ["125%", "125%", "0%", "0%", "0%"]  # of 50% and 200%; right behind
+    assert domains[2][4:9] == ["125%", "50%", "0%", "0%", "0%"]  # of 50% and 200%; of the first
     assert len(worst) == 1 + WORST
     assert worst[:4] == [
         ["domain", "length", "foretold", "factor", "prompt"],
-        ["e", "20", "60", "3.0", "prompt_id p91"],
+        ["e", "≥ 21", "63", "3.0", "prompt_id p91"],
         ["e", "40", "20", "2.0", "too short"],
         ["d", "40", "69", "1.7", "prompt 29"],
     ]
