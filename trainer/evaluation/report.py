@@ -27,7 +27,9 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: right; vertical-align: top }
-th:first-child, td:first-child, td:last-child { text-align: left; overflow-wrap: anywhere }
+td { white-space: nowrap }
+th:first-child, td:first-child { text-align: left; min-width: 10rem; overflow-wrap: anywhere;
+  white-space: normal }
 svg { max-width: 100%; height: auto; background: white }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -107,11 +109,11 @@ def _worst(texts: Sequence[Predicted], forecasts: Mapping[str, Forecasts]) -> li
         least = "≥ " if (domains[i], prompt) in cut else ""
         rows.append(
             {
+                "prompt": text if len(text) <= SHOWN else text[:SHOWN] + "…",
                 "domain": domains[i],
                 "length": f"{least}{own.length[i]:.0f}",
                 "foretold": f"{own.predicted[i]:.0f}",
                 "factor": f"{factors[i]:.1f}",
-                "prompt": text if len(text) <= SHOWN else text[:SHOWN] + "…",
             }
         )
     return rows

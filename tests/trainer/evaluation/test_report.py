@@ -98,10 +98,10 @@ def test_domains_positions_and_the_worst_prompts(checkpoint: Path, tmp_path: Pat
     assert domains[2][4:9] == ["125%", "50%", "0%", "0%", "0%"]  # of 50% and 200%; of the first
     assert len(worst) == 1 + WORST
     assert worst[:4] == [
-        ["domain", "length", "foretold", "factor", "prompt"],
-        ["e", "≥ 21", "63", "3.0", "prompt_id p91"],
-        ["e", "40", "20", "2.0", "too short"],
-        ["d", "40", "69", "1.7", "prompt 29"],
+        ["prompt", "domain", "length", "foretold", "factor"],
+        ["prompt_id p91", "e", "≥ 21", "63", "3.0"],
+        ["too short", "e", "40", "20", "2.0"],
+        ["prompt 29", "d", "40", "69", "1.7"],
     ]
 
 
@@ -109,8 +109,8 @@ def test_what_prompts_say_is_text_alone(checkpoint: Path, tmp_path: Path) -> Non
     long = HOSTILE + "x" * 2 * SHOWN
     texts = [text(0, 9, 30, long, "<b>bold</b>"), text(1, 9, 9, "fine")]
     page = page_of(checkpoint, texts, tmp_path / "r.html")
-    assert page.tables[-1][1][-1] == long[:SHOWN] + "…"
-    assert page.tables[-1][1][0] == "<b>bold</b>"
+    assert page.tables[-1][1][0] == long[:SHOWN] + "…"
+    assert page.tables[-1][1][1] == "<b>bold</b>"
     names = {name for name, _ in page.tags}
     assert "svg" in names
     assert not names & {"script", "img", "b", "link", "iframe", "object", "image"}
@@ -130,7 +130,7 @@ def test_the_command_writes_it(checkpoint: Path, tmp_path: Path) -> None:
     data = support.write(tmp_path / "a.parquet", rows)
     evaluate(checkpoint, data, html=tmp_path / "r.html", reading=Reading(only_json=True))
     page = Page((tmp_path / "r.html").read_text())
-    assert {line[-1] for line in page.tables[-1][1:]} == {f"no {i}" for i in range(9)}
+    assert {line[0] for line in page.tables[-1][1:]} == {f"no {i}" for i in range(9)}
     assert "9 completions of 9 prompts (a.parquet)" in (tmp_path / "r.html").read_text()
     with pytest.raises(ValueError, match=r"^html: .*r\.pdf.*, must be a name in \.html"):
         evaluate(checkpoint, data, html=tmp_path / "r.pdf")
