@@ -72,16 +72,22 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     adapter = tiny_adapter(model, folder / "adapter")
     url = f"http://127.0.0.1:{(port := free_port())}"
     env = {"LENVM_URL": url, "LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30"}
+    own = f"own={tiny_checkpoint(folder / 'own-value', seed=1, more=THINKING)}"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(value_serve(checkpoint, model, folder / "values.log", port))
+        stack.enter_context(value_serve(checkpoint, model, folder / "values.log", port, own))
         two = vllm_serve(
             *(model, folder / "two.log", *BARE_FLAG, *TWO_RANKS),
             env=env | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         )
         little = vllm_serve(
             *(model, folder / "little.log", *BARE_FLAG, *LITTLE),
-            *("--lora-modules", f"tuned={adapter}", "--scheduling-policy", "priority"),
-            env=env | {"LENVM_FORECAST": "true"},
+            *("--lora-modules", f"tuned={adapter}", f"own={adapter}"),
+            *("--scheduling-policy", "priority"),
+            env=env
+            | {
+                "LENVM_FORECAST": "true",
+                "LENVM_ADAPTERS": json.dumps({"own": f"{url}/models/own"}),
+            },
         )
         urls = stack.enter_context(two), stack.enter_context(little), url
         clients = [
@@ -272,8 +278,24 @@ def test_lora_request(engines: Engines) -> None:
     tuned = complete(engines.little, model="tuned", **exact)
     assert len(ids(tuned)) == 30
     assert ids(tuned) != ids(complete(engines.little, **exact))
-    # The base model's value model is that of its adapters, too.
-    assert tuned["choices"][0]["length_result"]["steered_steps"] > 0
+
+
+def test_whose_values_an_adapter_has(engines: Engines) -> None:
+    """Those of the base model's value model, unless it has one of its own."""
+
+    def steps() -> list[float]:
+        text = engines.values.get("/metrics").text
+        lines = ("lenvm_step_seconds_count", 'lenvm_step_seconds_count{model="own"}')
+        return [float(text.split(f"\n{line} ")[1].split()[0]) for line in lines]
+
+    for model, mine in (("tuned", 0), ("own", 1)):
+        before = steps()
+        (choice,) = complete(engines.little, model=model, length_target=30)["choices"]
+        assert choice["length_result"]["steered_steps"] > 0
+        after = steps()
+        assert after[mine] > before[mine] + 10
+        # A prompt's end may be told with the next request's first step.
+        assert after[1 - mine] <= before[1 - mine] + 1
 
 
 def test_session_of_a_client_who_hangs_up_is_freed(engines: Engines) -> None:

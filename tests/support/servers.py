@@ -21,8 +21,10 @@ def vllm_serve(
 
 
 @contextlib.contextmanager
-def value_serve(checkpoint: Path, base_model: Path, log: Path, port: int) -> Iterator[int]:
-    """The process id of a value server on loopback."""
-    flags = ("--dtype", "float32")
+def value_serve(
+    checkpoint: Path, base_model: Path, log: Path, port: int, *more: str
+) -> Iterator[int]:
+    """The process id of a value server on loopback. more: other models, NAME=CHECKPOINT."""
+    flags = ("--dtype", "float32", *more)
     with servers.lenvm_serve(checkpoint, log, *flags, base_model=base_model, port=port) as server:
         yield server.process.pid
