@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,15 @@ OWN = ("model", "messages", "temperature", "top_p", "max_tokens")  # of the clie
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request. facts: what its row says beside the answer; their values name the row."""
+    """One request. facts: what its row says beside the answer; their values name the row.
+
+    bare: the text that is to be answered, where the last message has more than that.
+    """
 
     facts: dict[str, Any]
     messages: list[dict[str, Any]]
     body: dict[str, Any]
+    bare: str | None = None
 
     @property
     def key(self) -> str:
@@ -35,7 +39,9 @@ class Job:
 
     @property
     def request(self) -> str:
-        """The text of the last message, without pictures."""
+        """The text that is answered: `bare`, or the last message's, without pictures."""
+        if self.bare is not None:
+            return self.bare
         content = self.messages[-1]["content"]
         parts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
         return "".join(parts)
@@ -71,8 +77,15 @@ class Endpoint:
             raise ValueError(f"url: {self.url} answers {answer.status_code} {answer.text[:300]}")
         return answer.status_code == 400
 
-    def answer(self, jobs: Sequence[Job], rows: Rows) -> list[dict[str, Any]]:
+    def answer(
+        self,
+        jobs: Sequence[Job],
+        rows: Rows,
+        measured: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row,
+    ) -> list[dict[str, Any]]:
         """The rows of all jobs, those that are missing asked for.
+
+        measured: what is kept of a row that came.
 
         A row: key, facts, request, text, length in tokens, sampled (tokens with those that were
         dropped for it), finish (stop or length) and, with ids, prompt_ids and ids.
@@ -81,7 +94,7 @@ class Endpoint:
         """
         missing = [job for job in jobs if job.key not in rows]
         steps, blind = self._steps()
-        asyncio.run(self._fill(missing, rows, len(jobs)))
+        asyncio.run(self._fill(missing, rows, len(jobs), measured))
         more, lost = (now - then for now, then in zip(self._steps(), (steps, blind), strict=True))
         if lost:
             tell = f"warning: {lost:.0f} of {more:.0f} guided steps at {self.url} had no values"
@@ -95,7 +108,13 @@ class Endpoint:
             counts = metrics(self.url.removesuffix("/v1"))
         return counts.get("lenvm_steps_total", 0), counts.get("lenvm_fallback_steps_total", 0)
 
-    async def _fill(self, jobs: Sequence[Job], rows: Rows, total: int) -> None:
+    async def _fill(
+        self,
+        jobs: Sequence[Job],
+        rows: Rows,
+        total: int,
+        measured: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
         gate = asyncio.Semaphore(self.concurrency)
         bar = tqdm(total=total, initial=total - len(jobs), desc="answers", file=sys.stderr)
         client = AsyncOpenAI(
@@ -104,7 +123,7 @@ class Endpoint:
 
         async def fill(job: Job) -> None:
             async with gate:
-                rows.add(await self._one(client, job))
+                rows.add(measured(await self._one(client, job)))
                 bar.update()
 
         async with client:

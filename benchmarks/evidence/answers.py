@@ -1,13 +1,15 @@
 """Answers of a guided model that is served somewhere, or by servers of our own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cyclopts import Parameter
+from transformers import AutoTokenizer
 
 from benchmarks.endpoint import Job
+from benchmarks.evidence import countdown
 from benchmarks.evidence.arms import check_arms
 from benchmarks.servers import digest, endpoint_at
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
@@ -67,5 +69,16 @@ class Served:
                 seed=self.seed,
             ) as endpoint:
                 check_arms(arms, endpoint, unit)
-                endpoint.answer(jobs, stored)
+                endpoint.answer(jobs, stored, self._measured(arms))
         return [stored[job.key] for job in jobs]
+
+    def _measured(self, arms: tuple[str, ...]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What is kept of an answer: of the countdown the text that it counts."""
+        if countdown.ARM not in arms:
+            return lambda row: row
+        tokenizer = AutoTokenizer.from_pretrained(self.files)
+
+        def kept(row: dict[str, Any]) -> dict[str, Any]:
+            return countdown.measured(row, tokenizer) if row["arm"] == countdown.ARM else row
+
+        return kept

@@ -4,6 +4,7 @@ prompt      saying it alone
 limits      max_tokens and min_tokens; of tokens only
 ramp        end-of-sequence gets likelier as the target nears (benchmarks/ramp.py), no model;
             of tokens only
+countdown   the prompt asks the model to number its words down to 0 (countdown.py), no model
 greedy      length_target by the paper's rule, rails off
 project     length_target by the smallest change, rails off
 single      the same with guard rails, one ending
@@ -16,7 +17,8 @@ The last four take other options of length_target behind a colon: `railed:tolera
 import json
 from typing import Any
 
-from benchmarks.endpoint import Endpoint
+from benchmarks.endpoint import Endpoint, Job
+from benchmarks.evidence import countdown
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 from value_server.contract.units import UNITS
 
@@ -27,7 +29,7 @@ TARGETED: dict[str, dict[str, Any]] = {
     "single": {"endings": 1},
     "railed": {},
 }
-ARMS = ("prompt", "limits", "ramp", *TARGETED)
+ARMS = ("prompt", "limits", "ramp", countdown.ARM, *TARGETED)
 # What an arm needs of its server, and a request that only such a server refuses.
 PROBES: dict[str, tuple[dict[str, Any], str]] = {
     "ramp": ({"vllm_xargs": {"ramp_tokens": 0}}, "benchmarks.ramp:Ramp"),
@@ -39,10 +41,31 @@ def fields(arm: str, mode: str, amount: int, unit: str = UNITS[0]) -> dict[str, 
     """What a request of this arm adds; None where it has no means for the mode or the unit."""
     if arm == "prompt":
         return {}
+    if arm == countdown.ARM:
+        return countdown.fields(mode)
     if arm in ("limits", "ramp"):
         return _in_tokens(arm, mode, amount) if unit == UNITS[0] else None
     name, _, options = arm.partition(":")
     return {"length_target": {"mode": mode, unit: amount, **TARGETED[name], **_options(options)}}
+
+
+def job_of(
+    facts: dict[str, Any], text: str, body: dict[str, Any], unit: str, tokenizer: Any
+) -> Job | None:
+    """The request for the length that `facts` name by arm, mode, target and language, in `unit`;
+    None where the arm has no means for it. The same prompt and body in every arm, but for what the
+    arm itself adds.
+
+    tokenizer: of the served model, for the countdown; see there.
+    """
+    arm, mode, target = facts["arm"], facts["mode"], facts["target"]
+    if (more := fields(arm, mode, target, unit)) is None:
+        return None
+    asked = text
+    if arm == countdown.ARM:
+        said = countdown.rule(text, facts["language"], mode, target, unit, tokenizer)
+        asked = f"{text}\n\n{said}"
+    return Job(facts, [{"role": "user", "content": asked}], {**body, **more}, bare=text)
 
 
 def _in_tokens(arm: str, mode: str, tokens: int) -> dict[str, Any] | None:

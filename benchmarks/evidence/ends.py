@@ -2,7 +2,8 @@
 
     python -m benchmarks.evidence.ends --data question.jsonl lifebench.jsonl [--url http://host:8000/v1]
 
-Only the field `length_target` asks for a length. The prompts are those of MT-bench, self-instruct,
+Only the field `length_target` asks for a length, and the rule of the arm countdown. The prompts
+are those of MT-bench, self-instruct,
 GSM8K, or LIFEBench without the sentence that tells the length; T = 1, top_p 0.999, top_k 15.
 Perplexities are under the served model, over those of texts that it wrote without any target (the
 arm prompt). Every answer is kept in --output: the same command goes on from there.
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.endpoint import Job
 from benchmarks.evidence.answers import Served
-from benchmarks.evidence.arms import fields
+from benchmarks.evidence.arms import job_of
 from benchmarks.evidence.lifebench_table import cells, judged, summary, tables
 from benchmarks.evidence.likelihood import score_rows
 from benchmarks.evidence.measures import MODES
@@ -30,6 +31,7 @@ from trainer.checks import check, check_choice, check_positive
 from trainer.output import OnlyJson, table
 from trainer.resume import keep_settings
 from trainer.rows import Rows, read_rows
+from value_server.contract.units import UNITS
 
 app = App(help=__doc__)
 SAMPLING = {"temperature": 1.0, "top_p": 0.999, "top_k": 15}
@@ -84,7 +86,7 @@ class Plan:
     data: tuple[Path, ...]
     """JSON lines as MT-bench (turns), self-instruct (instruction), GSM8K (question) or LIFEBench
     (task) have them."""
-    arms: tuple[str, ...] = ("prompt", "limits", "ramp", "single", "railed")
+    arms: tuple[str, ...] = ("prompt", "limits", "ramp", "countdown", "single", "railed")
     """Ways to get the length, see benchmarks/evidence/arms.py; prompt is no target at all."""
     modes: tuple[str, ...] = ("equal_to",)
     """equal_to, at_most, at_least."""
@@ -107,9 +109,8 @@ class Plan:
             check_choice("modes", mode, MODES)
         check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")
 
-    def prompts(self, model: str, seed: int) -> list[Prompt]:
-        """model: hub name or folder, of the tokenizer that tells what is too long."""
-        tokenizer = AutoTokenizer.from_pretrained(model)
+    def prompts(self, tokenizer: Any, seed: int) -> list[Prompt]:
+        """tokenizer: that tells what is too long."""
         fit = [
             prompt
             for path in self.data
@@ -119,17 +120,19 @@ class Plan:
         kinds = stratified(fit, lambda prompt: (prompt.source, prompt.language), self.limit, seed)
         return kinds[self.skip :]
 
-    def jobs(self, prompts: Sequence[Prompt]) -> Iterator[Job]:
-        """Every arm of a prompt before the next: a run that was stopped compares them."""
+    def jobs(self, prompts: Sequence[Prompt], tokenizer: Any = None) -> Iterator[Job]:
+        """Every arm of a prompt before the next: a run that was stopped compares them.
+
+        tokenizer: as of `job_of`.
+        """
+        body = {**SAMPLING, "max_tokens": self.max_tokens}
         for prompt in prompts:
             for mode, target in ((m, n) for m in self.modes for n in self.targets):
                 for arm in self.arms:
-                    if (more := fields(arm, mode, target)) is None:
-                        continue
                     names = {"language": prompt.language, "kind": prompt.source, "id": prompt.id}
                     facts = {"arm": arm, "mode": mode, "target": target, **names}
-                    body = {**SAMPLING, "max_tokens": self.max_tokens, **more}
-                    yield Job(facts, [{"role": "user", "content": prompt.text}], body)
+                    if job := job_of(facts, prompt.text, body, UNITS[0], tokenizer):
+                        yield job
 
 
 @app.default
@@ -148,10 +151,11 @@ def main(
         Folder of the answers, their scores and the figures.
     """
     plan.check()
-    prompts = plan.prompts(served.files, served.seed)
+    tokenizer = AutoTokenizer.from_pretrained(served.files)
+    prompts = plan.prompts(tokenizer, served.seed)
     shape = {**SAMPLING, "max_tokens": plan.max_tokens, "stated": False}
     keep_settings(output, served.settings() | shape)
-    answers = served.answers(list(plan.jobs(prompts)), output, plan.arms)
+    answers = served.answers(list(plan.jobs(prompts, tokenizer)), output, plan.arms)
     scores = score_rows(answers, served.files, Rows(output / "scores.jsonl"))
     rows = [judged(answer, score) for answer, score in zip(answers, scores, strict=True)]
     found = cells(rows)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.endpoint import Job
 from benchmarks.evidence.answers import Served
-from benchmarks.evidence.arms import ARMS, fields
+from benchmarks.evidence.arms import ARMS, job_of
 from benchmarks.evidence.judge import Judge
 from benchmarks.evidence.lifebench_table import cells, judged, summary, tables
 from benchmarks.evidence.likelihood import score_rows
@@ -85,9 +85,8 @@ class Plan:
         unit = {} if self.unit == UNITS[0] else {"unit": self.unit}
         return {**unit, **SAMPLING, "max_tokens": self.max_tokens}
 
-    def tasks(self, model: str, seed: int) -> list[Task]:
-        """model: hub name or folder, of the tokenizer that tells what is too long."""
-        tokenizer = AutoTokenizer.from_pretrained(model)
+    def tasks(self, tokenizer: Any, seed: int) -> list[Task]:
+        """tokenizer: that tells what is too long."""
         tasks = [
             task
             for task in read_tasks(self.data)
@@ -99,21 +98,21 @@ class Plan:
         kinds = stratified(tasks, lambda task: (task.language, task.kind), self.limit, seed)
         return kinds[self.skip :]
 
-    def jobs(self, tasks: Sequence[Task]) -> list[Job]:
-        """Every arm of a task before the next task: a run that was stopped compares them."""
-        jobs = []
+    def jobs(self, tasks: Sequence[Task], tokenizer: Any = None) -> list[Job]:
+        """Every arm of a task before the next task: a run that was stopped compares them.
+
+        tokenizer: as of `job_of`.
+        """
+        jobs, body = [], {**SAMPLING, "max_tokens": self.max_tokens}
         wishes = [(m, n) for m in self.modes for n in self.targets or TARGETS[self.counted]]
         for task in tasks:
             for mode, target in wishes:
                 text = task.prompt(mode, target, self.counted)
                 for arm in self.arms:
-                    if (more := fields(arm, mode, target, self.counted)) is None:
-                        continue
                     names = {"language": task.language, "kind": task.kind, "id": task.id}
                     facts = {"arm": arm, "mode": mode, "target": target, **names}
-                    body = {**SAMPLING, "max_tokens": self.max_tokens, **more}
-                    jobs.append(Job(facts, [{"role": "user", "content": text}], body))
-        return jobs
+                    jobs.append(job_of(facts, text, body, self.counted, tokenizer))
+        return [job for job in jobs if job]
 
 
 @app.default
@@ -138,9 +137,10 @@ def main(
         Folder of the answers, their scores and the figures.
     """
     plan.check()
-    tasks = plan.tasks(served.files, served.seed)
+    tokenizer = AutoTokenizer.from_pretrained(served.files)
+    tasks = plan.tasks(tokenizer, served.seed)
     keep_settings(output, served.settings() | plan.settings())
-    answers = served.answers(plan.jobs(tasks), output, plan.arms, plan.counted)
+    answers = served.answers(plan.jobs(tasks, tokenizer), output, plan.arms, plan.counted)
     scores: Sequence[Any] = [None] * len(answers)
     if quality:
         scores = score_rows(answers, served.files, Rows(output / "scores.jsonl"))

@@ -61,7 +61,7 @@ def test_the_last_line_and_a_run_that_goes_on(
     arms = run(folder, capsys, limit=1)
     assert tuple(arms) == ARMS
     for arm, figures in arms.items():
-        modes = MODES[:2] if arm == "ramp" else MODES
+        modes = MODES[:2] if arm in ("ramp", "countdown") else MODES
         assert {"unforced_share", "ppl_ratio", *modes} <= figures.keys()
         assert all(figures[mode]["n"] == len(TARGETS) for mode in modes)
         assert figures[modes[0]].keys() >= {"ls", "ld", "ls_ci", "ld_ci"}
