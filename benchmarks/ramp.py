@@ -6,7 +6,8 @@ a sentence or a line has just ended.
 
     vllm serve MODEL --logits-processors benchmarks.ramp:Ramp
 
-`vllm_xargs: {"ramp_tokens": N}` asks for it. vLLM's Model Runner V1 only.
+`vllm_xargs: {"ramp_tokens": N}` asks for it. vLLM's Model Runner V1 only. Beside the plugin it
+stands before it, and goes on from the `prefix_tokens` of an ending.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from lenvm_vllm.text.sentences import ends_sentence
 
 FIELD = "ramp_tokens"
+BEFORE = "length_prefix_tokens"  # tokens of the prompt that are the text's own
 STRENGTH = 10.0  # nats at the target: more than a sentence's end lacks of certainty
 POWER = 4.0
 
@@ -49,11 +51,12 @@ class Ramp(AdapterLogitsProcessor):
         target = (params.extra_args or {}).get(FIELD)
         if target is None:
             return None
-        return partial(self._raise_end, target, sorted(params.all_stop_token_ids))
+        before = (params.extra_args or {}).get(BEFORE, 0)
+        return partial(self._raise_end, target, before, sorted(params.all_stop_token_ids))
 
     def _raise_end(
-        self, target: int, ends: list[int], output_ids: list[int], logits: Tensor
+        self, target: int, before: int, ends: list[int], output_ids: list[int], logits: Tensor
     ) -> Tensor:
         if output_ids and output_ids[-1] in self._stops:
-            logits[ends] += boost(len(output_ids), target)
+            logits[ends] += boost(before + len(output_ids), target)
         return logits

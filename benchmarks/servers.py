@@ -41,7 +41,7 @@ def served(
     flags = (
         *("--max-model-len", max_model_len, "--max-num-seqs", concurrency, "--seed", seed),
         *(("--dtype", dtype) if dtype else ()),
-        *("--logits-processors", "lenvm_vllm", "benchmarks.ramp:Ramp"),
+        *("--logits-processors", "benchmarks.ramp:Ramp", "lenvm_vllm"),
     )
     env = {"LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
     log = logs / "vllm.log"

@@ -10,7 +10,16 @@ project     length_target by the smallest change, rails off
 single      the same with guard rails, one ending
 railed      length_target as it is by default: with other endings where the first is not good
 
-The last four take other options of length_target behind a colon: `railed:tolerance=0.05`,
+Without values, but with all the rest, to tell what these bring:
+
+rails            the guard rails alone, one ending
+rails+endings    with as many other endings as railed, chosen by the same rule
+limits+endings   the same with rails at the target itself, as limits has them
+ramp+endings     the ramp between the rails, with these endings; of tokens only
+landing          rails and the landing that needs no values, one ending
+landing+endings  with these endings
+
+All with a length_target take other options of it behind a colon: `railed:tolerance=0.05`,
 `project:max_kl=0.4,every=2`.
 """
 
@@ -28,12 +37,20 @@ TARGETED: dict[str, dict[str, Any]] = {
     "project": {**WITHOUT_RAILS, "policy": "project"},
     "single": {"endings": 1},
     "railed": {},
+    "rails": {"policy": "rails", "endings": 1},
+    "rails+endings": {"policy": "rails"},
+    "limits+endings": {"policy": "rails", "tolerance": 0},
+    "ramp+endings": {"policy": "rails"},
+    "landing": {"policy": "landing", "endings": 1},
+    "landing+endings": {"policy": "landing"},
 }
 ARMS = ("prompt", "limits", "ramp", countdown.ARM, *TARGETED)
+USUAL = ARMS[: ARMS.index("railed") + 1]  # those of a run that names none
 # What an arm needs of its server, and a request that only such a server refuses.
 PROBES: dict[str, tuple[dict[str, Any], str]] = {
     "ramp": ({"vllm_xargs": {"ramp_tokens": 0}}, "benchmarks.ramp:Ramp"),
     **dict.fromkeys(TARGETED, ({"length_target": {"tokens": 0}}, "lenvm_vllm")),
+    "ramp+endings": ({"vllm_xargs": {"ramp_tokens": 0}}, "benchmarks.ramp:Ramp lenvm_vllm"),
 }
 
 
@@ -46,7 +63,11 @@ def fields(arm: str, mode: str, amount: int, unit: str = UNITS[0]) -> dict[str, 
     if arm in ("limits", "ramp"):
         return _in_tokens(arm, mode, amount) if unit == UNITS[0] else None
     name, _, options = arm.partition(":")
-    return {"length_target": {"mode": mode, unit: amount, **TARGETED[name], **_options(options)}}
+    wish = {"length_target": {"mode": mode, unit: amount, **TARGETED[name], **_options(options)}}
+    if name != "ramp+endings":
+        return wish
+    ramp = _in_tokens("ramp", mode, amount) if unit == UNITS[0] else None
+    return ramp and {**ramp, **wish}
 
 
 def job_of(

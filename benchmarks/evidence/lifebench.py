@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.endpoint import Job
 from benchmarks.evidence.answers import Served
-from benchmarks.evidence.arms import ARMS, job_of
+from benchmarks.evidence.arms import USUAL, job_of
 from benchmarks.evidence.judge import Judge
 from benchmarks.evidence.lifebench_table import cells, judged, summary, tables
 from benchmarks.evidence.likelihood import score_rows
@@ -44,7 +44,7 @@ class Plan:
 
     data: Path
     """JSON lines as LIFEBench has them: id, category, lang, task."""
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = USUAL
     """Ways to get the length, some with options as in railed:tolerance=0.05; see
     benchmarks/evidence/arms.py."""
     modes: tuple[str, ...] = MODES

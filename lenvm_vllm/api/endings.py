@@ -112,11 +112,14 @@ class Endings(Answers):
         return min([self.max_model_len - prompt, *(n for n in self.limits if n is not None)])
 
     def _needs_another(self, draft: Draft) -> bool:
-        """Whether its end is bad, steering had a part in that, and values are there for more."""
+        """Whether its end is bad, steering had a part in that, and the values that it wants are
+        there for more."""
         if draft.finish_reason not in ("stop", "length"):
             return False  # vLLM gave up
         step, (_, missed) = draft.outcome.step, draft.outcome.faults(self.target)
-        if step is None or not step.valued or self._is_good(draft):
+        if step is None or self._is_good(draft):
+            return False
+        if self.target.wants_values and not step.valued:
             return False
         return (step.forced or step.landing or missed > 0) and draft.is_all_text()
 
@@ -185,7 +188,7 @@ class Endings(Answers):
         finally:
             if heard.tokens:
                 self._count(heard.tokens, draft)
-        return heard.valued
+        return heard.valued or not self.target.wants_values
 
     def _count(self, tokens: list[int], draft: Draft) -> None:
         """What a round has cost. tokens: of each ending."""

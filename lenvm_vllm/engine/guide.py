@@ -133,9 +133,10 @@ class Guide:
         known = (~z.isnan()).any(-1).tolist()
         for state, valued in zip(step.states, known, strict=True):
             state.valued = valued
-        self._counters.add("rows", len(known))
+        wanting = sum(state.target.wants_values for state in step.states)
+        self._counters.add("rows", wanting)
         self._counters.add("valued_rows", sum(known))
-        self._counters.add("fallback_steps", not any(known))
+        self._counters.add("fallback_steps", wanting > 0 and not any(known))
         return z
 
     def _steer(

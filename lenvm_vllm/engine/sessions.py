@@ -69,7 +69,7 @@ class Sessions:
         Of a text that has lookahead the step that follows takes the values; of others, long ones
         alone are told.
         """
-        states = list(states)
+        states = [state for state in states if state.target.wants_values]
         # A server has one message at a time: while a newest token is on its way, the step asks.
         asks = pace.step_s > 0 and all(state.is_known for state in states if state.has_turn)
         looks = [asks and looks_ahead for looks_ahead in self.looks_ahead(states)]
@@ -102,15 +102,16 @@ class Sessions:
         return [any_ and self._client.looks_ahead(state.session) for state in states]
 
     def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
-        """Numbers of those whose values the server can tell now. Why it cannot tell the others' is
-        counted, and logged once."""
-        why = [why_not(state, info) for state in states]
-        reasons = [reason for reason in why if reason]
+        """Numbers of those that want values and whose values the server can tell now. Why it cannot
+        tell the others' is counted, and logged once."""
+        wanting = [number for number, state in enumerate(states) if state.target.wants_values]
+        why = {number: why_not(states[number], info) for number in wanting}
+        reasons = [reason for reason in why.values() if reason]
         self._counters.add("unguided_rows", len(reasons))
         for reason in sorted({*reasons} - self._logged):
             logger.warning("length targets: %s; such texts are led without values", reason)
             self._logged.add(reason)
-        return [number for number, reason in enumerate(why) if reason is None]
+        return [number for number, reason in why.items() if reason is None]
 
     def values(self, states: Sequence[RequestState], question: Question, pace: Pace) -> Tensor:
         """(B, K) float64 value logits, NaN in rows that have none in time, and where a token was

@@ -63,8 +63,9 @@ class RequestState(RailedText):
 
     @property
     def has_turn(self) -> bool:
-        """Whether values may move its next token: they do each `every` tokens."""
-        return self.is_steered and self.generated % self.target.every == 0
+        """Whether its next token may be led: each `every` tokens it is."""
+        led = self.is_steered and self.target.policy != "rails"
+        return led and self.generated % self.target.every == 0
 
     def unsent(self) -> list[int]:
         """Tokens from position `sent` on, as far as they are known."""

@@ -48,7 +48,8 @@ class LengthTarget(BaseModel):
         `units.py` counts them.
     beta: of tilt only; below 0 shortens, above 0 lengthens, 0 changes nothing.
     tolerance: half width of the guard rails as a share of the length; None: no rails.
-    policy: project (least change of the model's distribution) or greedy (nearest value).
+    policy: project (least change of the model's distribution) or greedy (nearest value); landing,
+        which asks for no values and leads the end alone, or rails, which leads nothing.
     max_kl: nats that a step of `project` may move the text; None: the plugin's setting.
     min_entropy: nats; a step whose candidates have less is not scored.
     every: a token is scored, and then `every` - 1 are not.
@@ -79,7 +80,7 @@ class LengthTarget(BaseModel):
     max_characters: int | None = Field(None, ge=1, le=_MOST)
     beta: float | None = None
     tolerance: float | None = Field(DEFAULT_TOLERANCE, ge=0)
-    policy: Literal["project", "greedy"] = "project"
+    policy: Literal["project", "greedy", "landing", "rails"] = "project"
     max_kl: float | None = Field(None, ge=0)
     min_entropy: float = Field(0.0, ge=0)
     every: int = Field(1, ge=1, le=_MOST)
@@ -152,6 +153,11 @@ class LengthTarget(BaseModel):
         """One of UNITS, in which the length is given; tokens of a tilt."""
         given = (unit for name, unit in _NUMBERS.items() if getattr(self, name) is not None)
         return next(given, UNITS[0])
+
+    @property
+    def wants_values(self) -> bool:
+        """Whether its policy asks for any."""
+        return self.policy in ("project", "greedy")
 
     @property
     def limits(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.arms import USUAL
 from benchmarks.evidence.judge import Judge
 from benchmarks.evidence.lifebench import Plan
 from benchmarks.evidence.likelihood import batches, score_rows
@@ -120,7 +120,7 @@ def test_jobs_are_all_different() -> None:
 def test_jobs_in_words_ask_for_words_in_every_arm() -> None:
     tasks = [Task("1", "qa", "en", ENGLISH)]
     jobs = Plan(data=Path(), modes=("equal_to",), targets=(50,), unit="own").jobs(tasks)
-    assert {job.facts["arm"] for job in jobs} == {*ARMS} - {"limits", "ramp"}
+    assert {job.facts["arm"] for job in jobs} == {*USUAL} - {"limits", "ramp"}
     assert {job.request for job in jobs} == {"Do it. It must be equal to 50 words long."}
     asked = [job for job in jobs if job.facts["arm"] not in ("prompt", "countdown")]
     wishes = [job.body["length_target"] for job in asked]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.estimates import Sample, bootstrap, estimate
-from benchmarks.evidence.arms import ARMS, fields
+from benchmarks.evidence.arms import fields
 from benchmarks.evidence.lifebench_table import cells, judged, lasts_of, summary, tables
 from benchmarks.evidence.measures import (
     MODES,
@@ -21,6 +21,7 @@ from benchmarks.evidence.measures import (
 )
 from benchmarks.evidence.units import Answer, figures_of, of_lifebench, rows_of
 from benchmarks.ramp import STRENGTH, boost
+from lenvm_vllm.target.request import LengthTarget
 from tests.support.tiny import tiny_tokenizer
 from trainer.evaluation.forecasts import rank_correlation
 from trainer.output import table
@@ -143,6 +144,21 @@ def test_what_each_arm_asks_for() -> None:
     }
 
 
+def test_arms_without_values_have_the_same_endings() -> None:
+    plain = {"mode": "equal_to", "tokens": 50}
+    assert fields("rails+endings", "equal_to", 50) == {"length_target": plain | {"policy": "rails"}}
+    assert fields("ramp+endings", "equal_to", 50) == {
+        "vllm_xargs": {"ramp_tokens": 50},
+        "length_target": plain | {"policy": "rails"},
+    }
+    assert fields("ramp+endings", "at_least", 50) is None
+    assert fields("ramp+endings", "equal_to", 50, WORDS) is None
+    for arm in (f"{name}+endings" for name in ("rails", "limits", "ramp", "landing")):
+        wish = LengthTarget.parse((fields(arm, "equal_to", 50) or {})["length_target"])
+        assert wish.endings is None  # as many as railed
+        assert not wish.wants_values
+
+
 def test_where_a_rail_writes_the_end() -> None:
     assert lasts_of("railed", "equal_to", 100) == {110, 105}  # its own and its other endings'
     assert lasts_of("railed", "equal_to", 32) == {35}  # no room for nearer ones
@@ -150,7 +166,12 @@ def test_where_a_rail_writes_the_end() -> None:
     assert lasts_of("railed", "at_most", 100) == {100}
     assert lasts_of("railed", "at_least", 100) == set()
     assert lasts_of("railed:tolerance=0.2,endings=1", "equal_to", 100) == {120}
-    assert not any(lasts_of(arm, mode, 100) for arm in ARMS[:-2] for mode in MODES)
+    free = ("prompt", "limits", "ramp", "countdown", "greedy", "project")
+    assert not any(lasts_of(arm, mode, 100) for arm in free for mode in MODES)
+    assert lasts_of("rails", "equal_to", 100) == {110}
+    assert lasts_of("ramp+endings", "equal_to", 100) == {110, 105}
+    assert lasts_of("limits+endings", "equal_to", 100) == {100}
+    assert lasts_of("ramp+endings", "at_least", 100) == set()
 
 
 def test_arms_in_words() -> None:

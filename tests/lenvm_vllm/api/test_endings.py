@@ -179,6 +179,16 @@ def test_without_values_there_are_no_other_endings() -> None:
     assert len(app.asked) == 2  # lost in between
 
 
+@pytest.mark.parametrize("policy", ["landing", "rails"])
+def test_a_policy_that_wants_no_values_needs_none_for_other_endings(policy: str) -> None:
+    first = Told(100, BAD, forced=True, valued=False)
+    rounds = [round_of(*[(TAIL, BAD)] * 4, valued=False)] * 2
+    app = App([first], *rounds)
+    answer = post(app, CHAT, length_target={"tokens": 100, "policy": policy, "endings": 9})
+    assert (len(app.asked), result_of(answer)["endings"]) == (3, 9)
+    assert {wish["vllm_xargs"]["length_policy"] for _, wish in app.asked} == {policy}
+
+
 def test_an_engine_that_tells_nothing_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER)
     app = App([Told(100, BAD)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 
+from lenvm_vllm.engine.messages import NOBODY
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.target.request import LengthTarget
@@ -235,3 +236,29 @@ def test_a_token_that_is_not_known_yet_costs_no_other_row_its_values() -> None:
     states = {0: text_of(29), 1: text_of(5)}
     states[0].output_ids.append(-1)
     assert toy.guided_rows(guide, toy.flat_logits(2), states) == [1]
+
+
+def rows_told(server: fakes.Server) -> int:
+    return sum(len(request.sessions) for request in server.requests)
+
+
+@pytest.mark.parametrize("target", [{"tokens": 60}, {"mode": "at_most", "words": 50}])
+def test_the_landing_alone_asks_for_no_values(target: dict[str, Any]) -> None:
+    """The same texts as with values that never come, and of a server that has them no call."""
+    torch.manual_seed(1)
+    lost = write(target, fakes.Server(TimedOut("slow")))
+    server = fakes.Server(gamma=NOBODY.gamma, vocab_size=SIZE)
+    torch.manual_seed(1)
+    alone = write(target | {"policy": "landing"}, server)
+    assert [state.output_ids for state in alone] == [state.output_ids for state in lost]
+    assert rows_told(server) == 0
+    assert not any(state.steered for state in alone)
+
+
+def test_the_rails_alone_lead_nothing() -> None:
+    """Of these texts, which hardly end by themselves, all end at the upper rail."""
+    server = fakes.Server()
+    states = write({"tokens": 60, "policy": "rails"}, server)
+    assert {len(state.output_ids) for state in states} == {66}
+    assert rows_told(server) == 0
+    assert not any(state.landing or state.steered for state in states)
