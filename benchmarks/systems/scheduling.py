@@ -2,9 +2,12 @@
 
     python -m benchmarks.systems.scheduling --data prompts.jsonl
 
-A vLLM for each arm, under `--scheduling-policy` fcfs and priority; in both the plugin asks
-`/v1/predict`, in the second it sets the priority by the answer. Arrivals are a Poisson process,
-the same in both arms.
+A vLLM for each arm and seed, and a value server on the same machine. Arrivals are a Poisson
+process, the same in all arms of a seed. (`queueing` simulates what this measures.)
+
+fcfs      first come, first served; nothing is asked
+asked     the same, but the plugin asks `/v1/predict`: what a forecast costs
+forecast  `--scheduling-policy priority`: the plugin asks, and sets the priority by the answer
 """
 
 import gzip
@@ -12,19 +15,25 @@ import json
 import random
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App
 from tqdm import tqdm
 
+from benchmarks.estimates import Sample, estimate
 from benchmarks.provenance import end
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
+from trainer.checks import check_positive
+from trainer.output import OnlyJson, table
 
 app = App(help=__doc__)
-ARMS = {"fcfs": "fcfs", "forecast": "priority"}  # scheduling policies
+# Scheduling policies, and whether the plugin asks for forecasts.
+ARMS = {"fcfs": ("fcfs", False), "asked": ("fcfs", True), "forecast": ("priority", True)}
+KINDS = ("mean", "median", "p99")
 
 
 def read_prompts(data: Path, count: int, seed: int) -> list[str]:
@@ -38,58 +47,92 @@ def read_prompts(data: Path, count: int, seed: int) -> list[str]:
 
 def seconds(report: dict[str, Any]) -> dict[str, float]:
     """From a request to its last token, of a result of `vllm bench serve`."""
-    kinds = ("mean", "median", "p99")
-    return {kind: round(report[f"{kind}_e2el_ms"] / 1000, 2) for kind in kinds}
+    return {kind: report[f"{kind}_e2el_ms"] / 1000 for kind in KINDS}
+
+
+def figures(runs: list[dict[str, dict[str, float]]], requests: int) -> list[dict[str, Any]]:
+    """A row for each arm: seconds, and over those of fcfs in the same run; intervals of runs.
+
+    runs: by arm what `seconds` says. n: requests of all runs.
+    """
+    names = [str(run) for run in range(len(runs))]
+    rows = []
+    for arm in ARMS:
+        row: dict[str, Any] = {"arm": arm}
+        for kind in KINDS:
+            row[f"{kind} s"] = estimate(Sample([run[arm][kind] for run in runs], names))
+            ratios = [run[arm][kind] / run["fcfs"][kind] for run in runs]
+            row[f"{kind} ratio"] = estimate(Sample(ratios, names))
+        tokens = [run[arm]["tokens"] for run in runs]
+        rows.append(row | {"tokens": sum(tokens), "runs": len(runs), "n": requests * len(runs)})
+    return rows
 
 
 @app.default
 def main(
     *,
     data: Path,
-    limit: int = 120,
+    limit: int = 300,
     rate: float = 1.0,
     max_tokens: int = 512,
     max_num_seqs: int = 8,
-    seed: int = 0,
+    seeds: int = 3,
+    only_json: OnlyJson = False,
 ) -> None:
-    """Measure and print one JSON line, latencies in seconds.
+    """Measure, print a table and, as the last line, one JSON object; latencies in seconds.
 
     Parameters
     ----------
     data
         JSONL with a field `prompt`.
     limit
-        Requests.
+        Requests of each run.
     rate
         Of them a second.
     max_tokens
         Of each answer.
     max_num_seqs
         That vLLM runs at a time; the others wait.
-    seed
-        Of the choice, the arrivals and the answers.
+    seeds
+        Runs of each arm; a seed is that of the choice, the arrivals and the answers.
     """
-    load = ("--num-prompts", limit, "--custom-output-len", max_tokens, "--request-rate", rate)
-    flags = (
-        *("--served-model-name", NAME, "--max-num-seqs", max_num_seqs),
-        *("--max-num-batched-tokens", 16384, "--scheduling-policy"),
-    )
-    env = {"LENVM_FORECAST": "true"}
-    result: dict[str, Any] = {"requests": limit, "rate": rate}
+    check_positive(limit=limit, rate=rate, max_tokens=max_tokens, seeds=seeds)
+    runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
         with lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL) as values:
-            for arm, policy in tqdm(ARMS.items(), file=sys.stderr):
-                log, url = folder / f"{arm}.log", values.url
-                with vllm_serve(MODEL, log, *flags, policy, values_url=url, env=env) as vllm:
-                    report = bench(
-                        vllm.url, (NAME, MODEL), prompts, {"seed": seed}, *load, "--seed", seed
-                    )
-                result[arm] = seconds(report) | {"tokens": report["total_output_tokens"]}
-    for kind in ("mean", "p99"):
-        result[f"{kind}_ratio"] = round(result["forecast"][kind] / result["fcfs"][kind], 3)
-    end(result)
+            for seed in tqdm(range(seeds), file=sys.stderr):
+                prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
+                load = (
+                    *("--num-prompts", limit, "--custom-output-len", max_tokens),
+                    *("--request-rate", rate, "--seed", seed),
+                )
+                measure = partial(_run, folder, values.url, max_num_seqs, prompts, load, seed)
+                runs.append({arm: measure(arm) for arm in ARMS})
+    rows = figures(runs, limit)
+    asked = {"requests": limit, "rate": rate, "max_tokens": max_tokens}
+    end({**asked, "max_num_seqs": max_num_seqs, "rows": rows}, table(rows), only_json)
+
+
+def _run(
+    folder: Path,
+    values: str,
+    max_num_seqs: int,
+    prompts: Path,
+    load: tuple[Any, ...],
+    seed: int,
+    arm: str,
+) -> dict[str, float]:
+    """What `seconds` says of one arm, and the tokens of its answers."""
+    policy, asks = ARMS[arm]
+    flags = (
+        *("--served-model-name", NAME, "--max-num-seqs", max_num_seqs),
+        *("--max-num-batched-tokens", 16384, "--scheduling-policy", policy),
+    )
+    env = {"LENVM_FORECAST": str(asks).lower()}
+    with vllm_serve(MODEL, folder / f"{arm}.log", *flags, values_url=values, env=env) as vllm:
+        report = bench(vllm.url, (NAME, MODEL), prompts, {"seed": seed}, *load)
+    return seconds(report) | {"tokens": report["total_output_tokens"]}
 
 
 if __name__ == "__main__":
