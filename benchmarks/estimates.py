@@ -33,15 +33,18 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """value, and the bounds of its confidence interval. n: rows of the first sample."""
+    """value, and the bounds of its confidence interval. n: rows of the first sample. groups: the
+    prompts that these are of, which is what an interval rests on; None where it was not kept."""
 
     value: float
     low: float
     high: float
     n: int
+    groups: int | None = None
 
     def scaled(self, factor: float) -> "Estimate":
-        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
+        value, low, high = (own * factor for own in (self.value, self.low, self.high))
+        return Estimate(value, low, high, self.n, self.groups)
 
     def interval(self, digits: int) -> list[float]:
         return [round(self.low, digits), round(self.high, digits)]
@@ -63,7 +66,7 @@ def bootstrap(of: Callable[..., float | None], *values: Floats, seed: int = 0) -
 
     resampled = [number(*(own[draw] for own in values)) for draw in draws]
     low, high = np.nanpercentile(resampled, TAILS)
-    return Estimate(value, float(low), float(high), count)
+    return Estimate(value, float(low), float(high), count, count)
 
 
 def estimate(
@@ -85,4 +88,6 @@ def estimate(
         resampled = of(*means)
     low, high = np.nanpercentile(resampled, TAILS)
     value = of(*(sums.sum() / counts.sum() for sums, counts in parts))
-    return Estimate(float(value), float(low), float(high), len(samples[0].values))
+    first = samples[0]
+    groups = len(set(first.groups))
+    return Estimate(float(value), float(low), float(high), len(first.values), groups)

@@ -23,4 +23,5 @@ def read_figures(folder: Path) -> dict[str, Any]:
 
 
 def _estimate(content: dict[str, Any]) -> Any:
-    return Estimate(**content) if content.keys() == {"value", "low", "high", "n"} else content
+    known = {"value", "low", "high", "n"}
+    return Estimate(**content) if known <= content.keys() <= known | {"groups"} else content

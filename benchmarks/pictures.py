@@ -37,15 +37,21 @@ def plot_control(found: Sequence[Mapping[str, Any]], path: Path, unit: str) -> N
 
 
 def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy over mean tokens, an arm a line."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for arm in dict.fromkeys(p["arm"] for p in points):
-        own = sorted((p for p in points if p["arm"] == arm), key=lambda p: p["tokens"].value)
-        x = [p["tokens"].value for p in own]
-        _with_bars(axis, x, [p["accuracy"] for p in own], arm)
-    axis.set(xlabel="mean completion tokens", ylabel="pass@1, %")
-    axis.legend()
+    """Accuracy over mean tokens, and over those that were sampled for them, an arm a line.
+
+    Runs that did not keep the sampled ones have the first panel alone.
+    """
+    costs = {"tokens": "mean completion tokens", "sampled": "mean tokens sampled"}
+    costs = {name: label for name, label in costs.items() if all(name in p for p in points)}
+    figure = Figure(figsize=(7 * len(costs), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axis, (name, label) in zip(panels, costs.items(), strict=True):
+        for arm in dict.fromkeys(p["arm"] for p in points):
+            own = [p for p in points if p["arm"] == arm]
+            own.sort(key=lambda p: p[name].value)
+            _with_bars(axis, [p[name].value for p in own], [p["accuracy"] for p in own], arm)
+        axis.set(xlabel=label, ylabel="pass@1, %")
+    panels[0].legend()
     figure.savefig(path, dpi=DPI)
 
 

@@ -24,7 +24,7 @@ from benchmarks.evidence import grid, lifebench_table, prediction, tradeoff_tabl
 from benchmarks.evidence.texts import Text, choose, read_texts
 from benchmarks.figures import FIGURES_FILE, read_figures
 from benchmarks.pictures import plot_control, plot_grid, plot_tradeoff
-from benchmarks.provenance import KEY
+from benchmarks.provenance import KEY, end
 from benchmarks.servers import value_served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from trainer.output import table
@@ -195,7 +195,7 @@ def main(
     write(docs / "figures.md", {s.title: s.markdown() for s in sections})
     page = docs / "report.html"
     titles = write(page, {s.title: s.html() for s in sections})
-    print(json.dumps({"sections": titles, "bytes": page.stat().st_size}))
+    end({"sections": titles, "bytes": page.stat().st_size})
 
 
 if __name__ == "__main__":

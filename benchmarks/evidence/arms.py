@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.endpoint import Endpoint, Job
 from benchmarks.evidence import countdown
 from lenvm_vllm.target.request import LengthTarget, LengthTargetError
-from value_server.contract.units import UNITS
+from value_server.contract.units import UNITS, WORDS
 
 WITHOUT_RAILS = {"tolerance": None}
 TARGETED: dict[str, dict[str, Any]] = {
@@ -45,6 +45,7 @@ TARGETED: dict[str, dict[str, Any]] = {
     "landing+endings": {"policy": "landing"},
 }
 ARMS = ("prompt", "limits", "ramp", countdown.ARM, *TARGETED)
+CHOSEN = "end, length"
 USUAL = ARMS[: ARMS.index("railed") + 1]  # those of a run that names none
 # What an arm needs of its server, and a request that only such a server refuses.
 PROBES: dict[str, tuple[dict[str, Any], str]] = {
@@ -87,6 +88,20 @@ def job_of(
         said = countdown.rule(text, facts["language"], mode, target, unit, tokenizer)
         asked = f"{text}\n\n{said}"
     return Job(facts, [{"role": "user", "content": asked}], {**body, **more}, bare=text)
+
+
+def chosen_by(arm: str, mode: str) -> str:
+    """What an arm's other endings are chosen by, which its own figures then measure; empty where it
+    has none. A second model's judgement of them is in `compare`."""
+    if arm.partition(":")[0] not in ARMS:  # of an older run
+        return ""
+    wish = (fields(arm, mode, 100, WORDS) or fields(arm, mode, 100) or {}).get("length_target")
+    if wish is None:
+        return ""
+    target = LengthTarget.parse(wish)
+    several = target.endings if target.endings is not None else 1 + (target.tolerance is not None)
+    may = several > 1 and mode != "at_least"
+    return CHOSEN if may or target.best_of > 1 else ""
 
 
 def _in_tokens(arm: str, mode: str, tokens: int) -> dict[str, Any] | None:

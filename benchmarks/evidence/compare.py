@@ -16,6 +16,7 @@ import numpy as np
 from cyclopts import App
 
 from benchmarks.estimates import Sample, estimate
+from benchmarks.evidence.arms import chosen_by
 from benchmarks.evidence.lifebench_table import judged, measure
 from benchmarks.evidence.second import opinions
 from benchmarks.figures import write_figures
@@ -97,7 +98,11 @@ def figures(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> d
         own["second_ppl_ratio"] = estimate(*pair, of=lambda mine, first: np.exp(mine - first))
         for name in ("second_natural", "second_ends", "second_agrees"):
             own[name] = estimate(_sample(rows, name))
-    return own | {"n": len(rows)}
+    tasks = len({row["id"] for row in rows})
+    return {"chosen by": chosen_by(rows[0]["arm"], rows[0]["mode"]), **own} | {
+        "tasks": tasks,
+        "n": len(rows),
+    }
 
 
 def _with(row: dict[str, Any], opinion: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.estimates import Estimate, Sample, estimate
-from benchmarks.evidence.arms import fields
+from benchmarks.evidence.arms import chosen_by, fields
 from benchmarks.evidence.measures import (
     deviation,
     distinct,
@@ -118,12 +118,17 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 **{name: round(own[name].value, 3) for name in ("ls", "ld")},
                 **{f"{name}_ci": own[name].interval(3) for name in ("ls", "ld")},
                 "n": own["ls"].n,
+                "tasks": own["ls"].groups,
+                "chosen_by": chosen_by(cell["arm"], cell["mode"]),
             }
     return {"arms": arms}
 
 
 def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by caption: the arms by mode, then LS and LD also by target, kind and language."""
+    """Rows by caption: the arms by mode, then LS and LD also by target, kind and language.
+
+    chosen by: as of `chosen_by`; tasks: clusters that the intervals are of, n: answers.
+    """
     captions = {}
     for cut in (None, *CUTS):
         rows = []
@@ -133,6 +138,8 @@ def tables(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
             figures = cell["figures"]
             kept = figures if cut is None else {name: figures[name] for name in ("ls", "ld")}
             names = {name: str(cell[name]) for name in ("mode", cut, "arm") if name}
-            rows.append({**names, **kept, "n": figures["ls"].n})
+            chosen = {"chosen by": chosen_by(cell["arm"], cell["mode"])}
+            of = figures["ls"]
+            rows.append({**names, **chosen, **kept, "tasks": of.groups, "n": of.n})
         captions[f"By {cut or 'mode'}"] = rows
     return captions

@@ -112,7 +112,8 @@ def cut(
             rows.append(
                 answer
                 | {"key": f"{answer['key']}@{budget}", "arm": arm, "dial": budget}
-                | {"length": len(ids), "text": tokenizer.decode(ids, skip_special_tokens=True)}
+                | {"length": len(ids), "sampled": len(ids)}  # as a server with that limit does
+                | {"text": tokenizer.decode(ids, skip_special_tokens=True)}
             )
     return rows
 

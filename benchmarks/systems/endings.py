@@ -26,6 +26,7 @@ import httpx
 from cyclopts import App
 
 from benchmarks.endpoint import Endpoint
+from benchmarks.evidence.arms import CHOSEN
 from benchmarks.provenance import end
 from benchmarks.servers import served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
@@ -130,6 +131,7 @@ def row_of(
         "natural %": share("natural"),
         "whole %": share("natural", "whole"),
         "LD %": statistics.fmean(answer.deviation for answer in answers),
+        "chosen by": CHOSEN if most > 1 else "",
         "n": len(answers),
     }
 
@@ -180,10 +182,13 @@ def main(
                 answers, seconds = answered(endpoint, jobs, size, most, stream)
                 rows.append(row_of(size, most, stream, answers, seconds))
                 print(rows[-1], file=sys.stderr, flush=True)
-    print(table(rows))
     cells = {f"{row['at a time']}/{row['endings']}/{row['']}": row for row in rows}
-    names = list(rows[0])[3:-1]  # but for n
-    end({k: {n: round(row[n], 2) for n in names} for k, row in cells.items()})
+    names = list(rows[0])[3:-2]
+    result: dict[str, Any] = {
+        k: {n: round(row[n], 2) for n in names} | {n: row[n] for n in ("chosen by", "n")}
+        for k, row in cells.items()
+    }
+    end(result, table(rows))
 
 
 if __name__ == "__main__":

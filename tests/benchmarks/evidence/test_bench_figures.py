@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.estimates import Sample, bootstrap, estimate
-from benchmarks.evidence.arms import fields
+from benchmarks.evidence.arms import chosen_by, fields
 from benchmarks.evidence.lifebench_table import cells, judged, lasts_of, summary, tables
 from benchmarks.evidence.measures import (
     MODES,
@@ -71,6 +71,7 @@ def test_rows_of_one_prompt_are_no_new_evidence() -> None:
     once = estimate(Sample(values, groups))
     tenfold = estimate(Sample(values * 10, groups * 10))
     assert (tenfold.low, tenfold.high) == pytest.approx((once.low, once.high))
+    assert (tenfold.n, tenfold.groups) == (40, 4)
 
 
 def test_arms_are_resampled_by_the_same_prompts() -> None:
@@ -159,6 +160,25 @@ def test_arms_without_values_have_the_same_endings() -> None:
         assert not wish.wants_values
 
 
+@pytest.mark.parametrize(
+    ("arm", "mode", "chosen"),
+    [
+        ("railed", "equal_to", True),
+        ("railed", "at_least", False),
+        ("single", "equal_to", False),
+        ("project", "equal_to", False),
+        ("project:endings=4", "equal_to", True),
+        ("single:best_of=4", "at_least", True),
+        ("ramp+endings", "at_most", True),
+        ("limits", "equal_to", False),
+        ("countdown", "equal_to", False),
+        ("an older one", "equal_to", False),
+    ],
+)
+def test_arms_that_choose_by_their_own_yardstick_say_so(arm: str, mode: str, chosen: bool) -> None:
+    assert bool(chosen_by(arm, mode)) == chosen
+
+
 def test_where_a_rail_writes_the_end() -> None:
     assert lasts_of("railed", "equal_to", 100) == {110, 105}  # its own and its other endings'
     assert lasts_of("railed", "equal_to", 32) == {35}  # no room for nearer ones
@@ -218,6 +238,11 @@ def test_figures_by_hand() -> None:
     assert arms["prompt"]["ppl_ratio"] == 1.0
     assert arms["railed"]["equal_to"]["ld"] == 5.0
     assert arms["railed"]["equal_to"]["n"] == 2
+    assert arms["railed"]["equal_to"]["tasks"] == 2
+    assert arms["railed"]["equal_to"]["chosen_by"] == "end, length"
+    assert arms["prompt"]["equal_to"]["chosen_by"] == ""
+    (row,) = (r for r in tables(found)["By mode"] if r["arm"] == "railed")
+    assert (row["chosen by"], row["tasks"], row["n"]) == ("end, length", 2, 2)
     assert arms["railed"]["unforced_share"] == 50.0
     assert arms["railed"]["sentence_share"] == 100.0
     assert arms["railed"]["cost"] == 2.0

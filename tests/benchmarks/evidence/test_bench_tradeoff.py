@@ -83,13 +83,21 @@ def test_jobs_are_all_different() -> None:
 def answer(arm: str, dial: Any, length: int, right: bool, id: str = "1") -> dict[str, Any]:
     ids = list(range(65, 65 + length))
     facts = {"key": f"{arm}/{dial}/{id}", "arm": arm, "dial": dial, "id": id}
-    return {**facts, "ids": ids, "length": length, "text": "", "right": right}
+    return {
+        **facts,
+        "ids": ids,
+        "length": length,
+        "sampled": 2 * length,
+        "text": "",
+        "right": right,
+    }
 
 
 def test_a_hard_cut_keeps_the_first_tokens() -> None:
     rows = [answer("free", "", 5, True), answer("tilt", -1, 5, True), answer("brief", FEW, 4, True)]
     tokenizer = tiny_tokenizer()
     found = cut(rows, (3, 9), tokenizer)
+    assert [r["sampled"] for r in found] == [3, 5, 3, 4]  # a server with that limit stops there
     assert [(r["arm"], r["dial"], r["length"], r["text"]) for r in found] == [
         ("budget", 3, 3, tokenizer.decode([65, 66, 67])),
         ("budget", 9, 5, tokenizer.decode([65, 66, 67, 68, 69])),
@@ -114,9 +122,17 @@ def test_shares_kept_where_the_hard_cut_keeps_a_third(tmp_path: Path) -> None:
     assert (result["budget"], result["budget_tokens"]) == (20, 20.0)
     assert result["hard_kept"] == pytest.approx(1 / 3, abs=1e-3)
     assert result["ours_kept"] == pytest.approx(2 / 3, abs=1e-3)  # not what took 25 tokens
-    assert all(p["n"] == 10 for p in result["points"])
+    assert result["chosen_by"] == "accuracy"
+    assert result["ours"] == {"arm": "tilt", "dial": -5, "of": 1}
+    assert all(p["n"] == p["questions"] == 10 for p in result["points"])
+    assert result["free"]["sampled"] == 200.0
+    assert len(result["free"]["sampled_ci"]) == 2
     plot_tradeoff(points, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+    older = [{name: value for name, value in p.items() if name != "sampled"} for p in points]
+    plot_tradeoff(older, tmp_path / "older.png")
+    assert (tmp_path / "older.png").stat().st_size < (tmp_path / "plot.png").stat().st_size
+    assert "sampled" not in summary(older)["free"]
 
 
 def test_nothing_right_leaves_no_share() -> None:
