@@ -104,8 +104,7 @@ class Sessions:
     def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
         """Numbers of those that want values and whose values the server can tell now. Why it cannot
         tell the others' is counted, and logged once."""
-        wanting = [number for number, state in enumerate(states) if state.target.wants_values]
-        why = {number: why_not(states[number], info) for number in wanting}
+        why = {i: why_not(s, info) for i, s in enumerate(states) if s.target.wants_values}
         reasons = [reason for reason in why.values() if reason]
         self._counters.add("unguided_rows", len(reasons))
         for reason in sorted({*reasons} - self._logged):
