@@ -85,8 +85,9 @@ def job_of(
         return None
     asked = text
     if arm == countdown.ARM:
-        said = countdown.rule(text, facts["language"], mode, target, unit, tokenizer)
-        asked = f"{text}\n\n{said}"
+        words = countdown.words_of(target, unit, text, tokenizer)
+        asked = f"{text}\n\n{countdown.rule(words, facts['language'], mode)}"
+        more |= {"max_tokens": countdown.limit(words, body["max_tokens"])}
     return Job(facts, [{"role": "user", "content": asked}], {**body, **more}, bare=text)
 
 

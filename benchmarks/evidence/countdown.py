@@ -20,6 +20,7 @@ from value_server.contract.units import UNITS, WORDS, count, tokens_per_unit
 
 ARM = "countdown"
 END = "<0>"
+EACH = 8  # tokens of a marker of three digits and its word
 _MARKER = regex.compile(r"(\s*)<\d+>(\s*)")
 _RULES = {
     "en": "Write {mode} {words} words. Count down while you write: before each word put the number "
@@ -35,22 +36,29 @@ _MODES = {
 
 
 def fields(mode: str) -> dict[str, Any] | None:
-    """What a request adds; None for at_least, which no countdown says.
-
-    Markers take most of the tokens, so that only the context limits these.
-    """
-    return {"stop": [END], "max_tokens": None} if mode in _MODES["en"] else None
+    """What a request adds; None for at_least, which no countdown says."""
+    return {"stop": [END]} if mode in _MODES["en"] else None
 
 
-def rule(text: str, language: str, mode: str, amount: int, unit: str, tokenizer: Any) -> str:
-    """What stands behind the prompt `text`. language: en or cn. unit: tokens or words.
+def words_of(amount: int, unit: str, text: str, tokenizer: Any) -> int:
+    """The target in words. unit: tokens or words. text: the prompt.
 
     tokenizer: of the served model; None takes the tokens of a word in plain English.
     """
-    words = amount
-    if unit == UNITS[0]:
-        known = len(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else 0
-        words = max(1, round((amount - 1) / tokens_per_unit(WORDS, known, count(text, WORDS))))
+    if unit != UNITS[0]:
+        return amount
+    known = len(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else 0
+    return max(1, round((amount - 1) / tokens_per_unit(WORDS, known, count(text, WORDS))))
+
+
+def limit(words: int, most: int) -> int | None:
+    """Tokens of so many marked words: those of the other arms, or where these may not be enough
+    all that the context has."""
+    return most if words * EACH <= most else None
+
+
+def rule(words: int, language: str, mode: str) -> str:
+    """What stands behind the prompt. language: en or cn."""
     return _RULES[language].format(mode=_MODES[language][mode], words=words)
 
 

@@ -41,7 +41,7 @@ def test_a_text_that_counts_right_has_its_words(words: int, word: str, join: str
 
 @pytest.mark.parametrize("language", ["en", "cn"])
 def test_the_rules_own_example_has_four_words(language: str) -> None:
-    said = countdown.rule("?", language, "equal_to", 300, WORDS, None)
+    said = countdown.rule(300, language, "equal_to")
     assert "<300>" in said
     example = said[said.rindex("<4>") :]
     assert count(countdown.without_markers(example), WORDS) == 4
@@ -49,11 +49,17 @@ def test_the_rules_own_example_has_four_words(language: str) -> None:
 
 def test_a_target_in_tokens_is_told_in_words() -> None:
     """141 tokens are an end and 100 words of plain English; of this prompt more is known."""
-    assert "exactly 100 words" in countdown.rule("?", "en", "equal_to", 141, "tokens", None)
+    assert countdown.words_of(141, "tokens", "?", None) == 100
     tokenizer = tiny_tokenizer()  # a token a character: 4 a word here
-    said = countdown.rule("abc " * 5000, "en", "at_most", 401, "tokens", tokenizer)
-    assert "at most 100 words" in said
-    assert "exactly 1 words" in countdown.rule("?", "en", "equal_to", 2, "tokens", None)
+    assert countdown.words_of(401, "tokens", "abc " * 5000, tokenizer) == 100
+    assert countdown.words_of(2, "tokens", "?", None) == 1
+    assert countdown.words_of(141, WORDS, "?", tokenizer) == 141
+    assert "at most 100 words" in countdown.rule(100, "en", "at_most")
+
+
+def test_markers_have_room() -> None:
+    assert countdown.limit(128, 1024) == 1024
+    assert countdown.limit(129, 1024) is None  # as many as the context has
 
 
 def test_it_has_no_means_for_at_least() -> None:
@@ -69,7 +75,7 @@ def test_the_prompt_and_the_sampling_are_those_of_the_other_arms() -> None:
     assert counted.messages[0]["content"].startswith("Why?\n\nWrite exactly 100 words.")
     assert {name: counted.body[name] for name in SAMPLING} == SAMPLING
     assert counted.body["stop"] == ["<0>"]
-    assert counted.body["max_tokens"] is None
+    assert counted.body["max_tokens"] == plain.body["max_tokens"] == 1024
     assert counted.key != plain.key
 
 
