@@ -1,13 +1,15 @@
 """Rollouts and the training examples made from them.
 
-Legend: P prompt tokens, R completion tokens (end-of-sequence included), L tokens of a pack.
+Legend: P prompt tokens, R completion tokens (end-of-sequence included), L tokens of an example or
+a pack.
 A label is r, the tokens still to come after a position; NO_LABEL marks a position without loss.
 """
 
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,35 +28,74 @@ NO_LABEL = -100.0
 class Rollout:
     """One sampled completion. `finished` is False where max_tokens cut it.
 
+    prompt_ids, completion_ids: (P,), (R,) of any width; those that were read share one buffer.
     conversation: what it is one turn of, if any; its turns contain each other.
     prompt: its text, empty where the file has none.
     """
 
     prompt_id: str
     domain: str
-    prompt_ids: NDArray[np.int64]
-    completion_ids: NDArray[np.int64]
+    prompt_ids: NDArray[np.integer[Any]]
+    completion_ids: NDArray[np.integer[Any]]
     finished: bool
     conversation: str = ""
     prompt: str = ""
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """(P+R,) of the whole text."""
+        return np.concatenate([self.prompt_ids, self.completion_ids], dtype=np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """input_ids, labels: (P+R,). With `is_cut` a label is a lower bound of r.
+    """The first `length` tokens of a rollout as they are learnt, (L,).
 
-    text_key: of the whole text; candidates: its next tokens at some positions, if any.
+    All is made when it is asked for, so that an example takes hardly more memory than the token
+    ids that its rollout shares. candidates: its next tokens at some positions, if any.
     """
 
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.float32]
-    is_cut: bool
-    prompt_id: str = ""
-    text_key: str = ""
+    rollout: Rollout
+    length: int
     candidates: Candidates | None = None
 
+    @property
+    def input_ids(self) -> NDArray[np.int64]:
+        """(L,) token ids."""
+        return self.rollout.ids[: self.length]
+
+    @property
+    def labels(self) -> NDArray[np.float32]:
+        """(L,): last prompt token → R, k-th completion token → R - k.
+
+        The end of sequence itself carries no loss: r = 0 is known. A cut completion has at least
+        one more token to come, so its bounds are one higher. What lies beyond `length` is left
+        out; the labels before stay true.
+        """
+        labels = np.full(self.length, NO_LABEL, dtype=np.float32)
+        first = len(self.rollout.prompt_ids) - 1
+        place = labels[first : first + len(self.rollout.completion_ids) + self.is_cut]
+        longest = len(self.rollout.completion_ids) + self.is_cut
+        place[:] = np.arange(longest, longest - len(place), -1)
+        return labels
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a label is a lower bound of r."""
+        return not self.rollout.finished
+
+    @property
+    def prompt_id(self) -> str:
+        """The rollout's."""
+        return self.rollout.prompt_id
+
+    @property
+    def text_key(self) -> str:
+        """Of the whole text, beyond `length`, too."""
+        return text_key(self.rollout.ids)
+
     def weights(self, trajectory_mean: bool, prompt_weight: float = 1.0) -> NDArray[np.float32]:
-        """(P+R,) what each label counts for: 1, or 1 for all labels of a text together.
+        """(L,) what each label counts for: 1, or 1 for all labels of a text together.
 
         The first, at the prompt's end, counts for `prompt_weight` of the others.
         """
@@ -65,7 +106,7 @@ class Example:
     @property
     def has_labels(self) -> bool:
         """False where the prompt alone fills `max_length`."""
-        return bool((self.labels != NO_LABEL).any())
+        return self.length >= len(self.rollout.prompt_ids)
 
 
 def split(rollouts: Sequence[Rollout], holdout: float) -> tuple[list[Rollout], list[Rollout]]:
@@ -85,32 +126,13 @@ def finished_lengths(rollouts: Sequence[Rollout]) -> list[int]:
 
 
 def make_example(rollout: Rollout, max_length: int) -> Example:
-    """Labels of one rollout: last prompt token → R, k-th completion token → R - k.
-
-    The end of sequence itself carries no loss: r = 0 is known. A cut completion has at least
-    one more token to come, so its bounds are one higher. What lies beyond `max_length` is left
-    out; the labels before stay true.
-    """
-    prompt, length = len(rollout.prompt_ids), len(rollout.completion_ids)
-    labels = np.full(prompt + length, NO_LABEL, dtype=np.float32)
-    if rollout.finished:
-        labels[prompt - 1 : -1] = np.arange(length, 0, -1)
-    else:
-        labels[prompt - 1 :] = np.arange(length + 1, 0, -1)
-    input_ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids])
-    return Example(
-        input_ids[:max_length],
-        labels[:max_length],
-        not rollout.finished,
-        rollout.prompt_id,
-        text_key(input_ids),
-    )
+    """Of one rollout, as far as `max_length` goes."""
+    return Example(rollout, min(len(rollout.prompt_ids) + len(rollout.completion_ids), max_length))
 
 
 def prompt_example(rollout: Rollout, max_length: int) -> Example:
     """The prompt of a rollout alone, whose last token has the label."""
-    whole, prompt = make_example(rollout, max_length), len(rollout.prompt_ids)
-    return replace(whole, input_ids=whole.input_ids[:prompt], labels=whole.labels[:prompt])
+    return Example(rollout, min(len(rollout.prompt_ids), max_length))
 
 
 def known_values(rollout: Rollout, gamma: float, max_length: int) -> NDArray[np.float64]:
@@ -126,7 +148,7 @@ def known_values(rollout: Rollout, gamma: float, max_length: int) -> NDArray[np.
 
 def prompt_hashes(rollouts: Sequence[Rollout]) -> list[str]:
     """Sorted hashes of the different prompts. Of data that overlap, the first ones do as well."""
-    prompts = {rollout.prompt_ids.tobytes() for rollout in rollouts}
+    prompts = {rollout.prompt_ids.astype(np.int64).tobytes() for rollout in rollouts}
     return sorted(hashlib.sha256(prompt).hexdigest()[:16] for prompt in prompts)
 
 
@@ -195,7 +217,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         self.weighting = (trajectory_mean, prompt_weight)
         groups = [e.prompt_id for e in examples] if grouped else None
         room = capacity if packing else 0  # in which nothing fits beside a text
-        self.packs = pack([len(e.input_ids) for e in examples], room, seed, groups)
+        self.packs = pack([e.length for e in examples], room, seed, groups)
         own = [e.candidates for e in examples]
         self.scored = count(own)  # positions
         weight = sum(float(e.weights(*self.weighting).sum()) for e in examples)
@@ -207,7 +229,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         members = [self.examples[i] for i in self.packs[index]]
-        sizes = [len(e.input_ids) for e in members]
+        sizes = [e.length for e in members]
         is_cut = [np.full(n, e.is_cut) for n, e in zip(sizes, members, strict=True)]
         weights = [e.weights(*self.weighting) for e in members]
         item = {
@@ -231,7 +253,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 at = start + torch.from_numpy(c.positions)
                 ids[at], z[at] = torch.from_numpy(c.ids), torch.from_numpy(c.z)
                 shares[at] = torch.from_numpy(c.shares)
-            start += len(e.input_ids)
+            start += e.length
         return {"candidate_ids": ids, "candidate_z": z, "candidate_shares": shares}
 
 

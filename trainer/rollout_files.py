@@ -10,12 +10,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from trainer.data import Rollout
@@ -35,6 +37,8 @@ SCHEMA = pa.schema(
 )
 COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
 OPTIONAL = ("conversation", "prompt")
+ID_COLUMNS = ["prompt_ids", "completion_ids"]
+ROWS_AT_ONCE = 512
 TOKENIZER_KEY = b"lenvm.tokenizer"
 ENGINE, TEXT = "engine", "text"  # token_source: ids as sampled, or a text that was encoded
 
@@ -97,7 +101,7 @@ def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Roll
     if tokenizer:
         check_tokenizer(path, tokenizer)
     kept: Counter[bytes] = Counter()
-    ids = _Ids()
+    prompts = _Prompts()
     rollouts = []
     for file in files_of(path):
         seen: Counter[bytes] = Counter()
@@ -107,34 +111,38 @@ def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Roll
             seen[text] += 1
             if seen[text] > kept[text]:
                 kept[text] += 1
-                rollouts.append(ids.named(rollout, prompt))
+                rollouts.append(prompts.shared(rollout, prompt))
     if not rollouts:
         raise ValueError(f"{path}: no rollouts")
     return rollouts
 
 
-class _Ids:
+class _Prompts:
     """A prompt, an id: the first that it came with, unless another prompt had that before.
 
-    So for its conversation, that the split goes by.
+    So for its conversation, that the split goes by, its text and its token ids, which all its
+    completions then share.
     """
 
     def __init__(self) -> None:
-        self._names: dict[bytes, tuple[str, str]] = {}
+        self._known: dict[bytes, dict[str, Any]] = {}
         self._owners: dict[str, bytes] = {}
 
-    def named(self, rollout: Rollout, prompt: bytes) -> Rollout:
-        if prompt not in self._names:
+    def shared(self, rollout: Rollout, prompt: bytes) -> Rollout:
+        if prompt not in self._known:
             given = rollout.prompt_id
             free = self._owners.setdefault(given, prompt) == prompt
-            own = given if free else f"{given}-{prompt.hex()}"
-            self._names[prompt] = (own, rollout.conversation)
-        own, conversation = self._names[prompt]
-        return replace(rollout, prompt_id=own, conversation=conversation)
+            self._known[prompt] = {
+                "prompt_id": given if free else f"{given}-{prompt.hex()}",
+                "conversation": rollout.conversation,
+                "prompt": rollout.prompt,
+                "prompt_ids": rollout.prompt_ids.copy(),
+            }
+        return replace(rollout, **self._known[prompt])
 
 
-def _digest(ids: Any) -> bytes:
-    return hashlib.sha256(ids.tobytes()).digest()[:16]
+def _digest(ids: NDArray[np.integer[Any]]) -> bytes:
+    return hashlib.sha256(ids.astype(np.int64).tobytes()).digest()[:16]
 
 
 def _schema(file: Path) -> pa.Schema:
@@ -151,22 +159,37 @@ def _read_file(file: Path) -> Iterator[Rollout]:
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
         raise ValueError(f"{file}: column {missing[0]!r} is missing, it has {schema.names}")
-    for name in ("prompt_ids", "completion_ids"):
+    for name in ID_COLUMNS:
         kind = schema.field(name).type
         if not pa.types.is_nested(kind) or not pa.types.is_integer(kind.field(0).type):
             raise ValueError(f"{file}: column {name!r} holds {kind}, not token ids")
     columns = [*COLUMNS, *(name for name in OPTIONAL if name in schema.names)]
     try:
-        table = pq.read_table(file, columns=columns)
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
+                yield from _rollouts_of(batch)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
-    for row in table.to_pylist():
-        if row["prompt_ids"] and row["completion_ids"]:
+
+
+def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
+    """Those that have tokens; their ids are parts of Arrow's own buffers."""
+    prompts, completions = (_lists(batch[name]) for name in ID_COLUMNS)
+    rows = batch.drop_columns(ID_COLUMNS).to_pylist()
+    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        if len(prompt) and len(completion):
             yield Rollout(
                 str(row["prompt_id"]),
-                row["domain"] or "",
-                np.asarray(row["prompt_ids"], dtype=np.int64),
-                np.asarray(row["completion_ids"], dtype=np.int64),
+                sys.intern(row["domain"] or ""),
+                prompt,
+                completion,
                 row["finish_reason"] == "stop",
                 *(row.get(name) or "" for name in OPTIONAL),
             )
+
+
+def _lists(column: pa.Array) -> list[NDArray[np.int32]]:
+    """Of each row its ids, none where it has none."""
+    lists = column.cast(pa.large_list(pa.int32()))
+    ids, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
+    return [ids[start:end] for start, end in pairwise(ends.tolist())]

@@ -52,7 +52,7 @@ def main(*, grid: Grid, share: float = 1 / 3, output: Path = Path("runs/censorin
     data = output / "cut.parquet"
     limit = cut_rollouts(grid.rollouts, share, data)
     objective = grid.training.objective
-    gamma = objective.discount(finished_lengths(grid.training.part(data)))
+    gamma = objective.discount(finished_lengths(grid.training.parts(data)[0]))
     runs = []
     for censored in get_args(Censored):
         aim = replace(objective, censored=censored, gamma=gamma, gamma_percentile=None)

@@ -50,7 +50,7 @@ class Grid:
 
     def lengths(self) -> list[int]:
         """Of the finished completions to train on."""
-        return finished_lengths(self.training.part(self.rollouts))
+        return finished_lengths(self.training.parts(self.rollouts)[0])
 
     def run(self, runs: Sequence[Run], gamma: float, output: Path, **facts: Any) -> None:
         """Train and evaluate, print a table and, as the last line, one JSON object.

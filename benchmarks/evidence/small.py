@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from trainer.checks import check
 from trainer.training.backbone import Backbone, LoraShape, Tune
 from trainer.training.recipe import Recipe
-from trainer.training.train import Training
+from trainer.training.training import Training
 
 
 @Parameter(name="*")

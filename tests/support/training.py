@@ -19,7 +19,8 @@ from trainer.training.ahead import Ahead
 from trainer.training.backbone import Backbone, LoraShape
 from trainer.training.objective import Objective
 from trainer.training.recipe import Recipe
-from trainer.training.train import Training, train
+from trainer.training.train import train
+from trainer.training.training import Training
 
 END = 256
 LENGTHS = (4, 12, 40)
@@ -94,7 +95,11 @@ def training(base: Path, **options: Any) -> Training:
 
 def run(data: Path, output: Path, base: Path, **options: Any) -> None:
     """Train as `training` says."""
-    own = {name: options.pop(name) for name in ("resume", "tensorboard") if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("resume", "tensorboard", "report_to")
+        if name in options
+    }
     train(data, output, training=training(base, **options), **own)
 
 

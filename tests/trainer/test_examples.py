@@ -219,8 +219,7 @@ def test_split_at_the_ends() -> None:
 
 def test_digest_sees_tokens_labels_order_and_kind() -> None:
     a, b = make_example(rollout(2, 3), 9), make_example(rollout(3, 2), 9)
-    bound = Example(a.input_ids, a.labels, True)
-    cut = make_example(rollout(2, 3), 4)
+    bound, cut = make_example(rollout(2, 3, False), 9), make_example(rollout(2, 3), 4)
     assert digest([a, b]) == digest([a, b])
     scored = replace(a, candidates=candidates(0, [1]))
     other = replace(a, candidates=candidates(1, [1]))

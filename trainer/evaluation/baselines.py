@@ -18,6 +18,7 @@ from trainer.data import Rollout, known_values
 Floats = NDArray[np.float64]
 # A line leaves (0, 1), a value does not.
 LOWEST, HIGHEST = 1e-3, 1 - 1e-3
+HELD = 2**16  # points before they are made few
 
 
 def _features(prompt: int, count: int) -> Floats:
@@ -31,32 +32,47 @@ def fit_baselines(rollouts: Sequence[Rollout], gamma: float, max_length: int) ->
 
     A cut completion counts at its bound at the boundary, and not within. What comes back is JSON.
     """
-    boundary_x, boundary_u, token_x, token_u = [], [], [], []
+    parts = {"boundary": _Points(), "tokens": _Points()}
     for rollout in rollouts:
         u = known_values(rollout, gamma, max_length)
         if not len(u):
             continue
         x = _features(len(rollout.prompt_ids), len(u))
-        boundary_x.append(x[:1])
-        boundary_u.append(u[:1])
+        parts["boundary"].add(x[:1], u[:1])
         if rollout.finished:
-            token_x.append(x)
-            token_u.append(u)
-    if not token_u:
+            parts["tokens"].add(x, u)
+    if not parts["tokens"].count:
         return {}
-    parts = {
-        "boundary": (np.concatenate(boundary_x), np.concatenate(boundary_u)),
-        "tokens": (np.concatenate(token_x), np.concatenate(token_u)),
-    }
     return {
-        name: {part: _least_squares(x[:, :width], u) for part, (x, u) in parts.items()}
+        name: {part: points.least_squares(width) for part, points in parts.items()}
         for name, width in (("training mean", 1), ("prompt length", 3))
     }
 
 
-def _least_squares(x: Floats, u: Floats) -> list[float]:
-    weights = np.linalg.lstsq(x, u, rcond=None)[0]
-    return [float(w) for w in weights] + [0.0] * (3 - x.shape[1])
+class _Points:
+    """(features, u) of many tokens in little memory: now and then those so far become a few that
+    have the same least squares, the R of their QR decomposition."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._blocks: list[Floats] = []
+        self._held = 0
+
+    def add(self, x: Floats, u: Floats) -> None:
+        """x: (N, 3), u: (N,)."""
+        self._blocks.append(np.column_stack([x, u]))
+        self.count += len(u)
+        self._held += len(u)
+        if self._held > HELD:
+            _, few = np.linalg.qr(np.concatenate(self._blocks))
+            self._blocks = [few]
+            self._held = 0
+
+    def least_squares(self, width: int) -> list[float]:
+        """Coefficients on the first `width` features, 0 on the others."""
+        points = np.concatenate(self._blocks)
+        weights = np.linalg.lstsq(points[:, :width], points[:, -1], rcond=None)[0]
+        return [float(w) for w in weights] + [0.0] * (3 - width)
 
 
 def baseline_logits(

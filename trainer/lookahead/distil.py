@@ -98,7 +98,7 @@ def distil(
     for start in range(0, len(texts), TEXTS_PER_FILE):
         part = texts[start : start + TEXTS_PER_FILE]
         path = output / f"part-{start // TEXTS_PER_FILE:05d}.parquet"
-        keys = [text_key(_ids(r)) for r in part]
+        keys = [text_key(r.ids) for r in part]
         own = settings | {"texts": fingerprint(keys)}
         if not is_written(path, own):
             chosen = [chosen_positions(r, share, scoring.seed, reading.max_length) for r in part]
@@ -120,7 +120,7 @@ def chosen_positions(rollout: Rollout, share: float, seed: int, max_length: int)
     """(N,) at random among the last of the prompt and all of the completion but its end."""
     first = len(rollout.prompt_ids) - 1
     last = min(len(rollout.prompt_ids) + len(rollout.completion_ids) - 1, max_length)
-    key = int(text_key(_ids(rollout)), 16)
+    key = int(text_key(rollout.ids), 16)
     chosen = np.random.default_rng([seed, key]).random(max(last - first, 0)) < share
     return first + chosen.nonzero()[0]
 
@@ -134,7 +134,7 @@ def score(
     max_length: int,
 ) -> list[Candidates]:
     """Of each text the candidates behind its (N,) positions; none where N is 0."""
-    texts = [_ids(r)[:max_length] for r in rollouts]
+    texts = [r.ids[:max_length] for r in rollouts]
     number = scoring.candidates
     found = [
         Candidates(at, np.zeros((0, number), np.int64), *np.zeros((2, 0, number), np.float32))
@@ -160,7 +160,3 @@ def passes(texts: Sequence[Ids], positions: Sequence[Ids], scoring: Scoring) -> 
         size = max(scoring.tokens_per_pass // longest, 1)
         yield left[-size:]
         left = left[:-size]
-
-
-def _ids(rollout: Rollout) -> Ids:
-    return np.concatenate([rollout.prompt_ids, rollout.completion_ids])

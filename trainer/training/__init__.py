@@ -1,6 +1,8 @@
 """From rollouts to a checkpoint.
 
-train        the command; its options are here and in backbone, objective, ahead, recipe
+train        the command
+training     all its options; they are in backbone, objective, ahead, recipe
+examples     what is learnt from rollouts
 losses       the loss of each token; ahead: of a lookahead head; value_trainer: their mean, the loop
 steps        what a stopped run leaves
 """

@@ -1,7 +1,7 @@
 """What a value model learns: the choices that the paper compares, its own as defaults."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -96,6 +96,11 @@ class Objective:
     def has_bounds(self) -> bool:
         """Whether labels of cut completions are lower bounds, and err below only."""
         return self.censored in ("bound", "prompt")
+
+    @property
+    def judged(self) -> "Objective":
+        """For texts that are held out: lengths and bounds alone, no values of the model's own."""
+        return replace(self, gae_lambda=1.0, censored="bound") if self.bootstraps else self
 
     def facts(self) -> dict[str, Any]:
         """What was chosen, but gamma, which the checkpoint holds in its own place."""

@@ -1,5 +1,6 @@
 """How training runs: steps, batches, precision."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import getenv
 from pathlib import Path
@@ -15,6 +16,9 @@ from value_server.model.value_model import default_dtype
 SLACK = 1 / 8  # of a step: that far from tokens_per_step larger passes go first
 
 Batches = Literal["shuffled", "grouped"]
+Scheduler = Literal["cosine", "linear", "constant"]
+# Runs of before there was a choice did not tell them: told where they are not as they were.
+LATER = ("packing", "scheduler", "weight_decay", "eval_steps", "patience")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,11 @@ class Recipe:
     """The optimizer's steps; the paper's own as defaults."""
 
     learning_rate: float = 2e-5
-    """Highest learning rate of AdamW; a cosine takes it to 0."""
+    """Highest learning rate of AdamW."""
+    scheduler: Scheduler = "cosine"
+    """What follows the warmup: a cosine or a straight line to 0, or no change."""
+    weight_decay: float = 0.0
+    """AdamW's; not of biases and norms."""
     epochs: float = 2.0
     """Passes over the data."""
     max_steps: int = -1
@@ -63,15 +71,29 @@ class Recipe:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, to save memory."""
     save_steps: int = 50
-    """Steps between two saves to OUTPUT/steps, which goes when training is done."""
+    """Steps between two saves to OUTPUT/steps, which goes when training is done; with eval_steps
+    each evaluation saves, and nothing else does."""
+    eval_steps: int | None = None
+    """Steps between two looks at the loss of the held-out prompts; the last step has one, too. The
+    weights of the lowest become the checkpoint. By default none, and the last weights do."""
+    patience: int | None = None
+    """That many looks in a row without a lower loss end training."""
     seed: int = 0
     """Seed of the head, of the packs and of their order."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_positive(
-            learning_rate=self.learning_rate, epochs=self.epochs, save_steps=self.save_steps
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            save_steps=self.save_steps,
+            eval_steps=self.eval_steps,
+            patience=self.patience,
         )
+        alone = self.patience is None or self.eval_steps is not None
+        check(alone, "patience", self.patience, "left out without eval_steps")
+        check(0 <= self.weight_decay < 1, "weight_decay", self.weight_decay, "at least 0, below 1")
+        check_choice("scheduler", self.scheduler, get_args(Scheduler))
         steps = self.max_steps
         check(steps > 0 or steps == -1, "max_steps", steps, "above 0, or -1")
         check(self.max_length > 1, "max_length", self.max_length, "above 1")
@@ -92,13 +114,15 @@ class Recipe:
         return default_dtype(device) == torch.bfloat16
 
     def facts(self) -> dict[str, Any]:
-        """What shapes the result. Of what runs did not tell before there was any choice only what
-        is not as it was."""
+        """What shapes the result."""
         facts = asdict(self) | {"bf16": self.mixed}
-        del facts["save_steps"], facts["packs_per_pass"], facts["packing"]
+        del facts["save_steps"], facts["packs_per_pass"]
+        for name in LATER:
+            if facts[name] == getattr(Recipe, name):
+                del facts[name]
         packs = self.step().packs
         told = {} if packs == self.tokens_per_step // self.max_length else {"packs_per_step": packs}
-        return facts | told | ({} if self.packing else {"packing": False})
+        return facts | told
 
     def step(self) -> Step:
         """What comes nearest to tokens_per_step: passes as large as they may be, or at least half
@@ -124,15 +148,17 @@ class Recipe:
             f"processes, {step.passes} passes of {step.packs_per_pass} packs of {self.max_length}"
         )
 
-    def arguments(self, steps: Path) -> TrainingArguments:
+    def arguments(self, steps: Path, report_to: Sequence[str] = ()) -> TrainingArguments:
         """For transformers; `steps` is the folder of saved steps."""
         step = self.step()
+        constant = self.scheduler == "constant"
         arguments = TrainingArguments(
             output_dir=str(steps),
             per_device_train_batch_size=step.packs_per_pass,
             gradient_accumulation_steps=step.passes,
             learning_rate=self.learning_rate,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="constant_with_warmup" if constant else self.scheduler,
+            weight_decay=self.weight_decay,
             warmup_steps=self.warmup_steps,
             num_train_epochs=self.epochs,
             max_steps=self.max_steps,
@@ -140,10 +166,15 @@ class Recipe:
             bf16=self.mixed,
             fp16=self.fp16,
             logging_steps=1,
-            save_steps=self.save_steps,
+            save_steps=self.eval_steps or self.save_steps,
             save_total_limit=1,
+            eval_strategy="steps" if self.eval_steps else "no",
+            eval_steps=self.eval_steps,
+            per_device_eval_batch_size=step.packs_per_pass,
+            load_best_model_at_end=self.eval_steps is not None,
+            restore_callback_states_from_checkpoint=self.patience is not None,
             remove_unused_columns=False,
-            report_to="none",
+            report_to=[*report_to] or "none",
             ddp_find_unused_parameters=False,
             use_cpu=not torch.cuda.is_available(),
             seed=self.seed,

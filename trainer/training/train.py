@@ -2,102 +2,39 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import torch
-from cyclopts import Parameter
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
-
-from trainer.candidates import count, read_candidates
-from trainer.checks import check
-from trainer.data import (
-    Example,
-    PackedDataset,
-    Rollout,
-    collate,
-    digest,
-    finished_lengths,
-    make_example,
-    prompt_example,
-    prompt_hashes,
-    split,
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
 )
-from trainer.evaluation.baselines import fit_baselines
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+
+from trainer.checks import check
+from trainer.data import Example, PackedDataset, collate, digest
 from trainer.evaluation.card import write_card
 from trainer.resume import check_same, fingerprint
-from trainer.rollout_files import read_rollouts
-from trainer.training.ahead import Ahead
-from trainer.training.backbone import Backbone, load_shape
-from trainer.training.objective import Objective
-from trainer.training.recipe import Recipe
+from trainer.training.backbone import Backbone
+from trainer.training.examples import Examples, read_examples
 from trainer.training.steps import last_step, open_steps
-from trainer.training.value_trainer import ValueTrainer
+from trainer.training.training import Training
+from trainer.training.value_trainer import ValueTrainer, held_out_loss
 from value_server.contract.checkpoint import (
     CONFIG_FILE,
     CheckpointError,
     LenvmConfig,
     read_config,
 )
-from value_server.contract.weights import weights_fingerprint
 from value_server.model.value_model import ValueModel
 
-SKETCH_SIZE = 32
 OF_DATA = ("completions", "cut", "baselines", "prompt_sketch")  # facts that nobody chose
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """All that shapes a value model beside its rollouts."""
-
-    backbone: Backbone
-    objective: Objective = Objective()
-    ahead: Ahead = Ahead()
-    recipe: Recipe = Recipe()
-    holdout: float = 0.05
-    """Share of the prompts kept for `lenvm evaluate`."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the option that is wrong."""
-        self.objective.check()
-        self.ahead.check(self.objective)
-        self.recipe.check()
-        check(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and below 1")
-        self.backbone.check()
-        if self.recipe.packing and (kind := self.backbone.states()):
-            rule = f"left out (--no-packing) with {kind} layers, which carry states between texts"
-            check(False, "packing", True, rule)
-        if start := self.backbone.started():
-            where = f"as {self.backbone.start} has"
-            gamma, target = self.objective.gamma, self.objective.target
-            check(gamma in (None, start.gamma), "gamma", gamma, f"{start.gamma}, {where}")
-            check(target == start.target, "target", target, f"{start.target}, {where}")
-
-    def facts(self) -> dict[str, Any]:
-        """What was chosen, for the checkpoint, which has the backbone in its own place."""
-        parts = (self.objective, self.ahead, self.recipe)
-        facts = {name: value for part in parts for name, value in part.facts().items()}
-        return {"holdout": self.holdout, **facts}
-
-    def discount(self, part: Sequence[Rollout]) -> float:
-        """gamma: of the checkpoint to go on from, or the objective's for these rollouts."""
-        start = self.backbone.started()
-        return start.gamma if start else self.objective.discount(finished_lengths(part))
-
-    def part(self, rollouts: Path) -> list[Rollout]:
-        """The rollouts that are not held out."""
-        return split(read_rollouts(rollouts, self.backbone.tokenizer()), self.holdout)[0]
-
-    def fresh_model(self, config: LenvmConfig) -> ValueModel:
-        """Before any step."""
-        dtype = torch.bfloat16 if self.recipe.mixed else torch.float32
-        return self.backbone.build(config, dtype)
 
 
 def train(
@@ -107,6 +44,7 @@ def train(
     training: Training,
     resume: bool = True,
     tensorboard: Path | None = None,
+    report_to: tuple[str, ...] = (),
 ) -> None:
     """Train a value model and write it to OUTPUT.
 
@@ -120,14 +58,17 @@ def train(
         Go on from the last save of a run with the same settings; a finished one stays as it is.
     tensorboard
         Folder for TensorBoard's log.
+    report_to
+        Trackers that are installed and log as well, by transformers' names: wandb, mlflow, trackio.
     """
     apart = output.resolve() != Path(training.backbone.model).resolve()
     check(apart, "output", str(output), "another folder than the model's")
+    check_trackers(report_to)
     training.check()
     set_seed(training.recipe.seed)
     examples, config = read_examples(rollouts, training)
     steps = output / "steps"
-    arguments = training.recipe.arguments(steps)
+    arguments = training.recipe.arguments(steps, report_to)
     settings = settings_of(examples, config, training.backbone)
     run = fingerprint(settings)
     if resume and not steps.exists() and is_finished(output, run, settings):
@@ -146,75 +87,18 @@ def train(
         if loop.is_fsdp_enabled:
             model = training.fresh_model(config)
             model.load_state_dict(weights)
-        write_checkpoint(output, model, {"loss_curve": loss_curve(loop), "run": run})
+        write_checkpoint(output, model, {**found_out(loop), "run": run})
         shutil.rmtree(steps)
 
 
-def read_examples(rollouts: Path, training: Training) -> tuple[list[Example], LenvmConfig]:
-    """What is learnt, and what the checkpoint will say of itself.
-
-    Raises ValueError where nothing can be learnt from the rollouts.
-    """
-    objective, recipe, backbone = training.objective, training.recipe, training.backbone
-    part = training.part(rollouts)
-    gamma = training.discount(part)
-    kept = [r for r in part if r.finished or objective.censored != "drop"]
-    examples = [e for r in kept if (e := example_of(r, objective, recipe)).has_labels]
-    if not examples:
-        raise ValueError(
-            f"rollouts: {rollouts} has nothing to train on with holdout {training.holdout}, "
-            f"max_length {recipe.max_length} and censored {objective.censored!r}"
-        )
-    examples = with_candidates(examples, training.ahead, gamma)
-    _, vocab_size = load_shape(backbone.model)
-    largest = max(int(e.input_ids.max()) for e in examples)
-    known = f"below {backbone.model}'s vocab_size {vocab_size}"
-    check(largest < vocab_size, "token id", largest, known)
-    config = LenvmConfig(
-        gamma=gamma,
-        base_model=backbone.name(),
-        weights=backbone.weights(),
-        num_layers=backbone.depth(),
-        tokenizer_fingerprint=backbone.tokenizer().fingerprint,
-        base_fingerprint=weights_fingerprint(backbone.model),
-        target=objective.target,
-        target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
-        lookahead_rank=training.ahead.lookahead,
-        training={
-            "rollouts": rollouts.name,
-            "completions": len(kept),
-            "cut": sum(not r.finished for r in kept),
-            **training.facts(),
-            "baselines": fit_baselines(part, gamma, recipe.max_length),
-            "prompt_sketch": prompt_hashes(kept)[:SKETCH_SIZE],
-        },
-    )
-    return examples, config
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError naming one that is not installed, or that transformers does not know."""
+    known = get_available_reporting_integrations()
+    for name in names:
+        check(name in known, "report_to", name, f"one that is installed: {', '.join(known)}")
 
 
-def example_of(rollout: Rollout, objective: Objective, recipe: Recipe) -> Example:
-    """What one completion teaches."""
-    prompt_alone = objective.censored == "prompt" and not rollout.finished
-    return (prompt_example if prompt_alone else make_example)(rollout, recipe.max_length)
-
-
-def with_candidates(examples: Sequence[Example], ahead: Ahead, gamma: float) -> list[Example]:
-    """Each with those of its text, logits in `gamma`. Raises ValueError where none has any."""
-    if ahead.candidates is None:
-        return list(examples)
-    found = read_candidates(ahead.candidates, gamma)
-    joined = []
-    for e in examples:
-        own = found.get(e.text_key)
-        joined.append(replace(e, candidates=own and own.within(len(e.input_ids))))
-    there = count([e.candidates for e in joined]) > 0
-    check(there, "candidates", str(ahead.candidates), "of these rollouts, no text is among them")
-    return joined
-
-
-def settings_of(
-    examples: Sequence[Example], config: LenvmConfig, backbone: Backbone
-) -> dict[str, Any]:
+def settings_of(examples: Examples, config: LenvmConfig, backbone: Backbone) -> dict[str, Any]:
     """All that shapes the weights, as JSON."""
     facts = msgspec.to_builtins(config) | config.training
     del facts["training"], facts["base_fingerprint"]  # so that runs of before it was known go on
@@ -222,23 +106,51 @@ def settings_of(
         del facts["lookahead_rank"]
     lora = asdict(backbone.lora)
     start = backbone.start and str(backbone.start)
-    own = {"model": backbone.model, "lora": lora, "data": digest(examples)}
+    own = {
+        "model": backbone.model,
+        "lora": lora,
+        "data": digest([*examples.learnt, *examples.judged]),
+    }
     return facts | own | ({"start": start} if start else {})
 
 
 def training_loop(
-    examples: Sequence[Example],
+    examples: Examples,
     config: LenvmConfig,
     training: Training,
     arguments: TrainingArguments,
     tensorboard: Path | None,
 ) -> ValueTrainer:
     """A fresh model, and all that its training takes."""
-    objective, recipe = training.objective, training.recipe
+    recipe = training.recipe
     model = training.fresh_model(config)
     if recipe.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    dataset = PackedDataset(
+    dataset = packed(examples.learnt, training)
+    callbacks: list[TrainerCallback] = []
+    if recipe.patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.patience))
+    if tensorboard:
+        callbacks.append(TensorBoardCallback(SummaryWriter(tensorboard)))
+    return ValueTrainer(
+        model,
+        arguments,
+        train_dataset=dataset,
+        eval_dataset=packed(examples.judged, training) if examples.judged else None,
+        compute_metrics=held_out_loss,
+        data_collator=collate,
+        objective=training.objective,
+        readout=config.readout,
+        ahead=training.ahead,
+        per_scored=dataset.per_scored,
+        callbacks=callbacks,
+    )
+
+
+def packed(examples: Sequence[Example], training: Training) -> PackedDataset:
+    """As the recipe says."""
+    objective, recipe = training.objective, training.recipe
+    return PackedDataset(
         examples,
         recipe.max_length,
         recipe.seed,
@@ -246,17 +158,6 @@ def training_loop(
         trajectory_mean=objective.weighting == "trajectory",
         prompt_weight=objective.prompt_weight,
         packing=recipe.packing,
-    )
-    return ValueTrainer(
-        model,
-        arguments,
-        train_dataset=dataset,
-        data_collator=collate,
-        objective=objective,
-        readout=config.readout,
-        ahead=training.ahead,
-        per_scored=dataset.per_scored,
-        callbacks=[TensorBoardCallback(SummaryWriter(tensorboard))] if tensorboard else [],
     )
 
 
@@ -282,10 +183,15 @@ def is_finished(output: Path, run: str, settings: Mapping[str, Any]) -> bool:
     )
 
 
-def loss_curve(loop: ValueTrainer) -> list[float]:
-    """Mean training loss of each tenth of the steps."""
+def found_out(loop: ValueTrainer) -> dict[str, Any]:
+    """loss_curve: mean training loss of each tenth of the steps. Where held-out prompts were looked
+    at, also the step whose weights these are, and the loss there."""
     losses = [entry["loss"] for entry in loop.state.log_history if "loss" in entry]
-    return [float(np.mean(part)) for part in np.array_split(losses, 10) if len(part)]
+    curve = [float(np.mean(part)) for part in np.array_split(losses, 10) if len(part)]
+    if loop.state.best_metric is None:
+        return {"loss_curve": curve}
+    best = {"best_step": loop.state.best_global_step, "held_out_loss": loop.state.best_metric}
+    return {"loss_curve": curve, **best}
 
 
 def write_checkpoint(output: Path, model: ValueModel, facts: Mapping[str, Any]) -> None:

@@ -11,14 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
 from trainer.training.ahead import Ahead, candidate_losses, places_of, sampled_loss
-from trainer.training.losses import losses_against, token_targets
+from trainer.training.losses import losses_against, token_losses, token_targets
 from trainer.training.objective import Objective
 from value_server.contract.targets import Readout
 
 TRAINED_FILE = "trained.safetensors"
+
+
+def held_out_loss(found: EvalPrediction) -> dict[str, float]:
+    """The weighted mean over all held-out tokens, of `prediction_step`'s sums."""
+    return {"loss": float(found.predictions.sum(dtype=float) / found.label_ids.sum(dtype=float))}
 
 
 class ValueTrainer(Trainer):
@@ -82,6 +87,21 @@ class ValueTrainer(Trainer):
             loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, raw) if return_outputs else loss
 
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """(None, (B,) summed losses, (B,) summed weights) of each row: the value's own loss."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self._autocast():
+            raw = model(inputs["input_ids"], position_ids=inputs["position_ids"], raw=True)
+        rows = (inputs["labels"], inputs["is_cut"], inputs["position_ids"])
+        losses = token_losses(raw, *rows, self.objective.judged, self.readout)
+        return None, (losses * inputs["weights"]).sum(-1), inputs["weights"].sum(-1)
+
     def _candidate_loss(self, z: Tensor, places: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Sum over positions with candidates. z: (N, K) after these, places: (N,)."""
         teacher, shares = (
@@ -120,6 +140,11 @@ class ValueTrainer(Trainer):
             {name: weights[name].detach().cpu().contiguous() for name in self._trained()},
             folder / TRAINED_FILE,
         )
+
+    def _load_best_model(self) -> None:
+        """Of all looks at the held-out prompts; nobody goes on before all have read it."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Every process reads the file and keeps its own share, which may be all."""

@@ -7,12 +7,13 @@ import pytest
 
 from tests.support.training import LENGTHS, row, toy_rows, training, write
 from trainer.data import Example
-from trainer.training.train import read_examples
+from trainer.training.examples import read_examples
 from value_server.contract.checkpoint import LenvmConfig
 
 
 def read(data: Path, base: Path, **options: Any) -> tuple[list[Example], LenvmConfig]:
-    return read_examples(data, training(base, **options))
+    examples, config = read_examples(data, training(base, **options))
+    return examples.learnt, config
 
 
 def test_gamma_comes_from_a_percentile_of_finished_lengths(base: Path, tmp_path: Path) -> None:

@@ -9,34 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trainer.training.train
+from tests.support.stopped import run_until
 from tests.support.training import contents, run, toy_rows, write
 from trainer.training.backbone import LoraShape, Tune
 from trainer.training.steps import last_step, open_steps
-from trainer.training.value_trainer import ValueTrainer
-
-
-class KilledError(Exception):
-    pass
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next run ends amid the step after `step`."""
-
-    class Stopped(ValueTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == step:
-                raise KilledError
-            return super().compute_loss(*args, **kwargs)
-
-    monkeypatch.setattr(trainer.training.train, "ValueTrainer", Stopped)
-
-
-def run_until(step: int, *args: Any, **options: Any) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(step, patch)
-        with pytest.raises(KilledError):
-            run(*args, **options)
 
 
 @pytest.mark.parametrize(("tune", "stops"), [("full", (3,)), ("head", (1, 4))])
@@ -112,6 +88,8 @@ def stopped(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ("tokens_per_step", 128),
         ("max_length", 60),
         ("warmup_steps", 1),
+        ("scheduler", "linear"),
+        ("weight_decay", 0.1),
         ("num_layers", 1),
         ("gamma", 0.5),
         ("seed", 7),

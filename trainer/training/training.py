@@ -1,0 +1,70 @@
+"""All that shapes a value model beside its rollouts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cyclopts import Parameter
+
+from trainer.checks import check
+from trainer.data import Rollout, finished_lengths, split
+from trainer.rollout_files import read_rollouts
+from trainer.training.ahead import Ahead
+from trainer.training.backbone import Backbone
+from trainer.training.objective import Objective
+from trainer.training.recipe import Recipe
+from value_server.contract.checkpoint import LenvmConfig
+from value_server.model.value_model import ValueModel
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that shapes a value model beside its rollouts."""
+
+    backbone: Backbone
+    objective: Objective = Objective()
+    ahead: Ahead = Ahead()
+    recipe: Recipe = Recipe()
+    holdout: float = 0.05
+    """Share of the prompts kept for `lenvm evaluate`."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the option that is wrong."""
+        self.objective.check()
+        self.ahead.check(self.objective)
+        self.recipe.check()
+        check(0 <= self.holdout < 1, "holdout", self.holdout, "at least 0 and below 1")
+        judged = self.recipe.eval_steps
+        check(judged is None or self.holdout > 0, "eval_steps", judged, "left out with holdout 0")
+        self.backbone.check()
+        if self.recipe.packing and (kind := self.backbone.states()):
+            rule = f"left out (--no-packing) with {kind} layers, which carry states between texts"
+            check(False, "packing", True, rule)
+        if start := self.backbone.started():
+            where = f"as {self.backbone.start} has"
+            gamma, target = self.objective.gamma, self.objective.target
+            check(gamma in (None, start.gamma), "gamma", gamma, f"{start.gamma}, {where}")
+            check(target == start.target, "target", target, f"{start.target}, {where}")
+
+    def facts(self) -> dict[str, Any]:
+        """What was chosen, for the checkpoint, which has the backbone in its own place."""
+        parts = (self.objective, self.ahead, self.recipe)
+        facts = {name: value for part in parts for name, value in part.facts().items()}
+        return {"holdout": self.holdout, **facts}
+
+    def discount(self, part: Sequence[Rollout]) -> float:
+        """gamma: of the checkpoint to go on from, or the objective's for these rollouts."""
+        start = self.backbone.started()
+        return start.gamma if start else self.objective.discount(finished_lengths(part))
+
+    def parts(self, rollouts: Path) -> tuple[list[Rollout], list[Rollout]]:
+        """(to learn, held out)."""
+        return split(read_rollouts(rollouts, self.backbone.tokenizer()), self.holdout)
+
+    def fresh_model(self, config: LenvmConfig) -> ValueModel:
+        """Before any step."""
+        dtype = torch.bfloat16 if self.recipe.mixed else torch.float32
+        return self.backbone.build(config, dtype)
