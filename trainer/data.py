@@ -7,6 +7,7 @@ A label is r, the tokens still to come after a position; NO_LABEL marks a positi
 
 import hashlib
 import random
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class Rollout:
     prompt_ids, completion_ids: (P,), (R,) of any width; those that were read share one buffer.
     conversation: what it is one turn of, if any; its turns contain each other.
     prompt: its text, empty where the file has none.
+    weight: what a token of it counts for in training.
     """
 
     prompt_id: str
@@ -40,6 +42,7 @@ class Rollout:
     finished: bool
     conversation: str = ""
     prompt: str = ""
+    weight: float = 1.0
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -97,11 +100,13 @@ class Example:
     def weights(self, trajectory_mean: bool, prompt_weight: float = 1.0) -> NDArray[np.float32]:
         """(L,) what each label counts for: 1, or 1 for all labels of a text together.
 
-        The first, at the prompt's end, counts for `prompt_weight` of the others.
+        The first, at the prompt's end, counts for `prompt_weight` of the others; all for the
+        rollout's own weight.
         """
         labelled = (self.labels != NO_LABEL).astype(np.float32)
         labelled[labelled.argmax()] *= prompt_weight
-        return labelled / max(labelled.sum(), 1) if trajectory_mean else labelled
+        own: NDArray[np.float32] = labelled * np.float32(self.rollout.weight)
+        return own / max(labelled.sum(), 1) if trajectory_mean else own
 
     @property
     def has_labels(self) -> bool:
@@ -153,12 +158,14 @@ def prompt_hashes(rollouts: Sequence[Rollout]) -> list[str]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """sha256 over texts, labels and their order."""
+    """sha256 over texts, labels, weights and their order."""
     total = hashlib.sha256()
     for example in examples:
         for array in (example.input_ids, example.labels):
             total.update(len(array).to_bytes(8, "big") + array.tobytes())
         total.update(bytes([example.is_cut]))
+        if (weight := example.rollout.weight) != 1:  # so that runs of before there was any go on
+            total.update(struct.pack(">d", weight))
         if (c := example.candidates) is not None:
             for array in (c.positions, c.ids, c.p, c.z):
                 total.update(array.tobytes())

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from trainer.checks import check
 from trainer.data import Rollout
 from value_server.contract.checkpoint import tokenizer_fingerprint
 
@@ -60,9 +61,54 @@ class TokenizerOf:
         return {TOKENIZER_KEY: json.dumps(asdict(self)).encode()}
 
 
-def files_of(path: Path) -> list[Path]:
-    """A file, or the shards of a folder in order."""
-    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rollouts of one origin. weight: what a token of theirs counts for in training."""
+
+    path: Path
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """For facts: without the folder it lies in."""
+        return self.path.name if self.weight == 1 else f"{self.path.name}={self.weight:g}"
+
+    def files(self) -> list[Path]:
+        """The file, or the shards of the folder in order."""
+        return sorted(self.path.glob("*.parquet")) if self.path.is_dir() else [self.path]
+
+
+def sources_of(rollouts: Path) -> list[Source]:
+    """A path, path=weight, or several of these between commas, as a.parquet=2,b.parquet.
+
+    Raises ValueError naming a weight that is none.
+    """
+    if rollouts.exists():
+        return [Source(rollouts)]
+    return [_source_of(part) for part in str(rollouts).split(",")]
+
+
+def _source_of(part: str) -> Source:
+    path, equals, weight = part.rpartition("=")
+    if Path(part).exists() or not equals:
+        return Source(Path(part))
+    try:
+        source = Source(Path(path), float(weight))
+    except ValueError:
+        source = Source(Path(path), 0)
+    fits = bool(path) and 0 < source.weight < float("inf")
+    check(fits, "rollouts", part, "a path, or path=weight with a weight above 0")
+    return source
+
+
+def name_of(rollouts: Path) -> str:
+    """What facts call them."""
+    return ",".join(source.name for source in sources_of(rollouts))
+
+
+def files_of(rollouts: Path) -> list[Path]:
+    """All files of all sources."""
+    return [file for source in sources_of(rollouts) for file in source.files()]
 
 
 def check_tokenizer(path: Path, ours: TokenizerOf) -> None:
@@ -92,7 +138,7 @@ def check_tokenizer(path: Path, ours: TokenizerOf) -> None:
 
 
 def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Rollout]:
-    """All rollouts of a Parquet file or a folder of shards, which must be of `tokenizer`.
+    """All rollouts of one or several sources (`sources_of`), which must be of `tokenizer`.
 
     A text that is in several files counts as often as in the one that has it most. Equal prompts
     have one id, that of the first, and different prompts different ones. Raises ValueError naming
@@ -103,7 +149,8 @@ def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Roll
     kept: Counter[bytes] = Counter()
     prompts = _Prompts()
     rollouts = []
-    for file in files_of(path):
+    weighted = [(file, s.weight) for s in sources_of(path) for file in s.files()]
+    for file, weight in weighted:
         seen: Counter[bytes] = Counter()
         for rollout in _read_file(file):
             prompt = _digest(rollout.prompt_ids)
@@ -111,7 +158,7 @@ def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Roll
             seen[text] += 1
             if seen[text] > kept[text]:
                 kept[text] += 1
-                rollouts.append(prompts.shared(rollout, prompt))
+                rollouts.append(prompts.shared(rollout, prompt, weight))
     if not rollouts:
         raise ValueError(f"{path}: no rollouts")
     return rollouts
@@ -128,7 +175,7 @@ class _Prompts:
         self._known: dict[bytes, dict[str, Any]] = {}
         self._owners: dict[str, bytes] = {}
 
-    def shared(self, rollout: Rollout, prompt: bytes) -> Rollout:
+    def shared(self, rollout: Rollout, prompt: bytes, weight: float) -> Rollout:
         if prompt not in self._known:
             given = rollout.prompt_id
             free = self._owners.setdefault(given, prompt) == prompt
@@ -138,7 +185,7 @@ class _Prompts:
                 "prompt": rollout.prompt,
                 "prompt_ids": rollout.prompt_ids.copy(),
             }
-        return replace(rollout, **self._known[prompt])
+        return replace(rollout, weight=weight, **self._known[prompt])
 
 
 def _digest(ids: NDArray[np.integer[Any]]) -> bytes:

@@ -112,6 +112,9 @@ def test_weights_of_a_token_mean_and_a_trajectory_mean() -> None:
     assert example.weights(False, 5.0).tolist() == [0, 0, 5, 1, 1, 1, 0]
     assert example.weights(True, 5.0).tolist() == [0, 0, 0.625, 0.125, 0.125, 0.125, 0]
     assert make_example(rollout(9, 4), 5).weights(True).tolist() == [0] * 5
+    twice = make_example(replace(rollout(3, 4), weight=2.0), 99)
+    assert twice.weights(False, 5.0).tolist() == [0, 0, 10, 2, 2, 2, 0]
+    assert twice.weights(True).tolist() == [0, 0, 0.5, 0.5, 0.5, 0.5, 0]
 
 
 EXAMPLES = [make_example(rollout(p, 3 + 7 * p % 9, p % 2 == 0), 20) for p in range(1, 9)]
@@ -223,5 +226,9 @@ def test_digest_sees_tokens_labels_order_and_kind() -> None:
     assert digest([a, b]) == digest([a, b])
     scored = replace(a, candidates=candidates(0, [1]))
     other = replace(a, candidates=candidates(1, [1]))
-    different = ([a, b], [b, a], [a], [bound, b], [cut, b], [], [scored, b], [other, b])
+    heavy = replace(a, rollout=replace(a.rollout, weight=2.0))
+    different = (
+        *([a, b], [b, a], [a], [bound, b], [cut, b], [], [scored, b], [other, b]),
+        *([heavy, b], [a, heavy]),
+    )
     assert len({digest(e) for e in different}) == len(different)

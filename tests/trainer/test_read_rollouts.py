@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.data import split
-from trainer.rollout_files import COLUMNS, TokenizerOf, read_rollouts
+from trainer.rollout_files import COLUMNS, TokenizerOf, name_of, read_rollouts
 
 ROW = {
     "prompt_id": "7",
@@ -184,3 +184,37 @@ def test_column_of_another_type(column: str, value: Any, tmp_path: Path) -> None
     path = write(tmp_path / "a.parquet", ROW | {column: value})
     with pytest.raises(ValueError, match=rf"a\.parquet: column '{column}' holds .*, not token ids"):
         read_rollouts(path)
+
+
+def test_several_sources_have_weights(tmp_path: Path) -> None:
+    """Read as one: what both have counts as in the first, and ids do not collide."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "day=2026").mkdir()
+    one, two, both = ROW | {"prompt_ids": [9]}, ROW | {"prompt_ids": [8]}, ROW
+    write(tmp_path / "a.parquet", one, both)
+    write(tmp_path / "b" / "x.parquet", two, both)
+    write(tmp_path / "day=2026" / "y.parquet", ROW | {"prompt_ids": [7]})
+    together = Path(f"{tmp_path}/a.parquet=2,{tmp_path}/b/=0.5,{tmp_path}/day=2026")
+    found = read_rollouts(together)
+    assert [(r.prompt_ids[0], r.weight) for r in found] == [(9, 2), (1, 2), (8, 0.5), (7, 1)]
+    assert len({r.prompt_id for r in found}) == 4
+    assert name_of(together) == "a.parquet=2,b=0.5,day=2026"
+    assert [r.weight for r in read_rollouts(tmp_path / "a.parquet")] == [1, 1]
+    ours, theirs = TokenizerOf("org/ours", "a" * 64), TokenizerOf("org/theirs", "b" * 64)
+    tell(tmp_path / "c.parquet", theirs)
+    with pytest.raises(ValueError, match=r"^rollouts: .*c\.parquet has token ids of org/theirs"):
+        read_rollouts(Path(f"{tmp_path}/a.parquet=2,{tmp_path}/c.parquet"), ours)
+
+
+@pytest.mark.parametrize("part", ["b=0", "b=-1", "b=two", "b=", "b=nan", "b=inf", "=2"])
+def test_a_weight_that_is_none_is_named(part: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ROW)
+    message = rf"^rollouts: '{part}', must be a path, or path=weight with a weight above 0$"
+    with pytest.raises(ValueError, match=message):
+        read_rollouts(Path(f"{tmp_path}/a.parquet=2,{part}"))
+
+
+def test_a_source_that_is_missing_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ROW)
+    with pytest.raises(ValueError, match=r"^nothing: no such file or folder"):
+        read_rollouts(Path(f"{tmp_path}/a.parquet,nothing=2"))

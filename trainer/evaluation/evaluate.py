@@ -13,7 +13,7 @@ from trainer.evaluation.report import write_report
 from trainer.output import show
 from trainer.plots import check_picture, plot_calibration
 from trainer.reading import Reading
-from trainer.rollout_files import TokenizerOf, check_tokenizer, read_rollouts
+from trainer.rollout_files import TokenizerOf, check_tokenizer, name_of, read_rollouts
 from value_server.contract.checkpoint import read_config
 
 # Of a baseline; the first model has more.
@@ -46,7 +46,7 @@ def evaluate(
     checkpoint
         Folder that `lenvm train` wrote.
     rollouts
-        Parquet file or folder of shards, as in training.
+        Parquet file or folder of shards; as in training, with several of them, too.
     compare
         Other checkpoints for the same table, as one trained with `--tune head`.
     training
@@ -88,7 +88,7 @@ def evaluate(
             text += "\n\n" + agreement_table(figures)
         if plot:
             plot_calibration(result, plot)
-        told = result | {"rollouts": rollouts.name}
+        told = result | {"rollouts": name_of(rollouts)}
         if html:
             write_report(html, checkpoint, config, told, next(iter(found.values())))
         if card:

@@ -9,6 +9,7 @@ from trainer.candidates import count, read_candidates
 from trainer.checks import check
 from trainer.data import Example, Rollout, make_example, prompt_example, prompt_hashes
 from trainer.evaluation.baselines import fit_baselines
+from trainer.rollout_files import name_of
 from trainer.training.ahead import Ahead
 from trainer.training.backbone import load_shape
 from trainer.training.objective import Objective
@@ -61,7 +62,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[Examples, LenvmCo
         target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
         lookahead_rank=training.ahead.lookahead,
         training={
-            "rollouts": rollouts.name,
+            "rollouts": name_of(rollouts),
             "completions": len(kept),
             "cut": sum(not r.finished for r in kept),
             **training.facts(),

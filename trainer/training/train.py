@@ -51,7 +51,8 @@ def train(
     Parameters
     ----------
     rollouts
-        Parquet file, or folder of shards, as `lenvm rollout` writes them.
+        Parquet file, or folder of shards, as `lenvm rollout` writes them. Several of them as
+        a.parquet=2,b/=1: a token of the first then counts twice as much as one of the second.
     output
         Folder of the checkpoint.
     resume

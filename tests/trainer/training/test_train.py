@@ -13,13 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.support.tiny import tiny_tokenizer
-from tests.support.training import (
-    CONSTANT_LOSS,
-    LENGTHS,
-    NAME,
-    contents,
-    run,
-)
+from tests.support.training import CONSTANT_LOSS, LENGTHS, NAME, contents, run, toy_rows, write
 from trainer.evaluation.evaluate import evaluate
 from trainer.reading import Reading
 from trainer.training.backbone import Tune
@@ -158,3 +152,20 @@ def test_a_folder_can_be_written_again(base: Path, data: Path, tmp_path: Path) -
         with torch.inference_mode():
             assert torch.equal(again(torch.arange(258)[None]), fresh(torch.arange(258)[None]))
         assert bool(list((tmp_path / "out").glob("adapter_*"))) == (tune == "lora")
+
+
+def test_weights_of_sources_are_those_of_the_loss(
+    base: Path, tmp_path: Path, history: list[dict[str, Any]]
+) -> None:
+    """A step over all texts, 16 tokens of the first and 40 of the second: their weighted mean."""
+    rows = toy_rows(3)
+    data = [write(tmp_path / f"{n}.parquet", part) for n, part in enumerate((rows[:2], rows[2:]))]
+    options = {"max_steps": 1, "tokens_per_step": 640, "gamma": 0.95}
+    losses = []
+    for name, inputs in enumerate((data[0], data[1], Path(f"{data[0]}=3,{data[1]}"))):
+        history.clear()
+        run(inputs, tmp_path / f"out-{name}", base, **options)
+        losses.append(next(entry["loss"] for entry in history if "loss" in entry))
+    assert losses[2] == pytest.approx((3 * 16 * losses[0] + 40 * losses[1]) / 88)
+    assert losses[0] != pytest.approx(losses[1])
+    assert read_config(tmp_path / "out-2").training["rollouts"] == "0.parquet=3,1.parquet"
