@@ -9,7 +9,7 @@ import hashlib
 import random
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from trainer.candidates import Candidates, count, text_key
 from value_server.contract.values import value_from_length
 
 NO_LABEL = -100.0
+THINKING_END = "thinking_end_id"  # of a checkpoint's facts, where texts end at that token
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,24 @@ def split(rollouts: Sequence[Rollout], holdout: float) -> tuple[list[Rollout], l
         digest = hashlib.sha256(together.encode()).digest()
         parts[int.from_bytes(digest[:4], "big") < holdout * 2**32].append(rollout)
     return parts
+
+
+def ending_at(rollouts: Sequence[Rollout], end: int | None) -> list[Rollout]:
+    """Each as far as its first token `end`, if one is given, where it then has finished.
+
+    Left out is what finished without one: a text without a thinking.
+    """
+    if end is None:
+        return list(rollouts)
+    found = []
+    for rollout in rollouts:
+        places = np.flatnonzero(rollout.completion_ids == end)
+        if len(places):
+            part = rollout.completion_ids[: int(places[0]) + 1]
+            found.append(replace(rollout, completion_ids=part, finished=True))
+        elif not rollout.finished:
+            found.append(rollout)
+    return found
 
 
 def finished_lengths(rollouts: Sequence[Rollout]) -> list[int]:

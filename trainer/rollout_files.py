@@ -231,7 +231,8 @@ def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
                 prompt,
                 completion,
                 row["finish_reason"] == "stop",
-                *(row.get(name) or "" for name in OPTIONAL),
+                conversation=row.get("conversation") or "",
+                prompt=row.get("prompt") or "",
             )
 
 

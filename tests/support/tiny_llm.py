@@ -4,9 +4,16 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import THINKING, tiny_tokenizer
 
 QWENS_DEFAULTS = {
     "eos_token_id": [256, 257],
@@ -33,6 +40,27 @@ def tiny_llm(folder: Path, seed: int = 0, more: tuple[str, ...] = ()) -> Path:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer(more).save_pretrained(folder)
+    return folder
+
+
+def tiny_qwen3(folder: Path) -> Path:
+    """A Qwen3 that thinks; returns `folder`."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=258 + len(THINKING),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=256,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer(THINKING).save_pretrained(folder)
     return folder
 
 

@@ -54,9 +54,13 @@ def row(number: int, prompt: list[int], completion: list[int], reason: str = "st
     }
 
 
-def toy_rows(count: int = 48) -> list[dict[str, Any]]:
+def toy_rows(count: int = 48, distinct: bool = False) -> list[dict[str, Any]]:
+    """Of three prompts, or of `count` `distinct` ones, of which a share can be held out."""
     lengths = [LENGTHS[number % len(LENGTHS)] for number in range(count)]
-    return [row(i, [255, 255, n], [*range(n - 1, 0, -1), END]) for i, n in enumerate(lengths)]
+    return [
+        row(i, [i if distinct else 255, 255, n], [*range(n - 1, 0, -1), END])
+        for i, n in enumerate(lengths)
+    ]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -19,6 +19,7 @@ from trainer.data import (
     Rollout,
     collate,
     digest,
+    ending_at,
     make_example,
     pack,
     split,
@@ -189,6 +190,21 @@ def test_candidates_stand_at_their_positions_in_a_pack() -> None:
         start += length
     assert dataset.scored == 4
     assert dataset.per_scored == pytest.approx(sum(c for _, c in sizes) / 4)
+
+
+def test_texts_end_where_their_thinking_does() -> None:
+    """At the first marker, which counts; what ended without one had no thinking."""
+    texts = [(1, [5, 9, 6, 9, 7], True), (2, [5, 9], False), (3, [5, 6], True), (4, [5, 6], False)]
+    rollouts = [
+        Rollout(str(n), "", np.array([9, 1]), np.array(ids), finished) for n, ids, finished in texts
+    ]
+    found = ending_at(rollouts, 9)
+    assert [(r.prompt_id, r.completion_ids.tolist(), r.finished) for r in found] == [
+        ("1", [5, 9], True),
+        ("2", [5, 9], True),
+        ("4", [5, 6], False),
+    ]
+    assert ending_at(rollouts, None) == rollouts
 
 
 def test_split_keeps_the_samples_of_a_prompt_together() -> None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.checks import check
-from trainer.data import Rollout, prompt_hashes, split
+from trainer.data import THINKING_END, Rollout, ending_at, prompt_hashes, split
 from trainer.evaluation.baselines import baseline_logits, fit_baselines
 from trainer.evaluation.figures import Predicted, predicted
 from trainer.evaluation.journal import close_journal, open_journal
@@ -45,6 +45,7 @@ def predictors(
     check(len(paths) == len(names), "checkpoint", names, "of different names")
     models = {name: reading.load(path) for name, path in paths.items()}
     config, longest = models[checkpoints[0].name].lenvm, reading.max_length
+    end = config.training.get(THINKING_END)
     known, held_out = split_as_trained(read_rollouts(rollouts), config, holdout)
     if not any(r.finished and len(r.prompt_ids) <= longest for r in held_out):
         raise ValueError(
@@ -52,7 +53,7 @@ def predictors(
             f"and max_length {longest}"
         )
     if training:
-        known = read_rollouts(training)
+        known = ending_at(read_rollouts(training), end)
     journals = {n: open_journal(paths[n], models[n], held_out, longest) for n in models}
     logits: dict[str, Iterable[NDArray[Any]]] = {}
     for name, model in models.items():
@@ -73,8 +74,10 @@ def predictors(
 def split_as_trained(
     rollouts: Sequence[Rollout], config: LenvmConfig, holdout: float | None
 ) -> tuple[list[Rollout], list[Rollout]]:
-    """(seen in training, not seen), as the checkpoint's facts tell, or by `holdout`."""
+    """(seen in training, not seen), as the checkpoint's facts tell, or by `holdout`; each as far
+    as training reads it."""
     facts = config.training
+    rollouts = ending_at(rollouts, facts.get(THINKING_END))
     if holdout is None:
         sketch = facts.get("prompt_sketch")
         others = sketch is not None and not set(sketch) & set(prompt_hashes(rollouts))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checks import check, check_positive
-from trainer.data import Rollout
+from trainer.data import THINKING_END, Rollout, ending_at
 from trainer.evaluation.journal import close_journal, open_journal
 from trainer.evaluation.predict import predict_all
 from trainer.output import show, table
@@ -71,7 +71,8 @@ def tokens(
     model = reading.load(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(reading.base_model or model.lenvm.base_model)
     learnt = TokenizerOf(str(checkpoint), model.lenvm.tokenizer_fingerprint)
-    texts = read_rollouts(rollouts, learnt)[:limit]
+    end = model.lenvm.training.get(THINKING_END)
+    texts = ending_at(read_rollouts(rollouts, learnt), end)[:limit]
     journal = open_journal(checkpoint, model, texts, reading.max_length)
     values = predict_all(model, texts, reading, checkpoint.name, journal)
     scored = token_scores(texts, values, model.lenvm.gamma, min_count)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from trainer.candidates import Candidates, is_written, text_key, write_candidates
 from trainer.checks import check, check_positive
-from trainer.data import Rollout
+from trainer.data import THINKING_END, Rollout, ending_at
 from trainer.lookahead.exact import check_branches, exact_logits
 from trainer.lookahead.served import ServedModel
 from trainer.reading import Reading
@@ -82,8 +82,10 @@ def distil(
     check(0 < share <= 1, "share", share, "above 0 and at most 1")
     scoring.check()
     reading.check()
-    learnt = read_config(teacher).tokenizer_fingerprint
-    texts = [r for r in read_rollouts(rollouts, TokenizerOf(str(teacher), learnt)) if r.finished]
+    config = read_config(teacher)
+    learnt = TokenizerOf(str(teacher), config.tokenizer_fingerprint)
+    whole = read_rollouts(rollouts, learnt)
+    texts = [r for r in ending_at(whole, config.training.get(THINKING_END)) if r.finished]
     model = reading.load(teacher)
     check_branches(model)
     texts = [r for r in texts if len(r.prompt_ids) <= reading.max_length]

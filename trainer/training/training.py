@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from cyclopts import Parameter
+from transformers import AutoTokenizer
 
 from trainer.checks import check
-from trainer.data import Rollout, finished_lengths, split
+from trainer.data import THINKING_END, Rollout, ending_at, finished_lengths, split
 from trainer.rollout_files import read_rollouts
 from trainer.training.ahead import Ahead
 from trainer.training.backbone import Backbone
@@ -30,6 +31,9 @@ class Training:
     recipe: Recipe = Recipe()
     holdout: float = 0.05
     """Share of the prompts kept for `lenvm evaluate`."""
+    thinking_end: str | None = None
+    """Token that closes a thinking, as </think>: texts then end there, for requests with scope
+    thinking. By default they end where the model ended them."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
@@ -40,6 +44,7 @@ class Training:
         judged = self.recipe.eval_steps
         check(judged is None or self.holdout > 0, "eval_steps", judged, "left out with holdout 0")
         self.backbone.check()
+        self.thinking_end_id()
         if self.recipe.packing and (kind := self.backbone.states()):
             rule = f"left out (--no-packing) with {kind} layers, which carry states between texts"
             check(False, "packing", True, rule)
@@ -53,7 +58,19 @@ class Training:
         """What was chosen, for the checkpoint, which has the backbone in its own place."""
         parts = (self.objective, self.ahead, self.recipe)
         facts = {name: value for part in parts for name, value in part.facts().items()}
-        return {"holdout": self.holdout, **facts}
+        own = {"thinking_end": self.thinking_end, THINKING_END: self.thinking_end_id()}
+        return {"holdout": self.holdout, **facts, **(own if self.thinking_end else {})}
+
+    def thinking_end_id(self) -> int | None:
+        """Raises ValueError where the tokenizer has no such token."""
+        if self.thinking_end is None:
+            return None
+        ids = AutoTokenizer.from_pretrained(self.backbone.model).encode(
+            self.thinking_end, add_special_tokens=False
+        )
+        rule = f"one token of {self.backbone.model}, it has {len(ids)}"
+        check(len(ids) == 1, "thinking_end", self.thinking_end, rule)
+        return int(ids[0])
 
     def discount(self, part: Sequence[Rollout]) -> float:
         """gamma: of the checkpoint to go on from, or the objective's for these rollouts."""
@@ -62,7 +79,8 @@ class Training:
 
     def parts(self, rollouts: Path) -> tuple[list[Rollout], list[Rollout]]:
         """(to learn, held out)."""
-        return split(read_rollouts(rollouts, self.backbone.tokenizer()), self.holdout)
+        found = read_rollouts(rollouts, self.backbone.tokenizer())
+        return split(ending_at(found, self.thinking_end_id()), self.holdout)
 
     def fresh_model(self, config: LenvmConfig) -> ValueModel:
         """Before any step."""
