@@ -32,7 +32,7 @@ class Training:
     holdout: float = 0.05
     """Share of the prompts kept for `lenvm evaluate`."""
     thinking_end: str | None = None
-    """Token that closes a thinking, as </think>: texts then end there, for requests with scope
+    """Token that closes a thinking, as `</think>`: texts then end there, for requests with scope
     thinking. By default they end where the model ended them."""
 
     def check(self) -> None:

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.tiny_llm import tiny_qwen3
 from tests.support.training import LENGTHS, row, toy_rows, training, write
 from trainer.data import Example
+from trainer.evaluation.predictors import split_as_trained
+from trainer.rollout_files import read_rollouts
 from trainer.training.examples import read_examples
 from value_server.contract.checkpoint import LenvmConfig
 
@@ -51,3 +54,23 @@ def test_prompts_held_out_are_not_trained_on(base: Path, data: Path) -> None:
     examples, config = read(data, base, holdout=0.5)
     assert 10 < len(examples) == config.training["completions"] < 38
     assert config.training["holdout"] == 0.5
+
+
+def test_texts_of_thinkings_end_at_their_marker(tmp_path: Path) -> None:
+    """In training and when it is judged: what follows the marker is not learnt."""
+    base = tiny_qwen3(tmp_path / "base")
+    rows = toy_rows(6, distinct=True)
+    for found in rows[:4]:
+        found["completion_ids"][-1:] = [259, *b"answer", 256]
+    path = write(tmp_path / "a.parquet", rows)
+    examples, config = read(path, base, thinking_end="</think>")
+    assert [e.labels.max() for e in examples] == [4, 12, 40, 4]
+    assert [e.input_ids[-1] for e in examples] == [259] * 4
+    facts = config.training
+    assert (facts["thinking_end"], facts["thinking_end_id"], facts["completions"]) == (
+        *("</think>", 259),
+        4,
+    )
+    judged = split_as_trained(read_rollouts(path), config, 1.0)[1]
+    assert [len(r.completion_ids) for r in judged] == [4, 12, 40, 4]
+    assert "thinking_end" not in read(path, base)[1].training

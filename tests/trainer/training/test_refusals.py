@@ -99,3 +99,11 @@ def test_rollouts_that_teach_nothing(
     with pytest.raises(ValueError, match=message):
         run(path, tmp_path / "out", base, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_marker_of_a_thinking_is_one_token(base: Path, tmp_path: Path) -> None:
+    """The tiny tokenizer spells it."""
+    with pytest.raises(
+        ValueError, match=r"^thinking_end: '</think>', must be one token of .*, it has 8"
+    ):
+        run(tmp_path / "nothing", tmp_path / "out", base, thinking_end="</think>")
