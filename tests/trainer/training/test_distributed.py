@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a backbone, rollouts, settings, and what one process makes of them."""
     folder = tmp_path_factory.mktemp("distributed")
     base = tiny_llm(folder / "base")
-    data = write(folder / "toy.parquet", toy_rows(distinct=True))
+    data = write(folder / "toy.parquet", toy_rows(43, distinct=True))  # 12 packs, 5 held out
     (folder / "run.yaml").write_text(SETTINGS + f"model: {base}\n")
     run(data, folder / "one", base, tune="full", **SAME)
     return folder
