@@ -185,7 +185,9 @@ class _Prompts:
                 "prompt": rollout.prompt,
                 "prompt_ids": rollout.prompt_ids.copy(),
             }
-        return replace(rollout, weight=weight, **self._known[prompt])
+        own = self._known[prompt]
+        own["prompt"] = own["prompt"] or rollout.prompt
+        return replace(rollout, weight=weight, **own)
 
 
 def _digest(ids: NDArray[np.integer[Any]]) -> bytes:

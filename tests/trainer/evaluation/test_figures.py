@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tests.support.tiny import GAMMA
 from trainer.data import Rollout
+from trainer.evaluation import baselines
 from trainer.evaluation.baselines import baseline_logits, fit_baselines
 from trainer.evaluation.figures import predicted, summarise
 from trainer.evaluation.forecasts import rank_correlation
@@ -111,6 +112,20 @@ def test_baselines_look_at_cut_completions_at_the_boundary_only() -> None:
     assert both["boundary"][0] == pytest.approx((u(20) + u(61)) / 2)
     assert both["tokens"] == fit_baselines([known], GAMMA, MAX_LENGTH)["training mean"]["tokens"]
     assert fit_baselines([cut], GAMMA, MAX_LENGTH) == {}
+
+
+@pytest.mark.parametrize("prompts", [[3, 9, 40, 7], [5, 5, 5, 5]], ids=["lengths", "one length"])
+def test_a_fit_block_by_block_is_the_fit_of_all(
+    prompts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no line is the only one: prompts of one length."""
+    rollouts = [rollout(str(p), p, 11 + 7 * i, i != 2) for i, p in enumerate(prompts)]
+    whole = fit_baselines(rollouts, GAMMA, MAX_LENGTH)
+    monkeypatch.setattr(baselines, "HELD", 5)
+    parts = fit_baselines(rollouts, GAMMA, MAX_LENGTH)
+    for name, of_places in whole.items():
+        for place, weights in of_places.items():
+            assert parts[name][place] == pytest.approx(weights, abs=1e-9)
 
 
 def length_of(u: float) -> float:
