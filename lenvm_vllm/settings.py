@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LENVM_", frozen=True, extra="forbid")
 
     url: Urls = ("http://127.0.0.1:8100",)
-    adapters: dict[str, Urls] = {}
+    adapters: dict[Annotated[str, Field(min_length=1)], Urls] = {}
     token: SecretStr | None = None
     token_file: Path | None = None
     tls_ca: Path | None = None

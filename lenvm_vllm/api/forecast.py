@@ -15,7 +15,7 @@ by so many / aging seconds, in whatever hour it comes.
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from value_server.contract.units import PRIOR, UNITS
 from value_server.contract.wire import PREDICT_PATH
 
 _PAUSE_S = 5.0  # after a failure
+_OF_THE_SERVER = (401, 404)  # wrong whatever it is asked: its token, or its model's name
 _MEMORY = 0.9  # of the mean that stands for what could not be asked
 _FURTHEST = 2**63 - 1  # the highest priority that vLLM takes; the lowest is less by one
 
@@ -118,19 +119,24 @@ class Forecast:
         """The answer of the first server that has one; each request begins with another."""
         if (prompt := to_predict(request)) is None:
             return None
-        servers = self._servers_of.get(str(request.get("model")), self._servers_of[""])
-        servers.rotate(-1)
-        for server in list(servers):
+        for server in self._asked(str(request.get("model"))):
             if self._clock() < server.silent_until:
                 continue
             try:
                 reply = await server.http.post(PREDICT_PATH, json=prompt)
-                if reply.status_code >= 500:
+                if reply.status_code in _OF_THE_SERVER or reply.status_code >= 500:
                     reply.raise_for_status()
                 return max(1, round(reply.json()["predicted_tokens"])) if reply.is_success else None
             except (httpx.HTTPError, ValueError, KeyError, TypeError, OverflowError):
                 server.silent_until = self._clock() + _PAUSE_S
         return None
+
+    def _asked(self, model: str) -> Iterator[_Server]:
+        """An adapter's own, where it has some, then the base model's."""
+        for name in (model, "") if model in self._servers_of else ("",):
+            servers = self._servers_of[name]
+            servers.rotate(-1)
+            yield from list(servers)
 
 
 def _in_tokens(target: LengthTarget) -> LengthTarget:

@@ -22,9 +22,9 @@ def take_in(config: Any, request: Any) -> None:
     if params is None or (target := LengthTarget.from_extra_args(params.extra_args)) is None:
         return
     target = resolved(target, config)
-    params.extra_args = {**params.extra_args, **target.to_xargs()}
-    if request.lora_request is not None:  # the engine's processors are not told
-        params.extra_args[ADAPTER] = request.lora_request.lora_name
+    # The engine's processors are not told of an adapter; a client's word for it counts for nothing.
+    adapter = request.lora_request.lora_name if request.lora_request is not None else ""
+    params.extra_args = {**params.extra_args, **target.to_xargs(), ADAPTER: adapter}
     prompt = len(request.prompt_token_ids or ())
     room = config.model_config.max_model_len - prompt
     if not only_prefills(config):

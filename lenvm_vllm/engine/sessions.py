@@ -83,7 +83,12 @@ class Sessions:
         info = self.model()
         self._read()
         if self.trouble is None:
-            told = self._told(enumerate(s for s in ahead if why_not(s, info, ahead=True) is None))
+            can = [
+                state
+                for state in ahead
+                if why_not(state, info, ahead=True) is None and self._client.is_free(state.session)
+            ]
+            told = self._told(enumerate(can))
             looks = [asks and own for own in self.looks_ahead([t.state for t in told])]
             told = [t for t, asked in zip(told, looks, strict=True) if t.tokens or asked]
             # Its answer is waited for in the step, when vLLM's own part is done.

@@ -6,7 +6,7 @@ sessions go each to its own next one, with their whole text; nobody else's move.
 comes back, or a new one, gets new sessions only: to move an old one would compute its text anew.
 
 Texts of a LoRA adapter with value servers of its own belong to those; where none of them lives, to
-the others, whose values are for the same tokens.
+the base model's. Those of another adapter are asked about no text but its own.
 
 Each replica has a thread, which carries one message at a time. A step waits for its answer as
 long as it may; while the answer is still out, that replica is not asked, and nobody waits for it.
@@ -109,8 +109,8 @@ class Replicas:
 
     def looks_ahead(self, session: str) -> bool:
         """Whether the replica of a session has one. Raises ValueServerError when none lives."""
-        served = self._place(session).served
-        return served is not None and served.keys is not None
+        place = self._place(session)
+        return place is not None and place.served is not None and place.served.keys is not None
 
     def assign(self, session: str, adapter: str) -> None:
         """The text of this session, which is new, is written by this adapter."""
@@ -130,10 +130,12 @@ class Replicas:
         return any(replica.closed and replica.call is None for replica in self._replicas)
 
     def is_free(self, session: str) -> bool:
-        """Whether the replica of a session has no message out; also where none lives, which
-        `send` then says."""
-        lives = any(replica.served for replica in self._replicas)
-        return not lives or self._place(session).call is None
+        """Whether a replica of a session lives and has no message out; also where none lives at
+        all, which `send` then says."""
+        if not any(replica.served for replica in self._replicas):
+            return True
+        place = self._place(session)
+        return place is not None and place.call is None
 
     def send(
         self,
@@ -145,7 +147,7 @@ class Replicas:
         queries: bool = False,
     ) -> list[Call]:
         """A message to each replica that has one of the sessions, or one to close, all at the same
-        time; a row whose replica has not answered yet is in none of them.
+        time; a row whose replica has not answered yet, or that has none, is in none of them.
 
         candidates: their number in each row. least, most: seconds that an answer may take, if it
         is to have values. queries: ask for those of all rows whose replica looks ahead.
@@ -153,7 +155,8 @@ class Replicas:
         """
         shares: dict[Replica, list[int]] = {r: [] for r in self._replicas if r.closed}
         for row, session in enumerate(sessions):
-            shares.setdefault(self._place(session), []).append(row)
+            if (place := self._place(session)) is not None:
+                shares.setdefault(place, []).append(row)
         calls = []
         for replica, rows in shares.items():
             served = replica.served
@@ -226,13 +229,18 @@ class Replicas:
             raise self._error or CircuitOpen("no value server answers")
         return live
 
-    def _place(self, session: str) -> Replica:
-        """The replica of a session. Raises ValueServerError when none lives."""
+    def _place(self, session: str) -> Replica | None:
+        """The replica of a session; None where of its own, and of the base model's, none lives.
+        Raises ValueServerError when none lives at all."""
         place = self._places.get(session)
         if place is None or place.served is None:
-            own = self._replicas_of[self._adapters.get(session, "")]
-            live = [replica for replica in own if replica.served] or self._live()
-            place = max(live, key=lambda replica: rank(replica.url, session))
+            live = self._live()
+            for name in (self._adapters.get(session, ""), ""):
+                if own := [replica for replica in self._replicas_of[name] if replica in live]:
+                    break
+            else:
+                return None
+            place = max(own, key=lambda replica: rank(replica.url, session))
             self._places.pop(session, None)
             self._places[session] = place
             if len(self._places) > MOST_SESSIONS:

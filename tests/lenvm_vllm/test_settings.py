@@ -36,7 +36,7 @@ def test_servers_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_settings({"lenvm": {"url": "http://a:1,unix:/run/s:/models/base"}})
     assert found.adapters == {"sql": ("http://b:1/models/sql",), "law": ("http://a:1",)}
     assert found.servers == ["http://a:1", "unix:/run/s:/models/base", "http://b:1/models/sql"]
-    for wrong in ({"sql": "b:1"}, {"sql": []}, "http://b:1"):
+    for wrong in ({"sql": "b:1"}, {"sql": []}, "http://b:1", {"": "http://b:1"}):
         with pytest.raises(ValueError, match="adapters"):
             load_settings({"lenvm": {"adapters": wrong}})
 

@@ -104,6 +104,16 @@ def test_an_adapter_with_servers_of_its_own_is_asked_there() -> None:
     ]
 
 
+@pytest.mark.parametrize("trouble", [401, 404, 503])
+def test_an_adapter_whose_own_do_not_answer_has_the_base_models(trouble: int) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        own = request.url.host == "b"
+        return httpx.Response(trouble if own else 200, json={"predicted_tokens": 7})
+
+    made = forecast(answer, url="http://a", adapters={"sql": "http://b,http://b/2"})  # type: ignore[arg-type]
+    assert tokens(made, {"messages": CHAT, "model": "sql"}) == 7
+
+
 @pytest.mark.parametrize(
     "request_body",
     [

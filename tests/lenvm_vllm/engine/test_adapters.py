@@ -5,18 +5,22 @@ Legend: V vocabulary.
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 from lenvm_vllm.api.intake import take_in
+from lenvm_vllm.engine import sessions
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.values.client import Unreachable
 from lenvm_vllm.values.replicas import Replicas
+from tests.support.blocked import wait_until
 from tests.support.fakes import Server, V, config, free, params
 from tests.support.v1_batch import added, update
 
-BASE, OWN = "http://base", "http://own"
+BASE, OWN, THIRD = "http://base", "http://own", "http://third"
+gone = Unreachable("gone")
 
 
 def written_by(adapter: str | None) -> SamplingParams:
@@ -31,8 +35,10 @@ def written_by(adapter: str | None) -> SamplingParams:
     return request.sampling_params
 
 
-def served_by(adapters: dict[str, list[str]]) -> tuple[dict[str, Server], LenvmLogitsProcessor]:
-    servers = {BASE: Server(), OWN: Server()}
+def served_by(
+    adapters: dict[str, list[str]], lost: tuple[str, ...] = ()
+) -> tuple[dict[str, Server], LenvmLogitsProcessor]:
+    servers = {url: Server(gone if url in lost else None) for url in (BASE, OWN, THIRD)}
     client = Replicas(servers, adapters={"": [BASE]} | adapters)
     processor = LenvmLogitsProcessor(config(), torch.device("cpu"), False, client=client)
     names = (None, "sql", "other")
@@ -73,6 +79,38 @@ def test_an_adapter_may_have_its_own() -> None:
 def test_an_adapter_whose_own_is_lost_has_that_of_the_others() -> None:
     servers, processor = served_by({"sql": [OWN]})
     step(processor)
-    servers[OWN].error = Unreachable("gone")
+    servers[OWN].error = gone
     assert step(processor) == 3
     assert held(servers[BASE]) == {"base", "sql", "other"}
+
+
+def test_the_values_of_another_adapter_are_for_no_text_but_its_own() -> None:
+    servers, processor = served_by({"sql": [OWN], "law": [THIRD]}, lost=(BASE,))
+    step(processor)
+    assert (held(servers[OWN]), held(servers[THIRD])) == ({"sql"}, set())
+    servers[OWN].error = gone
+    step(processor)
+    assert not held(servers[THIRD])
+    servers[BASE].error = None
+    client = processor.batch.rows._client
+    wait_until(lambda: client.model(lambda: None) is not None and BASE in client.live)
+    assert step(processor) == 3
+    assert held(servers[BASE]) == {"base", "sql", "other"}
+
+
+def test_texts_that_no_server_is_for_take_no_room_in_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "PIECE", 3)  # each text has two tokens
+    servers, processor = served_by({"sql": [OWN]}, lost=(BASE,))
+    step(processor)
+    assert servers[OWN].last is not None
+    assert servers[OWN].last.token_counts == [2]
+
+
+def test_a_client_names_no_adapter() -> None:
+    wanted = params(free(9) | {"lenvm_adapter": "sql"})
+    request = SimpleNamespace(sampling_params=wanted, prompt_token_ids=[7], lora_request=None)
+    take_in(config(), request)
+    assert wanted.extra_args is not None
+    assert wanted.extra_args["lenvm_adapter"] == ""
