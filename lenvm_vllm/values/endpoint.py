@@ -17,7 +17,7 @@ _UNIX = "unix:"
 
 def http_client(url: str, *, transport: Any = None, **options: Any) -> httpx.Client:
     """transport: in place of a socket's, for tests. Raises OSError for an unreadable `tls_ca`."""
-    socket, base = _parts(url)
+    socket, base = parts(url)
     if socket:
         transport = transport or httpx.HTTPTransport(uds=socket)
     return httpx.Client(transport=transport, **_arguments(base, **options))
@@ -25,13 +25,13 @@ def http_client(url: str, *, transport: Any = None, **options: Any) -> httpx.Cli
 
 def async_http_client(url: str, *, transport: Any = None, **options: Any) -> httpx.AsyncClient:
     """The same for asyncio."""
-    socket, base = _parts(url)
+    socket, base = parts(url)
     if socket:
         transport = transport or httpx.AsyncHTTPTransport(uds=socket)
     return httpx.AsyncClient(transport=transport, **_arguments(base, **options))
 
 
-def _parts(url: str) -> tuple[str, str]:
+def parts(url: str) -> tuple[str, str]:
     """Unix socket, "" where there is none, and base URL."""
     if not url.startswith(_UNIX):
         return "", url

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from lenvm_vllm.commands.doctor.finding import Finding, guarded, one_line
 from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.values.client import ValueClient
+from lenvm_vllm.values.endpoint import parts
 from value_server.contract import wire
 
 _PATIENCE = 8  # times as long as the plugin, to tell a slow server from none
@@ -47,7 +49,11 @@ def findings(model: str | None) -> Iterator[Finding]:
         return
     served: dict[str, wire.ModelInfo] = {}
     for url in settings.servers:
-        remedies = {error: advice.format(serve=_serve(url)) for error, advice in _LOST.items()}
+        variable = "LENVM_URL" if url in settings.url else "LENVM_ADAPTERS"
+        remedies = {
+            error: advice.format(serve=_serve(url)).replace("LENVM_URL", variable)
+            for error, advice in _LOST.items()
+        }
         look = _server(url, settings.timeout_s, connection, served)
         yield from guarded("value server", url, look, remedies)
     if model is None:
@@ -71,6 +77,12 @@ def _misspelt() -> Iterator[Finding]:
 
 
 def _settings(error: Exception) -> Iterator[Finding]:
+    if isinstance(error, SettingsError):  # it names the field, not the variable
+        name = next((n for n in Settings.model_fields if f'"{n}"' in str(error)), "")
+        name = f"LENVM_{name}".upper()
+        text = f"{name}={os.environ.get(name, '')}: {one_line(error.__cause__ or error)}"
+        yield Finding("settings", text, f"correct {name}, which is JSON")
+        return
     if not isinstance(error, ValidationError):  # a file that one of them names
         yield Finding("settings", one_line(error), "correct LENVM_TOKEN_FILE, which names it")
         return
@@ -108,10 +120,11 @@ def _request(tokens: int, **more: Any) -> wire.StepRequest:
 
 
 def _serve(url: str) -> str:
-    place, named, name = url.rstrip("/").partition(wire.model_path(""))
+    socket, base = parts(url)
+    place, named, name = base.rstrip("/").partition("://")[2].partition(wire.model_path(""))
     serve = f"lenvm serve {name}=CHECKPOINT" if named else "lenvm serve CHECKPOINT"
-    if place.startswith("unix:"):
-        return f"{serve} --uds {place.removeprefix('unix:').removesuffix(':')}"
+    if socket:
+        return f"{serve} --uds {socket}"
     port = place.rpartition(":")[2]
     return serve + (f" --port {port}" if port.isdigit() and port != "8100" else "")
 

@@ -171,6 +171,23 @@ def test_a_model_that_the_server_does_not_have(
     assert "no model 'b'; this server has" in seen
     assert advice.startswith("name one that it has in LENVM_URL, http://host:port/models/NAME, or ")
     assert advice.endswith(f"`lenvm serve b=CHECKPOINT --port {values.server_port}`")
+    monkeypatch.setenv("LENVM_URL", values.url())
+    monkeypatch.setenv("LENVM_ADAPTERS", json.dumps({"sql": f"{values.url()}/models/b"}))
+    *_, finding, _ = doctor.values.findings(None)
+    assert finding.advice.startswith("name one that it has in LENVM_ADAPTERS, ")
+
+
+@pytest.mark.parametrize(
+    ("url", "command"),
+    [
+        ("http://models:8101", "lenvm serve CHECKPOINT --port 8101"),
+        ("http://models/models/a", "lenvm serve a=CHECKPOINT"),
+        ("unix:/srv/models/s", "lenvm serve CHECKPOINT --uds /srv/models/s"),
+        ("unix:/srv/models/s:/models/org/a", "lenvm serve org/a=CHECKPOINT --uds /srv/models/s"),
+    ],
+)
+def test_how_a_server_is_started(url: str, command: str) -> None:
+    assert doctor.values._serve(url) == command
 
 
 @pytest.mark.parametrize(
@@ -178,6 +195,7 @@ def test_a_model_that_the_server_does_not_have(
     [
         ("LENVM_TIMEOUT_S", "-1", "LENVM_TIMEOUT_S=-1: Input should be greater than 0"),
         ("LENVM_URL", "values:8100", "LENVM_URL=values:8100: Value error, expected http://host"),
+        ("LENVM_ADAPTERS", "{sql", "LENVM_ADAPTERS={sql: Expecting property name"),
         ("LENVM_TOKEN_FILE", "/none", "No such file or directory: '/none'"),
     ],
 )
