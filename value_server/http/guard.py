@@ -51,7 +51,8 @@ class Guard:
             await self.refuse(Request(scope), error)(scope, receive, send)
             return
         if body is not None:
-            scope = {**scope, "state": {**scope.get("state", {}), "client": client}}
+            # In place: what is outside of this sees which model the path names, too.
+            scope["state"] = {**scope.get("state", {}), "client": client}
             await self.app(scope, _replay(body, receive), send)
 
     def _client(self, scope: Scope) -> str:

@@ -137,6 +137,7 @@ async def is_ready(http: Request) -> Response:
 @router.get("/metrics")
 async def show_metrics(http: Request) -> Response:
     """Prometheus text format, of all models."""
+    models(http).spoken_of(http)  # a name that is none is refused here, too
     return Response(http.app.state.figures.render(), media_type="text/plain; version=0.0.4")
 
 

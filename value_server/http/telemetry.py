@@ -30,6 +30,7 @@ LONGEST = 64  # characters of each
 # The variables that vLLM and OpenTelemetry's own exporters read.
 ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+UNTRACED = "/(health|ready|metrics)$"  # routes, and no model whose name has such a word
 
 
 def configure_logs(form: Literal["text", "json"]) -> None:
@@ -85,7 +86,7 @@ def trace(app: FastAPI) -> None:
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=provider,
-        excluded_urls="health,ready,metrics",
+        excluded_urls=UNTRACED,
         exclude_spans=["receive", "send"],
     )
 

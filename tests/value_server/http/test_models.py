@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import uvicorn
 from numpy.typing import NDArray
+from opentelemetry.util.http import parse_excluded_urls
 
 from lenvm_vllm.values.client import Refused, ValueClient
 from tests.support import tiny
@@ -21,6 +22,7 @@ from value_server.contract import wire
 from value_server.engine.engine import Engine
 from value_server.http.app import create_app
 from value_server.http.models import ServedModel
+from value_server.http.telemetry import UNTRACED
 from value_server.http.text import Texts
 from value_server.serve import ValueServer, by_name
 from value_server.settings import ServerSettings
@@ -178,6 +180,36 @@ def test_a_model_that_fails_for_good_leaves_the_other_at_work(
     assert (two.server.ended, two.server.broken) == ({"a"}, False)
     assert caplog.text.count("the engine of a does not work any more") == 1
     assert "value engine a: " in caplog.text
+
+
+def test_what_goes_wrong_is_counted_for_its_model(
+    two: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug of ours, too, which is answered outside of the routes; of no name that is none."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("value_server.http.routes.check_rank", fails)
+    body = step_body(("s", 0, [1, 2], [3]))
+    with as_client(two.url) as client:
+        assert client.post(f"/models/b{wire.STEP_PATH}", content=b"none").status_code == 400
+        assert client.get("/models/b/metrics").status_code == 200
+        for _ in range(2):
+            assert client.get("/models/x/metrics").status_code == 404
+        assert client.post(f"/models/b{wire.STEP_PATH}", content=body).status_code == 500
+    for kind in ("internal_error", "malformed_request"):
+        assert figure(two.url, f'lenvm_errors_total{{model="b",type="{kind}"}}') == 1
+    assert figure(two.url, 'lenvm_errors_total{type="unknown_model"}') == 2
+
+
+def test_traces_leave_out_routes_and_no_model() -> None:
+    excluded = parse_excluded_urls(UNTRACED)
+    for prefix in ("", "/models/a"):
+        for path in ("/health", "/ready", "/metrics"):
+            assert excluded.url_disabled(f"http://values{prefix}{path}")
+    for name in ("healthcare", "ready/metrics"):
+        assert not excluded.url_disabled(f"http://ready{wire.model_path(name)}{wire.STEP_PATH}")
 
 
 def test_names_of_checkpoints(tmp_path: Path) -> None:
