@@ -132,5 +132,8 @@ def test_the_command_writes_it(checkpoint: Path, tmp_path: Path) -> None:
     page = Page((tmp_path / "r.html").read_text())
     assert {line[0] for line in page.tables[-1][1:]} == {f"no {i}" for i in range(9)}
     assert "9 completions of 9 prompts (a.parquet)" in (tmp_path / "r.html").read_text()
-    with pytest.raises(ValueError, match=r"^html: .*r\.pdf.*, must be a name in \.html"):
-        evaluate(checkpoint, data, html=tmp_path / "r.pdf")
+    for wrong in ("r.pdf", "none/r.html"):
+        with pytest.raises(
+            ValueError, match=rf"^html: .*{wrong}.*, must be a name in \.html, in a"
+        ):
+            evaluate(tmp_path / "no checkpoint", data, html=tmp_path / wrong)
