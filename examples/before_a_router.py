@@ -22,7 +22,8 @@ from lenvm_vllm.api.router_hints import RouterHints
 from lenvm_vllm.settings import Settings
 
 # Of one connection alone, or told anew by either side.
-HOP = {"host", "connection", "keep-alive", "transfer-encoding", "content-length"}
+HOP = {"host", "connection", "keep-alive", "te", "trailer", "upgrade"}
+HOP |= {"transfer-encoding", "content-length"}
 
 
 def gateway(router: str) -> Any:

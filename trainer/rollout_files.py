@@ -74,8 +74,12 @@ class Source:
         return self.path.name if self.weight == 1 else f"{self.path.name}={self.weight:g}"
 
     def files(self) -> list[Path]:
-        """The file, or the shards of the folder in order."""
-        return sorted(self.path.glob("*.parquet")) if self.path.is_dir() else [self.path]
+        """The file, or the shards of the folder in order. Raises ValueError where it has none."""
+        if not self.path.is_dir():
+            return [self.path]
+        if not (found := sorted(self.path.glob("*.parquet"))):
+            raise ValueError(f"{self.path}: no rollouts")
+        return found
 
 
 def sources_of(rollouts: Path) -> list[Source]:
@@ -90,6 +94,7 @@ def sources_of(rollouts: Path) -> list[Source]:
 
 def _source_of(part: str) -> Source:
     path, equals, weight = part.rpartition("=")
+    check(bool(part), "rollouts", part, "a path; one comma too many")
     if Path(part).exists() or not equals:
         return Source(Path(part))
     try:
@@ -229,7 +234,7 @@ def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
         if len(prompt) and len(completion):
             yield Rollout(
                 str(row["prompt_id"]),
-                sys.intern(row["domain"] or ""),
+                sys.intern(str(row["domain"] or "")),
                 prompt,
                 completion,
                 row["finish_reason"] == "stop",

@@ -92,9 +92,10 @@ class Engine:
         """(N,) seconds from each request to its last token.
 
         arrivals: (N,) seconds, in order. lengths: (N,) tokens. places: (N,), the lowest goes
-        first. cost_s: (N,) seconds that each one's forecast takes.
+        first. cost_s: (N,) seconds that each one's forecast takes, of itself or, where the engine
+        stands still for it, of all.
         """
-        ready = arrivals + cost_s
+        ready = arrivals if self.shared else arrivals + cost_s
         coming = np.argsort(ready, kind="stable")[::-1].tolist()
         waiting: list[tuple[float, int]] = []
         running: dict[int, int] = {}  # request → tokens still to come

@@ -8,12 +8,26 @@ from typing import Any
 _GRACE_S = 1.0  # in which vLLM ends what nobody waits for any more
 
 
+def path_of(scope: Any) -> str:
+    """Of a request, behind what the application is mounted at."""
+    return str(scope["path"].removeprefix(scope.get("root_path", ""))).rstrip("/")
+
+
 async def read(receive: Any) -> list[Any]:
     """The messages of one request, up to its last or to a disconnect."""
     messages = [await receive()]
     while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
         messages.append(await receive())
     return messages
+
+
+def parsed(body: bytes) -> dict[str, Any] | None:
+    """A request; None for one of which vLLM says what is wrong with it."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return request if isinstance(request, dict) else None
 
 
 def replay(messages: list[Any], receive: Any) -> Any:
@@ -44,8 +58,10 @@ def until(gone: asyncio.Event, receive: Any) -> Any:
 
 
 def resized(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    """The same headers of a body of another length."""
-    kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    """The same headers of a body of another length, which is told in one way alone: a proxy that
+    heard of chunks as well might read two requests."""
+    told = (b"content-length", b"transfer-encoding")
+    kept = [(name, value) for name, value in headers if name.lower() not in told]
     return [*kept, (b"content-length", b"%d" % length)]
 
 

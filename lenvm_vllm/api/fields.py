@@ -33,7 +33,7 @@ SEEN_TO = _names("""
     stream stream_options
 """)
 # These change nothing in a text, or nothing that vLLM reads: fields of tools, beams, pictures,
-# streams, logprobs and special tokens, where there are any, and of OpenAI's own.
+# streams, logprobs and special tokens, where there are any, of OpenAI's own and of Dynamo's.
 ANY = _names("""
     parallel_tool_calls length_penalty media_io_kwargs mm_processor_kwargs
     mm_payload return_mm_kwargs stream_interval return_tokens_as_token_ids
@@ -42,6 +42,7 @@ ANY = _names("""
     prompt_cache_key prompt_cache_options prompt_cache_retention
     audio modalities prediction verbosity web_search_options
     functions function_call best_of
+    nvext
 """)
 # These change nothing while they have one of these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -12,6 +12,7 @@ servers of an engine share, and a client's own priority moves a request by so ma
 by so many / aging seconds, in whatever hour it comes.
 """
 
+import json
 import math
 import time
 from collections import deque
@@ -31,6 +32,7 @@ from lenvm_vllm.values.endpoint import async_http_client
 from value_server.contract.units import PRIOR, UNITS
 from value_server.contract.wire import PREDICT_PATH
 
+_JSON = {"content-type": "application/json"}
 _PAUSE_S = 5.0  # after a failure
 _OF_THE_SERVER = (401, 404)  # wrong whatever it is asked: its token, or its model's name
 _MEMORY = 0.9  # of the mean that stands for what could not be asked
@@ -117,13 +119,13 @@ class Forecast:
 
     async def _predict(self, request: dict[str, Any]) -> int | None:
         """The answer of the first server that has one; each request begins with another."""
-        if (prompt := to_predict(request)) is None:
+        if (prompt := to_predict(request)) is None or (body := _json_of(prompt)) is None:
             return None
         for server in self._asked(str(request.get("model"))):
             if self._clock() < server.silent_until:
                 continue
             try:
-                reply = await server.http.post(PREDICT_PATH, json=prompt)
+                reply = await server.http.post(PREDICT_PATH, content=body, headers=_JSON)
                 if reply.status_code in _OF_THE_SERVER or reply.status_code >= 500:
                     reply.raise_for_status()
                 return max(1, round(reply.json()["predicted_tokens"])) if reply.is_success else None
@@ -137,6 +139,14 @@ class Forecast:
             servers = self._servers_of[name]
             servers.rotate(-1)
             yield from list(servers)
+
+
+def _json_of(prompt: dict[str, Any]) -> bytes | None:
+    """None where no JSON says it, as NaN and half of a surrogate pair: no server is to blame."""
+    try:
+        return json.dumps(prompt, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        return None
 
 
 def _in_tokens(target: LengthTarget) -> LengthTarget:

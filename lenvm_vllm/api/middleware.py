@@ -11,11 +11,10 @@ Without that setting a request that asks for no length goes on byte for byte.
 """
 
 import asyncio
-import json
 from typing import Any
 
 from lenvm_vllm.api.answers import Answers
-from lenvm_vllm.api.asgi import Upstream, read, replay, with_header
+from lenvm_vllm.api.asgi import Upstream, parsed, path_of, read, replay, with_header
 from lenvm_vllm.api.continuation import can_continue
 from lenvm_vllm.api.endings import Bounds, Endings
 from lenvm_vllm.api.errors import refuse
@@ -50,7 +49,7 @@ class LengthTargetMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         method = scope["method"] if scope["type"] == "http" else None
-        path = "" if method is None else _path(scope)
+        path = "" if method is None else path_of(scope)
         if method == "GET" and path == "/metrics":
             await self._app(_plain(scope), receive, _with_ours(send))
         elif method == "POST" and path in PATHS:
@@ -64,9 +63,9 @@ class LengthTargetMiddleware:
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request that may ask for a length."""
-        messages, path = await read(receive), _path(scope)
+        messages, path = await read(receive), path_of(scope)
         body = b"".join(message.get("body", b"") for message in messages)
-        request = _parsed(body) if self._forecast is not None or HINT.search(body) else None
+        request = parsed(body) if self._forecast is not None or HINT.search(body) else None
         if request is None:
             await self._app(scope, replay(messages, receive), send)
             return
@@ -133,25 +132,12 @@ def _operators_limit(config: Any) -> int | None:
     return limit
 
 
-def _parsed(body: bytes) -> dict[str, Any] | None:
-    """A request; None for one of which vLLM says what is wrong with it."""
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return request if isinstance(request, dict) else None
-
-
 def _request_id(scope: Any) -> str | None:
     """The id by which vLLM itself then calls the request."""
     for key, value in scope["headers"]:
         if key.lower() == b"x-request-id":
             return str(value.decode("latin-1"))
     return None
-
-
-def _path(scope: Any) -> str:
-    return str(scope["path"].removeprefix(scope.get("root_path", ""))).rstrip("/")
 
 
 def _plain(scope: Any) -> Any:

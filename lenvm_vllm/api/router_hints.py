@@ -10,13 +10,12 @@ Nothing else of it changes. A length target counts as in `forecast.py`. Without 
 value server the request goes on as it came, and so does one that is no JSON object.
 """
 
-import json
 from typing import Any
 
-from lenvm_vllm.api.asgi import Upstream, read, replay
+from lenvm_vllm.api.asgi import Upstream, parsed, path_of, read, replay
 from lenvm_vllm.api.forecast import Forecast
 from lenvm_vllm.api.middleware import PREDICTED
-from lenvm_vllm.api.routes import CHAT, PATHS, TEXT, route_at
+from lenvm_vllm.api.routes import CHAT, PATHS, TEXT, Route, route_at
 from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.target.request import FIELD, LengthTarget, LengthTargetError
 
@@ -43,21 +42,21 @@ class RouterHints:
         self._forecast = forecast or Forecast(settings or load_settings())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if "headers" not in scope:  # the server's own start and end
             await self._app(scope, receive, send)
             return
         # What a client says there is not ours to vouch for.
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != _HEADER]
-        scope, path = {**scope, "headers": headers}, scope["path"].rstrip("/")
-        if scope["method"] != "POST" or path not in PATHS:
+        scope, path = {**scope, "headers": headers}, path_of(scope)
+        if scope.get("method") != "POST" or path not in PATHS:
             await self._app(scope, receive, send)
             return
         messages = await read(receive)
-        request = _object(b"".join(message.get("body", b"") for message in messages))
+        request = parsed(b"".join(message.get("body", b"") for message in messages))
         route = None if request is None else route_at(path, request)
         tokens = None
         if request is not None and route is not None and route.writes:
-            tokens = await self._forecast.expected(request, _target(request), route)
+            tokens = await self._forecast.expected(request, _target(request, route), route)
         if tokens is None:
             await self._app(scope, replay(messages, receive), send)
             return
@@ -81,17 +80,12 @@ def with_osl(request: dict[str, Any] | None, tokens: int) -> bool:
     return True
 
 
-def _target(request: dict[str, Any]) -> LengthTarget | None:
+def _target(request: dict[str, Any], route: Route) -> LengthTarget | None:
     """Its length target; None where it has none that can be read, which the engine tells."""
+    xargs = route.params_of(request).get(route.xargs)
     try:
-        return LengthTarget.parse(request[FIELD]) if request.get(FIELD) is not None else None
+        if request.get(FIELD) is not None:
+            return LengthTarget.parse(request[FIELD])
+        return LengthTarget.from_extra_args(xargs) if isinstance(xargs, dict) else None
     except LengthTargetError:
         return None
-
-
-def _object(body: bytes) -> dict[str, Any] | None:
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return request if isinstance(request, dict) else None

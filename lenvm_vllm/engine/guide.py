@@ -80,7 +80,7 @@ class Guide:
         None: change nothing.
         """
         turns = {row: s for row, s in states.items() if s.has_turn}
-        info = self.sessions.model(time.perf_counter() + self._pace.wait_s) if turns else NOBODY
+        info = self._model(turns.values()) if turns else NOBODY
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         logits = logits[:, : info.vocab_size]
         landings = {row: landing_in_tokens(state) for row, state in turns.items()}
@@ -102,6 +102,12 @@ class Guide:
         if step is not None and z is not None:
             plans += self._steer(step, z, info.gamma, last.keys(), logits.shape[-1])
         return Writes.together(plans) if plans else None
+
+    def _model(self, states: Iterable[RequestState]) -> wire.ModelInfo:
+        """The value model; where no text wants values no server is looked for."""
+        if any(state.target.wants_values for state in states):
+            return self.sessions.model(time.perf_counter() + self._pace.wait_s)
+        return self.sessions.info
 
     def _undecided(
         self,

@@ -39,7 +39,7 @@ class Sessions:
         self._client = client
         self._fingerprint = fingerprint
         self._counters = counters
-        self._info = NOBODY
+        self.info = NOBODY  # as it was last known
         self._out: list[Sent] = []  # messages whose answers nobody has read yet
         self._logged: set[str] = set()
         self.trouble: ValueServerError | None = None  # why there are no values at all
@@ -48,10 +48,10 @@ class Sessions:
         """The value model, or the last one that was known; waits at most until then, on the clock
         `perf_counter`."""
         try:
-            self._info, self.trouble = self._client.model(self._fingerprint, until), None
+            self.info, self.trouble = self._client.model(self._fingerprint, until), None
         except ValueServerError as error:
             self.trouble = error
-        return self._info
+        return self.info
 
     def close(self, state: RequestState) -> None:
         """Tell the server with the next message that this request is over."""

@@ -183,6 +183,6 @@ def landing_before(target: LengthTarget, wall: int | None) -> Landing[float]:
 def landing_span(target: LengthTarget) -> tuple[float, float] | None:
     """Amounts of the target's unit between which an end is brought about; None where none is."""
     landing = aim_of(target).landing
-    if landing is NEVER or target.policy == "greedy":
+    if landing is NEVER or target.policy in ("greedy", "rails"):
         return None
     return landing.opens, landing.closes

@@ -126,6 +126,10 @@ class LengthTarget(BaseModel):
             raise ValueError(
                 f"tolerance: {self.tolerance} is above 1; it is a share of the length, 0.1 is 10%"
             )
+        if self.mode == "tilt" and not self.wants_values:
+            raise ValueError(f"policy: {self.policy!r} wants no values, mode 'tilt' is of values")
+        if self.policy == "rails" and self.tolerance is None:
+            raise ValueError("policy: 'rails' needs a tolerance, null switches the rails off")
         if self.tokens == 0 and (self.scope != "thinking" or self.mode == "at_least"):
             raise ValueError("tokens: must be at least 1, or 0 with scope 'thinking', got 0")
         what = f"mode {self.mode!r} and scope {self.scope!r}"

@@ -206,6 +206,26 @@ def test_several_sources_have_weights(tmp_path: Path) -> None:
         read_rollouts(Path(f"{tmp_path}/a.parquet=2,{tmp_path}/c.parquet"), ours)
 
 
+def test_a_comma_too_many_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug guarded against: an empty path is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.parquet", ROW)
+    with pytest.raises(ValueError, match=r"^rollouts: '', must be a path"):
+        read_rollouts(Path("a.parquet=2,"))
+
+
+def test_a_source_that_has_none_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ROW)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match=r"b: no rollouts$"):
+        read_rollouts(Path(f"{tmp_path}/a.parquet=2,{tmp_path}/b"))
+
+
+def test_a_domain_may_be_a_number(tmp_path: Path) -> None:
+    (found,) = read_rollouts(write(tmp_path / "a.parquet", ROW | {"domain": 7}))
+    assert found.domain == "7"
+
+
 @pytest.mark.parametrize("part", ["b=0", "b=-1", "b=two", "b=", "b=nan", "b=inf", "=2"])
 def test_a_weight_that_is_none_is_named(part: str, tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", ROW)

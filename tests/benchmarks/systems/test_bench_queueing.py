@@ -13,11 +13,12 @@ def naive(
 ) -> list[float]:
     """One step at a time."""
     new, waiting, running = set(range(len(arrivals))), set(), {}
+    ready = [arrival + cost * (not engine.shared) for arrival in arrivals]
     clock, done = 0.0, {}
     while new or waiting or running:
         if not waiting and not running:
-            clock = max(clock, min(arrivals[i] + cost for i in new))
-        while there := [i for i in new if arrivals[i] + cost <= clock]:
+            clock = max(clock, min(ready[i] for i in new))
+        while there := [i for i in new if ready[i] <= clock]:
             first = min(there, key=lambda i: arrivals[i])
             new.remove(first)
             waiting.add(first)
@@ -53,7 +54,7 @@ def test_what_is_asked_delays_the_request_and_holds_up_the_engine() -> None:
     alone = engine(2, shared=False).latencies(arrivals, lengths, NOTHING, cost)
     assert alone.tolist() == [4.5, 2.0]  # from 0.5; ready at 3.0, in the step from 3.5
     both = engine(2).latencies(arrivals, lengths, NOTHING, cost)
-    assert both.tolist() == [5.5, 2.0]  # half a second more for each forecast
+    assert both.tolist() == [5.0, 1.5]  # it stands still from 0 and from 2.5, half a second each
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,6 +169,15 @@ def test_a_refused_text_is_no_trouble() -> None:
     made = forecast(server)
     assert tokens(made, {"prompt": "x"}) is None
     server.answer = 80.0
+    assert tokens(made, {"prompt": "x"}) == 80
+
+
+@pytest.mark.parametrize(
+    "request_body", [{"prompt": "\ud800"}, {"messages": [CHAT[0] | {"name": math.nan}]}]
+)
+def test_what_cannot_be_sent_silences_no_server(request_body) -> None:
+    made = forecast(Server(80.0))
+    assert tokens(made, request_body) is None
     assert tokens(made, {"prompt": "x"}) == 80
 
 

@@ -138,6 +138,8 @@ def test_head_has_no_body():
         ({"mode": "at_least", "tokens": 100}, 100, None, None, "tokens"),
         ({"mode": "tilt", "beta": -5}, 1, None, None, "tokens"),
         ({"tokens": 100, "policy": "greedy"}, 90, 110, None, "tokens"),
+        ({"tokens": 100, "policy": "rails"}, 90, 110, None, "tokens"),
+        ({"tokens": 100, "policy": "landing"}, 90, 110, [95, 110], "tokens"),
         ({"mode": "at_most", "words": 150}, 0, 150, [120, 150], "words"),
         ({"characters": 100}, 90, 110, [95, 110], "characters"),
     ],

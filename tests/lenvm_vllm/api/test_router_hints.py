@@ -1,5 +1,6 @@
 """What a router is told of a request: the header, Dynamo's hint, and nothing else of it changes."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -57,6 +58,9 @@ def test_the_header_alone(path: str, dynamo: bool, request_body: dict[str, Any])
         ({"length_target": 80}, 80),
         ({"length_target": {"mode": "at_most", "tokens": 500}}, 323),
         ({"length_target": "nonsense"}, 323),  # the engine's 400
+        ({"vllm_xargs": {"length_target": 80}}, 80),
+        ({"vllm_xargs": {"length_words": "many"}}, 323),
+        ({"vllm_xargs": [1]}, 323),
         ({"max_tokens": 64}, 64),
     ],
 )
@@ -109,3 +113,28 @@ def test_what_has_no_forecast_goes_on_as_it_came(request_body: Any, path: str, m
     body = request_body if isinstance(request_body, bytes) else json.dumps(request_body).encode()
     assert keeper.body == body
     assert keeper.headers == {b"x-other": b"2"}
+
+
+def test_a_new_body_is_told_in_one_way() -> None:
+    """The bug guarded against: a length beside the client's chunks, of which a proxy may read two
+    requests."""
+    keeper = passed(HELLO, headers=[(b"transfer-encoding", b"chunked"), (b"x-other", b"2")])
+    assert keeper.headers.keys() == {HEADER, b"content-length", b"x-other"}
+    assert int(keeper.headers[b"content-length"]) == len(keeper.body)
+
+
+def test_behind_what_it_is_mounted_at() -> None:
+    assert passed(HELLO, f"/here{CHAT}", root_path="/here").headers[HEADER] == b"323"
+
+
+def test_no_client_says_it_over_a_websocket() -> None:
+    seen = []
+
+    async def router(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope.get("headers"))
+
+    hints = RouterHints(router, Settings())
+    for scope in ({"type": "websocket", "path": "/v1/realtime"}, {"type": "lifespan"}):
+        own = {} if scope["type"] == "lifespan" else {"headers": [(HEADER, b"1"), (b"a", b"2")]}
+        asyncio.run(hints(scope | own, None, None))
+    assert seen == [[(b"a", b"2")], None]

@@ -251,7 +251,7 @@ def test_the_landing_alone_asks_for_no_values(target: dict[str, Any]) -> None:
     torch.manual_seed(1)
     alone = write(target | {"policy": "landing"}, server)
     assert [state.output_ids for state in alone] == [state.output_ids for state in lost]
-    assert rows_told(server) == 0
+    assert (rows_told(server), server.calls) == (0, 0)
     assert not any(state.steered for state in alone)
 
 
@@ -260,5 +260,5 @@ def test_the_rails_alone_lead_nothing() -> None:
     server = fakes.Server()
     states = write({"tokens": 60, "policy": "rails"}, server)
     assert {len(state.output_ids) for state in states} == {66}
-    assert rows_told(server) == 0
+    assert (rows_told(server), server.calls) == (0, 0)
     assert not any(state.landing or state.steered for state in states)

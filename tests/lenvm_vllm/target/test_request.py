@@ -217,6 +217,14 @@ def test_bad_beta(beta: Any) -> None:
             {"tokens": 7, "beta": 1.5},
             "length_target.beta: not allowed with mode 'equal_to' and tokens, got 1.5",
         ),
+        (
+            {"mode": "tilt", "beta": 1, "policy": "landing"},
+            "length_target.policy: 'landing' wants no values",
+        ),
+        (
+            {"tokens": 7, "policy": "rails", "tolerance": None},
+            "length_target.policy: 'rails' needs a tolerance",
+        ),
     ],
 )
 def test_number_of_the_mode(value: dict[str, Any], message: str) -> None:
