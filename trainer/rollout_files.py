@@ -166,7 +166,21 @@ def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Roll
                 rollouts.append(prompts.shared(rollout, prompt, weight))
     if not rollouts:
         raise ValueError(f"{path}: no rollouts")
-    return rollouts
+    return _with_texts(rollouts)
+
+
+def _with_texts(rollouts: list[Rollout]) -> list[Rollout]:
+    """Each with the text of its prompt, where any of them has it."""
+    texts: dict[str, str] = {}
+    for rollout in rollouts:
+        if rollout.prompt:
+            texts.setdefault(rollout.prompt_id, rollout.prompt)
+    return [
+        replace(rollout, prompt=texts[rollout.prompt_id])
+        if not rollout.prompt and rollout.prompt_id in texts
+        else rollout
+        for rollout in rollouts
+    ]
 
 
 class _Prompts:
@@ -191,8 +205,7 @@ class _Prompts:
                 "prompt_ids": rollout.prompt_ids.copy(),
             }
         own = self._known[prompt]
-        own["prompt"] = own["prompt"] or rollout.prompt
-        return replace(rollout, weight=weight, **own)
+        return replace(rollout, weight=weight, **own | {"prompt": own["prompt"] or rollout.prompt})
 
 
 def _digest(ids: NDArray[np.integer[Any]]) -> bytes:

@@ -221,6 +221,13 @@ def test_a_source_that_has_none_is_named(tmp_path: Path) -> None:
         read_rollouts(Path(f"{tmp_path}/a.parquet=2,{tmp_path}/b"))
 
 
+def test_a_prompts_text_is_that_of_any_file_that_has_it(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ROW)
+    told = [ROW | {"prompt": "Why?", "completion_ids": [i]} for i in range(2)]
+    write(tmp_path / "b.parquet", *told, ROW | {"prompt_ids": [9], "prompt": ""})
+    assert [r.prompt for r in read_rollouts(tmp_path)] == ["Why?"] * 3 + [""]
+
+
 def test_a_domain_may_be_a_number(tmp_path: Path) -> None:
     (found,) = read_rollouts(write(tmp_path / "a.parquet", ROW | {"domain": 7}))
     assert found.domain == "7"
