@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import EvalPrediction, Trainer
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 
 from trainer.training.ahead import Ahead, candidate_losses, places_of, sampled_loss
 from trainer.training.losses import losses_against, token_losses, token_targets
@@ -140,6 +140,15 @@ class ValueTrainer(Trainer):
             {name: weights[name].detach().cpu().contiguous() for name in self._trained()},
             folder / TRAINED_FILE,
         )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where a run goes on from its last step: transformers would take one more."""
+        stops = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
+        waited = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stops)
+        if waited or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         """Of all looks at the held-out prompts; nobody goes on before all have read it."""

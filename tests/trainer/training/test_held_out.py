@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.stopped import KilledError, run_until
 from tests.support.training import contents, row, run, toy_rows, training, write
-from tests.trainer.training.test_resume import run_until
 from trainer.data import make_example
 from value_server.contract.checkpoint import read_config
 from value_server.contract.values import value_from_length
@@ -82,6 +82,34 @@ def test_it_ends_where_nothing_gets_better(base: Path, data: Path, tmp_path: Pat
     assert (facts["best_step"], len(facts["loss_curve"])) == (1, 3)
     run_until(2, data, tmp_path / "out", base, **options)
     run(data, tmp_path / "out", base, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+PATIENT = WATCHED | {"learning_rate": 1e-12, "eval_steps": 1, "patience": 2}
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        ("value_trainer.ValueTrainer._load_best_model", PATIENT),
+        ("train.write_checkpoint", PATIENT),
+        ("train.write_checkpoint", {"max_steps": 4}),
+    ],
+)
+def test_killed_behind_its_last_step_it_takes_no_other(
+    place: str, options: dict[str, Any], base: Path, data: Path, tmp_path: Path
+) -> None:
+    """All steps are saved, the checkpoint is not."""
+    run(data, tmp_path / "whole", base, **{"max_steps": 9} | options)
+
+    def killed(*_: Any) -> None:
+        raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"trainer.training.{place}", killed)
+        with pytest.raises(KilledError):
+            run(data, tmp_path / "out", base, **{"max_steps": 9} | options)
+    run(data, tmp_path / "out", base, **{"max_steps": 9} | options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
