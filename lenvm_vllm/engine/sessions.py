@@ -127,6 +127,8 @@ class Sessions:
         # A server that owes no answer is asked before the others' answers are waited for.
         rows = self._open(states, question, in_vain, z)
         early, asks, owed = self._ask(rows, states, question, pace, z)
+        for row in owed:
+            self._client.hear(states[row].session, until)
         in_vain |= self._take_ahead(states, question, until, early, z)
         owed += self._take_values(early, question.tokens, asks, until, z)
         if not question.rows:

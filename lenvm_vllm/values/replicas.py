@@ -137,6 +137,13 @@ class Replicas:
         place = self._place(session)
         return place is not None and place.call is None
 
+    def hear(self, session: str, until: float) -> None:
+        """Wait, as `Call.is_there` does, for the answer to a message to a session's replica in
+        which nothing was asked. A thread that nobody waits for hardly runs beside a busy engine."""
+        place = self._place(session)
+        if place is not None and place.call is not None and not place.call.candidates:
+            place.call.is_there(until)
+
     def send(
         self,
         sessions: Sequence[str],

@@ -140,7 +140,13 @@ def test_what_would_be_ignored_is_named(client: httpx.Client, fields: dict[str, 
             assert re.search("(?i)length_?target|target_length", reply.text)
 
 
-LETTERS = [*tiny_tokenizer().encode("abcdefghijklmnop"), tiny_tokenizer().eos_token_id]
+END = tiny_tokenizer().eos_token_id
+# With an end that is never natural, so that others are sampled.
+LETTERS = {
+    "allowed_token_ids": [*tiny_tokenizer().encode("abcdefghijklmnop"), END],
+    "logit_bias": {str(END): -3.0},
+    "temperature": 1.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -157,9 +163,8 @@ LETTERS = [*tiny_tokenizer().encode("abcdefghijklmnop"), tiny_tokenizer().eos_to
 def test_fields_that_leave_other_endings(
     client: httpx.Client, path: str, fields: dict[str, Any]
 ) -> None:
-    """A random model ends nowhere naturally, so that others are sampled."""
     target = {"tokens": 50, "tolerance": 0.2, "endings": 8}
-    asked = {"messages": HELLO, "temperature": 1.0, "allowed_token_ids": LETTERS}
+    asked = {"messages": HELLO, **LETTERS}
     reply = post(client, path, length_target=target, **asked | fields)
     assert length(reply) in range(40, 61)
     assert int(reply.headers["lenvm-sampled-tokens"]) > length(reply) + 10
@@ -168,7 +173,7 @@ def test_fields_that_leave_other_endings(
 
 def test_a_list_of_one_prompt_leaves_other_endings(client: httpx.Client) -> None:
     """As LangChain sends each prompt of a text completion."""
-    asked = {"prompt": ["hi"], "max_tokens": 256, "temperature": 1.0, "allowed_token_ids": LETTERS}
+    asked = {"prompt": ["hi"], "max_tokens": 256, **LETTERS}
     target = {"tokens": 50, "tolerance": 0.2, "endings": 8}
     reply = post(client, TEXT, length_target=target, **asked)
     assert length(reply) in range(40, 61)

@@ -138,13 +138,13 @@ def test_best_of_several_answers(client, path):
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_other_endings(client, path):
-    """A random model hardly ends naturally, so one round or two are sampled.
-
-    Of letters, since random bytes are no text that could be continued.
-    """
+    """Of letters, since random bytes are no text that could be continued, and with an end that is
+    never natural: one round or two are sampled."""
     target = {"tokens": 50, "tolerance": 0.2, "endings": 8}
     tokenizer = tiny_tokenizer()
-    letters = {"allowed_token_ids": [*tokenizer.encode("abcdefghijklmnop"), tokenizer.eos_token_id]}
+    end = tokenizer.eos_token_id
+    letters: dict[str, Any] = {"allowed_token_ids": [*tokenizer.encode("abcdefghijklmnop"), end]}
+    letters["logit_bias"] = {str(end): -3.0}
     asked = {"temperature": 1.0, "return_token_ids": True, **letters}
     reply = post(client, path, length_target=target, **asked)
     assert length(reply) in range(40, 61)
