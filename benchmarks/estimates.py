@@ -69,6 +69,25 @@ def bootstrap(of: Callable[..., float | None], *values: Floats, seed: int = 0) -
     return Estimate(value, float(low), float(high), count, count)
 
 
+def median(sample: Sample, seed: int = 0) -> Estimate:
+    """Of all rows together; a resample draws prompts with all their rows, as in `estimate`.
+
+    For samples of texts rather than of tokens: it takes RESAMPLES numbers a row.
+    """
+    if not sample.values:
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    names, place = np.unique(sample.groups, return_inverse=True)
+    order = np.argsort(sample.values)
+    values = np.asarray(sample.values, np.float64)[order]
+    share = np.full(len(names), 1 / len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), share, RESAMPLES)  # (R, G)
+    rows = draws[:, place[order]].cumsum(axis=1)  # (R, N) of a resample up to each value
+    count = rows[:, -1:]
+    below, above = (values[(rows > k).argmax(axis=1)] for k in ((count - 1) // 2, count // 2))
+    low, high = np.percentile((below + above) / 2, TAILS)
+    return Estimate(float(np.median(values)), float(low), float(high), len(values), len(names))
+
+
 def estimate(
     *samples: Sample, of: Callable[..., Any] = lambda mean: mean, seed: int = 0
 ) -> Estimate:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.estimates import Estimate
+from benchmarks.evidence.inversion import amplification
 
 DPI = 100
 
@@ -69,7 +70,37 @@ def plot_grid(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _with_bars(axis: Axes, x: Sequence[Any], figures: Sequence[Estimate], label: str) -> None:
+def plot_prediction(figures: Mapping[str, Any], path: Path) -> None:
+    """Errors by position, a model a line; and what an error of u is as one of a length, measured
+    and, as lines, for small errors, a colour each gamma."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    shares, written, factors = figure.subplots(1, 3)
+    for name, own in figures["positions"].items():
+        for panel, of_share in ((shares, True), (written, False)):
+            there = {p: e for p, e in own.items() if p.endswith("%") == of_share}
+            errors = [e["relative_error"] for e in there.values()]
+            _with_bars(panel, [*there], [error.scaled(100) for error in errors], name)
+            panel.set(yscale="log", ylabel="median |error| / tokens to come, %")
+    shares.set_xlabel("of the text written")
+    written.set_xlabel("tokens written")
+    shares.legend()
+    measured = figures["inversion"]["measured"]
+    length = np.geomspace(1, 1024)
+    for gamma in dict.fromkeys(row["gamma"] for row in measured):
+        own = [row for row in measured if row["gamma"] == gamma]
+        x = [row["mean_length"] for row in own]
+        _with_bars(factors, x, [row["ratio"] for row in own], f"gamma {gamma:.5g}", "o")
+        line = amplification(length, gamma)
+        factors.plot(length, line, color=factors.containers[-1].lines[0].get_color())
+    factors.set(xscale="log", yscale="log", ylim=(1, 1e4), xlabel="tokens to come")
+    factors.set_ylabel("relative error of the length / error of u")
+    factors.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def _with_bars(
+    axis: Axes, x: Sequence[Any], figures: Sequence[Estimate], label: str, form: str = "o-"
+) -> None:
     """Values over x with their intervals."""
     bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
-    axis.errorbar(x, [f.value for f in figures], np.abs(bars), fmt="o-", capsize=2, label=label)
+    axis.errorbar(x, [f.value for f in figures], np.abs(bars), fmt=form, capsize=2, label=label)

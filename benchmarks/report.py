@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from benchmarks.evidence import grid, lifebench_table, prediction, tradeoff_table
 from benchmarks.evidence.texts import Text, choose, read_texts
 from benchmarks.figures import FIGURES_FILE, read_figures
-from benchmarks.pictures import plot_control, plot_grid, plot_tradeoff
+from benchmarks.pictures import plot_control, plot_grid, plot_prediction, plot_tradeoff
 from benchmarks.provenance import KEY, end
 from benchmarks.servers import value_served
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
@@ -79,12 +79,14 @@ def of_tradeoff(figures: dict[str, Any], picture: Path) -> Tables:
 
 
 def of_prediction(figures: dict[str, Any], picture: Path) -> Tables:
-    return {f"Under gamma {figures['gamma']:.5g}": prediction.table_rows(figures["models"])}
+    if "positions" in figures:
+        plot_prediction(figures, picture)
+    return prediction.tables(figures)
 
 
 def of_grid(figures: dict[str, Any], picture: Path) -> Tables:
     plot_grid(figures["runs"], picture)
-    return {"One change at a time": grid.table_rows(figures["runs"])}
+    return grid.tables(figures["runs"])
 
 
 READERS: dict[str, Callable[[dict[str, Any], Path], Tables]] = {

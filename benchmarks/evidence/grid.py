@@ -10,7 +10,8 @@ from typing import Any
 from cyclopts import Parameter
 from tqdm import tqdm
 
-from benchmarks.evidence.prediction import columns, intervals
+from benchmarks.evidence import positions
+from benchmarks.evidence.prediction import POSITIONS, columns, intervals
 from benchmarks.evidence.small import SmallTraining
 from benchmarks.figures import FIGURES_FILE, read_figures, write_figures
 from benchmarks.provenance import end
@@ -101,7 +102,15 @@ class Grid:
                 "cut": facts["cut"],
                 "length_error": length_errors(finished, gamma)["0.0"],
                 "figures": intervals(texts, gamma),
+                "positions": positions.by_position(texts, gamma),
             }
+
+
+def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By caption; runs that are older than the second lack it."""
+    found = {"One change at a time": table_rows(runs)}
+    known = {f"{r['axis']} {r['setting']}": r["positions"] for r in runs if "positions" in r}
+    return found | ({POSITIONS: positions.table_rows(known)} if known else {})
 
 
 def table_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,10 @@ On prompts that the training of the first did not see, as `lenvm evaluate` has i
 intervals. At the prompt's end, in lengths: MRE (paper, Eq. 13 to 15), the median error and the rank
 correlation; MRE also in values; and how far the mean length lies above the forecasts of the first.
 At every token of the finished completions: squared error and R² of u. All are compared under the
-gamma of the first.
+gamma of the first, so models that learnt with several gammas can be given, too.
+
+By position the error of what is still to come (positions.py). Of the first: what errors of u make
+of lengths under several gammas (inversion.py), and which tokens lengthen or shorten (tokens.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +18,10 @@ from typing import Any
 
 import numpy as np
 from cyclopts import App
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.estimates import Estimate, Sample, bootstrap, estimate
+from benchmarks.evidence import inversion, positions, tokens
 from benchmarks.figures import write_figures
 from benchmarks.provenance import end
 from trainer.evaluation.figures import Predicted, squared_errors
@@ -25,8 +30,13 @@ from trainer.evaluation.predictors import predictors
 from trainer.output import table
 from trainer.reading import Reading
 from value_server.contract.checkpoint import read_config
+from value_server.contract.values import check_gamma
 
 app = App(help=__doc__)
+POSITIONS = "Tokens to come, after a share of a finished text or a number of tokens"
+EXACT = f"Error of a length if u is {inversion.ERROR_OF_U} too small or too large"
+MEASURED = "Errors of u and of lengths, all tokens of finished texts"
+TOKENS = "Tokens that lengthen and shorten, by the first model"
 Figures = dict[str, Estimate]
 
 
@@ -68,6 +78,37 @@ def table_rows(models: Mapping[str, Figures]) -> list[dict[str, Any]]:
     return [{"model": name, **columns(figures)} for name, figures in models.items()]
 
 
+def figures_of(
+    found: Mapping[str, Sequence[Predicted]],
+    gamma: float,
+    gammas: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Of what all models predict, under `gamma`; by name, the first to be told more of."""
+    first = next(iter(found.values()))
+    return {
+        "models": {name: intervals(texts, gamma) for name, texts in found.items()},
+        "bias": bias(forecasts_of(first, gamma)),
+        "positions": {name: positions.by_position(texts, gamma) for name, texts in found.items()},
+        "inversion": {
+            "exact": inversion.exact(gammas),
+            "measured": inversion.measured(first, gamma, gammas),
+        },
+        "tokens": tokens.length_tokens(first, gamma, tokenizer),
+    }
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By caption; runs that are older than a table lack it."""
+    found = {f"Under gamma {result['gamma']:.5g}": table_rows(result["models"])}
+    if "positions" in result:
+        found[POSITIONS] = positions.table_rows(result["positions"])
+        found[EXACT] = inversion.exact_rows(result["inversion"]["exact"])
+        found[MEASURED] = inversion.measured_rows(result["inversion"]["measured"])
+        found[TOKENS] = tokens.table_rows(result["tokens"])
+    return found
+
+
 @app.default
 def main(
     *,
@@ -75,6 +116,7 @@ def main(
     checkpoint: tuple[Path, ...],
     training: Path | None = None,
     holdout: float | None = None,
+    gammas: tuple[float, ...] = (0.98, 0.999),
     reading: Reading = Reading(),
     output: Path = Path("runs/prediction"),
 ) -> None:
@@ -90,20 +132,26 @@ def main(
         Rollouts to take the baselines from, as for `lenvm evaluate`; for rollouts of other prompts.
     holdout
         Share of the prompts that was held out, 1 for all; as for `lenvm evaluate`.
+    gammas
+        Beside the first's, to tell errors of u under.
     output
         Folder of the figures.
     """
     reading.check()
-    gamma = read_config(checkpoint[0]).gamma
+    config = read_config(checkpoint[0])
+    gamma = config.gamma
+    gammas = tuple(sorted({gamma, *map(check_gamma, gammas)}))
+    tokenizer = AutoTokenizer.from_pretrained(reading.base_model or config.base_model)
     with predictors(
         checkpoint, rollouts, reading, gamma, training=training, holdout=holdout
     ) as found:
-        models = {name: intervals(texts, gamma) for name, texts in found.items()}
-        first = next(iter(found.values()))
-        biases = bias(forecasts_of(first, gamma))
-        result = {"gamma": gamma, "rollouts": rollouts.name, "models": models, "bias": biases}
+        result = {
+            **{"gamma": gamma, "rollouts": rollouts.name},
+            **figures_of(found, gamma, gammas, tokenizer),
+        }
         write_figures(output, result)
-        end(result, table(table_rows(models)), reading.only_json)
+        told = (f"{caption}:\n\n{table(rows)}" for caption, rows in tables(result).items())
+        end(result, "\n\n".join(told), reading.only_json)
 
 
 if __name__ == "__main__":

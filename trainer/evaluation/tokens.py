@@ -2,7 +2,8 @@
 
 The score of a token is by how much it changed the length to come, beyond the one token that it
 is: gamma·u_t - u_{t-1} + (1 - gamma), the temporal difference of u; above 0 it lengthens. The
-end-of-sequence token has none: it ends.
+end-of-sequence token has none: it ends. Occurrences in the texts of one prompt are not independent,
+so the error of a mean is that of prompts drawn with all of theirs.
 """
 
 import json
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trainer.checks import check, check_positive
-from trainer.data import THINKING_END, Rollout, ending_at
+from trainer.data import THINKING_END, ending_at, split
+from trainer.evaluation.figures import Predicted, predicted
 from trainer.evaluation.journal import close_journal, open_journal
 from trainer.evaluation.predict import predict_all
 from trainer.output import show, table
@@ -27,12 +29,14 @@ from trainer.rollout_files import TokenizerOf, read_rollouts
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """score: mean over `count` occurrences; error: standard error of that mean."""
+    """score: mean over `count` occurrences in texts of `prompts` prompts; error: standard error of
+    that mean, None of one prompt."""
 
     id: int
     count: int
+    prompts: int
     score: float
-    error: float
+    error: float | None
     text: str = ""
 
 
@@ -41,6 +45,7 @@ def tokens(
     rollouts: Path,
     *,
     limit: int | None = None,
+    holdout: float | None = None,
     min_count: int = 20,
     top: int = 20,
     reading: Reading = Reading(),
@@ -58,6 +63,8 @@ def tokens(
         Parquet file or folder of shards.
     limit
         Use only the first so many completions.
+    holdout
+        Use only the prompts that a training with this share held out; by default all.
     min_count
         Occurrences that a token needs.
     top
@@ -66,16 +73,19 @@ def tokens(
         Picture of two word clouds to write, as .png, .svg or .pdf; needs `wordcloud`.
     """
     check_positive(min_count=min_count, top=top, limit=limit)
+    check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
     reading.check()
     check_picture("cloud", cloud)
     model = reading.load(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(reading.base_model or model.lenvm.base_model)
     learnt = TokenizerOf(str(checkpoint), model.lenvm.tokenizer_fingerprint)
     end = model.lenvm.training.get(THINKING_END)
-    texts = ending_at(read_rollouts(rollouts, learnt), end)[:limit]
+    _, texts = split(ending_at(read_rollouts(rollouts, learnt), end), holdout or 1.0)
+    texts = texts[:limit]
     journal = open_journal(checkpoint, model, texts, reading.max_length)
     values = predict_all(model, texts, reading, checkpoint.name, journal)
-    scored = token_scores(texts, values, model.lenvm.gamma, min_count)
+    gamma = model.lenvm.gamma
+    scored = token_scores(predicted(texts, values, gamma, reading.max_length), gamma, min_count)
     check(bool(scored), "min_count", min_count, f"at most what {rollouts} has of any token")
     ends = ends_of(scored, top, tokenizer)
     if cloud:
@@ -96,27 +106,29 @@ def step_scores(z: NDArray[np.floating[Any]], gamma: float) -> NDArray[np.float6
     return gamma * u[1:] - u[:-1] + (1 - gamma)
 
 
-def token_scores(
-    rollouts: Sequence[Rollout],
-    logits: Sequence[NDArray[np.floating[Any]]],
-    gamma: float,
-    min_count: int,
-) -> list[TokenScore]:
+def token_scores(texts: Sequence[Predicted], gamma: float, min_count: int) -> list[TokenScore]:
     """Of tokens that occur at least `min_count` times, highest first; without their text."""
-    ids, scores = [], []
-    for rollout, z in zip(rollouts, logits, strict=True):
-        start = len(rollout.prompt_ids) - 1
-        own = rollout.completion_ids[: len(rollout.completion_ids) - rollout.finished]
-        own_scores = step_scores(z[start:], gamma)[: len(own)]
-        scores.append(own_scores)
-        ids.append(own[: len(own_scores)])
-    all_ids, all_scores = np.concatenate(ids), np.concatenate(scores)
-    unique, place, counts = np.unique(all_ids, return_inverse=True, return_counts=True)
-    means = np.bincount(place, all_scores) / counts
-    variances = np.bincount(place, np.square(all_scores - means[place])) / counts
-    errors = np.sqrt(variances / counts)
+    if not texts:
+        return []
+    names, places = np.unique([t.rollout.prompt_id for t in texts], return_inverse=True)
+    prompts = np.repeat(places, [len(t.z) - 1 for t in texts])
+    ids = np.concatenate([t.rollout.completion_ids[: len(t.z) - 1] for t in texts])
+    scores = np.concatenate([step_scores(t.z, gamma) for t in texts])
+    unique, token, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    means = np.bincount(token, scores) / counts
+    pairs, pair = np.unique(token * len(names) + prompts, return_inverse=True)
+    of_pair = pairs // len(names)  # which token each (token, prompt) is of
+    groups = np.bincount(of_pair)
+    squares = np.bincount(of_pair, np.square(np.bincount(pair, scores - means[token])))
+    errors = np.sqrt(squares * groups / np.maximum(groups - 1, 1)) / counts
     return [
-        TokenScore(int(unique[k]), int(counts[k]), float(means[k]), float(errors[k]))
+        TokenScore(
+            int(unique[k]),
+            int(counts[k]),
+            int(groups[k]),
+            float(means[k]),
+            float(errors[k]) if groups[k] > 1 else None,
+        )
         for k in np.argsort(-means, kind="stable")
         if counts[k] >= min_count
     ]
@@ -136,12 +148,21 @@ def ends_of(
 
 
 def score_table(ends: dict[str, list[TokenScore]]) -> str:
-    """Markdown: token, occurrences, score in thousandths of u with its standard error."""
+    """Markdown: token, occurrences, prompts, score in thousandths of u with its standard error."""
     return table(
         [
-            {"end": end, "token": f"`{json.dumps(s.text, ensure_ascii=False)}`", "count": s.count}
-            | {"score / 0.001": f"{s.score * 1e3:+.1f} ± {s.error * 1e3:.1f}"}
+            {"end": end, "token": quoted(s.text), "count": s.count, "prompts": s.prompts}
+            | {"score / 0.001": f"{s.score * 1e3:+.1f}{_plus_minus(s.error)}"}
             for end, rows in ends.items()
             for s in rows
         ]
     )
+
+
+def quoted(text: str) -> str:
+    """A token's text for a table, its spaces visible."""
+    return f"`{json.dumps(text, ensure_ascii=False)}`"
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error * 1e3:.1f}"

@@ -15,6 +15,7 @@ from benchmarks.evidence.grid import Grid
 from benchmarks.evidence.prediction import intervals
 from benchmarks.evidence.scaling import subset
 from benchmarks.evidence.small import SmallBackbone, SmallLora, SmallRecipe, SmallTraining
+from benchmarks.figures import read_figures
 from tests.support.tiny_llm import tiny_llm
 from tests.support.training import row, write
 from trainer.data import Rollout
@@ -134,8 +135,15 @@ def test_scaling_goes_on_and_its_checkpoints_are_compared(
     checkpoints = (tmp_path / "layers-2", tmp_path / "layers-1")
     reading = Reading(base_model=str(folder / "model"), dtype="float32")
     where = {"rollouts": folder / "rollouts.parquet", "reading": reading}
-    prediction.main(checkpoint=checkpoints, output=tmp_path / "prediction", **where)
-    models = last_line(capsys)["models"]
+    output = tmp_path / "prediction"
+    prediction.main(checkpoint=checkpoints, output=output, **where)
+    told = capsys.readouterr().out
+    result = json.loads(told.splitlines()[-1])
+    models = result["models"]
+    assert {*result["positions"]} == {*models}
+    assert {row["gamma"] for row in result["inversion"]["measured"]} > {0.98, 0.999}
+    assert {*result["tokens"]} == {"lengthen", "shorten"}
+    assert all(f"{caption}:" in told for caption in prediction.tables(read_figures(output)))
     assert list(models)[:2] == ["layers-2", "layers-1"]
     assert {"training mean", "prompt length"} < models.keys()
     assert {

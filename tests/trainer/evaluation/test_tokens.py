@@ -12,7 +12,8 @@ import torch
 from tests.support.tiny import GAMMA, tiny_checkpoint
 from tests.support.training import grouped, row, write
 from trainer.data import Rollout
-from trainer.evaluation.tokens import step_scores, token_scores, tokens
+from trainer.evaluation.figures import predicted
+from trainer.evaluation.tokens import TokenScore, step_scores, token_scores, tokens
 from trainer.reading import Reading
 from value_server.contract.values import logit_from_length
 
@@ -34,33 +35,48 @@ def test_the_sign_tells_what_a_token_does() -> None:
     assert longer == pytest.approx(GAMMA * u[1] - u[0] + 1 - GAMMA)
 
 
-def rollout(ids: list[int], finished: bool = True) -> Rollout:
-    return Rollout("p", "", np.array([1, 2]), np.array(ids), finished)
+def rollout(ids: list[int], finished: bool = True, prompt: str = "p") -> Rollout:
+    return Rollout(prompt, "", np.array([1, 2]), np.array(ids), finished)
+
+
+def scores_of(
+    texts: list[Rollout], values: list[np.ndarray], min_count: int = 1, max_length: int = 99
+) -> list[TokenScore]:
+    return token_scores(predicted(texts, values, GAMMA, max_length), GAMMA, min_count)
 
 
 def test_scores_belong_to_the_tokens_of_the_completion() -> None:
     """Token 7 doubles, 8 halves; what stands in the prompt, and the end, have no score."""
     finished = rollout([7, 8, 9])
-    cut = rollout([8, 7], finished=False)
+    cut = rollout([8, 7], finished=False, prompt="q")
     values = [logits(5, 40, 80, 40, 1), logits(5, 80, 40, 80)]
-    scored = token_scores([finished, cut], values, GAMMA, min_count=1)
-    assert [(s.id, s.count) for s in scored] == [(7, 2), (8, 2)]
+    scored = scores_of([finished, cut], values)
+    assert [(s.id, s.count, s.prompts) for s in scored] == [(7, 2, 2), (8, 2, 2)]
     up, down = (step_scores(logits(*pair), GAMMA)[0] for pair in ((40, 80), (80, 40)))
     assert [s.score for s in scored] == pytest.approx([up, down])
     assert [s.error for s in scored] == pytest.approx([0, 0], abs=1e-9)
 
 
 def test_the_standard_error_by_hand() -> None:
-    texts = [rollout([7, 3]), rollout([7, 3])]
+    """Of two prompts; what one of them says again and again is no new evidence."""
+    texts = [rollout([7, 3]), rollout([7, 3], prompt="q")]
     values = [logits(5, 40, 80, 1), logits(5, 40, 60, 1)]
-    (found,) = token_scores(texts, values, GAMMA, min_count=2)
+    (found,) = scores_of(texts, values, min_count=2)
     each = [step_scores(z[1:3], GAMMA)[0] for z in values]
     assert (found.count, found.score) == (2, pytest.approx(np.mean(each)))
-    assert found.error == pytest.approx(np.std(each) / np.sqrt(2))
+    assert found.error == pytest.approx(np.std(each, ddof=1) / np.sqrt(2))
+    (tenfold,) = scores_of(texts * 10, values * 10)
+    assert (tenfold.count, tenfold.prompts) == (20, 2)
+    assert tenfold.error == pytest.approx(found.error)
+
+
+def test_one_prompt_has_no_standard_error() -> None:
+    (found,) = scores_of([rollout([7, 7, 3])], [logits(5, 40, 80, 60, 1)])
+    assert (found.count, found.prompts, found.error) == (2, 1, None)
 
 
 def test_a_text_beyond_max_length_counts_as_far_as_it_goes() -> None:
-    scored = token_scores([rollout([7, 8, 7, 9])], [logits(5, 40, 80)], GAMMA, min_count=1)
+    scored = scores_of([rollout([7, 8, 7, 9])], [logits(5, 40, 80)], max_length=3)
     assert [(s.id, s.count) for s in scored] == [(7, 1)]
 
 
@@ -100,9 +116,21 @@ def test_only_what_is_asked_for_needs_wordcloud(
     score(place, min_count=1, limit=2, only_json=True)
 
 
+def test_prompts_that_were_held_out_alone(place: Path) -> None:
+    """About half of 20 prompts, each with 30 tokens."""
+    counts = []
+    for holdout in (None, 0.5):
+        found = score(place, min_count=1, top=99, holdout=holdout, only_json=True)
+        counts.append(sum(row["count"] for end in found.values() for row in end))
+    assert 0.2 * counts[0] < counts[1] < 0.8 * counts[0]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("min_count", 0), ("min_count", 10**6), ("top", 0), ("limit", 0), ("cloud", Path("c.txt"))],
+    [
+        *(("min_count", 0), ("min_count", 10**6), ("top", 0), ("limit", 0)),
+        *(("holdout", 1.5), ("cloud", Path("c.txt"))),
+    ],
 )
 def test_a_bad_option_is_named(name: str, value: Any, place: Path) -> None:
     options = {name: value}
