@@ -147,25 +147,25 @@ def test_halves_keep_prompts_together() -> None:
 
 
 def test_tokens_are_chosen_by_one_half_and_told_by_the_other() -> None:
-    """A lengthens in both halves, less so in the second; B shortens in both; C lengthens in the
-    first alone."""
+    """b lengthens in both halves, less so in the second; c and g shorten in both; d lengthens in
+    the first alone."""
     first, second = [40.0, 80.0, 40.0, 95.0, 1.0], [40.0, 60.0, 30.0, 20.0, 1.0]
     ids = [65, 66, 67, 70, 256]
     texts = [text(f"p{i}", second if i % 2 else first, ids) for i in range(8)]
     found = length_tokens(texts, GAMMA, tiny_tokenizer(), min_count=2, top=2)
-    assert [row["text"] for row in found["lengthen"]] == ["C", "A"]
-    assert [row["text"] for row in found["shorten"]] == ["F", "B"]
-    c, a = (row["score"] for row in found["lengthen"])
-    assert c.value < 0 < a.value < found["lengthen"][1]["chosen_by"]
-    assert (a.low, a.high) == pytest.approx((a.value, a.value))  # all are alike
-    assert (a.n, a.groups) == (4, 4)
+    assert [row["text"] for row in found["lengthen"]] == ["d", "b"]
+    assert [row["text"] for row in found["shorten"]] == ["g", "c"]
+    d, b = (row["score"] for row in found["lengthen"])
+    assert d.value < 0 < b.value < found["lengthen"][1]["chosen_by"]
+    assert (b.low, b.high) == pytest.approx((b.value, b.value))  # all are alike
+    assert (b.n, b.groups) == (4, 4)
     rows = token_rows(found)
-    assert rows[0]["token"] == '`"C"`'
-    assert rows[1]["score / 0.001"].value == pytest.approx(a.value * 1000)
+    assert rows[0]["token"] == '`"d"`'
+    assert rows[1]["score / 0.001"].value == pytest.approx(b.value * 1000)
 
 
 def test_the_interval_of_a_token_is_near_that_of_a_bootstrap() -> None:
-    """One occurrence of A in each of 100 prompts of the second half."""
+    """One occurrence of b in each of 100 prompts of the second half."""
     chance = np.random.default_rng(1)
     lengths = chance.uniform(60, 120, 200)
     texts = [text(f"p{i:03}", [50.0, n, 1.0], [65, 66, 256]) for i, n in enumerate(lengths)]
@@ -173,5 +173,5 @@ def test_the_interval_of_a_token_is_near_that_of_a_bootstrap() -> None:
     u = 1 - GAMMA ** lengths[1::2]
     values = GAMMA * u - (1 - GAMMA**50) + 1 - GAMMA
     whole = estimate(Sample(list(values), [str(i) for i in range(100)]))
-    assert (row["text"], row["score"].value) == ("A", pytest.approx(whole.value))
+    assert (row["text"], row["score"].value) == ("b", pytest.approx(whole.value))
     assert row["score"].high - row["score"].low == pytest.approx(whole.high - whole.low, rel=0.1)

@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoint(folder / "checkpoint")
     generator = np.random.default_rng(0)
     texts = [[*generator.integers(65, 91, 30).tolist(), 256] for _ in range(20)]
-    write(folder / "a.parquet", [row(i, [1, 2, 3], ids) for i, ids in enumerate(texts)])
+    write(folder / "a.parquet", [row(i, [1, 2, i], ids) for i, ids in enumerate(texts)])
     return folder
 
 
