@@ -123,7 +123,7 @@ def measured_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             **{"gamma": f"{row['gamma']:.5g}", "tokens to come": row["length"]},
             "error of u": row["error_of_u"],
-            "error of length, %": row["error_of_length"].scaled(100),
+            "relative error of length": row["error_of_length"],
             "ratio": row["ratio"],
             "ratio if errors were small": row["ratio_if_small"],
             "n": row["error_of_u"].n,

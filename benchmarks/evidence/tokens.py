@@ -23,15 +23,19 @@ def length_tokens(
     gamma: float,
     tokenizer: PreTrainedTokenizerBase,
     min_count: int = 20,
+    min_prompts: int = 10,
     top: int = 12,
 ) -> dict[str, Rows]:
     """`lengthen` and `shorten`, up to `top` tokens each, the farthest of the first half first.
 
-    A token needs `min_count` occurrences in each half, and two prompts in the second. `chosen_by`:
-    its score in the first.
+    A token needs `min_count` occurrences in texts of `min_prompts` prompts, at least 2, in each
+    half. `chosen_by`: its score in the first.
     """
-    chosen, judged = (token_scores(half, gamma, min_count) for half in halves(texts))
-    scores = {s.id: s for s in judged if s.error is not None}
+    chosen, judged = (
+        [s for s in token_scores(half, gamma, min_count) if s.prompts >= min_prompts]
+        for half in halves(texts)
+    )
+    scores = {s.id: s for s in judged}
     ends = ends_of([s for s in chosen if s.id in scores], top, tokenizer)
     return {
         end: [

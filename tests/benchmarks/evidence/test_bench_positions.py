@@ -152,13 +152,15 @@ def test_tokens_are_chosen_by_one_half_and_told_by_the_other() -> None:
     first, second = [40.0, 80.0, 40.0, 95.0, 1.0], [40.0, 60.0, 30.0, 20.0, 1.0]
     ids = [65, 66, 67, 70, 256]
     texts = [text(f"p{i}", second if i % 2 else first, ids) for i in range(8)]
-    found = length_tokens(texts, GAMMA, tiny_tokenizer(), min_count=2, top=2)
+    found = length_tokens(texts, GAMMA, tiny_tokenizer(), min_count=2, min_prompts=4, top=2)
     assert [row["text"] for row in found["lengthen"]] == ["d", "b"]
     assert [row["text"] for row in found["shorten"]] == ["g", "c"]
     d, b = (row["score"] for row in found["lengthen"])
     assert d.value < 0 < b.value < found["lengthen"][1]["chosen_by"]
     assert (b.low, b.high) == pytest.approx((b.value, b.value))  # all are alike
     assert (b.n, b.groups) == (4, 4)
+    rare = length_tokens(texts, GAMMA, tiny_tokenizer(), min_count=2, min_prompts=5)
+    assert rare == {"lengthen": [], "shorten": []}
     rows = token_rows(found)
     assert rows[0]["token"] == '`"d"`'
     assert rows[1]["score / 0.001"].value == pytest.approx(b.value * 1000)
