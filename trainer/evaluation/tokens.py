@@ -47,6 +47,7 @@ def tokens(
     limit: int | None = None,
     holdout: float | None = None,
     min_count: int = 20,
+    min_prompts: int = 1,
     top: int = 20,
     reading: Reading = Reading(),
     cloud: Path | None = None,
@@ -67,12 +68,14 @@ def tokens(
         Use only the prompts that a training with this share held out; by default all.
     min_count
         Occurrences that a token needs.
+    min_prompts
+        Prompts that it needs to occur in texts of; a standard error of few is a rough one.
     top
         Tokens at each end of the table.
     cloud
         Picture of two word clouds to write, as .png, .svg or .pdf; needs `wordcloud`.
     """
-    check_positive(min_count=min_count, top=top, limit=limit)
+    check_positive(min_count=min_count, min_prompts=min_prompts, top=top, limit=limit)
     check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
     reading.check()
     check_picture("cloud", cloud)
@@ -85,8 +88,11 @@ def tokens(
     journal = open_journal(checkpoint, model, texts, reading.max_length)
     values = predict_all(model, texts, reading, checkpoint.name, journal)
     gamma = model.lenvm.gamma
-    scored = token_scores(predicted(texts, values, gamma, reading.max_length), gamma, min_count)
+    known = predicted(texts, values, gamma, reading.max_length)
+    scored = token_scores(known, gamma, min_count)
     check(bool(scored), "min_count", min_count, f"at most what {rollouts} has of any token")
+    scored = [s for s in scored if s.prompts >= min_prompts]
+    check(bool(scored), "min_prompts", min_prompts, f"at most those of any token in {rollouts}")
     ends = ends_of(scored, top, tokenizer)
     if cloud:
         clouds = {

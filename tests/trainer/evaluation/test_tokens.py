@@ -129,7 +129,7 @@ def test_prompts_that_were_held_out_alone(place: Path) -> None:
     ("name", "value"),
     [
         *(("min_count", 0), ("min_count", 10**6), ("top", 0), ("limit", 0)),
-        *(("holdout", 1.5), ("cloud", Path("c.txt"))),
+        *(("min_prompts", 0), ("min_prompts", 10**6), ("holdout", 1.5), ("cloud", Path("c.txt"))),
     ],
 )
 def test_a_bad_option_is_named(name: str, value: Any, place: Path) -> None:
