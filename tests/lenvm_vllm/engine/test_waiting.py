@@ -4,6 +4,7 @@ The servers answer when the test lets them. A step that came back before that ha
 """
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_a_request_that_ends_while_its_answer_is_out() -> None:
     assert valued(sessions, [stays]) == [True]
     assert server.closed == [gone.session]
     assert set(server.texts) == {stays.session}
+
+
+def test_a_message_that_only_closes_others_costs_no_row_its_values() -> None:
+    """Nobody waits for it but the rows that come after it."""
+    server, sessions, (gone, state) = begun(2)
+    shut(server)
+    sessions.close(gone)
+    sessions.tell_closed()
+    state.output_ids.append(80)
+    threading.Timer(SHORT, server.gate.set).start()
+    assert valued(sessions, [state]) == [True]
+    assert [message.closed for message in server.requests[1:]] == [[gone.session], []]
 
 
 def test_a_server_that_never_answers_is_lost_when_its_client_says_so() -> None:
