@@ -139,7 +139,8 @@ class Replicas:
 
     def hear(self, session: str, until: float) -> None:
         """Wait, as `Call.is_there` does, for the answer to a message to a session's replica in
-        which nothing was asked. A thread that nobody waits for hardly runs beside a busy engine."""
+        which nothing was asked: left alone, it was seen to take up to a second beside a busy
+        engine, and the rows behind it had no values."""
         place = self._place(session)
         if place is not None and place.call is not None and not place.call.candidates:
             place.call.is_there(until)

@@ -9,7 +9,7 @@ from trainer.evaluation.card import agreement_table, result_table, write_card
 from trainer.evaluation.figures import Predicted, summarise
 from trainer.evaluation.lookahead import Agreement, agreement
 from trainer.evaluation.predictors import predictors, split_as_trained
-from trainer.evaluation.report import write_report
+from trainer.evaluation.report import check_page, write_report
 from trainer.output import show
 from trainer.plots import check_picture, plot_calibration
 from trainer.reading import Reading
@@ -65,8 +65,7 @@ def evaluate(
     check(holdout is None or 0 < holdout <= 1, "holdout", holdout, "above 0 and at most 1")
     reading.check()
     check_picture("plot", plot)
-    good = html is None or (html.suffix == ".html" and html.parent.is_dir())
-    check(good, "html", str(html), "a name in .html, in a folder that is there")
+    check_page("html", html)
     config = read_config(checkpoint)
     ahead.check(config)
     learnt = TokenizerOf(str(checkpoint), config.tokenizer_fingerprint)

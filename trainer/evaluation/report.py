@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.checks import check
 from trainer.evaluation.card import evaluation_text, result_rows
 from trainer.evaluation.figures import (
     POSITIONS,
@@ -33,6 +34,12 @@ th:first-child, td:first-child { text-align: left; min-width: 10rem; overflow-wr
 svg { max-width: 100%; height: auto; background: white }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def check_page(field: str, path: Path | None) -> None:
+    """Raises ValueError unless a page can be written under that name."""
+    good = path is None or (path.suffix == ".html" and path.parent.is_dir())
+    check(good, field, str(path), "a name in .html, in a folder that is there")
 
 
 def write_report(
