@@ -15,7 +15,7 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lenvm_vllm.api.router_hints import RouterHints
@@ -35,12 +35,15 @@ def gateway(router: str) -> Any:
         async with client:
             yield
 
-    async def forward(request: Request) -> StreamingResponse:
+    async def forward(request: Request) -> Response:
         headers = [(name, value) for name, value in request.headers.items() if name not in HOP]
         target = httpx.URL(path=request.url.path, query=request.url.query.encode())
         body = await request.body()
         asked = client.build_request(request.method, target, headers=headers, content=body)
-        reply = await client.send(asked, stream=True)
+        try:
+            reply = await client.send(asked, stream=True)
+        except httpx.TransportError as error:
+            return JSONResponse({"error": f"router: {error!r}"}, 502)
         kept = {name: value for name, value in reply.headers.items() if name not in HOP}
 
         async def parts() -> AsyncIterator[bytes]:

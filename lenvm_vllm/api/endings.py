@@ -27,7 +27,7 @@ from lenvm_vllm.api.outcome import ENDS, Outcome, Report
 from lenvm_vllm.api.rounds import Round
 from lenvm_vllm.api.texts import texts_of
 from lenvm_vllm.steering.constants import SENTENCE
-from lenvm_vllm.target.rails import landing_before
+from lenvm_vllm.target.rails import landing_before, width_of
 from lenvm_vllm.telemetry.metrics import Counters
 from value_server.contract.units import UNITS
 
@@ -125,7 +125,8 @@ class Endings(Answers):
 
     def _is_good(self, draft: Draft) -> bool:
         kind, missed = draft.outcome.faults(self.target)
-        return kind < _CUT and missed <= (self.target.tolerance or 0.0) * self.target.limits[1]
+        width = width_of(self.target.limits[1], self.target.tolerance or 0)
+        return kind < _CUT and missed <= width
 
     def _is_full(self, draft: Draft) -> bool:
         """Whether requests wait in vLLM's queue, or a stream would have to wait for its round."""

@@ -106,10 +106,14 @@ def bounds_of(target: LengthTarget) -> Rails:
 
 
 def _rails_around(length: int, tolerance: float) -> Rails:
+    width = width_of(length, tolerance)
+    return Rails(first=max(1, math.ceil(length - width)), last=math.floor(length + width))
+
+
+def width_of(length: int, tolerance: float) -> Fraction:
+    """Units by which a text may miss `length`."""
     # The decimal that was written, not its binary neighbour: 100 * (1 - 0.07) is 93.
-    width = Fraction(str(tolerance)) * length
-    first, last = math.ceil(length - width), math.floor(length + width)
-    return Rails(first=max(1, first), last=last)
+    return Fraction(str(tolerance)) * length
 
 
 def needed_by(target: LengthTarget) -> Rails:

@@ -61,6 +61,9 @@ def test_any_length_inside_the_rails_is_good() -> None:
         app = App([Told(first)], round_of(*[(20, 0.5)] * 4))
         post(app, CHAT, length_target=20)
         assert len(app.asked) == 1 + more
+    app = App([Told(129)])  # 0.29 * 100 is below 29 in binary
+    post(app, CHAT, length_target={"tokens": 100, "tolerance": 0.29})
+    assert len(app.asked) == 1
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
