@@ -4,5 +4,5 @@ train        the command
 training     all its options; they are in backbone, objective, ahead, recipe
 examples     what is learnt from rollouts
 losses       the loss of each token; ahead: of a lookahead head; value_trainer: their mean, the loop
-steps        what a stopped run leaves
+even         as many packs for each process; steps: what a stopped run leaves
 """

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 
 from trainer.training.ahead import Ahead, candidate_losses, places_of, sampled_loss
+from trainer.training.even import make_even
 from trainer.training.losses import losses_against, token_losses, token_targets
 from trainer.training.objective import Objective
 from value_server.contract.targets import Readout
@@ -52,6 +54,12 @@ class ValueTrainer(Trainer):
         self.ahead = ahead
         self.per_scored = per_scored
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the sum of weights itself
+
+    def get_train_dataloader(self) -> DataLoader:
+        """No pack twice in an epoch, whatever the number of processes."""
+        loader: DataLoader = super().get_train_dataloader()
+        make_even(loader)
+        return loader
 
     def compute_loss(
         self,
