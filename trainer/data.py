@@ -23,6 +23,8 @@ from trainer.candidates import Candidates, count, text_key
 from value_server.contract.values import value_from_length
 
 NO_LABEL = -100.0
+NOTHING = -1  # the number of a pack of a token that counts nothing
+FILLER = {"labels": NO_LABEL}  # of such a token; all else is 0
 THINKING_END = "thinking_end_id"  # of a checkpoint's facts, where texts end at that token
 
 
@@ -254,6 +256,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == NOTHING:
+            return {
+                name: torch.full_like(t[:1], FILLER.get(name, 0)) for name, t in self[0].items()
+            }
         members = [self.examples[i] for i in self.packs[index]]
         sizes = [e.length for e in members]
         is_cut = [np.full(n, e.is_cut) for n, e in zip(sizes, members, strict=True)]
@@ -289,7 +295,7 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: pad_sequence(
             [item[name] for item in items],
             batch_first=True,
-            padding_value=NO_LABEL if name == "labels" else 0,
+            padding_value=FILLER.get(name, 0),
         )
         for name in items[0]
     }

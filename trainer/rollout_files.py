@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import types
 from transformers import AutoTokenizer
 
 from trainer.checks import check
@@ -221,16 +222,40 @@ def _schema(file: Path) -> pa.Schema:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
 
 
-def _read_file(file: Path) -> Iterator[Rollout]:
+def _columns(file: Path) -> list[str]:
+    """Those to read. Raises ValueError naming one that is missing, or that holds something else."""
     schema = _schema(file)
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
         raise ValueError(f"{file}: column {missing[0]!r} is missing, it has {schema.names}")
-    for name in ID_COLUMNS:
-        kind = schema.field(name).type
-        if not pa.types.is_nested(kind) or not pa.types.is_integer(kind.field(0).type):
-            raise ValueError(f"{file}: column {name!r} holds {kind}, not token ids")
     columns = [*COLUMNS, *(name for name in OPTIONAL if name in schema.names)]
+    for name in columns:
+        kind = schema.field(name).type
+        fits, rule = (_are_ids, "token ids") if name in ID_COLUMNS else (_is_text, "text")
+        if not fits(kind):
+            raise ValueError(f"{file}: column {name!r} holds {kind}, not {rule}")
+    return columns
+
+
+def _are_ids(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds a list of integers a row."""
+    lists = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
+    return any(own(kind) for own in lists) and types.is_integer(kind.value_type)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Also numbers, which names of prompts may be, and no column of lists or structs."""
+    return not types.is_nested(kind)
+
+
+def _read_file(file: Path) -> Iterator[Rollout]:
+    columns = _columns(file)
     try:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
@@ -247,13 +272,17 @@ def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
         if len(prompt) and len(completion):
             yield Rollout(
                 str(row["prompt_id"]),
-                sys.intern(str(row["domain"] or "")),
+                sys.intern(_text(row["domain"])),
                 prompt,
                 completion,
                 row["finish_reason"] == "stop",
-                conversation=row.get("conversation") or "",
-                prompt=row.get("prompt") or "",
+                conversation=_text(row.get("conversation")),
+                prompt=_text(row.get("prompt")),
             )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _lists(column: pa.Array) -> list[NDArray[np.int32]]:

@@ -179,7 +179,7 @@ def test_token_ids_of_any_list_and_width(kind: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
-@pytest.mark.parametrize("value", [["a"], "ab", 7, [0.5]])
+@pytest.mark.parametrize("value", [["a"], "ab", 7, [0.5], {"ids": 1}, {"ids": [1]}, [{"id": 1}]])
 def test_column_of_another_type(column: str, value: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", ROW | {column: value})
     with pytest.raises(ValueError, match=rf"a\.parquet: column '{column}' holds .*, not token ids"):
@@ -245,3 +245,17 @@ def test_a_source_that_is_missing_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", ROW)
     with pytest.raises(ValueError, match=r"^nothing: no such file or folder"):
         read_rollouts(Path(f"{tmp_path}/a.parquet,nothing=2"))
+
+
+@pytest.mark.parametrize("column", ["prompt_id", "domain", "finish_reason", "prompt"])
+@pytest.mark.parametrize("value", [{"a": 1}, ["a"]])
+def test_column_that_is_no_text(column: str, value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ROW | {column: value})
+    kind = "struct<a: int64>" if isinstance(value, dict) else "list<element: string>"
+    with pytest.raises(ValueError, match=rf"a\.parquet: column '{column}' holds {kind}, not text$"):
+        read_rollouts(path)
+
+
+def test_names_that_are_numbers(tmp_path: Path) -> None:
+    (found,) = read_rollouts(write(tmp_path / "a.parquet", ROW | {"prompt_id": 0, "domain": 0}))
+    assert (found.prompt_id, found.domain) == ("0", "0")

@@ -10,6 +10,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from trainer.checks import check, check_choice, check_positive
 from trainer.rollout_files import TokenizerOf
+from trainer.training.memory import (
+    ATTENTION,
+    Attention,
+    Quantize,
+    check_attention,
+    check_quantize,
+    quantization,
+)
 from value_server.contract.checkpoint import LenvmConfig, read_config
 from value_server.model.value_model import ValueHead, ValueModel, load_adapter, load_backbone
 
@@ -52,10 +60,17 @@ class Backbone:
     start: Path | None = None
     """Checkpoint to go on from: its backbone with its adapter, as that is shaped, its head or
     heads, gamma and layers. MODEL is then where its base model lies."""
+    attention: Attention = "sdpa"
+    """What computes it: sdpa, with a dense mask of each pack; flex or flash, without one, on a
+    GPU."""
+    quantize: Quantize | None = None
+    """Hold the weights that do not train in 4 bits (QLoRA), by bitsandbytes."""
 
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_choice("tune", self.tune, WEIGHTS)
+        check_attention(self.attention)
+        check_quantize(self.quantize, self.tune)
         check_positive(**{"lora.rank": self.lora.rank, "lora.alpha": self.lora.alpha})
         (depth, _), layers = load_shape(self.model), self.num_layers
         fits = layers is None or 1 <= layers <= depth
@@ -105,7 +120,13 @@ class Backbone:
         frozen = self.tune != "full"
         start = self.started()
         source = str(self.start) if start and start.weights == "full" else self.model
-        backbone = load_backbone(source, config.num_layers, dtype if frozen else torch.float32)
+        backbone = load_backbone(
+            source,
+            config.num_layers,
+            dtype if frozen else torch.float32,
+            ATTENTION[self.attention],
+            quantization(self.quantize, dtype),
+        )
         if frozen:
             backbone.requires_grad_(False)
         if start and start.weights == "adapter":

@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from trainer.resume import SETTINGS_FILE, check_same, keep_settings
+from trainer.resume import ANEW, SETTINGS_FILE, check_same, keep_settings
+
+FOUND = ("baselines",)  # of the settings: computed of the data, and no weight hangs from it
 
 
 def open_steps(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
@@ -23,8 +25,8 @@ def open_steps(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path 
     if not resume or last_step(folder) is None:
         shutil.rmtree(folder, ignore_errors=True)
     elif not (folder / SETTINGS_FILE).exists():  # nobody knows what they were made with
-        check_same(folder, {}, settings, anew="without resume it")
-    keep_settings(folder, settings, anew="without resume it")
+        check_same(folder, {}, settings, ANEW)
+    keep_settings(folder, settings, ANEW, FOUND)
     return last_step(folder)
 
 

@@ -20,10 +20,10 @@ from transformers.integrations import TensorBoardCallback, get_available_reporti
 from trainer.checks import check
 from trainer.data import Example, PackedDataset, collate, digest
 from trainer.evaluation.card import write_card
-from trainer.resume import check_same, fingerprint
+from trainer.resume import ANEW, ELSEWHERE, as_before, check_same, fingerprint
 from trainer.training.backbone import Backbone
 from trainer.training.examples import Examples, read_examples
-from trainer.training.steps import last_step, open_steps
+from trainer.training.steps import FOUND, last_step, open_steps
 from trainer.training.training import Training
 from trainer.training.value_trainer import ValueTrainer, held_out_loss
 from value_server.contract.checkpoint import (
@@ -34,7 +34,9 @@ from value_server.contract.checkpoint import (
 )
 from value_server.model.value_model import ValueModel
 
-OF_DATA = ("completions", "cut", "baselines", "prompt_sketch")  # facts that nobody chose
+# What follows from the data, if nobody chose it: told after what was chosen. The last are no help.
+OF_DATA = ("completions", "cut", "data", "gamma", "target_scale", "prompt_sketch", "baselines")
+UNTOLD = OF_DATA[-2:]
 
 
 def train(
@@ -56,7 +58,8 @@ def train(
     output
         Folder of the checkpoint.
     resume
-        Go on from the last save of a run with the same settings; a finished one stays as it is.
+        Go on from the last save of a run with the same settings and data; a finished one stays as
+        it is.
     tensorboard
         Folder for TensorBoard's log.
     report_to
@@ -71,9 +74,8 @@ def train(
     steps = output / "steps"
     arguments = training.recipe.arguments(steps, report_to)
     settings = settings_of(examples, config, training.backbone)
-    run = fingerprint(settings)
-    if resume and not steps.exists() and is_finished(output, run, settings):
-        print(f"{output}: finished before; without resume it starts anew")
+    if resume and not steps.exists() and is_finished(output, settings):
+        print(f"{output}: finished before; {ANEW} starts anew")
         return
     first = arguments.process_index == 0
     if first and (told := training.recipe.told()):
@@ -88,7 +90,7 @@ def train(
         if loop.is_fsdp_enabled:
             model = training.fresh_model(config)
             model.load_state_dict(weights)
-        write_checkpoint(output, model, {**found_out(loop), "run": run})
+        write_checkpoint(output, model, {**found_out(loop), "run": fingerprint(settings)})
         shutil.rmtree(steps)
 
 
@@ -100,7 +102,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def settings_of(examples: Examples, config: LenvmConfig, backbone: Backbone) -> dict[str, Any]:
-    """All that shapes the weights, as JSON."""
+    """All that shapes the weights, as JSON: what was chosen, then what follows from the data."""
     facts = msgspec.to_builtins(config) | config.training
     del facts["training"], facts["base_fingerprint"]  # so that runs of before it was known go on
     if not config.lookahead_rank:  # so that runs of before there was any go on
@@ -112,7 +114,9 @@ def settings_of(examples: Examples, config: LenvmConfig, backbone: Backbone) -> 
         "lora": lora,
         "data": digest([*examples.learnt, *examples.judged]),
     }
-    return facts | own | ({"start": start} if start else {})
+    settings = facts | own | ({"start": start} if start else {})
+    chosen = {name: value for name, value in settings.items() if name not in OF_DATA}
+    return chosen | {name: settings[name] for name in OF_DATA}
 
 
 def training_loop(
@@ -162,22 +166,23 @@ def packed(examples: Sequence[Example], training: Training) -> PackedDataset:
     )
 
 
-def is_finished(output: Path, run: str, settings: Mapping[str, Any]) -> bool:
+def is_finished(output: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `output` holds the checkpoint of a run with the same settings.
 
     Raises ValueError, naming a setting that differs if one is known, where it holds another.
     """
     if not (output / CONFIG_FILE).exists():
         return False
-    anew = "another output folder, or --no-resume,"
+    anew = f"{ELSEWHERE}, or {ANEW},"
     try:
         found = read_config(output)
     except CheckpointError as error:
         raise ValueError(f"output: {error}; {anew} starts anew") from error
-    if found.training.get("run") == run:
-        return True
     before = msgspec.to_builtins(found) | found.training
-    known = [name for name in settings if name in before and name not in OF_DATA]
+    settings = as_before(before, settings, FOUND)
+    if before.get("run") == fingerprint(settings):
+        return True
+    known = [name for name in settings if name in before and name not in UNTOLD]
     check_same(output, {n: before[n] for n in known}, {n: settings[n] for n in known}, anew)
     raise ValueError(
         f"output: {output} holds a value model of other data, model or options; {anew} starts anew"

@@ -44,6 +44,8 @@ class Training:
         judged = self.recipe.eval_steps
         check(judged is None or self.holdout > 0, "eval_steps", judged, "left out with holdout 0")
         self.backbone.check()
+        half = self.recipe.mixed or self.recipe.fp16 or self.backbone.attention != "flash"
+        check(half, "attention", self.backbone.attention, "sdpa or flex without bf16 or fp16")
         self.thinking_end_id()
         if self.recipe.packing and (kind := self.backbone.states()):
             rule = f"left out (--no-packing) with {kind} layers, which carry states between texts"
@@ -59,7 +61,9 @@ class Training:
         parts = (self.objective, self.ahead, self.recipe)
         facts = {name: value for part in parts for name, value in part.facts().items()}
         own = {"thinking_end": self.thinking_end, THINKING_END: self.thinking_end_id()}
-        return {"holdout": self.holdout, **facts, **(own if self.thinking_end else {})}
+        facts |= own if self.thinking_end else {}
+        facts |= {"quantize": self.backbone.quantize} if self.backbone.quantize else {}
+        return {"holdout": self.holdout, **facts}
 
     def thinking_end_id(self) -> int | None:
         """Raises ValueError where the tokenizer has no such token."""

@@ -4,6 +4,7 @@ Loss: the weighted mean of the token losses over a global batch; with equal weig
 Eq. 9. That of a lookahead head is added (ahead.py).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 
-from trainer.training.ahead import Ahead, candidate_losses, places_of, sampled_loss
+from trainer.training.ahead import Ahead, Places, candidate_losses, places_of, sampled_loss
+from trainer.training.even import make_even
 from trainer.training.losses import losses_against, token_losses, token_targets
 from trainer.training.objective import Objective
 from value_server.contract.targets import Readout
@@ -53,6 +56,12 @@ class ValueTrainer(Trainer):
         self.per_scored = per_scored
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the sum of weights itself
 
+    def get_train_dataloader(self) -> DataLoader:
+        """No pack twice in an epoch, whatever the number of processes."""
+        loader: DataLoader = super().get_train_dataloader()
+        make_even(loader)
+        return loader
+
     def compute_loss(
         self,
         model: Any,
@@ -62,10 +71,7 @@ class ValueTrainer(Trainer):
     ) -> Any:
         places = places_of(inputs) if self.ahead.lookahead else []
         with self._autocast():
-            found = model(
-                inputs["input_ids"], position_ids=inputs["position_ids"], raw=True, after=places
-            )
-        raw, after = found if places else (found, [])
+            raw, after = self._forward(model, inputs, places)
         choices = (self.objective, self.readout)
         rows = (inputs["labels"], inputs["is_cut"], inputs["position_ids"])
         target = token_targets(raw, *rows, *choices)
@@ -97,10 +103,25 @@ class ValueTrainer(Trainer):
         """(None, (B,) summed losses, (B,) summed weights) of each row: the value's own loss."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self._autocast():
-            raw = model(inputs["input_ids"], position_ids=inputs["position_ids"], raw=True)
+            raw, _ = self._forward(model, inputs)
         rows = (inputs["labels"], inputs["is_cut"], inputs["position_ids"])
         losses = token_losses(raw, *rows, self.objective.judged, self.readout)
         return None, (losses * inputs["weights"]).sum(-1), inputs["weights"].sum(-1)
+
+    def _forward(
+        self, model: Any, inputs: dict[str, Tensor], places: Sequence[Places] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(B, T) raw outputs, and z after each of `places`, which count through all B·T.
+
+        flash-attn tells packed texts apart by their positions in one row only: it gets one.
+        """
+        own = self.accelerator.unwrap_model(self.model).config
+        rows = [inputs[name] for name in ("input_ids", "position_ids")]
+        if "flash" in own._attn_implementation:
+            rows = [row.flatten()[None] for row in rows]
+        found = model(rows[0], position_ids=rows[1], raw=True, after=places)
+        raw, after = found if places else (found, [])
+        return raw.view_as(inputs["labels"]), after
 
     def _candidate_loss(self, z: Tensor, places: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Sum over positions with candidates. z: (N, K) after these, places: (N,)."""

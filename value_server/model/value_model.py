@@ -222,11 +222,12 @@ def load_backbone(
     num_layers: int | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """The first `num_layers` layers (None: all) of a decoder and its norm, no vocabulary head.
 
-    source: hub name or folder; of a vision-language model the text part is taken. Raises
-    CheckpointError.
+    source: hub name or folder; of a vision-language model the text part is taken.
+    quantization_config: transformers' own. Raises CheckpointError.
     """
     try:
         config = AutoConfig.from_pretrained(source)
@@ -238,6 +239,7 @@ def load_backbone(
                 config=config,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
+                quantization_config=quantization_config,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # _check tells them by name
                 output_loading_info=True,

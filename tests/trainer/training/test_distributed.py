@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from tests.support.launched import launch, sharded, torchrun
 from tests.support.tiny_llm import tiny_llm
-from tests.support.training import run, toy_rows, write
+from tests.support.training import run, toy_rows, training, write
+from trainer.data import PackedDataset
+from trainer.training.examples import read_examples
 from trainer.training.steps import last_step
 from value_server.contract.checkpoint import read_config
 
@@ -44,10 +46,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    command: list[str], place: Path, output: str, *options: str, **env: str
+    command: list[str],
+    place: Path,
+    output: str,
+    *options: str,
+    data: str = "toy.parquet",
+    **env: str,
 ) -> subprocess.CompletedProcess:
     """On `place`, in two processes."""
-    files = [place / "toy.parquet", place / output, "--config", place / "run.yaml"]
+    files = [place / data, place / output, "--config", place / "run.yaml"]
     return launch(command, "train", *files, *options, **env)
 
 
@@ -72,6 +79,22 @@ def test_two_processes_give_the_loss_of_one(place: Path) -> None:
     told = "tokens_per_step: 256 in place of 300: 2 processes, 2 passes of 1 packs of 64\n"
     assert result.stdout.count(told) == 1
     assert_same(place / "one", place / "two")
+
+
+def test_packs_that_cannot_be_shared_count_once(place: Path) -> None:
+    """13 packs an epoch, and none of them for the other process at its end. The bug guarded
+    against: it took the first one of the epoch again."""
+    name = "uneven.parquet"
+    data = write(place / name, toy_rows(46, distinct=True))
+    examples, _ = read_examples(data, training(place / "base", holdout=0.3))
+    packs = PackedDataset(examples.learnt, 64, seed=0)
+    assert len(packs) % 4 == 1
+    more: dict[str, Any] = {"max_steps": -1, "epochs": 2.0, "lookahead": 4}
+    run(data, place / "one-uneven", place / "base", tune="full", **SAME | more)
+    options = ("--max-steps", "-1", "--epochs", "2", "--lookahead", "4")
+    result = train(torchrun(), place, "two-uneven", *options, data=name)
+    assert result.returncode == 0, result.stderr
+    assert_same(place / "one-uneven", place / "two-uneven")
 
 
 def test_sharded_and_killed_it_gives_the_same(place: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import trainer.training.examples
 from tests.support.stopped import run_until
 from tests.support.training import contents, run, toy_rows, write
+from trainer.evaluation.baselines import fit_baselines
 from trainer.training.backbone import LoraShape, Tune
 from trainer.training.steps import last_step, open_steps
+from trainer.training.training import Training
 
 
 @pytest.mark.parametrize(("tune", "stops"), [("full", (3,)), ("head", (1, 4))])
@@ -106,7 +109,9 @@ def test_a_setting_that_changed_is_named(
     name: str, value: Any, stopped: Path, base: Path, data: Path
 ) -> None:
     before = contents(stopped)
-    with pytest.raises(ValueError, match=rf"^{name}: .* was made with .* resume it starts anew"):
+    with pytest.raises(
+        ValueError, match=rf"^{name}: .* was made with .*; --no-resume starts anew$"
+    ):
         run(data, stopped, base, **{name: value})
     assert contents(stopped) == before
 
@@ -115,7 +120,9 @@ def test_steps_of_unknown_settings_are_not_gone_on_from(tmp_path: Path) -> None:
     state = tmp_path / "checkpoint-2" / "trainer_state.json"
     state.parent.mkdir()
     state.write_text("{}")
-    with pytest.raises(ValueError, match=r"^seed: .* was made with None, this run has 3; without"):
+    with pytest.raises(
+        ValueError, match=r"^seed: .* was made with None, this run has 3; --no-resume"
+    ):
         open_steps(tmp_path, {"seed": 3}, resume=True)
     assert state.exists()
     assert open_steps(tmp_path, {"seed": 3}, resume=False) is None
@@ -124,6 +131,38 @@ def test_steps_of_unknown_settings_are_not_gone_on_from(tmp_path: Path) -> None:
 def test_another_way_of_tuning_is_named(stopped: Path, base: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"^weights: .*'head', this run has 'full'"):
         run(data, stopped, base, tune="full")
+
+
+def test_what_was_computed_may_differ_by_rounding(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with another number of threads: of a run that was stopped, and of a finished one. The bug
+    guarded against: a baseline that differed in its 14th digit was taken for another setting."""
+    with pytest.MonkeyPatch.context() as patch:
+        elsewhere(patch)
+        run_until(3, data, tmp_path / "out", base)
+        run(data, tmp_path / "finished", base)
+    run(data, tmp_path / "out", base)
+    run(data, tmp_path / "whole", base)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    capsys.readouterr()
+    run(data, tmp_path / "finished", base)
+    told = f"{tmp_path / 'finished'}: finished before; --no-resume starts anew\n"
+    assert capsys.readouterr().out == told
+
+
+def elsewhere(patch: pytest.MonkeyPatch) -> None:
+    """What is computed of the data differs in its last digits."""
+    discount = Training.discount
+
+    def baselines(*args: Any) -> dict[str, Any]:
+        return {
+            name: {part: [w * (1 + 1e-13) + 1e-15 for w in own] for part, own in parts.items()}
+            for name, parts in fit_baselines(*args).items()
+        }
+
+    patch.setattr(trainer.training.examples, "fit_baselines", baselines)
+    patch.setattr(Training, "discount", lambda *args: discount(*args) * (1 + 1e-15))
 
 
 def test_data_that_changed_are_named(stopped: Path, base: Path, tmp_path: Path) -> None:
