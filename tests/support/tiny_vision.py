@@ -1,0 +1,105 @@
+"""Tiny random vision-language models of the real classes, their processors, and pictures."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as tf
+from PIL import Image
+
+from tests.support.tiny import tiny_tokenizer
+
+PLACEHOLDER = 258
+VOCABULARY = 260  # of tiny_tokenizer with MORE
+MORE = ("<image>", "<break>")
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": None,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+QWEN |= {"out_hidden_size": 32}
+SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SIGLIP |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+LLAMA = {"model_type": "llama"}
+TILES = {"do_image_splitting": True, "size": {"longest_edge": 64}}
+TILES |= {"max_image_size": {"longest_edge": 32}}
+SQUARE = {"size": {"height": 32, "width": 32}}
+
+# name: (class, config of the text, of the tower, of the whole, class of the text part alone,
+#        image processor, its config)
+BACKBONES: dict[str, tuple[str, Any, Any, Any, str, str, Any]] = {
+    "qwen2.5-vl": (
+        *("Qwen2_5_VL", {"rope_parameters": MROPE}, QWEN, {}, "Qwen2Model"),
+        *("Qwen2VLImageProcessor", {"min_pixels": 28 * 28, "max_pixels": 112 * 112}),
+    ),
+    "qwen3-vl": (
+        *("Qwen3VL", {"rope_parameters": MROPE}),
+        *(QWEN | {"deepstack_visual_indexes": [0, 1]}, {}, "Qwen3Model"),
+        *("Qwen2VLImageProcessor",),
+        {"min_pixels": 32 * 32, "max_pixels": 128 * 128, "patch_size": 16},
+    ),
+    "gemma3": (
+        *("Gemma3", {"sliding_window": 4}, SIGLIP, {"mm_tokens_per_image": 4}),
+        *("Gemma3TextModel", "Gemma3ImageProcessor", SQUARE),
+    ),
+    "llava": (
+        *("Llava", LLAMA, SIGLIP | {"model_type": "clip_vision_model"}, {}, "LlamaModel"),
+        *("CLIPImageProcessor", {"size": {"shortest_edge": 32}, "crop_size": SQUARE["size"]}),
+    ),
+    "smolvlm": ("SmolVLM", LLAMA, SIGLIP, {}, "LlamaModel", "SmolVLMImageProcessor", TILES),
+    "idefics3": ("Idefics3", LLAMA, SIGLIP, {}, "LlamaModel", "Idefics3ImageProcessor", TILES),
+}
+
+
+def write_backbone(folder: Path, name: str) -> Any:
+    """A random vision-language model on disk with tokenizer and image processor; the model."""
+    torch.manual_seed(0)
+    kind, text, vision, more, _, processor, sizes = BACKBONES[name]
+    config = getattr(tf, f"{kind}Config")(
+        text_config=TEXT | text, vision_config=vision, image_token_id=PLACEHOLDER, **more
+    )
+    model = tf.AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in model.parameters():  # else towers add hardly anything
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer(MORE).save_pretrained(folder)
+    facts = {"image_processor_type": processor, **sizes}
+    (folder / "preprocessor_config.json").write_text(json.dumps(facts))
+    return model.model
+
+
+def picture(seed: int = 0, width: int = 90, height: int = 60) -> Image.Image:
+    """Coloured noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def png(seed: int = 0, width: int = 90, height: int = 60) -> bytes:
+    """The same as a file."""
+    out = io.BytesIO()
+    picture(seed, width, height).save(out, "PNG")
+    return out.getvalue()
+
+
+def placeholders(count: int, tile: int | None = None) -> list[int]:
+    """Of a picture of so many rows, in a text; with a token between `tile` of them."""
+    tile = tile or count
+    found: list[int] = []
+    for start in range(0, count, tile):
+        found += [259, *[PLACEHOLDER] * min(tile, count - start)]
+    return [*found, 259]
