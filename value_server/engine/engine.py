@@ -34,6 +34,7 @@ from value_server.engine.pace import Pace
 from value_server.engine.scheduler import SHORT, is_done, missing, next_pass
 from value_server.engine.session import Session
 from value_server.engine.showing import Placed, Showing
+from value_server.engine.shown import Ids
 from value_server.model.lookahead import Lookahead
 from value_server.model.value_model import ValueModel
 
@@ -77,7 +78,7 @@ class Engine:
         self.lookahead: Lookahead | None = getattr(model, "lookahead", None)
         self.lookahead_rank = self.lookahead.rank if self.lookahead else 0
         model.backbone.set_attn_implementation(NAME)
-        first = next(model.parameters())
+        first = next(model.backbone.parameters())
         self.device = first.device
         self.attention = attention or fastest(self.device)
         self.graphs = graphs and not compiled  # the two have not been tried together
@@ -221,25 +222,20 @@ class Engine:
         return True
 
     @torch.inference_mode()
-    def _forward(
-        self, rows: Sequence[Row], tokens: NDArray[Any], written: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """(Q, 1) z of a pass, or (Q, 2 + r) z, b and q, whose keys and values go into the slots
-        `written`."""
+    def _forward(self, rows: Sequence[Row], tokens: NDArray[Any], written: Ids) -> NDArray[Any]:
+        """(Q, 1) float32 z of a pass, or (Q, 2 + r) z, b and q, whose keys and values go into the
+        slots `written`."""
         if self.showing and tokens.min() < 0:
             embed = self.model.backbone.get_input_embeddings()
             inputs = self.showing.inputs(rows, tokens, embed, self.device)
-            heads = self._heads(
-                self._pass(rows, on_device(written, self.device), "gathered"), inputs
-            )
+            known = self._pass(rows, on_device(written, self.device), "gathered")
+            heads = self._heads_from(known, inputs)
         else:
             heads = self._read_text(rows, tokens, written)
-        numbers: NDArray[np.float32] = heads.cpu().numpy()
+        numbers: NDArray[Any] = heads.cpu().numpy()
         return numbers
 
-    def _read_text(
-        self, rows: Sequence[Row], tokens: NDArray[Any], written: NDArray[np.int64]
-    ) -> Tensor:
+    def _read_text(self, rows: Sequence[Row], tokens: NDArray[Any], written: Ids) -> Tensor:
         positions = np.concatenate([row.positions for row in rows])
         if self.graphs and self.attention == "triton":
             heads = self._graphs.run(rows, self._per_key, tokens, positions, written)
@@ -255,9 +251,9 @@ class Engine:
 
     def _heads_of(self, tokens: Tensor, positions: Tensor, known: Pass) -> Tensor:
         """(1, Q) each → what `_forward` returns, on the device."""
-        return self._heads(known, {"input_ids": tokens, "position_ids": positions})
+        return self._heads_from(known, {"input_ids": tokens, "position_ids": positions})
 
-    def _heads(self, known: Pass, inputs: dict[str, Any]) -> Tensor:
+    def _heads_from(self, known: Pass, inputs: dict[str, Any]) -> Tensor:
         output = self.model.backbone(**inputs, use_cache=False, lenvm_pass=known)
         hidden = output.last_hidden_state[0]
         heads = self.model.head(hidden)[:, None]

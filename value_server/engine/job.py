@@ -97,7 +97,7 @@ class Row:
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """(n,) position of each query, for the rotary embedding; of a picture's row its first part."""
+        """(n,) rotary position of each query; of a picture's row its first part."""
         shown = self.session.shown if self.session else None
         return shown.positions_at(self.places)[0] if shown else self.places
 

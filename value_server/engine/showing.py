@@ -100,7 +100,7 @@ class Showing:
     def inputs(
         self, rows: Sequence[Row], tokens: NDArray[Any], embed: nn.Module, device: torch.device
     ) -> dict[str, Any]:
-        """What the decoder is given for a pass in which there are rows of pictures; tokens: (Q,)."""
+        """What the decoder is given for a pass with rows of pictures. tokens: (Q,)."""
         where: list[Ids] = []
         embeddings: list[Tensor] = []
         deep: list[Tensor] = []

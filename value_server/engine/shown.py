@@ -44,7 +44,7 @@ class Shown:
         return known[:, np.minimum(places, last)] + np.maximum(places - last, 0)
 
     def blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """First and behind last place of the pictures that begin there and see all of themselves."""
+        """Of the pictures that begin there, first and behind last place, where they are `whole`."""
         if self.whole:
             ends = ((int(rows[0]), int(rows[-1]) + 1) for rows in self.places)
             yield from ((a, b) for a, b in ends if begin <= a < end)

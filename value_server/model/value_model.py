@@ -35,6 +35,7 @@ from value_server.contract.checkpoint import (
 from value_server.contract.targets import Readout
 from value_server.contract.weights import are_other_weights, weights_fingerprint
 from value_server.model.lookahead import Lookahead, logits_after
+from value_server.model.sight import Sight
 from value_server.model.text_part import text_part
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,15 @@ class ValueModel(nn.Module):
     lookahead: None where `lenvm.lookahead_rank` is 0.
     """
 
-    def __init__(self, backbone: PreTrainedModel, head: ValueHead, lenvm: LenvmConfig) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        head: ValueHead,
+        lenvm: LenvmConfig,
+        sight: Sight | None = None,
+    ) -> None:
         super().__init__()
+        self.sight = sight
         self.backbone = backbone
         self.head = head
         self.head.readout = lenvm.readout
