@@ -35,6 +35,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 
 QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
 QWEN |= {"out_hidden_size": 32}
 SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 SIGLIP |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 LLAMA = {"model_type": "llama"}
 TILES = {"do_image_splitting": True, "size": {"longest_edge": 64}}
@@ -55,7 +56,8 @@ BACKBONES: dict[str, tuple[str, Any, Any, Any, str, str, Any]] = {
         {"min_pixels": 32 * 32, "max_pixels": 128 * 128, "patch_size": 16},
     ),
     "gemma3": (
-        *("Gemma3", {"sliding_window": 4}, SIGLIP, {"mm_tokens_per_image": 4}),
+        *("Gemma3", {"sliding_window": 4, "layer_types": KINDS}, SIGLIP),
+        *({"mm_tokens_per_image": 16},),
         *("Gemma3TextModel", "Gemma3ImageProcessor", SQUARE),
     ),
     "llava": (

@@ -117,13 +117,15 @@ class Row:
         """(n, S) which query sees which of `slots(first)`.
 
         A token sees the text up to itself, a candidate all of it and itself. window: tokens that
-        a layer looks back at most, itself included. Rows of a picture may see all of it.
+        a layer looks back at most, itself included. Rows of a picture may see later ones of it.
         """
         gap = self.places[:, None] - np.arange(first, self.end)
-        seen = (gap >= 0) if window is None else (gap >= 0) & (gap < window)
+        seen = gap >= 0
         shown = self.session.shown if self.session else None
         for start, stop in shown.blocks(self.begin, self.end) if shown else ():
             seen[start - self.begin : stop - self.begin, start - first : stop - first] = True
+        if window is not None:
+            seen &= gap < window
         own = np.eye(self.queries, len(self.scored), self.begin - self.end, dtype=bool)
         return np.concatenate([seen, own], axis=1)
 
