@@ -9,12 +9,14 @@ import numpy as np
 import torch
 import transformers as tf
 from PIL import Image
+from torch import Tensor
 
 from tests.support.tiny import tiny_tokenizer
 
 PLACEHOLDER = 258
 VOCABULARY = 260  # of tiny_tokenizer with MORE
 MORE = ("<image>", "<break>")
+SIZES = ((90, 60), (40, 100), (64, 64))  # of pictures, of which each has rows of its own number
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -96,10 +98,31 @@ def png(seed: int = 0, width: int = 90, height: int = 60) -> bytes:
     return out.getvalue()
 
 
-def placeholders(count: int, tile: int | None = None) -> list[int]:
-    """Of a picture of so many rows, in a text; with a token between `tile` of them."""
-    tile = tile or count
-    found: list[int] = []
-    for start in range(0, count, tile):
-        found += [259, *[PLACEHOLDER] * min(tile, count - start)]
-    return [*found, 259]
+def text_with(rows: list[int], tile: int | None = None) -> list[int]:
+    """A text with pictures of so many rows; with a token between each `tile` of them."""
+    found = [5, 6, 7]
+    for number, count in enumerate(rows):
+        step = tile or count
+        for start in range(0, count, step):
+            found += [259, *[PLACEHOLDER] * min(step, count - start)]
+        found += [259, 10 + number, 20 + number]
+    return [*found, 30, 31, 32]
+
+
+@torch.inference_mode()
+def whole_hidden(model: Any, tokens: list[int], pixels: list[dict[str, Tensor]]) -> Tensor:
+    """(T, H) by plain transformers' whole model, everything at once."""
+    ids = torch.tensor([tokens])
+    is_row = (ids == PLACEHOLDER).long()
+    given: dict[str, Any] = {}
+    for name in pixels[0] if pixels else ():
+        parts = [one[name] for one in pixels]
+        along = 1 if name in ("pixel_values", "pixel_attention_mask") and parts[0].ndim > 4 else 0
+        along = 1 if name == "pixel_attention_mask" else along
+        given[name] = torch.cat(parts, dim=along)
+    if model.config.model_type.startswith("qwen"):
+        given["mm_token_type_ids"] = is_row
+    if model.config.model_type == "gemma3":
+        given["token_type_ids"] = is_row
+    output: Tensor = model(ids, use_cache=False, **given).last_hidden_state
+    return output[0]
