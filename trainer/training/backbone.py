@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trainer.checks import check, check_choice, check_positive
 from trainer.rollout_files import TokenizerOf
 from value_server.contract.checkpoint import LenvmConfig, read_config
-from value_server.model.value_model import ValueHead, ValueModel, load_adapter, load_backbone
+from value_server.model.backbone import load_adapter, load_backbone
+from value_server.model.value_model import ValueHead, ValueModel, read_sight
 
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
@@ -105,7 +106,8 @@ class Backbone:
         frozen = self.tune != "full"
         start = self.started()
         source = str(self.start) if start and start.weights == "full" else self.model
-        backbone = load_backbone(source, config.num_layers, dtype if frozen else torch.float32)
+        precision = dtype if frozen else torch.float32
+        backbone = load_backbone(source, config.num_layers, precision, sees=config.pictures)
         if frozen:
             backbone.requires_grad_(False)
         if start and start.weights == "adapter":
@@ -116,7 +118,9 @@ class Backbone:
             rank, alpha = self.lora.rank, self.lora.alpha
             shape = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
             backbone = get_peft_model(backbone, shape)
-        model = ValueModel(backbone, ValueHead(backbone.config.hidden_size), config)
+        head = ValueHead(backbone.config.hidden_size)
+        sight = read_sight(self.start, config, self.model, dtype)
+        model = ValueModel(backbone, head, config, sight)
         same = start is not None and start.lookahead_rank == config.lookahead_rank
         if self.start:
             model.load_heads(self.start, lookahead=same)

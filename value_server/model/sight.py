@@ -45,9 +45,10 @@ class Sight(nn.Module):
     axes: parts of a position: 3 in Qwen's decoders, else 1.
     """
 
-    def __init__(self, model: PreTrainedModel, source: str) -> None:
+    def __init__(self, model: PreTrainedModel, source: str, layers: int | None = None) -> None:
         """model: the whole backbone, which loses its decoder; source: whose image processor is
-        taken. Raises ValueError, OSError where it is none that sees, or has no processor."""
+        taken; layers: of the decoder in use, if not those of `model`. Raises ValueError, OSError
+        where it is none that sees, or has no processor."""
         super().__init__()
         check_family(model.config.model_type)
         self.processor = AutoImageProcessor.from_pretrained(source, backend="pil")
@@ -58,7 +59,7 @@ class Sight(nn.Module):
         self.placeholder = int(model.config.image_token_id)
         self.whole = model.config.model_type == "gemma3"
         self.axes = 3 if hasattr(model, "get_rope_index") else 1
-        self._layers = decoder.config.num_hidden_layers
+        self._layers = layers or decoder.config.num_hidden_layers
         self._takes = inspect.signature(model.get_image_features).parameters.keys()
 
     def train(self, mode: bool = True) -> "Sight":
