@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_masks_for_generate
+from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
 
 from value_server.model.sight import Sight
 
@@ -53,8 +53,8 @@ def decoder_inputs(
         given["visual_pos_masks"] = places
         given["deepstack_visual_embeds"] = list(torch.cat(deep, dim=1))
     if sight.whole:
-        given["attention_mask"] = create_masks_for_generate(
-            decoder.config, embeds, None, None, position_ids, block_sequence_ids=_blocks(places)
+        given["attention_mask"] = create_masks_for_vision_model(
+            decoder.config, embeds, None, None, position_ids, _blocks(places)
         )
     return given
 
