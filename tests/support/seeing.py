@@ -53,7 +53,9 @@ class Seer:
     def show(self, engine: Engine, numbers: list[int]) -> None:
         assert engine.showing
         for number in numbers:
-            engine.showing.look(Look(digest(number), self.pixels(number)))
+            look = Look(digest(number), self.pixels(number))
+            engine.showing.look(look)
+            look.future.result()
 
     @torch.inference_mode()
     def plain(self, text: list[int], numbers: list[int]) -> torch.Tensor:

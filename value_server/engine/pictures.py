@@ -6,14 +6,18 @@ not need them any more.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from itertools import count
 from threading import Lock
 
 from torch import Tensor
 
-from value_server.model.sight import Grid, Seen
+from value_server.engine.errors import RequestError
+from value_server.model.pictures import MAX_PIXELS, PictureError, open_picture, picture_hash
+from value_server.model.sight import Grid, Seen, Sight
 
+MOST_PIXELS = MAX_PIXELS
 MOST_KNOWN = 1 << 14  # pictures of which it is known what they are; a kilobyte each
 
 
@@ -107,7 +111,29 @@ def bytes_of(seen: Seen) -> int:
 
 @dataclass(eq=False)
 class Look:
-    """A picture that waits to be looked at. pixels: as Sight.pixels makes them."""
+    """A picture that waits to be looked at, and then is in the store. pixels: see Sight."""
 
     digest: str
     pixels: Mapping[str, Tensor]
+    future: "Future[None]" = field(default_factory=Future)
+
+
+def read(
+    sight: Sight, store: PictureStore, digest: str, body: bytes, most_pixels: int
+) -> dict[str, Tensor]:
+    """Pixels of a file, for a Look; no model runs.
+
+    Raises RequestError. A file that is no picture, or too large a one, is remembered as such.
+    """
+    found = picture_hash(body)
+    if found != digest:
+        raise RequestError(f"digest: {digest!r}, the sha256 of the body is {found}", "digest")
+    try:
+        picture = open_picture(body, "body", len(body), most_pixels)
+        return sight.pixels(picture)
+    except PictureError as error:
+        problem = str(error)
+    except Exception as error:  # image processors have limits of their own
+        problem = f"body: the model's image processor refuses it: {error}"
+    store.refuse(digest, problem)
+    raise RequestError(problem, "body")

@@ -7,6 +7,7 @@ are the same.
 Legend: Q queries of a pass, n rows of a picture, H hidden size, L layers that take deep rows.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,8 @@ from value_server.engine.memory import on_device
 from value_server.engine.pictures import Look, Picture, PictureStore
 from value_server.engine.shown import Ids, Shown
 from value_server.model.sight import Seen, Sight
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,21 @@ class Showing:
 
     @torch.inference_mode()
     def look(self, look: Look) -> None:
-        """Raises whatever the tower raises; the picture is then known as one that it cannot see."""
+        """Whatever the tower raises is RequestError of the future, and remembered."""
+        if not look.future.set_running_or_notify_cancel():
+            return
         try:
             seen = self.sight.look(look.pixels)
             if not len(seen.rows) or not seen.rows.isfinite().all():
-                raise ValueError("the model makes nothing of it")
+                raise ValueError("its embeddings are no finite numbers")
             self.store.add(look.digest, seen)
-        except Exception as error:
+        except Exception as error:  # of a model of some author, of the device
+            log.warning("value engine: a picture cannot be seen: %r", error)
             self.store.refuse(look.digest, str(error))
-            raise
+            problem = f"body: the model cannot see it: {error}"
+            look.future.set_exception(RequestError(problem, "body"))
+        else:
+            look.future.set_result(None)
 
     def place(self, row: Row, texts: bool) -> Placed | None:
         """The row with its pictures in their places.
@@ -76,7 +85,9 @@ class Showing:
             shown = self._shown(row)
             if shown is None and texts:
                 raise UnfitError("one of them is not here")
-            placed = self._placed(row, shown) if shown else self._miss(row)
+            placed = self._placed(row, shown) if shown else None
+            if shown is None:
+                self._miss(row)
             if texts and row.lacks:
                 raise UnfitError(f"{len(row.pictures)}, and the text has not the tokens of all")
         except UnfitError as error:
@@ -110,9 +121,9 @@ class Showing:
                 embeddings.append(seen.rows[begin:end])
                 if seen.deep is not None:
                     deep.append(seen.deep[:, begin:end])
-        at = on_device(np.concatenate(where), device)
         ids = on_device(np.maximum(tokens, 0).astype(np.int64), device)
-        embeds = embed(ids).index_copy(0, at, _joined(embeddings, 0, device))
+        taken = on_device(np.concatenate(where), device)
+        embeds = embed(ids).index_copy(0, taken, _joined(embeddings, 0, device))
         parts = np.concatenate([row.parts(self.sight.axes) for row in rows], axis=1)
         positions = on_device(parts, device)
         given = {"inputs_embeds": embeds[None], "position_ids": positions}

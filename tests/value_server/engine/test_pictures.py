@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.seeing import Seer, digest, digests
+from tests.support.seeing import Seer, digests
 from tests.support.slots import check_integrity
 from tests.support.tiny_vision import BACKBONES
 from value_server.engine.engine import Engine
