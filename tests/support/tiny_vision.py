@@ -95,8 +95,13 @@ def picture(seed: int = 0, width: int = 90, height: int = 60) -> Image.Image:
 
 def png(seed: int = 0, width: int = 90, height: int = 60) -> bytes:
     """The same as a file."""
+    return as_png(picture(seed, width, height))
+
+
+def as_png(image: Image.Image) -> bytes:
+    """A file of it."""
     out = io.BytesIO()
-    picture(seed, width, height).save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()
 
 

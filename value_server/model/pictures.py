@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import warnings
+from dataclasses import dataclass, field
 
 from PIL import Image, ImageOps
 
@@ -17,21 +18,34 @@ class PictureError(ValueError):
     """Bytes that are no picture, or too large; names the field and the value."""
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """sha256 of its bytes, in hex, which it is the same by."""
+
+    sha256: str
+    data: bytes = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, data: bytes) -> "Picture":
+        """With its hash."""
+        return cls(picture_hash(data), data)
+
+
 def picture_hash(data: bytes) -> str:
     """sha256 of the bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def open_picture(
-    data: bytes, field: str, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+    data: bytes, name: str, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """In RGB, upright by its EXIF, on white where it is transparent: as vLLM reads it.
 
-    The limits are checked before anything is decoded. field: whose these bytes are, for the error.
+    The limits are checked before anything is decoded. name: whose these bytes are, for the error.
     Raises PictureError.
     """
     if len(data) > max_bytes:
-        raise PictureError(f"{field}: {len(data)} bytes, must be at most {max_bytes}")
+        raise PictureError(f"{name}: {len(data)} bytes, must be at most {max_bytes}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
@@ -39,7 +53,7 @@ def open_picture(
         width, height = picture.size
         if width * height > max_pixels:
             raise PictureError(
-                f"{field}: {width} x {height} pixels, must be at most {max_pixels} in all"
+                f"{name}: {width} x {height} pixels, must be at most {max_pixels} in all"
             )
         picture.load()
         with contextlib.suppress(Exception):  # a broken EXIF turns nothing
@@ -48,9 +62,7 @@ def open_picture(
     except PictureError:
         raise
     except Exception as error:  # decoders raise what they like on broken bytes
-        raise PictureError(
-            f"{field}: {len(data)} bytes, not a readable picture: {error}"
-        ) from error
+        raise PictureError(f"{name}: {len(data)} bytes, not a readable picture: {error}") from error
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -81,11 +81,10 @@ class Sight(nn.Module):
         }
         found = self.tower.get_image_features(**given, return_dict=True)
         deep = getattr(found, "deepstack_features", None)
-        grid = pixels.get("image_grid_thw")
         return Seen(
             _joined(found.pooler_output),
             torch.stack([_joined(part) for part in deep[: self._layers]]) if deep else None,
-            None if grid is None else tuple(grid[0].tolist()),
+            grid_of(pixels),
         )
 
     def positions(self, tokens: Sequence[int], grids: Sequence[Grid]) -> Tensor:
@@ -108,6 +107,14 @@ class Sight(nn.Module):
             start = place + parts[-1].shape[1]
         parts.append(torch.arange(max(len(tokens) - start, 0)).expand(3, -1) + position)
         return torch.cat(parts, dim=1)[:, : len(tokens)]
+
+
+def grid_of(pixels: Mapping[str, Tensor]) -> Grid | None:
+    """(t, h, w) of a picture, where the family has one."""
+    if (grid := pixels.get("image_grid_thw")) is None:
+        return None
+    t, h, w = grid[0].tolist()
+    return t, h, w
 
 
 def check_family(model_type: str) -> None:

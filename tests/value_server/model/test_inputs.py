@@ -25,6 +25,7 @@ from trainer.training.backbone import WEIGHTS, Backbone, Tune
 from value_server.contract.checkpoint import CheckpointError, LenvmConfig
 from value_server.model.backbone import load_backbone, load_sight
 from value_server.model.inputs import Pictures
+from value_server.model.sight import grid_of
 from value_server.model.value_model import ValueHead, ValueModel
 
 Made = tuple[list[int], list[dict[str, Tensor]]]
@@ -57,7 +58,7 @@ def pictures_of(model: ValueModel, texts: list[Made]) -> tuple[Tensor, Tensor, P
     positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in texts])[None]
     axes = []
     for tokens, pixels in texts:
-        grids = [tuple(p["image_grid_thw"][0].tolist()) for p in pixels if "image_grid_thw" in p]
+        grids = [grid for one in pixels if (grid := grid_of(one))]
         axes.append(model.sight.positions(tokens, grids))
     turned = torch.cat(axes, dim=-1)[:, None] if model.sight.axes > 1 else None
     pixels = [one for _, own in texts for one in own]
