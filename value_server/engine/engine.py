@@ -94,7 +94,8 @@ class Engine:
         sight = model.sight
         self.showing = Showing(sight, self.cache, picture_bytes) if sight else None
         self.max_candidates, largest = max_candidates, self.cache.largest
-        self.limits = Limits(self.vocab_size, max_candidates, self.max_position, largest)
+        known = (self.vocab_size, max_candidates, self.max_position, largest)
+        self.limits = Limits(*known, sees=sight is not None)
         self.pool = KVPool(slots)
         self.forwarded = 0  # tokens and candidates that went through the model
         self.saved = 0  # the same, answered from slots that were there

@@ -116,9 +116,8 @@ def test_equal_pictures_share_slots_and_others_do_not(seer: Seer) -> None:
     numbers = [0, 3]  # whose sizes are the same
     served, text = engine(seer, numbers), seer.text([0])
     assert text == seer.text([3])
-    rows = {
-        name: Row(name, 0, text, [1], pictures=digests([n])) for name, n in zip("abc", (0, 0, 3))
-    }
+    shown = {"a": 0, "b": 0, "c": 3}
+    rows = {name: Row(name, 0, text, [1], pictures=digests([n])) for name, n in shown.items()}
     served.run(Job([rows["a"]]))
     before = served.forwarded
     served.run(Job([rows["b"]]))

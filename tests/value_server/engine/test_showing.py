@@ -18,11 +18,6 @@ from value_server.engine.pictures import PictureStore
 from value_server.model.sight import Seen
 
 
-@pytest.fixture(scope="module")
-def seers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seer]:
-    return {n: Seer.of(n, tmp_path_factory.mktemp(n)) for n in ("llava", "qwen2.5-vl", "gemma3")}
-
-
 @pytest.fixture(params=["llava", "qwen2.5-vl", "gemma3"])
 def seer(request: pytest.FixtureRequest, tmp_path: Path) -> Seer:
     return Seer.of(request.param, tmp_path)
@@ -123,7 +118,7 @@ def test_the_store_holds_so_many_bytes() -> None:
         store.add("large", Seen(torch.zeros(25, 1)))
 
 
-def test_the_batcher_looks_between_passes(seers: dict[str, Seer], tmp_path: Path) -> None:
+def test_the_batcher_looks_between_passes(tmp_path: Path) -> None:
     seer = Seer.of("llava", tmp_path)
     batcher = Batcher(Engine(seer.value, slots=512))
     looks = [batcher.look(digest(n), seer.pixels(n)) for n in range(2)]
