@@ -10,11 +10,13 @@ import torch
 from tests.support.blocked import SECONDS
 from tests.support.seeing import Seer, digest, digests
 from tests.support.tiny_vision import PLACEHOLDER
+from value_server.contract.checkpoint import CheckpointError
 from value_server.engine.batcher import Batcher
 from value_server.engine.engine import Engine
 from value_server.engine.errors import BusyError, RequestError
 from value_server.engine.job import Job, Row
 from value_server.engine.pictures import PictureStore
+from value_server.engine.shown import Shown
 from value_server.model.sight import Seen
 
 
@@ -140,3 +142,27 @@ def test_the_batcher_looks_between_passes(tmp_path: Path) -> None:
     batcher.stop()
     with pytest.raises(BusyError):
         batcher.look(digest(3), {})
+
+
+@pytest.mark.parametrize("broken", ["rows", "blocks", "positions"])
+def test_pictures_that_are_served_otherwise_are_found_out(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seer = Seer.of("qwen2.5-vl" if broken == "positions" else "gemma3", tmp_path)
+    served = Engine(seer.value, slots=512)
+    if broken == "rows":
+        monkeypatch.setattr("value_server.engine.showing._joined", lambda *_: torch.zeros(16, 32))
+    elif broken == "blocks":
+        monkeypatch.setattr(Shown, "blocks", lambda *_: ())
+    else:
+        monkeypatch.setattr(Shown, "positions_at", lambda _, places: places[None])
+    with pytest.raises(CheckpointError, match="with a picture its hidden states differ"):
+        served.warm_up()
+
+
+def test_warm_up_leaves_no_picture_behind(seer: Seer) -> None:
+    served = Engine(seer.value, slots=512)
+    served.warm_up()
+    assert served.showing
+    assert (len(served.showing.store), served.showing.store.bytes) == (0, 0)
+    assert (served.forwarded, served.cache.used, served.showing.missing) == (0, 0, 0)
