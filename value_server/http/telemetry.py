@@ -30,7 +30,9 @@ LONGEST = 64  # characters of each
 # The variables that vLLM and OpenTelemetry's own exporters read.
 ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
-UNTRACED = "/(health|ready|metrics)$"  # routes, and no model whose name has such a word
+UNTRACED = (
+    "/(health|ready|metrics|pictures/[^/]*)$"  # routes, and no model whose name has such a word
+)
 
 
 def configure_logs(form: Literal["text", "json"]) -> None:

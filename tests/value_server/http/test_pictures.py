@@ -22,6 +22,12 @@ pytestmark = pytest.mark.e2e
 
 FLAGS = ("--max-body-bytes", "100000", "--picture-pixels", "20000")
 
+PARTS = (
+    "{% for m in messages %}{% for p in m['content'] %}"
+    "{{ p['text'] if p['type'] == 'text' else '<image>' if p['type'] == 'image' }}"
+    "{% endfor %}{% endfor %}"
+)
+
 
 @pytest.fixture(scope="module")
 def seer(tmp_path_factory: pytest.TempPathFactory) -> Seer:
@@ -33,7 +39,9 @@ def seeing(seer: Seer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     """URL and log."""
     folder = tmp_path_factory.mktemp("seeing")
     seer.value.save(folder)
-    tiny.tiny_tokenizer(MORE).save_pretrained(folder)
+    tokenizer = tiny.tiny_tokenizer(MORE)
+    tokenizer.chat_template = PARTS
+    tokenizer.save_pretrained(folder)
     log = tmp_path_factory.mktemp("log") / "log"
     with served(folder, *FLAGS, log=log) as (url, process):
         yield url, log
@@ -126,12 +134,16 @@ def test_predict_with_pictures(client: httpx.Client, seer: Seer) -> None:
         assert found["predicted_tokens"] == pytest.approx(expected, rel=1e-3)
         every = client.post(wire.VALUES_PATH, json=told).raise_for_status().json()
         assert len(every["predicted_tokens"]) == len(text)
+    part = {"type": "image_url", "image_url": {"url": url}}
+    parts = [{"type": "text", "text": "a"}, part, {"type": "text", "text": "b"}]
+    by_messages = {"messages": [{"role": "user", "content": parts}]}
     by_text = {"prompt": "a<image>b", "pictures": [url]}
     before, _, behind = tiny.tiny_tokenizer(MORE)("a<image>b")["input_ids"]
     ids = [before, *[PLACEHOLDER] * seer.rows(2), behind]
     expected = float(length_from_logit(torch.tensor(seer.z(ids, [2])).double(), tiny.GAMMA))
-    found = client.post(wire.PREDICT_PATH, json=by_text).raise_for_status().json()
-    assert found["predicted_tokens"] == pytest.approx(expected, rel=1e-3)
+    for told in (by_text, by_messages):
+        found = client.post(wire.PREDICT_PATH, json=told).raise_for_status().json()
+        assert found["predicted_tokens"] == pytest.approx(expected, rel=1e-3)
     for told, field in (
         ({"token_ids": text}, "pictures"),
         ({"token_ids": text, "pictures": [digest_of(b"never came")]}, "pictures"),
