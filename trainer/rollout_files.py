@@ -1,7 +1,7 @@
-"""Files of rollouts: their schema, the tokenizer that their ids are of, several of them as one.
+"""Files of rollouts: the tokenizer that their ids are of, several of them as one.
 
-A file is Parquet with the columns of SCHEMA; COLUMNS are those that it must have. In its metadata
-TOKENIZER_KEY tells whose ids it holds.
+A file is Parquet with the columns of columns.py. In its metadata TOKENIZER_KEY tells whose ids it
+holds.
 """
 
 import hashlib
@@ -18,28 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyarrow import types
 from transformers import AutoTokenizer
 
 from trainer.checks import check
+from trainer.columns import ID_COLUMNS, columns_of, schema_of
 from trainer.data import Rollout
+from trainer.digests import seen
+from trainer.pictures import PicturesOf
 from value_server.contract.checkpoint import tokenizer_fingerprint
 
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("domain", pa.string()),
-        ("prompt", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-        ("conversation", pa.string()),
-        ("token_source", pa.string()),
-    ]
-)
-COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
-OPTIONAL = ("conversation", "prompt")
-ID_COLUMNS = ["prompt_ids", "completion_ids"]
 ROWS_AT_ONCE = 512
 TOKENIZER_KEY = b"lenvm.tokenizer"
 ENGINE, TEXT = "engine", "text"  # token_source: ids as sampled, or a text that was encoded
@@ -124,7 +111,7 @@ def check_tokenizer(path: Path, ours: TokenizerOf) -> None:
     """
     silent = []
     for file in files_of(path):
-        found = (_schema(file).metadata or {}).get(TOKENIZER_KEY)
+        found = (schema_of(file).metadata or {}).get(TOKENIZER_KEY)
         if found is None:
             silent.append(file)
             continue
@@ -153,16 +140,16 @@ def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Roll
     if tokenizer:
         check_tokenizer(path, tokenizer)
     kept: Counter[bytes] = Counter()
-    prompts = _Prompts()
+    prompts, pictures = _Prompts(), PicturesOf()
     rollouts = []
     weighted = [(file, s.weight) for s in sources_of(path) for file in s.files()]
     for file, weight in weighted:
-        seen: Counter[bytes] = Counter()
-        for rollout in _read_file(file):
-            prompt = _digest(rollout.prompt_ids)
+        found: Counter[bytes] = Counter()
+        for rollout in _read_file(file, pictures):
+            prompt = _digest(rollout.prompt_ids, seen(rollout))
             text = prompt + _digest(rollout.completion_ids) + bytes([rollout.finished])
-            seen[text] += 1
-            if seen[text] > kept[text]:
+            found[text] += 1
+            if found[text] > kept[text]:
                 kept[text] += 1
                 rollouts.append(prompts.shared(rollout, prompt, weight))
     if not rollouts:
@@ -209,66 +196,26 @@ class _Prompts:
         return replace(rollout, weight=weight, **own | {"prompt": own["prompt"] or rollout.prompt})
 
 
-def _digest(ids: NDArray[np.integer[Any]]) -> bytes:
-    return hashlib.sha256(ids.astype(np.int64).tobytes()).digest()[:16]
+def _digest(ids: NDArray[np.integer[Any]], pictures: bytes = b"") -> bytes:
+    return hashlib.sha256(ids.astype(np.int64).tobytes() + pictures).digest()[:16]
 
 
-def _schema(file: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(file)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file or folder") from error
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
-
-
-def _columns(file: Path) -> list[str]:
-    """Those to read. Raises ValueError naming one that is missing, or that holds something else."""
-    schema = _schema(file)
-    missing = [name for name in COLUMNS if name not in schema.names]
-    if missing:
-        raise ValueError(f"{file}: column {missing[0]!r} is missing, it has {schema.names}")
-    columns = [*COLUMNS, *(name for name in OPTIONAL if name in schema.names)]
-    for name in columns:
-        kind = schema.field(name).type
-        fits, rule = (_are_ids, "token ids") if name in ID_COLUMNS else (_is_text, "text")
-        if not fits(kind):
-            raise ValueError(f"{file}: column {name!r} holds {kind}, not {rule}")
-    return columns
-
-
-def _are_ids(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds a list of integers a row."""
-    lists = (
-        types.is_list,
-        types.is_large_list,
-        types.is_fixed_size_list,
-        types.is_list_view,
-        types.is_large_list_view,
-    )
-    return any(own(kind) for own in lists) and types.is_integer(kind.value_type)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Also numbers, which names of prompts may be, and no column of lists or structs."""
-    return not types.is_nested(kind)
-
-
-def _read_file(file: Path) -> Iterator[Rollout]:
-    columns = _columns(file)
+def _read_file(file: Path, pictures: PicturesOf) -> Iterator[Rollout]:
+    columns = columns_of(file)
     try:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
-                yield from _rollouts_of(batch)
+                yield from _rollouts_of(file, batch, pictures)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
 
 
-def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
+def _rollouts_of(file: Path, batch: pa.RecordBatch, pictures: PicturesOf) -> Iterator[Rollout]:
     """Those that have tokens; their ids are parts of Arrow's own buffers."""
     prompts, completions = (_lists(batch[name]) for name in ID_COLUMNS)
     rows = batch.drop_columns(ID_COLUMNS).to_pylist()
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        own = pictures.take(file, row)
         if len(prompt) and len(completion):
             yield Rollout(
                 str(row["prompt_id"]),
@@ -278,6 +225,7 @@ def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
                 row["finish_reason"] == "stop",
                 conversation=_text(row.get("conversation")),
                 prompt=_text(row.get("prompt")),
+                pictures=own,
             )
 
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.candidates import Candidates
+from trainer.columns import SCHEMA
 from trainer.data import Rollout
-from trainer.rollout_files import SCHEMA
 from trainer.training.ahead import Ahead
 from trainer.training.backbone import Backbone, LoraShape
 from trainer.training.objective import Objective

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trainer.columns import COLUMNS
 from trainer.data import split
-from trainer.rollout_files import COLUMNS, TokenizerOf, name_of, read_rollouts
+from trainer.rollout_files import TokenizerOf, name_of, read_rollouts
 
 ROW = {
     "prompt_id": "7",

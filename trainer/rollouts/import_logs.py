@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.checks import check
+from trainer.columns import SCHEMA
 from trainer.output import table
 from trainer.plots import check_picture
 from trainer.resume import check_same
-from trainer.rollout_files import SCHEMA
 from trainer.rollouts.encoding import ChatEncoder
 from trainer.rollouts.logs import read_requests
 from trainer.rollouts.reader import COUNTS, SHARES, Reader, figures_of

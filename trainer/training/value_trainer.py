@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 
+from trainer.seen import pictures_of
 from trainer.training.ahead import Ahead, Places, candidate_losses, places_of, sampled_loss
 from trainer.training.even import make_even
 from trainer.training.losses import losses_against, token_losses, token_targets
@@ -119,7 +120,8 @@ class ValueTrainer(Trainer):
         rows = [inputs[name] for name in ("input_ids", "position_ids")]
         if "flash" in own._attn_implementation:
             rows = [row.flatten()[None] for row in rows]
-        found = model(rows[0], position_ids=rows[1], raw=True, after=places)
+        pictures = pictures_of(inputs)
+        found = model(rows[0], position_ids=rows[1], raw=True, after=places, pictures=pictures)
         raw, after = found if places else (found, [])
         return raw.view_as(inputs["labels"]), after
 

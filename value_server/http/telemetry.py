@@ -23,14 +23,16 @@ log = logging.getLogger("value_server")
 FIELDS = {
     *(field.name for field in msgspec.structs.fields(wire.StepRequest)),
     *TextRequest.model_fields,
-    *("body", "authorization", "id"),
+    *("body", "authorization", "id", "digest"),
 }
 MOST = 8  # sessions of one request that are named
 LONGEST = 64  # characters of each
 # The variables that vLLM and OpenTelemetry's own exporters read.
 ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
-UNTRACED = "/(health|ready|metrics)$"  # routes, and no model whose name has such a word
+UNTRACED = (
+    "/(health|ready|metrics|pictures/[^/]*)$"  # routes, and no model whose name has such a word
+)
 
 
 def configure_logs(form: Literal["text", "json"]) -> None:

@@ -22,7 +22,8 @@ from tests.support.logs import (
     write,
 )
 from tests.support.tiny import tiny_tokenizer
-from trainer.rollout_files import SCHEMA, TOKENIZER_KEY, read_rollouts
+from trainer.columns import SCHEMA
+from trainer.rollout_files import TOKENIZER_KEY, read_rollouts
 from trainer.rollouts.import_logs import import_logs
 from value_server.contract.checkpoint import tokenizer_fingerprint
 

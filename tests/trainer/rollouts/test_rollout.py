@@ -11,7 +11,8 @@ import pytest
 
 from tests.support.fake_vllm import FakeVllm, KilledError, answer, rollout
 from tests.support.prompts import LINES, PROMPTS, many, write_prompts
-from trainer.rollout_files import SCHEMA, read_rollouts
+from trainer.columns import SCHEMA
+from trainer.rollout_files import read_rollouts
 
 
 def rows_of(*files: Path) -> list[dict[str, Any]]:
@@ -33,6 +34,8 @@ def test_tokens_and_finish_reasons_are_kept(vllm: FakeVllm, tmp_path: Path) -> N
             "finish_reason": "stop" if prompt.text == "one" else "length",
             "conversation": None,
             "token_source": "engine",
+            "pictures": None,
+            "picture_bytes": None,
         }
         for prompt in PROMPTS
         for k in range(2)

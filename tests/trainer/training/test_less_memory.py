@@ -21,7 +21,7 @@ from tests.support.training import run, training
 from trainer.data import PackedDataset, Rollout, collate, make_example
 from trainer.training.backbone import Backbone
 from value_server.contract.checkpoint import CheckpointError, LenvmConfig, read_config
-from value_server.model.value_model import load_backbone
+from value_server.model.backbone import load_backbone
 
 FLASH = "flash_by_hand"
 ROWS: list[int] = []  # of each call of it
