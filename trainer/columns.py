@@ -39,7 +39,7 @@ LISTS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
 def schema_of(file: Path) -> pa.Schema:
     """Raises ValueError where it is no Parquet file."""
     try:
-        return pq.readschema_of(file)
+        return pq.read_schema(file)
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file or folder") from error
     except (OSError, pa.ArrowInvalid) as error:
