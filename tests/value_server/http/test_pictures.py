@@ -100,6 +100,7 @@ def test_what_is_no_picture_or_too_large(client: httpx.Client, seeing: tuple[str
     assert error_of(put(client, large))[:2] == (413, "body")
     for body, what in (
         (bomb, "200 x 101 pixels, must be at most 20000"),
+        (png(0, 1, 201), "201 by 1 pixels, more than 200 to 1"),
         (b"the merger is off", "17 bytes, not a readable picture"),
         (b"", "0 bytes, not a readable picture"),
         (png(1)[:500], "500 bytes, not a readable picture"),
