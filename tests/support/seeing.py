@@ -66,7 +66,8 @@ class Seer:
     @torch.inference_mode()
     def z(self, text: list[int], numbers: list[int]) -> float:
         """The logit at the end of the text."""
-        return float(self.value.head(self.plain(text, numbers)[-1]))
+        device = self.value.backbone.device
+        return float(self.value.head(self.plain(text, numbers)[-1].to(device)))
 
 
 def digest(number: int) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_llm import SHAPE
 
 PLACEHOLDER = 258
 VOCABULARY = 260  # of tiny_tokenizer with MORE
@@ -67,6 +68,14 @@ BACKBONES: dict[str, tuple[str, Any, Any, Any, str, str, Any]] = {
     "smolvlm": ("SmolVLM", LLAMA, SIGLIP, {}, "LlamaModel", "SmolVLMImageProcessor", TILES),
     "idefics3": ("Idefics3", LLAMA, SIGLIP, {}, "LlamaModel", "Idefics3ImageProcessor", TILES),
 }
+
+PICTURED_TEMPLATE = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
+    "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
 
 
 def write_backbone(folder: Path, name: str) -> Any:
@@ -133,3 +142,26 @@ def whole_hidden(model: Any, tokens: list[int], pixels: list[dict[str, Tensor]])
         given["token_type_ids"] = is_row
     output: Tensor = model(ids, use_cache=False, **given).last_hidden_state
     return output[0]
+
+
+def tiny_idefics3(folder: Path) -> Path:
+    """A checkpoint that vLLM serves: its Idefics 3 needs no torchvision; returns `folder`."""
+    torch.manual_seed(0)
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    marks = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    text = LLAMA | SHAPE | {"vocab_size": 300, "pad_token_id": 256}
+    vision = SIGLIP | {"hidden_size": 64}
+    config = tf.Idefics3Config(
+        text_config=text, vision_config=vision, image_token_id=PLACEHOLDER, pad_token_id=256
+    )
+    model = tf.Idefics3ForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer((*marks, *tiles))
+    tokenizer.chat_template = PICTURED_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    facts = {"image_processor_type": "Idefics3ImageProcessor", **TILES}
+    facts["processor_class"] = "Idefics3Processor"
+    (folder / "preprocessor_config.json").write_text(json.dumps(facts))
+    facts = {"processor_class": "Idefics3Processor", "image_seq_len": 4}
+    (folder / "processor_config.json").write_text(json.dumps(facts))
+    return folder

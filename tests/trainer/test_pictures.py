@@ -6,8 +6,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_vision import png
 from tests.support.training import row, write
+from trainer.lookahead.distil import Scoring, distil
 from trainer.pictures import MAX_PICTURES, check_pictures, with_bytes
 from trainer.rollout_files import read_rollouts
 from value_server.model.pictures import Picture
@@ -71,3 +73,10 @@ def test_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     check_pictures(found[:1])
     with pytest.raises(ValueError, match=r"prompt 1: pictures\[1\]: 6 bytes, not a readable"):
         check_pictures(found)
+
+
+def test_exact_values_are_of_texts_alone(tmp_path: Path) -> None:
+    teacher = tiny_checkpoint(tmp_path / "teacher")
+    data = write(tmp_path / "a.parquet", with_bytes([pictured(0, [1], ONE)]))
+    with pytest.raises(ValueError, match=r"rollouts: .*a\.parquet', must be without pictures"):
+        distil(teacher, data, tmp_path / "out", scoring=Scoring(model="none"))

@@ -62,6 +62,8 @@ def agreement(
     number, longest = asked.lookahead_positions, reading.max_length
     teacher = reading.load(asked.teacher) if asked.teacher else model
     check_branches(teacher)
+    pictured = any(r.pictures for r in rollouts)
+    check(not pictured, "lookahead_positions", number, "0 for rollouts with pictures")
     texts = [r for r in rollouts if r.finished and len(r.prompt_ids) <= longest]
     share = number / max(sum(len(r.completion_ids) for r in texts), 1)
     places = [chosen_positions(r, share, asked.scoring.seed, longest) for r in texts]

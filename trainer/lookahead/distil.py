@@ -85,6 +85,7 @@ def distil(
     config = read_config(teacher)
     learnt = TokenizerOf(str(teacher), config.tokenizer_fingerprint)
     whole = read_rollouts(rollouts, learnt)
+    check(not any(r.pictures for r in whole), "rollouts", str(rollouts), "without pictures")
     texts = [r for r in ending_at(whole, config.training.get(THINKING_END)) if r.finished]
     model = reading.load(teacher)
     check_branches(model)

@@ -20,7 +20,7 @@ ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30, read=3600)
 Chat = list[dict[str, Any]]
 TOO_LONG = "maximum context length"  # in vLLM's refusal
-TOO_LONG_OFFLINE = "maximum model length"
+LONGER = (TOO_LONG, "maximum model length")  # the same offline: of the text, of the whole
 # vLLM's server would take these from the model's generation_config.json.
 NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -147,8 +147,9 @@ class OfflineSampler:
         """All at once; one by one where one with pictures proves too long."""
         try:
             outputs = self.llm.chat(chats, params, use_tqdm=False) if chats else []
-        except ValueError as error:
-            if TOO_LONG_OFFLINE not in str(error) or not any(map(_has_pictures, chats)):
+        except Exception as error:  # vLLM has a class of its own for it, and had others
+            too_long = any(told in str(error) for told in LONGER)
+            if not too_long or not any(map(_has_pictures, chats)):
                 raise
             if len(chats) == 1:
                 return [None]

@@ -18,6 +18,7 @@ from value_server.model.pictures import MAX_PIXELS, PictureError, open_picture, 
 from value_server.model.sight import Grid, Seen, Sight
 
 MOST_PIXELS = MAX_PIXELS
+MOST_RATIO = 200  # of the sides, as Qwen's; some processors scale the short one to a fixed length
 MOST_KNOWN = 1 << 14  # pictures of which it is known what they are; a kilobyte each
 
 
@@ -135,6 +136,9 @@ def read(
         raise RequestError(f"digest: {digest!r}, the sha256 of the body is {found}", "digest")
     try:
         picture = open_picture(body, "body", len(body), most_pixels)
+        short, long = sorted(picture.size)
+        if long > MOST_RATIO * short:
+            raise PictureError(f"body: {long} by {short} pixels, more than {MOST_RATIO} to 1")
         return sight.pixels(picture)
     except PictureError as error:
         problem = str(error)

@@ -116,6 +116,10 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert several.pictures == (own, OTHER)
 
 
+class RefusedError(Exception):
+    """As vLLM's own, no ValueError."""
+
+
 class Seeing(FakeVllm):
     """A placeholder token 258 for each picture; texts of over `longest` bytes are too long."""
 
@@ -124,7 +128,7 @@ class Seeing(FakeVllm):
     def chat(self, chats: Any, sampling: dict[str, Any], use_tqdm: bool) -> list[Output]:
         self.chats.append(chats)
         if any(len(str(said_of(chat))) > self.longest for chat in chats):
-            raise ValueError("The decoder prompt is longer than the maximum model length of 50.")
+            raise RefusedError("The prompt is longer than the maximum model length of 50.")
         return [
             Output([1, *[258] * len(shown_in(chat)), 2], [answer("a", k) for k in range(2)])
             for chat in chats
