@@ -147,8 +147,8 @@ def test_flash_attention_gets_packs_in_one_row(
     shape = {"tune": "full", "packs_per_pass": 3, "lookahead": 4}
     run(data, tmp_path / "sdpa", base, **shape)
 
-    def flashing(*args: Any) -> PreTrainedModel:
-        backbone = load_backbone(*args)
+    def flashing(*args: Any, **kw: Any) -> PreTrainedModel:
+        backbone = load_backbone(*args, **kw)
         backbone.config._attn_implementation = FLASH  # transformers would look for the package
         return backbone
 
