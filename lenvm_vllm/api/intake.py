@@ -10,7 +10,7 @@ from lenvm_vllm.api.errors import check_context
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
-from lenvm_vllm.target.request import ADAPTER, LengthTarget
+from lenvm_vllm.target.request import ADAPTER, MEDIA, UNSEEN, LengthTarget
 
 
 def take_in(config: Any, request: Any) -> None:
@@ -22,9 +22,11 @@ def take_in(config: Any, request: Any) -> None:
     if params is None or (target := LengthTarget.from_extra_args(params.extra_args)) is None:
         return
     target = resolved(target, config)
-    # The engine's processors are not told of an adapter; a client's word for it counts for nothing.
+    # The engine's processors are told neither of an adapter nor of pictures; a client's word for
+    # them counts for nothing.
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
-    params.extra_args = {**params.extra_args, **target.to_xargs(), ADAPTER: adapter}
+    known = {ADAPTER: adapter, MEDIA: _media(request)}
+    params.extra_args = {**params.extra_args, **target.to_xargs(), **known}
     prompt = len(request.prompt_token_ids or ())
     room = config.model_config.max_model_len - prompt
     if not only_prefills(config):
@@ -35,6 +37,12 @@ def take_in(config: Any, request: Any) -> None:
         _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.
     take_from(params, penalties=not config.use_v2_model_runner)
+
+
+def _media(request: Any) -> list[str]:
+    """An entry for each part of its prompt that is no text."""
+    parts = len(request.mm_features or ()) + (request.prompt_embeds is not None)
+    return [UNSEEN] * parts
 
 
 def _hold_stop_strings(params: Any, target: LengthTarget) -> None:

@@ -14,6 +14,8 @@ from value_server.contract import wire
 
 # Of the time that a step may wait, the share that the server has; the rest is for the way.
 SERVERS_SHARE = 0.9
+# Why a text is none that a value model could read.
+NOT_SEEN = "a prompt has pictures, sound or video, which the value model does not see"
 # As long as no server has answered: any token is known, and gamma is one of the usual ones.
 NOBODY = wire.ModelInfo(
     gamma=0.99,
@@ -102,6 +104,8 @@ def why_not(state: RequestState, info: wire.ModelInfo, ahead: bool = False) -> s
     not known yet; None where it can. ahead: as far as it is known."""
     if state.prompt_ids is None:
         return "a prompt has no tokens"
+    if state.has_media:
+        return NOT_SEEN
     if state.refused is not None:
         return "the value server refuses a text, as its log tells"
     if not ahead and not state.is_known:

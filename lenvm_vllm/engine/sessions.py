@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenvm_vllm.engine.messages import NOBODY, Question, Sent, Told, builder, why_not
+from lenvm_vllm.engine.messages import NOBODY, NOT_SEEN, Question, Sent, Told, builder, why_not
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.telemetry.metrics import Counters
@@ -69,7 +69,7 @@ class Sessions:
         Of a text that has lookahead the step that follows takes the values; of others, long ones
         alone are told.
         """
-        states = [state for state in states if state.target.wants_values]
+        states = [s for s in states if s.target.wants_values and not s.has_media]
         # A server has one message at a time: while a newest token is on its way, the step asks.
         asks = pace.step_s > 0 and all(state.is_known for state in states if state.has_turn)
         looks = [asks and looks_ahead for looks_ahead in self.looks_ahead(states)]
@@ -112,6 +112,9 @@ class Sessions:
         why = {i: why_not(s, info) for i, s in enumerate(states) if s.target.wants_values}
         reasons = [reason for reason in why.values() if reason]
         self._counters.add("unguided_rows", len(reasons))
+        for state in (states[number] for number, reason in why.items() if reason == NOT_SEEN):
+            self._counters.add("unseen_requests", not state.unseen)
+            state.unseen = True
         for reason in sorted({*reasons} - self._logged):
             logger.warning("length targets: %s; such texts are led without values", reason)
             self._logged.add(reason)

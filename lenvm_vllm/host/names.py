@@ -71,7 +71,9 @@ FIELDS = {
         "min_p thinking_token_budget stop repetition_penalty frequency_penalty presence_penalty"
     ),
     "InputProcessor": "process_inputs",
-    "EngineCoreRequest": "sampling_params prompt_token_ids prompt_embeds lora_request",
+    "EngineCoreRequest": (
+        "sampling_params prompt_token_ids prompt_embeds lora_request mm_features"
+    ),
     "LoRARequest": "lora_name",
     "BatchUpdate": "removed added moved",
     "MoveDirectionality": "SWAP UNIDIRECTIONAL",
@@ -82,7 +84,9 @@ FIELDS = {
         "scheduler_config use_v2_model_runner cache_config kv_transfer_config ec_transfer_config "
         "device_config"
     ),
-    "ModelConfig": "skip_tokenizer_init max_model_len override_generation_config logits_processors",
+    "ModelConfig": (
+        "skip_tokenizer_init max_model_len override_generation_config logits_processors hf_config"
+    ),
     "ReasoningConfig": "natural_reasoning_end_token_ids reasoning_start_token_ids",
     "SchedulerConfig": "policy",
     "KVTransferConfig": "kv_role",

@@ -27,6 +27,7 @@ HELP = {
     "rows": "Texts in these steps whose next token values could have moved.",
     "valued_rows": "Those of lenvm_rows that had their values in time.",
     "unguided_rows": "Texts in these steps for which no values could be asked.",
+    "unseen_requests": "Requests whose pictures, sound or video the value model does not see.",
     "plan_seconds": "Time of the plugin in these steps, the value server's included.",
     "value_seconds": "Time in which these steps waited for the value server.",
     "finished": "Requests with a length that ended by themselves or by a rail.",
