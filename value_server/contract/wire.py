@@ -8,13 +8,13 @@ Legend: B sessions of this step, T tokens, K candidates, all rows together.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 MEDIA_TYPE = "application/msgpack"
 LONGEST_REASON = 160  # characters of why a row is refused
 
@@ -24,6 +24,10 @@ PREDICT_PATH = "/v1/predict"
 VALUES_PATH = "/v1/values"
 SESSIONS_PATH = "/v1/sessions"
 KEYS_PATH = "/v1/lookahead-keys"
+PICTURES_PATH = "/v1/pictures"
+
+# sha256 of a picture's file, in hex.
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 def model_path(name: str) -> str:
@@ -68,6 +72,7 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     closed: list[str] = []
     lookahead_rank: int = 0
     budget_ms: float | None = None
+    pictures: dict[int, list[Digest]] = {}
 
 
 class StepReply(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +99,8 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     model_id: another one where any of the other facts is another.
     base_fingerprint: of the base model's weights that it was trained on; empty: not known.
     lookahead_rank: r of its lookahead head; 0: it has none.
+    sees_pictures: whether the server takes them, by `PUT /v1/pictures/{digest}`.
+    picture_token: stands in texts for a row of a picture, seen or not; -1: there is none.
     """
 
     version: int = WIRE_VERSION
@@ -107,6 +114,8 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     max_sessions: int
     max_candidates: int
     lookahead_rank: int = 0
+    sees_pictures: bool = False
+    picture_token: int = -1
 
 
 class LookaheadKeys(msgspec.Struct, kw_only=True):
@@ -192,6 +201,9 @@ def decode_request(data: bytes) -> StepRequest:
         raise WireError(f"negative: {request.lookahead_rank}", "lookahead_rank")
     if request.budget_ms is not None and not 0 <= request.budget_ms < math.inf:
         raise WireError(f"not a number of milliseconds: {request.budget_ms}", "budget_ms")
+    for row in request.pictures:
+        if row not in range(rows) or request.starts[row]:
+            raise WireError(f"row {row} is none that starts at 0", "pictures")
     _check_ids("tokens", request.tokens, sum(request.token_counts))
     _check_ids("candidates", request.candidates, sum(request.candidate_counts))
     return request

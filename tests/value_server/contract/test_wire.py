@@ -128,6 +128,9 @@ def test_bytes_are_little_endian() -> None:
         ({"budget_ms": -0.1}, "budget_ms: not a number of milliseconds: -0.1"),
         ({"budget_ms": float("nan")}, "budget_ms: not a number"),
         ({"budget_ms": float("inf")}, "budget_ms: not a number"),
+        ({"pictures": {2: ["0" * 64]}}, "pictures: row 2 is none that starts at 0"),
+        ({"pictures": {1: ["0" * 64]}, "starts": [0, 5]}, "pictures: row 1 is none that starts"),
+        ({"pictures": {0: ["0" * 64, "A" * 64]}}, ".*regex.*pictures"),
     ],
 )
 def test_request_that_contradicts_itself(changes: dict[str, Any], message: str) -> None:
@@ -137,7 +140,7 @@ def test_request_that_contradicts_itself(changes: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize("field", StepRequest.__struct_fields__)
 def test_wrong_type_names_the_field(field: str) -> None:
-    message = msgspec.to_builtins(request(TWO_ROWS), builtin_types=(bytes,)) | {field: {}}
+    message = msgspec.to_builtins(request(TWO_ROWS), builtin_types=(bytes,)) | {field: {"x": 0}}
     with pytest.raises(WireError, match=rf"\$\.{field}"):
         decode_request(msgspec.msgpack.encode(message))
 
