@@ -19,6 +19,7 @@ from lenvm_vllm.api.continuation import can_continue
 from lenvm_vllm.api.endings import Bounds, Endings
 from lenvm_vllm.api.errors import refuse
 from lenvm_vllm.api.forecast import Forecast
+from lenvm_vllm.api.pictures import Pictures
 from lenvm_vllm.api.playground import Playground
 from lenvm_vllm.api.recordings import watched
 from lenvm_vllm.api.request_field import take
@@ -41,6 +42,7 @@ class LengthTargetMiddleware:
         settings = load_settings(served.config and served.config.additional_config)
         self._forecast = Forecast(settings) if settings.forecast else None
         self._playground = Playground() if settings.playground else None
+        self._pictures = Pictures(settings)
         self._settings = settings
         self._known = Known()
         rounds = asyncio.Semaphore(settings.endings_at_once)
@@ -81,6 +83,8 @@ class LengthTargetMiddleware:
             changed |= self._forecast.rank(request, predicted, route)
             if predicted is not None and route.writes:
                 send = with_header(send, PREDICTED, predicted)
+        if target is not None and target.wants_values and route.writes:
+            await self._pictures.take(request, route, path)
         vllm = Upstream(self._app, scope, receive)
         if target is not None and route.tells:
             answers = self._answers(request, target, route, predicted)

@@ -34,7 +34,8 @@ class RequestState(RailedText):
 
     own: the request's own cut and penalties.
     sent: tokens of prompt and output that the value server has.
-    again_at: when it is told again, on the clock `perf_counter`, if there was no room for it.
+    again_at: when it is told again, on the clock `perf_counter`, if there was no room for it, or
+        one of its pictures was not there; pause_s: how long that is, with pictures.
     refused: why the value server never has values for this text, if that is so.
     media: an entry for each picture, sound and video of its prompt, as of `request.MEDIA`.
     placeholders: tokens that stand for some in prompts of the served model.
@@ -53,6 +54,7 @@ class RequestState(RailedText):
     own: OwnSampling = field(default_factory=OwnSampling)
     sent: int = 0
     again_at: float = 0.0
+    pause_s: float = 0.0
     refused: str | None = None
     media: tuple[str, ...] = ()
     placeholders: frozenset[int] = frozenset()

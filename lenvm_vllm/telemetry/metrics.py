@@ -28,6 +28,8 @@ HELP = {
     "valued_rows": "Those of lenvm_rows that had their values in time.",
     "unguided_rows": "Texts in these steps for which no values could be asked.",
     "unseen_requests": "Requests whose pictures, sound or video the value model does not see.",
+    "pictures": "Pictures that a value server took.",
+    "lost_pictures": "Pictures that a value server did not take.",
     "plan_seconds": "Time of the plugin in these steps, the value server's included.",
     "value_seconds": "Time in which these steps waited for the value server.",
     "finished": "Requests with a length that ended by themselves or by a rail.",

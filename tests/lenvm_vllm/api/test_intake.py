@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, build_logitsprocs
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from lenvm_vllm.api.intake import take_in
+from lenvm_vllm.api.intake import PROOF, take_in
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.host import served
@@ -134,13 +134,41 @@ def test_vllms_own_door_tells_of_pictures(
 
 def test_a_client_does_not_say_what_is_seen() -> None:
     own = {"length_target": 80, MEDIA: ["f" * 64]}
-    for found, told in ((None, []), ([], []), ([object()], [UNSEEN])):
+    for found, told in ((None, []), ([], []), ([feature("image")], [UNSEEN])):
         request = entering(params(own), mm_features=found)
         take_in(config(), request)
         assert request.sampling_params.extra_args[MEDIA] == told
     request = entering(params(own), prompt_embeds=torch.zeros(1, 4))  # of a part of a message
     take_in(config(), request)
     assert request.sampling_params.extra_args[MEDIA] == [UNSEEN]
+
+
+def feature(modality: str) -> Any:
+    return SimpleNamespace(modality=modality)
+
+
+@pytest.mark.parametrize(
+    ("digests", "found", "told"),
+    [
+        (["a"], ["image"], ["a"]),
+        (["a", "b"], ["image", "image"], ["a", "b"]),
+        (["a"], ["image", "image"], [UNSEEN] * 2),  # one in a form that the middleware did not know
+        (["a", "b"], ["image"], [UNSEEN]),
+        (["a"], ["video"], [UNSEEN]),
+        (["a"], ["image", "audio"], [UNSEEN] * 2),
+        (["a"], [], []),
+        ([], ["image"], [UNSEEN]),
+    ],
+)
+def test_the_middlewares_word_counts_for_the_very_pictures(
+    digests: list[str], found: list[str], told: list[str]
+) -> None:
+    wanted = params({"length_target": 80, MEDIA: [PROOF, *digests]})
+    request = entering(wanted, mm_features=[feature(modality) for modality in found])
+    take_in(config(), request)
+    assert wanted.extra_args is not None
+    assert wanted.extra_args[MEDIA] == told
+    assert PROOF not in str(wanted.extra_args)
 
 
 # ---- stop strings

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lenvm_vllm.engine import messages
 from lenvm_vllm.engine import sessions as engine_sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.values.client import TimedOut
@@ -129,7 +130,7 @@ def test_after_any_history_the_server_holds_the_texts(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine_sessions, "PIECE", PIECE)
         patched.setattr(engine_sessions, "LONG", LONG)
-        patched.setattr(engine_sessions, "AGAIN_S", 0.0)
+        patched.setattr(messages, "AGAIN_S", 0.0)
         all_of_it = History(rng, rank)
         for event in history:
             all_of_it.happen(event)
