@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     playground: bool = False
     scoring: Literal["auto", "landing", "exact"] = "auto"
     max_pictures: int = Field(8, ge=0)
-    max_picture_bytes: int = Field(20 << 20, ge=1)
+    max_picture_bytes: int = Field(16 << 20, ge=1)
     max_picture_pixels: int = Field(1 << 25, ge=1)
     max_candidates: int = Field(constants.MAX_CANDIDATES, ge=1)
     scored_mass: float = Field(constants.SCORED_MASS, gt=0, le=1)

@@ -77,14 +77,15 @@ class LengthTargetMiddleware:
         except LengthTargetError as error:
             await refuse(send, str(error), path)
             return
+        if target is not None and target.wants_values and route.writes:
+            await self._pictures.take(request, route, path)
         predicted = None
         if self._forecast is not None:
-            predicted = await self._forecast.expected(request, target, route)
+            shown = await self._pictures.stand_in(request, path)
+            predicted = await self._forecast.expected(request, target, route, shown)
             changed |= self._forecast.rank(request, predicted, route)
             if predicted is not None and route.writes:
                 send = with_header(send, PREDICTED, predicted)
-        if target is not None and target.wants_values and route.writes:
-            await self._pictures.take(request, route, path)
         vllm = Upstream(self._app, scope, receive)
         if target is not None and route.tells:
             answers = self._answers(request, target, route, predicted)

@@ -94,29 +94,42 @@ class Pictures:
         """Tell the engine of a guided request's pictures, and begin to give them to the value
         servers, where these see pictures. Raises nothing."""
         places = places_of(request, path)
-        if not places or len(places) > self._settings.max_pictures:
+        servers = await self._seeing(request, places)
+        if servers is None:
             return
-        config = served.config and served.config.model_config
-        if not prepared_plainly(config) or any(request.get(name) for name in _OWN_WAYS):
-            return
-        if self._servers is None:  # not before it is wanted
-            self._servers = PictureServers(self._settings, Counters().add)
-        model = str(request.get("model"))
-        if not await self._servers.see(model):
-            return
-        found = await asyncio.gather(*(self._load(place, config) for place in places))
+        found = await asyncio.gather(*(self._load(place) for place in places))
         files = [file for file in found if file is not None]
         if len(files) < len(places):
             return
-        self._servers.give(model, dict(files))
+        servers.give(str(request.get("model")), dict(files))
         params = route.params_of(request)
         digests = [digest for digest, _ in files]
         params[route.xargs] = {**params[route.xargs], MEDIA: [PROOF, *digests]}
 
-    async def _load(self, place: Place, config: Any) -> tuple[str, bytes] | None:
+    async def stand_in(self, request: dict[str, Any], path: str) -> bool:
+        """Whether all pictures of a request stand in it, and a value model sees them."""
+        places = places_of(request, path)
+        longest = 4 * self._settings.max_picture_bytes // 3
+        if any(place.url[:5] != "data:" or len(place.url) > longest for place in places):
+            return False
+        return await self._seeing(request, places) is not None
+
+    async def _seeing(self, request: dict[str, Any], places: list[Place]) -> PictureServers | None:
+        """The value servers, if there are pictures, and servers that see them as vLLM does."""
+        if not places or len(places) > self._settings.max_pictures:
+            return None
+        config = served.config and served.config.model_config
+        if not prepared_plainly(config) or any(request.get(name) for name in _OWN_WAYS):
+            return None
+        if self._servers is None:  # not before it is wanted
+            self._servers = PictureServers(self._settings, Counters().add)
+        return self._servers if await self._servers.see(str(request.get("model"))) else None
+
+    async def _load(self, place: Place) -> tuple[str, bytes] | None:
         """Digest and file; None for one that vLLM may refuse, which then says so itself."""
+        config, most = served.config.model_config, self._settings.max_picture_bytes
         try:
-            data = await load(place.url, config, self._settings.max_picture_bytes)
+            data = await load(place.url, config, most)
             pixels = self._settings.max_picture_pixels
             digest, url = await asyncio.to_thread(_looked_at, place.url, data, pixels)
         except Exception:

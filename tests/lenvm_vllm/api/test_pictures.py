@@ -145,41 +145,47 @@ def chat(*parts: Any, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("vllm")
-class TestShown:
-    def test_the_engine_is_told_and_the_server_has_them(self) -> None:
-        world, body = Servers(), chat(part(URLS[0]), part(URLS[1]), part(URLS[0]))
-        asked, told = through(body, world)
-        assert told == [PROOF, DIGESTS[0], DIGESTS[1], DIGESTS[0]]
-        assert world.files == dict(zip(DIGESTS[:2], FILES[:2], strict=True))
-        assert asked["messages"] == body["messages"]
+def test_the_engine_is_told_and_the_server_has_them() -> None:
+    world, body = Servers(), chat(part(URLS[0]), part(URLS[1]), part(URLS[0]))
+    asked, told = through(body, world)
+    assert told == [PROOF, DIGESTS[0], DIGESTS[1], DIGESTS[0]]
+    assert world.files == dict(zip(DIGESTS[:2], FILES[:2], strict=True))
+    assert asked["messages"] == body["messages"]
 
-    def test_anthropics_form(self) -> None:
-        world = Servers()
-        body = chat() | {"messages": [said(anthropic(FILES[2]))], "max_tokens": 99}
-        asked, told = through(body, world, MESSAGES)
-        assert told == [PROOF, DIGESTS[2]]
-        assert asked["messages"] == body["messages"]
 
-    def test_a_client_cannot_tell_instead(self) -> None:
-        own = {"vllm_xargs": {MEDIA: [PROOF[:-1], "f" * 64]}}
-        assert through(chat(part(URLS[0]), **own), Servers())[1] == [PROOF, DIGESTS[0]]
-        assert through(chat(**own), Servers())[1][0] != PROOF
+@pytest.mark.usefixtures("vllm")
+def test_anthropics_form() -> None:
+    world = Servers()
+    body = chat() | {"messages": [said(anthropic(FILES[2]))], "max_tokens": 99}
+    asked, told = through(body, world, MESSAGES)
+    assert told == [PROOF, DIGESTS[2]]
+    assert asked["messages"] == body["messages"]
 
-    def test_a_file_becomes_its_bytes(self, vllm: Any, tmp_path: Path) -> None:
-        """What vLLM reads is what was given to the value server, whatever becomes of the file."""
-        (path := tmp_path / "x.png").write_bytes(FILES[0])
-        vllm.model_config.allowed_local_media_path = str(tmp_path)
-        world = Servers()
-        asked, told = through(chat(part(path.as_uri())), world)
-        assert told == [PROOF, DIGESTS[0]]
-        assert asked["messages"][0]["content"][1] == part(URLS[0])
 
-    @pytest.mark.parametrize("policy", ["landing", "rails"])
-    def test_not_where_no_values_are_wanted(self, policy: str) -> None:
-        world = Servers()
-        target = {"tokens": 50, "policy": policy}
-        assert through(chat(part(URLS[0]), length_target=target), world)[1] is None
-        assert not world.asked
+@pytest.mark.usefixtures("vllm")
+def test_a_client_cannot_tell_instead() -> None:
+    own = {"vllm_xargs": {MEDIA: [PROOF[:-1], "f" * 64]}}
+    assert through(chat(part(URLS[0]), **own), Servers())[1] == [PROOF, DIGESTS[0]]
+    assert through(chat(**own), Servers())[1][0] != PROOF
+
+
+def test_a_file_becomes_its_bytes(vllm: Any, tmp_path: Path) -> None:
+    """What vLLM reads is what was given to the value server, whatever becomes of the file."""
+    (path := tmp_path / "x.png").write_bytes(FILES[0])
+    vllm.model_config.allowed_local_media_path = str(tmp_path)
+    world = Servers()
+    asked, told = through(chat(part(path.as_uri())), world)
+    assert told == [PROOF, DIGESTS[0]]
+    assert asked["messages"][0]["content"][1] == part(URLS[0])
+
+
+@pytest.mark.parametrize("policy", ["landing", "rails"])
+@pytest.mark.usefixtures("vllm")
+def test_not_where_no_values_are_wanted(policy: str) -> None:
+    world = Servers()
+    target = {"tokens": 50, "policy": policy}
+    assert through(chat(part(URLS[0]), length_target=target), world)[1] is None
+    assert not world.asked
 
 
 # ---- what is left out
@@ -238,3 +244,27 @@ def test_a_request_without_pictures_asks_nobody() -> None:
     request = {"messages": [said("a", "b"), {"role": "assistant", "content": "c"}]}
     asyncio.run(pictures.take(request, None, CHAT))  # type: ignore[arg-type]
     assert pictures._servers is None
+
+
+# ---- forecasts
+
+
+@pytest.mark.parametrize(
+    ("url", "sees", "stand"),
+    [
+        (URLS[0], True, True),
+        (URLS[0], False, False),
+        ("http://127.0.0.1:9/x.png", True, False),  # an unguided request goes on as it came
+        (data_url(bytes(3000)), True, False),
+    ],
+)
+@pytest.mark.usefixtures("vllm")
+def test_a_forecast_is_for_pictures_that_stand_in_the_request(
+    url: str, sees: bool, stand: bool
+) -> None:
+    async def ask() -> bool:
+        options = load_settings({"lenvm": {"max_picture_bytes": 2000}})
+        servers = PictureServers(options, print, httpx.MockTransport(Servers(sees)))
+        return await Pictures(options, servers).stand_in(chat(part(url)), CHAT)
+
+    assert asyncio.run(ask()) is stand
