@@ -7,7 +7,6 @@ A label is r, the tokens still to come after a position; NO_LABEL marks a positi
 
 import hashlib
 import random
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 
 from trainer.candidates import Candidates, count, text_key
 from value_server.contract.values import value_from_length
+from value_server.model.pictures import Picture
 
 NO_LABEL = -100.0
 THINKING_END = "thinking_end_id"  # of a checkpoint's facts, where texts end at that token
@@ -34,6 +34,7 @@ class Rollout:
     conversation: what it is one turn of, if any; its turns contain each other.
     prompt: its text, empty where the file has none.
     weight: what a token of it counts for in training.
+    pictures: of its prompt, in the order of their placeholder tokens.
     """
 
     prompt_id: str
@@ -44,6 +45,7 @@ class Rollout:
     conversation: str = ""
     prompt: str = ""
     weight: float = 1.0
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -168,27 +170,6 @@ def known_values(rollout: Rollout, gamma: float, max_length: int) -> NDArray[np.
     labels = labels[labels != NO_LABEL].astype(np.float64)
     u: NDArray[np.float64] = value_from_length(torch.from_numpy(labels), gamma).numpy()
     return u
-
-
-def prompt_hashes(rollouts: Sequence[Rollout]) -> list[str]:
-    """Sorted hashes of the different prompts. Of data that overlap, the first ones do as well."""
-    prompts = {rollout.prompt_ids.astype(np.int64).tobytes() for rollout in rollouts}
-    return sorted(hashlib.sha256(prompt).hexdigest()[:16] for prompt in prompts)
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """sha256 over texts, labels, weights and their order."""
-    total = hashlib.sha256()
-    for example in examples:
-        for array in (example.input_ids, example.labels):
-            total.update(len(array).to_bytes(8, "big") + array.tobytes())
-        total.update(bytes([example.is_cut]))
-        if (weight := example.rollout.weight) != 1:  # so that runs of before there was any go on
-            total.update(struct.pack(">d", weight))
-        if (c := example.candidates) is not None:
-            for array in (c.positions, c.ids, c.p, c.z):
-                total.update(array.tobytes())
-    return total.hexdigest()
 
 
 def pack(

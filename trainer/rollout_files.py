@@ -1,7 +1,7 @@
 """Files of rollouts: their schema, the tokenizer that their ids are of, several of them as one.
 
-A file is Parquet with the columns of SCHEMA; COLUMNS are those that it must have. In its metadata
-TOKENIZER_KEY tells whose ids it holds.
+A file is Parquet with the columns of SCHEMA; COLUMNS are those that it must have, those of pictures
+are told in pictures.py. In its metadata TOKENIZER_KEY tells whose ids it holds.
 """
 
 import hashlib
@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 
 from trainer.checks import check
 from trainer.data import Rollout
+from trainer.digests import seen
+from trainer.pictures import BYTES, FIELDS, PICTURES, PicturesOf
 from value_server.contract.checkpoint import tokenizer_fingerprint
 
 SCHEMA = pa.schema(
@@ -34,10 +36,11 @@ SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("conversation", pa.string()),
         ("token_source", pa.string()),
+        *FIELDS,
     ]
 )
 COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
-OPTIONAL = ("conversation", "prompt")
+OPTIONAL = ("conversation", "prompt", PICTURES, BYTES)
 ID_COLUMNS = ["prompt_ids", "completion_ids"]
 ROWS_AT_ONCE = 512
 TOKENIZER_KEY = b"lenvm.tokenizer"
@@ -152,16 +155,16 @@ def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Roll
     if tokenizer:
         check_tokenizer(path, tokenizer)
     kept: Counter[bytes] = Counter()
-    prompts = _Prompts()
+    prompts, pictures = _Prompts(), PicturesOf()
     rollouts = []
     weighted = [(file, s.weight) for s in sources_of(path) for file in s.files()]
     for file, weight in weighted:
-        seen: Counter[bytes] = Counter()
-        for rollout in _read_file(file):
-            prompt = _digest(rollout.prompt_ids)
+        found: Counter[bytes] = Counter()
+        for rollout in _read_file(file, pictures):
+            prompt = _digest(rollout.prompt_ids, seen(rollout))
             text = prompt + _digest(rollout.completion_ids) + bytes([rollout.finished])
-            seen[text] += 1
-            if seen[text] > kept[text]:
+            found[text] += 1
+            if found[text] > kept[text]:
                 kept[text] += 1
                 rollouts.append(prompts.shared(rollout, prompt, weight))
     if not rollouts:
@@ -208,8 +211,8 @@ class _Prompts:
         return replace(rollout, weight=weight, **own | {"prompt": own["prompt"] or rollout.prompt})
 
 
-def _digest(ids: NDArray[np.integer[Any]]) -> bytes:
-    return hashlib.sha256(ids.astype(np.int64).tobytes()).digest()[:16]
+def _digest(ids: NDArray[np.integer[Any]], pictures: bytes = b"") -> bytes:
+    return hashlib.sha256(ids.astype(np.int64).tobytes() + pictures).digest()[:16]
 
 
 def _schema(file: Path) -> pa.Schema:
@@ -221,7 +224,7 @@ def _schema(file: Path) -> pa.Schema:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
 
 
-def _read_file(file: Path) -> Iterator[Rollout]:
+def _read_file(file: Path, pictures: PicturesOf) -> Iterator[Rollout]:
     schema = _schema(file)
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
@@ -234,16 +237,17 @@ def _read_file(file: Path) -> Iterator[Rollout]:
     try:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
-                yield from _rollouts_of(batch)
+                yield from _rollouts_of(file, batch, pictures)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from error
 
 
-def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
+def _rollouts_of(file: Path, batch: pa.RecordBatch, pictures: PicturesOf) -> Iterator[Rollout]:
     """Those that have tokens; their ids are parts of Arrow's own buffers."""
     prompts, completions = (_lists(batch[name]) for name in ID_COLUMNS)
     rows = batch.drop_columns(ID_COLUMNS).to_pylist()
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        own = pictures.take(file, row)
         if len(prompt) and len(completion):
             yield Rollout(
                 str(row["prompt_id"]),
@@ -253,6 +257,7 @@ def _rollouts_of(batch: pa.RecordBatch) -> Iterator[Rollout]:
                 row["finish_reason"] == "stop",
                 conversation=row.get("conversation") or "",
                 prompt=row.get("prompt") or "",
+                pictures=own,
             )
 
 

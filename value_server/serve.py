@@ -25,6 +25,7 @@ from value_server.http.app import create_app
 from value_server.http.models import Models, ServedModel
 from value_server.http.telemetry import configure_logs, trace
 from value_server.http.text import Texts
+from value_server.model.text_part import picture_token
 from value_server.model.value_model import ValueModel
 from value_server.settings import ServerSettings
 
@@ -184,7 +185,14 @@ def _served(name: str, checkpoint: Path, settings: ServerSettings) -> ServedMode
     lenvm = engine.model.lenvm
     base_model = settings.base_model or lenvm.base_model
     texts = Texts.load(checkpoint, base_model, lenvm.tokenizer_fingerprint)
-    return ServedModel.of(engine, texts, settings.max_waiting, name)
+    return ServedModel.of(
+        engine,
+        texts,
+        settings.max_waiting,
+        name,
+        picture_pixels=settings.picture_pixels,
+        picture_token=picture_token(base_model),
+    )
 
 
 def load(checkpoint: Path, settings: ServerSettings) -> Engine:
@@ -209,6 +217,7 @@ def load(checkpoint: Path, settings: ServerSettings) -> Engine:
         weight_dtype=dtype,
         compiled=settings.compile,
         graphs=settings.graphs,
+        picture_bytes=settings.picture_bytes,
     )
     engine.warm_up()
     return engine

@@ -87,6 +87,17 @@ class ServerSettings(BaseSettings):
         ge=1024,
         description="Size of a request, beyond which the server answers 413.",
     )
+    picture_bytes: int = Field(
+        default=1 << 30,
+        ge=1 << 20,
+        description="Memory for what the model has seen of pictures, in bytes; of several models "
+        "each has as much.",
+    )
+    picture_pixels: int = Field(
+        default=1 << 25,
+        ge=1,
+        description="Size of a picture, width times height, beyond which it is refused.",
+    )
     client_sessions: int | None = Field(
         default=None,
         ge=1,

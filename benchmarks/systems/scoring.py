@@ -35,7 +35,8 @@ from value_server.contract.checkpoint import LenvmConfig
 from value_server.engine.engine import Engine
 from value_server.engine.job import Job, Row
 from value_server.engine.linear import compute_dtype, weight_dtype
-from value_server.model.value_model import ValueHead, ValueModel, load_backbone
+from value_server.model.backbone import load_backbone
+from value_server.model.value_model import ValueHead, ValueModel
 from value_server.serve import load
 from value_server.settings import ServerSettings
 

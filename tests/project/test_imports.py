@@ -24,6 +24,9 @@ TRAINER = [
         "trainer.resume",
         "trainer.reading",
         "trainer.candidates",
+        "trainer.digests",
+        "trainer.pictures",
+        "trainer.seen",
     ),
     *SCORES,
 ]

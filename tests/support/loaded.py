@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from trainer.data import PackedDataset, digest, finished_lengths, make_example
+from trainer.data import PackedDataset, finished_lengths, make_example
+from trainer.digests import digest
 from trainer.evaluation.baselines import fit_baselines
 from trainer.rollout_files import files_of, read_rollouts
 

@@ -18,12 +18,12 @@ from trainer.data import (
     PackedDataset,
     Rollout,
     collate,
-    digest,
     ending_at,
     make_example,
     pack,
     split,
 )
+from trainer.digests import digest
 
 rollout_sizes = st.tuples(st.integers(1, 30), st.integers(1, 30))
 

@@ -16,6 +16,11 @@ LOOKAHEAD_TEXT = (
     "The lookahead head beside exact values of the served model's likeliest next tokens:"
 )
 
+SEES = {
+    True: "It sees the pictures of a prompt, by tower and projector of that model.",
+    False: "It reads text alone: the pictures of a prompt are blanks to it.",
+}
+
 
 def write_card(
     checkpoint: Path, config: LenvmConfig, figures: Mapping[str, Any] | None = None
@@ -32,7 +37,7 @@ def write_card(
         "",
         f"Predicts at every token how many are still to come, in texts that are sampled from the "
         f"model it was trained on. Built on {config.base_model}, {config.num_layers} layers, "
-        f"gamma {config.gamma:.6g}, target {config.target}.",
+        f"gamma {config.gamma:.6g}, target {config.target}. {SEES[config.pictures]}",
         "",
         "```console",
         "$ lenvm serve .",

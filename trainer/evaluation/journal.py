@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.data import Rollout, digest, make_example
+from trainer.data import Rollout, make_example
+from trainer.digests import digest
 from trainer.resume import fingerprint
 from trainer.rows import Rows
 from value_server.model.value_model import ValueModel

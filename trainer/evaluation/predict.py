@@ -11,6 +11,7 @@ from tqdm import tqdm
 from trainer.data import Rollout, make_example
 from trainer.reading import Reading
 from trainer.rows import Rows
+from trainer.seen import pictures_of_text
 from value_server.model.value_model import ValueModel
 
 
@@ -35,7 +36,7 @@ def predict(model: ValueModel, rollout: Rollout, max_length: int) -> NDArray[np.
     """(T,) logits over prompt and completion, T at most `max_length`."""
     example = make_example(rollout, max_length)
     place = next(model.parameters()).device
-    z: NDArray[np.float32] = (
-        model(torch.from_numpy(example.input_ids)[None].to(place))[0].cpu().numpy()
-    )
+    ids = torch.from_numpy(example.input_ids)[None].to(place)
+    pictures = pictures_of_text(example, model.sight, place)
+    z: NDArray[np.float32] = model(ids, pictures=pictures)[0].cpu().numpy()
     return z

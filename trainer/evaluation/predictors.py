@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.checks import check
-from trainer.data import THINKING_END, Rollout, ending_at, prompt_hashes, split
+from trainer.data import THINKING_END, Rollout, ending_at, split
+from trainer.digests import prompt_hashes
 from trainer.evaluation.baselines import baseline_logits, fit_baselines
 from trainer.evaluation.figures import Predicted, predicted
 from trainer.evaluation.journal import close_journal, open_journal

@@ -30,6 +30,8 @@ def check_branches(model: ValueModel) -> None:
             f"teacher: layers of {model.config.model_type!r} are {sorted(kinds)}, must be "
             "full_attention"
         )
+    if model.lenvm.pictures:
+        raise ValueError("teacher: sees pictures, must be one of text alone")
 
 
 @torch.inference_mode()

@@ -11,7 +11,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trainer.checks import check, check_choice, check_positive
 from trainer.rollout_files import TokenizerOf
 from value_server.contract.checkpoint import LenvmConfig, read_config
-from value_server.model.value_model import ValueHead, ValueModel, load_adapter, load_backbone
+from value_server.model.backbone import load_adapter, load_backbone
+from value_server.model.sight import check_family
+from value_server.model.value_model import ValueHead, ValueModel, read_sight
 
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
@@ -49,6 +51,10 @@ class Backbone:
     tune: Tune = "full"
     """The full backbone, a LoRA adapter on it, or the head alone."""
     lora: LoraShape = LoraShape()
+    pictures: bool | None = None
+    """The value model sees the pictures of prompts, by the frozen tower and projector of MODEL; by
+    default where the rollouts have any. --no-pictures: MODEL's text part alone is taken, to which
+    they are blanks."""
     start: Path | None = None
     """Checkpoint to go on from: its backbone with its adapter, as that is shaped, its head or
     heads, gamma and layers. MODEL is then where its base model lies."""
@@ -67,6 +73,24 @@ class Backbone:
             check(adapts, "tune", self.tune, f"full or head, {self.start} is a full backbone")
             known = self.tokenizer().fingerprint == start.tokenizer_fingerprint
             check(known, "model", self.model, f"one with the tokenizer that {self.start} learnt")
+
+    def sees(self, pictured: bool) -> bool:
+        """Whether the value model is to see pictures. pictured: whether a text has one.
+
+        Raises ValueError where MODEL cannot, or where what it goes on from does otherwise.
+        """
+        start = self.started()
+        by_default = pictured or (start is not None and start.pictures)
+        wanted = by_default if self.pictures is None else self.pictures
+        if start:
+            known = f"{start.pictures} (--{'no-' * (not start.pictures)}pictures), as {self.start}"
+            check(wanted == start.pictures, "pictures", wanted, known)
+        if wanted:
+            try:
+                check_family(load_config(self.model, text=False).model_type)
+            except ValueError as error:
+                raise ValueError(f"pictures: {error}; --no-pictures takes text alone") from error
+        return wanted
 
     def started(self) -> LenvmConfig | None:
         """Of the checkpoint to go on from. Raises CheckpointError."""
@@ -105,7 +129,8 @@ class Backbone:
         frozen = self.tune != "full"
         start = self.started()
         source = str(self.start) if start and start.weights == "full" else self.model
-        backbone = load_backbone(source, config.num_layers, dtype if frozen else torch.float32)
+        precision = dtype if frozen else torch.float32
+        backbone = load_backbone(source, config.num_layers, precision, sees=config.pictures)
         if frozen:
             backbone.requires_grad_(False)
         if start and start.weights == "adapter":
@@ -116,7 +141,9 @@ class Backbone:
             rank, alpha = self.lora.rank, self.lora.alpha
             shape = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
             backbone = get_peft_model(backbone, shape)
-        model = ValueModel(backbone, ValueHead(backbone.config.hidden_size), config)
+        head = ValueHead(backbone.config.hidden_size)
+        sight = read_sight(self.start, config, self.model, dtype)
+        model = ValueModel(backbone, head, config, sight)
         same = start is not None and start.lookahead_rank == config.lookahead_rank
         if self.start:
             model.load_heads(self.start, lookahead=same)
@@ -143,10 +170,11 @@ def as_value_head(model: ValueModel) -> None:
             ours.zero_()[0] = theirs[0]
 
 
-def load_config(model: str) -> PreTrainedConfig:
-    """Of a backbone's decoder. Raises ValueError if there is none."""
+def load_config(model: str, text: bool = True) -> PreTrainedConfig:
+    """Of a backbone's decoder, or of the whole. Raises ValueError if there is none."""
     try:
-        return AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(model)
+        return config.get_text_config() if text else config
     except (OSError, ValueError) as error:
         raise ValueError(f"model: {model!r} does not load: {error}") from error
 

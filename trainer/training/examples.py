@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from trainer.candidates import count, read_candidates
 from trainer.checks import check
-from trainer.data import Example, Rollout, make_example, prompt_example, prompt_hashes
+from trainer.data import Example, Rollout, make_example, prompt_example
+from trainer.digests import prompt_hashes
 from trainer.evaluation.baselines import fit_baselines
+from trainer.pictures import check_pictures
 from trainer.rollout_files import name_of
 from trainer.training.ahead import Ahead
 from trainer.training.backbone import load_shape
@@ -35,6 +37,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[Examples, LenvmCo
     """
     objective, recipe, backbone = training.objective, training.recipe, training.backbone
     part, held_out = training.parts(rollouts)
+    sees = backbone.sees(any(r.pictures for r in [*part, *held_out]))
     gamma = training.discount(part)
     kept = kept_of(part, objective)
     examples = examples_of(kept, training)
@@ -46,6 +49,8 @@ def read_examples(rollouts: Path, training: Training) -> tuple[Examples, LenvmCo
     judged = examples_of(kept_of(held_out, objective), training) if recipe.eval_steps else []
     enough = bool(judged) or recipe.eval_steps is None
     check(enough, "holdout", training.holdout, f"larger: nothing of {rollouts} is held out")
+    if sees:
+        check_pictures([e.rollout for e in [*examples, *judged]])
     examples = with_candidates(examples, training.ahead, gamma)
     _, vocab_size = load_shape(backbone.model)
     largest = max(int(e.input_ids.max()) for e in [*examples, *judged])
@@ -61,6 +66,7 @@ def read_examples(rollouts: Path, training: Training) -> tuple[Examples, LenvmCo
         target=objective.target,
         target_scale=objective.scale(max(float(e.labels.max()) for e in examples)),
         lookahead_rank=training.ahead.lookahead,
+        pictures=sees,
         training={
             "rollouts": name_of(rollouts),
             "completions": len(kept),

@@ -18,9 +18,11 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 
 from trainer.checks import check
-from trainer.data import Example, PackedDataset, collate, digest
+from trainer.data import Example, PackedDataset
+from trainer.digests import digest
 from trainer.evaluation.card import write_card
 from trainer.resume import check_same, fingerprint
+from trainer.seen import SeenPacks, collate_seen
 from trainer.training.backbone import Backbone
 from trainer.training.examples import Examples, read_examples
 from trainer.training.steps import last_step, open_steps
@@ -105,6 +107,8 @@ def settings_of(examples: Examples, config: LenvmConfig, backbone: Backbone) -> 
     del facts["training"], facts["base_fingerprint"]  # so that runs of before it was known go on
     if not config.lookahead_rank:  # so that runs of before there was any go on
         del facts["lookahead_rank"]
+    if not config.pictures:  # the same
+        del facts["pictures"]
     lora = asdict(backbone.lora)
     start = backbone.start and str(backbone.start)
     own = {
@@ -136,10 +140,10 @@ def training_loop(
     return ValueTrainer(
         model,
         arguments,
-        train_dataset=dataset,
-        eval_dataset=packed(examples.judged, training) if examples.judged else None,
+        train_dataset=shown(dataset, model),
+        eval_dataset=shown(packed(examples.judged, training), model) if examples.judged else None,
         compute_metrics=held_out_loss,
-        data_collator=collate,
+        data_collator=collate_seen,
         objective=training.objective,
         readout=config.readout,
         ahead=training.ahead,
@@ -160,6 +164,11 @@ def packed(examples: Sequence[Example], training: Training) -> PackedDataset:
         prompt_weight=objective.prompt_weight,
         packing=recipe.packing,
     )
+
+
+def shown(packs: PackedDataset, model: ValueModel) -> PackedDataset | SeenPacks:
+    """With their pictures, for a model that sees them."""
+    return packs if model.sight is None else SeenPacks(packs, model.sight)
 
 
 def is_finished(output: Path, run: str, settings: Mapping[str, Any]) -> bool:

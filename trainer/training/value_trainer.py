@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 
+from trainer.seen import pictures_of
 from trainer.training.ahead import Ahead, candidate_losses, places_of, sampled_loss
 from trainer.training.losses import losses_against, token_losses, token_targets
 from trainer.training.objective import Objective
@@ -63,7 +64,11 @@ class ValueTrainer(Trainer):
         places = places_of(inputs) if self.ahead.lookahead else []
         with self._autocast():
             found = model(
-                inputs["input_ids"], position_ids=inputs["position_ids"], raw=True, after=places
+                inputs["input_ids"],
+                position_ids=inputs["position_ids"],
+                raw=True,
+                after=places,
+                pictures=pictures_of(inputs),
             )
         raw, after = found if places else (found, [])
         choices = (self.objective, self.readout)
@@ -97,7 +102,12 @@ class ValueTrainer(Trainer):
         """(None, (B,) summed losses, (B,) summed weights) of each row: the value's own loss."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self._autocast():
-            raw = model(inputs["input_ids"], position_ids=inputs["position_ids"], raw=True)
+            raw = model(
+                inputs["input_ids"],
+                position_ids=inputs["position_ids"],
+                raw=True,
+                pictures=pictures_of(inputs),
+            )
         rows = (inputs["labels"], inputs["is_cut"], inputs["position_ids"])
         losses = token_losses(raw, *rows, self.objective.judged, self.readout)
         return None, (losses * inputs["weights"]).sum(-1), inputs["weights"].sum(-1)

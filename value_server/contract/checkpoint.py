@@ -5,6 +5,7 @@ value_head.safetensors         the head
 lookahead.safetensors          the lookahead head, where `lookahead_rank` is not 0
 model*.safetensors             the backbone, where `weights` is "full"
 adapter_*                      the peft adapter, where it is "adapter"
+preprocessor_config.json       its image processor, where `pictures` is true
 tokenizer.json and the like    where it brings its own; else the base model's is taken
 """
 
@@ -24,6 +25,7 @@ CONFIG_FILE = "config.json"
 CONFIG_KEY = "lenvm"
 HEAD_FILE = "value_head.safetensors"
 LOOKAHEAD_FILE = "lookahead.safetensors"
+PROCESSOR_FILE = "preprocessor_config.json"
 
 
 class CheckpointError(ValueError):
@@ -43,6 +45,8 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     base_fingerprint: of the base model's weights that were trained on (weights.py); empty where
         it is not known.
     lookahead_rank: r of the lookahead head (model/lookahead.py); 0: there is none.
+    pictures: whether it sees the pictures of a prompt, by tower and projector of the base model
+        (model/sight.py); else their placeholder tokens are blanks to it.
     training: free facts (data, command, figures).
     """
 
@@ -55,6 +59,7 @@ class LenvmConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     target_scale: float = 1.0
     base_fingerprint: str = ""
     lookahead_rank: int = 0
+    pictures: bool = False
     training: dict[str, Any] = {}
 
     def __post_init__(self) -> None:

@@ -11,13 +11,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+
+from torch import Tensor
 
 from value_server.engine.engine import Engine
 from value_server.engine.errors import BusyError, ModelError, PassFailedError, RequestError
 from value_server.engine.job import Job, JobResult
+from value_server.engine.pictures import Look
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,8 @@ class Batcher:
         self.on_pass = on_pass
         self.draining = False  # what runs is finished, what comes is refused
         self.pace = engine.pace
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: the last
+        self._inbox: queue.SimpleQueue[Job | Look | None] = queue.SimpleQueue()  # None: the last
+        self._looks: deque[Look] = deque()
         self._waiting: list[Job] = []
         self._active: list[Job] = []
         self._lock = threading.Lock()  # over `_taken` and what goes into the inbox
@@ -109,6 +114,18 @@ class Batcher:
                 job.future.set_result(job.answer())
         return job.future
 
+    def look(self, digest: str, pixels: Mapping[str, Tensor]) -> "Future[None]":
+        """Hold a picture, once its turn has come; for models that see.
+
+        The future fails with BusyError, or with RequestError where the model cannot see it.
+        """
+        look = Look(digest, pixels)
+        with self._lock:
+            if self.draining:
+                raise BusyError("the server is shutting down")
+            self._inbox.put(look)
+        return look.future
+
     def leave(self, job: Job) -> JobResult:
         """What the job has now; its caller waits no longer, and its texts are computed on."""
         answer = job.answer()
@@ -129,6 +146,8 @@ class Batcher:
                 self._admit()
                 if self._active:
                     self._advance()
+                if self._looks:
+                    self._look(self._looks.popleft())
             except Exception:
                 # Not the model (that is handled below): a bug of ours. Serve on without the jobs.
                 log.exception("%s: unexpected error", self._name)
@@ -143,15 +162,21 @@ class Batcher:
         self._receive()
         for job in [*self._active, *self._waiting]:
             self._end(job, BusyError("the server is shutting down"))
+        for look in self._looks:
+            with suppress(InvalidStateError):
+                look.future.set_exception(BusyError("the server is shutting down"))
 
     def _receive(self) -> None:
         """Take everything out of the inbox; wait for something if there is nothing to do."""
         with suppress(queue.Empty):
-            idle = not (self._active or self._waiting or self._stopped or self.pace.broken)
+            works = self._active or self._waiting or self._looks
+            idle = not (works or self._stopped or self.pace.broken)
             job = self._inbox.get(block=idle, timeout=IDLE_SECONDS)
             while True:
                 if job is None:
                     self._stopped = True
+                elif isinstance(job, Look):
+                    self._looks.append(job)
                 else:
                     self._waiting.append(job)
                 job = self._inbox.get_nowait()
@@ -189,6 +214,10 @@ class Batcher:
             self.engine.release(job)
             self._end(job, ModelError("internal error of the value engine"))
             return
+        if refused := next((row.refused for row in job.rows if job.texts and row.refused), None):
+            self.engine.release(job)
+            self._end(job, refused)
+            return
         if job.texts and not all(row.session for row in job.rows):
             if not any(other.texts for other in self._active):
                 self._end(job, BusyError("all slots or sessions are in use: try again"))
@@ -220,6 +249,13 @@ class Batcher:
         finally:
             self._pass_began = None
         self._answer()
+
+    def _look(self, look: Look) -> None:
+        """At one picture, between two passes."""
+        assert self.engine.showing is not None
+        self._pass_began = time.perf_counter()
+        self.engine.showing.look(look)
+        self._pass_began = None
 
     def _bear(self, failure: PassFailedError) -> None:
         """The next pass is smaller; a row that fails alone, and nothing else does, is refused."""

@@ -67,9 +67,13 @@ class SlotCache(SlotTree):
         """Slots that one session can have at most."""
         return min(self.size, self.client_slots)
 
+    def find(self, name: str) -> Session | None:
+        """The session, in use or idle."""
+        return self.sessions.get(name) or self.idle.get(name)
+
     def held(self, name: str) -> int:
         """Tokens of the session's text that are here."""
-        session = self.sessions.get(name) or self.idle.get(name)
+        session = self.find(name)
         return len(session.path) if session else 0
 
     def update(
@@ -117,7 +121,7 @@ class SlotCache(SlotTree):
     def close(self, name: str, keep: bool = True) -> bool:
         """End the session; its text is kept, or forgotten. False if there is none."""
         self.line.leave(name)
-        session = self.sessions.get(name) or self.idle.get(name)
+        session = self.find(name)
         if session is None:
             return False
         if keep:

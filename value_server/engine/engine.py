@@ -33,6 +33,8 @@ from value_server.engine.memory import KVPool, on_device
 from value_server.engine.pace import Pace
 from value_server.engine.scheduler import SHORT, is_done, missing, next_pass
 from value_server.engine.session import Session
+from value_server.engine.showing import Placed, Showing
+from value_server.engine.shown import Ids
 from value_server.model.lookahead import Lookahead
 from value_server.model.value_model import ValueModel
 
@@ -46,6 +48,7 @@ class Engine:
     compiled: MLPs and norms go through torch.compile, and no layer is packed.
     attention: by default what is fastest on the device. graphs: see graphs.py; with "triton" only,
     and not with compiled.
+    picture_bytes: of pictures' embeddings that are held.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Engine:
         compiled: bool = False,
         attention: Kind | None = None,
         graphs: bool = False,
+        picture_bytes: int = 1 << 30,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model.eval()
@@ -74,7 +78,7 @@ class Engine:
         self.lookahead: Lookahead | None = getattr(model, "lookahead", None)
         self.lookahead_rank = self.lookahead.rank if self.lookahead else 0
         model.backbone.set_attn_implementation(NAME)
-        first = next(model.parameters())
+        first = next(model.backbone.parameters())
         self.device = first.device
         self.attention = attention or fastest(self.device)
         self.graphs = graphs and not compiled  # the two have not been tried together
@@ -87,6 +91,8 @@ class Engine:
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
         self.pace = Pace(pass_tokens, prefill_tokens)
         self.cache = SlotCache(slots, max_sessions, session_ttl, now, client_sessions, client_slots)
+        sight = model.sight
+        self.showing = Showing(sight, self.cache, picture_bytes) if sight else None
         self.max_candidates, largest = max_candidates, self.cache.largest
         self.limits = Limits(self.vocab_size, max_candidates, self.max_position, largest)
         self.pool = KVPool(slots)
@@ -107,16 +113,21 @@ class Engine:
         """Give the rows of the job their slots; those that have no room are settled without."""
         for name in job.closed:
             job.found += self.cache.close(name)
-        created = self.cache.created
+        created, asked = self.cache.created, 0
         for row in job.rows:
             if row.refused or row.dropped:
                 continue
+            placed = self.showing.place(row, job.texts) if self.showing else row
+            if placed is None:
+                continue
             row.session = self.cache.update(
-                row.name, row.start, row.tokens, row.candidates, job.client, not job.texts
+                row.name, row.start, placed.tokens, placed.candidates, job.client, not job.texts
             )
-            told = row.start + len(row.tokens)
+            told = row.start + len(placed.tokens)
             row.held = told if row.session else min(row.start, self.cache.held(row.name))
-        asked = sum(len(row.tokens) + len(row.candidates) for row in job.rows if row.session)
+            asked += len(placed.tokens) + len(placed.candidates) if row.session else 0
+            if self.showing and row.session and isinstance(placed, Placed):
+                self.showing.keep(row, placed.shown)
         self.saved += asked - (self.cache.created - created)
 
     def release(self, job: Job) -> None:
@@ -161,6 +172,9 @@ class Engine:
         return all(missing(self.cache, session) > most for session in left)
 
     def _read(self, row: Row, session: Session, job: Job) -> None:
+        if row.lacks:  # its candidates are not asked for yet
+            row.z = np.full(len(row.candidates), np.nan, dtype=np.float32)
+            return
         z = self._z[np.array(session.candidates, dtype=np.int64)]
         text_z = self._z[np.array(session.path, dtype=np.int64)] if job.texts else z
         query = self._queries[session.path[-1]].copy() if row.lookahead_rank else z
@@ -208,28 +222,39 @@ class Engine:
         return True
 
     @torch.inference_mode()
-    def _forward(
-        self, rows: Sequence[Row], tokens: NDArray[Any], written: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """(Q, 1) z of a pass, or (Q, 2 + r) z, b and q, whose keys and values go into the slots
-        `written`."""
-        positions = np.concatenate([row.positions for row in rows])
-        graphs = self._graphs if self.graphs and self.attention == "triton" else None
-        heads = graphs and graphs.run(rows, self._per_key, tokens, positions, written)
-        if heads is None:
-            parts = planned(rows, self.pool.padding, self.device, self.attention, self._per_key)
-            given = np.stack([tokens, positions, written]).astype(np.int64)
-            ids, places, slots = on_device(given, self.device)
-            known = Pass(self.pool, slots, parts, self._windows)
-            heads = self._heads_of(ids[None], places[None], known)
-        numbers: NDArray[np.float32] = heads.cpu().numpy()
+    def _forward(self, rows: Sequence[Row], tokens: NDArray[Any], written: Ids) -> NDArray[Any]:
+        """(Q, 1) float32 z of a pass, or (Q, 2 + r) z, b and q, whose keys and values go into the
+        slots `written`."""
+        if self.showing and tokens.min() < 0:
+            embed = self.model.backbone.get_input_embeddings()
+            inputs = self.showing.inputs(rows, tokens, embed, self.device)
+            known = self._pass(rows, on_device(written, self.device), "gathered")
+            heads = self._heads_from(known, inputs)
+        else:
+            heads = self._read_text(rows, tokens, written)
+        numbers: NDArray[Any] = heads.cpu().numpy()
         return numbers
+
+    def _read_text(self, rows: Sequence[Row], tokens: NDArray[Any], written: Ids) -> Tensor:
+        positions = np.concatenate([row.positions for row in rows])
+        if self.graphs and self.attention == "triton":
+            heads = self._graphs.run(rows, self._per_key, tokens, positions, written)
+            if heads is not None:
+                return heads
+        given = np.stack([tokens, positions, written]).astype(np.int64)
+        ids, places, slots = on_device(given, self.device)
+        return self._heads_of(ids[None], places[None], self._pass(rows, slots, self.attention))
+
+    def _pass(self, rows: Sequence[Row], written: Tensor, kind: Kind) -> Pass:
+        parts = planned(rows, self.pool.padding, self.device, kind, self._per_key)
+        return Pass(self.pool, written, parts, self._windows)
 
     def _heads_of(self, tokens: Tensor, positions: Tensor, known: Pass) -> Tensor:
         """(1, Q) each → what `_forward` returns, on the device."""
-        output = self.model.backbone(
-            input_ids=tokens, position_ids=positions, use_cache=False, lenvm_pass=known
-        )
+        return self._heads_from(known, {"input_ids": tokens, "position_ids": positions})
+
+    def _heads_from(self, known: Pass, inputs: dict[str, Any]) -> Tensor:
+        output = self.model.backbone(**inputs, use_cache=False, lenvm_pass=known)
         hidden = output.last_hidden_state[0]
         heads = self.model.head(hidden)[:, None]
         if self.lookahead:
@@ -260,26 +285,13 @@ class Engine:
         """
         name = "warm-up"
         with selfcheck.named(self.model):
-            self._check_backbone(name)
+            selfcheck.check(self, name, self._plain, self._windows)
+        word = selfcheck.text(self.model)[0]
         length = min(self.pace.limits().prefill, self.max_position - 1, self.cache.largest // 2)
         for candidates in ([0], [0, 1][: self.max_candidates]):
-            row = Row(name, 0, [0] * length, candidates, self.lookahead_rank)
+            row = Row(name, 0, [word] * length, candidates, self.lookahead_rank)
             for error in self.run(Job([row])).refused.values():
                 raise error
         self.cache.close(name, keep=False)
         self.forwarded = self.saved = 0
         self.cache.prefix_tokens = self.cache.prefix_hits = 0
-
-    def _check_backbone(self, session: str) -> None:
-        ids, first = selfcheck.text(self.vocab_size), selfcheck.FIRST
-        hidden: list[Tensor] = []
-        graphs, self.graphs = self.graphs, False  # a graph calls no hook
-        hook = self.model.head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
-        try:
-            self.run(Job([Row(session, 0, ids[:first])]))
-            candidates = selfcheck.CANDIDATES[: self.max_candidates]
-            self.run(Job([Row(session, first, ids[first:], candidates)]))
-        finally:
-            hook.remove()
-            self.graphs = graphs
-        selfcheck.compare(self.model, self._plain, torch.cat(hidden), self._windows)

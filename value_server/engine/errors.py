@@ -2,6 +2,7 @@
 
 RequestError 422 ┬ UnknownModelError 404
                  ├ UnknownSessionError 404
+                 ├ BlindModelError 409
                  ├ MalformedError 400
                  ├ UnauthorizedError 401
                  ├ TooLargeError 413
@@ -36,6 +37,13 @@ class UnknownModelError(RequestError):
 class UnknownSessionError(RequestError):
     status = 404
     type = "unknown_session"
+
+
+class BlindModelError(RequestError):
+    """A picture for a model that reads text alone."""
+
+    status = 409
+    type = "text_only_model"
 
 
 class MalformedError(RequestError):

@@ -7,12 +7,16 @@ S slots that they see.
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from value_server.engine.errors import RequestError
 from value_server.engine.session import Session
+
+if TYPE_CHECKING:
+    from value_server.model.sight import Seen
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +27,9 @@ class Row:
                 computed         this pass        later     `scored` are those of this pass
 
     name, start, tokens, candidates, lookahead_rank: what is asked; see contract.wire.StepRequest.
+    pictures: digests of those of its text, if its start is 0.
+    seen: those of its session's, as the decoder takes them. lacks: whether tokens of some are still
+        to come: then there are no values.
     session: its slots, from admission on as long as it has and needs them.
     dropped: a later job has asked for the session; this one is not computed any further.
     held, refused: what is known of the answer so far.
@@ -37,6 +44,9 @@ class Row:
     tokens: Sequence[int]
     candidates: Sequence[int] = ()
     lookahead_rank: int = 0
+    pictures: Sequence[str] = ()
+    seen: "Sequence[Seen | None]" = ()
+    lacks: bool = False
     session: Session | None = None
     dropped: bool = False
     held: int = field(init=False)
@@ -81,9 +91,21 @@ class Row:
         return slice(self.first, self.first + self.queries)
 
     @property
-    def positions(self) -> NDArray[np.int64]:
-        """(n,) position of each query in the text; all candidates stand behind its end."""
+    def places(self) -> NDArray[np.int64]:
+        """(n,) place of each query in the text; all candidates stand behind its end."""
         return np.minimum(np.arange(self.begin, self.begin + self.queries), self.end)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """(n,) rotary position of each query; of a picture's row its first part."""
+        shown = self.session.shown if self.session else None
+        return shown.positions_at(self.places)[0] if shown else self.places
+
+    def parts(self, axes: int) -> NDArray[np.int64]:
+        """(axes, n) the same with all parts."""
+        shown = self.session.shown if self.session else None
+        found = shown.positions_at(self.places) if shown else self.places
+        return np.broadcast_to(found, (axes, self.queries))
 
     def slots(self, first: int) -> NDArray[np.int64]:
         """(S,) slots of the text from token `first` to `end`, then of the scored candidates."""
@@ -95,10 +117,15 @@ class Row:
         """(n, S) which query sees which of `slots(first)`.
 
         A token sees the text up to itself, a candidate all of it and itself. window: tokens that
-        a layer looks back at most, itself included.
+        a layer looks back at most, itself included. Rows of a picture may see later ones of it.
         """
-        gap = self.positions[:, None] - np.arange(first, self.end)
-        seen = (gap >= 0) if window is None else (gap >= 0) & (gap < window)
+        gap = self.places[:, None] - np.arange(first, self.end)
+        seen = gap >= 0
+        shown = self.session.shown if self.session else None
+        for start, stop in shown.blocks(self.begin, self.end) if shown else ():
+            seen[start - self.begin : stop - self.begin, start - first : stop - first] = True
+        if window is not None:
+            seen &= gap < window
         own = np.eye(self.queries, len(self.scored), self.begin - self.end, dtype=bool)
         return np.concatenate([seen, own], axis=1)
 

@@ -40,10 +40,12 @@ def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row
             count = min(count, long_room) if limits.beside or not chosen else 0
             long_room -= count
         row.end = row.begin + min(count, room)
+        if session.shown:
+            row.end = session.shown.whole_to(row.begin, row.end)
         row.scored = []
         if row.end == len(path):
             new = (s for s in session.candidates if not cache.ready[s] and s not in taken)
-            row.scored = list(dict.fromkeys(new))[: room - (row.end - row.begin)]
+            row.scored = list(dict.fromkeys(new))[: max(0, room - (row.end - row.begin))]
         taken.update(path[row.begin : row.end], row.scored)
         row.first = limits.tokens - room
         room -= row.queries

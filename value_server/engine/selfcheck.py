@@ -17,22 +17,29 @@ Legend: H hidden size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from value_server.contract.checkpoint import CheckpointError
+from value_server.engine.job import Job, Row
 from value_server.model.value_model import ValueModel
+
+if TYPE_CHECKING:
+    from value_server.engine.engine import Engine
 
 TEXT, FIRST = 24, 16
 CANDIDATES = (0, 1)
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def text(vocab_size: int) -> list[int]:
-    """The ids of the text."""
-    return [(7919 * i + 17) % vocab_size for i in range(TEXT)]
+def text(model: ValueModel) -> list[int]:
+    """The ids of the text, none of which stands for a picture."""
+    vocab_size = model.backbone.get_input_embeddings().weight.shape[0]
+    picture = model.sight.placeholder if model.sight else -1
+    ids = [(7919 * i + 17) % vocab_size for i in range(TEXT + 1)]
+    return [token for token in ids if token != picture][:TEXT]
 
 
 @contextmanager
@@ -53,10 +60,25 @@ def plain(model: ValueModel) -> Tensor:
         raise ValueError(f"layers of type {', '.join(sorted(kinds - LAYER_TYPES))}")
     backbone = model.backbone
     backbone.set_attn_implementation("eager")  # the one that leaves nothing out
-    ids = text(backbone.get_input_embeddings().weight.shape[0])
+    ids = text(model)
     rows = torch.tensor([[*ids, c] for c in CANDIDATES], device=backbone.device)
     hidden: Tensor = backbone(input_ids=rows, use_cache=False).last_hidden_state
     return torch.cat([hidden[0, :TEXT], hidden[:, TEXT]]).float()  # (2, TEXT + 1, H)
+
+
+def check(engine: "Engine", session: str, expected: Tensor, windows: dict[int, int | None]) -> None:
+    """Raises ValueError unless the engine gives what `plain` returned. windows: see `compare`."""
+    ids = text(engine.model)
+    hidden: list[Tensor] = []
+    graphs, engine.graphs = engine.graphs, False  # a graph calls no hook
+    hook = engine.model.head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+    try:
+        engine.run(Job([Row(session, 0, ids[:FIRST])]))
+        engine.run(Job([Row(session, FIRST, ids[FIRST:], CANDIDATES[: engine.max_candidates])]))
+    finally:
+        hook.remove()
+        engine.graphs = graphs
+    compare(engine.model, expected, torch.cat(hidden), windows)
 
 
 def compare(

@@ -3,6 +3,8 @@
 from array import array
 from dataclasses import dataclass, field
 
+from value_server.engine.shown import Shown
+
 
 @dataclass(slots=True, eq=False)
 class Session:
@@ -13,6 +15,7 @@ class Session:
         candidate asked for, so a slot may stand here twice (and is owned twice).
     pinned: part of a running request; in use however long that takes.
     lost: its slots are gone.
+    shown: where its pictures are; None where it has none.
     """
 
     name: str
@@ -22,6 +25,7 @@ class Session:
     candidates: list[int] = field(default_factory=list)
     pinned: bool = False
     lost: bool = False
+    shown: Shown | None = None
     used_at: float = 0.0
 
     @property

@@ -71,7 +71,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """What the engine keeps: gauges, and counters, whose names get `_total`."""
-        engine, cache = self._engine, self._engine.cache
+        engine, cache, showing = self._engine, self._engine.cache, self._engine.showing
         for name, text, value in (
             ("sessions", "Sessions in use.", len(cache.sessions)),
             ("sessions_idle", "Sessions that may go when others want slots.", len(cache.idle)),
@@ -83,6 +83,12 @@ class Metrics(Collector):
                 cache.kept,
             ),
             ("slots", "KV slots in all.", cache.size),
+            ("pictures", "Pictures held.", len(showing.store) if showing else 0),
+            (
+                "picture_bytes",
+                "Bytes of their embeddings.",
+                showing.store.bytes if showing else 0,
+            ),
         ):
             yield GaugeMetricFamily(f"lenvm_{name}", text, value)
         for name, text, value in (
@@ -98,6 +104,11 @@ class Metrics(Collector):
             ("prefix_hits", "Of these, tokens that were held already.", cache.prefix_hits),
             ("tokens_forwarded", "Tokens and candidates through the model.", engine.forwarded),
             ("tokens_saved", "Tokens and candidates held already.", engine.saved),
+            (
+                "rows_without_picture",
+                "Rows without values since a picture of theirs was not there.",
+                showing.missing if showing else 0,
+            ),
         ):
             yield CounterMetricFamily(f"lenvm_{name}", text, value)
 

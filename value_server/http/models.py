@@ -22,7 +22,9 @@ from value_server.engine.engine import Engine
 from value_server.engine.errors import ClientGoneError, RequestError, UnknownModelError
 from value_server.engine.job import Job, JobResult, Row
 from value_server.engine.keys import lookahead_keys as keys_of
+from value_server.engine.pictures import MOST_PIXELS
 from value_server.http.metrics import Metrics
+from value_server.http.pictures import Intake
 from value_server.http.text import TextRequest, Texts
 
 LOOK_SECONDS = 0.2  # between looks whether anybody still waits; a step is faster
@@ -35,16 +37,28 @@ class ServedModel:
     batcher: Batcher
     metrics: Metrics
     texts: Texts
+    intake: Intake
     info: wire.ModelInfo
     keys: bytes | None  # the message of the lookahead keys; None: the model has none
 
     @classmethod
-    def of(cls, engine: Engine, texts: Texts, max_waiting: int = 1024, name: str = "") -> Self:
-        """`engine` should be warm already (Engine.warm_up). name: for the log."""
-        info, keys = model_facts(engine)
+    def of(
+        cls,
+        engine: Engine,
+        texts: Texts,
+        max_waiting: int = 1024,
+        name: str = "",
+        *,
+        picture_pixels: int = MOST_PIXELS,
+        picture_token: int = -1,
+    ) -> Self:
+        """`engine` should be warm already (Engine.warm_up). name: for the log. picture_pixels: of
+        a picture at most. picture_token: that of the base model, if the engine sees none."""
+        info, keys = model_facts(engine, picture_token)
         metrics = Metrics(engine)
         batcher = Batcher(engine, max_waiting, metrics.on_pass, name)
-        return cls(batcher, metrics, texts, info, wire.encode(keys) if keys else None)
+        intake = Intake(batcher, picture_pixels)
+        return cls(batcher, metrics, texts, intake, info, wire.encode(keys) if keys else None)
 
     async def run(self, job: Job, http: Request, end: float | None = None) -> JobResult:
         """The job's result; what there is of it at `end` (time.perf_counter), if that is given.
@@ -69,8 +83,11 @@ class ServedModel:
     async def lengths(self, request: TextRequest, http: Request) -> list[float]:
         """Tokens to expect after each token of the text."""
         ids = await run_in_threadpool(self.texts.ids, request)
+        pictures = await self.intake.take_all(request.shown)
+        if pictures and request.token_ids is None:
+            ids = self.intake.widened(ids, pictures, request.given)
         name = own(http, f"text-{uuid.uuid4()}")
-        job = Job([Row(name, 0, ids)], texts=True, client=http.state.client)
+        job = Job([Row(name, 0, ids, pictures=pictures)], texts=True, client=http.state.client)
         try:
             result = await self.run(job, http)
         except RequestError as error:
@@ -141,7 +158,9 @@ def name_of(http: Request) -> str:
     return str(http.path_params.get("model", ""))
 
 
-def model_facts(engine: Engine) -> tuple[wire.ModelInfo, wire.LookaheadKeys | None]:
+def model_facts(
+    engine: Engine, picture_token: int = -1
+) -> tuple[wire.ModelInfo, wire.LookaheadKeys | None]:
     """What `GET /v1/model` and `GET /v1/lookahead-keys` tell."""
     lenvm = engine.model.lenvm
     info = wire.ModelInfo(
@@ -154,6 +173,8 @@ def model_facts(engine: Engine) -> tuple[wire.ModelInfo, wire.LookaheadKeys | No
         max_sessions=engine.cache.max_sessions,
         max_candidates=engine.max_candidates,
         lookahead_rank=engine.lookahead_rank,
+        sees_pictures=engine.showing is not None,
+        picture_token=engine.showing.sight.placeholder if engine.showing else picture_token,
     )
     head = engine.lookahead
     packed = wire.pack_keys(keys_of(engine.model, head)) if head else b""

@@ -92,6 +92,15 @@ async def close(name: str, http: Request) -> None:
         raise UnknownSessionError(f"no session {name!r}", "id")
 
 
+@router.put(wire.PICTURES_PATH + "/{digest}", status_code=204)
+async def put_picture(digest: str, http: Request) -> None:
+    """Hold the picture in the body, the file as it is (PNG, JPEG, WebP, …), by its sha256.
+
+    Steps name it by that. 409 where the model reads text alone.
+    """
+    await asked(http).intake.take(digest, await http.body())
+
+
 @router.get(wire.MODEL_PATH)
 async def model(http: Request) -> dict[str, Any]:
     """Facts of the value model and limits of the server."""
@@ -161,18 +170,14 @@ def rows_of(message: wire.StepRequest, http: Request) -> Iterator[Row]:
     tokens = wire.unpack_ids(message.tokens).tolist()
     candidates = wire.unpack_ids(message.candidates).tolist()
     t = k = 0
-    for name, start, n, m in zip(
-        message.sessions,
-        message.starts,
-        message.token_counts,
-        message.candidate_counts,
-        strict=True,
-    ):
+    counts = zip(message.starts, message.token_counts, message.candidate_counts, strict=True)
+    for row, (name, (start, n, m)) in enumerate(zip(message.sessions, counts, strict=True)):
         yield Row(
             own(http, name),
             start,
             tokens[t : t + n],
             candidates[k : k + m],
             message.lookahead_rank,
+            message.pictures.get(row, ()),
         )
         t, k = t + n, k + m

@@ -23,7 +23,7 @@ log = logging.getLogger("value_server")
 FIELDS = {
     *(field.name for field in msgspec.structs.fields(wire.StepRequest)),
     *TextRequest.model_fields,
-    *("body", "authorization", "id"),
+    *("body", "authorization", "id", "digest"),
 }
 MOST = 8  # sessions of one request that are named
 LONGEST = 64  # characters of each

@@ -17,22 +17,40 @@ log = logging.getLogger(__name__)
 
 
 class TextRequest(BaseModel):
-    """Exactly one of `messages` (chat template), `prompt` (plain text) and `token_ids`."""
+    """Exactly one of `messages` (chat template), `prompt` (plain text) and `token_ids`.
+
+    pictures: of the text, in order, for a model that sees: digests of pictures that are here, and
+    data URLs; by default those in the parts "image_url" of messages. In token_ids each has all its
+    placeholder tokens, elsewhere one.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
     token_ids: list[int] | None = None
+    pictures: list[str] | None = None
 
     @property
     def given(self) -> str:
         """Name of the field that is set."""
-        return next(name for name, value in self if value is not None)
+        return self._given[0]
+
+    @property
+    def shown(self) -> list[str]:
+        """What its pictures are."""
+        if self.pictures is not None:
+            return self.pictures
+        parts = (part for message in self.messages or [] for part in _parts(message))
+        return [_url(part) for part in parts if part.get("type") == "image_url"]
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name, value in self if value is not None and name != "pictures"]
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "TextRequest":
-        given = [name for name, value in self if value is not None]
+        given = self._given
         if len(given) != 1:
             raise ValueError(
                 f"give exactly one of messages, prompt and token_ids, got {given or 'none'}"
@@ -127,10 +145,11 @@ class Texts:
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
         assert self._tokenizer is not None
+        plain = [_plain(message) for message in messages]
         try:
             with self._lock:
                 encoded = self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True
+                    plain, add_generation_prompt=True, tokenize=True, return_dict=True
                 )
         except Exception as error:  # templates are programs: they raise what they like
             raise RequestError(
@@ -142,8 +161,26 @@ class Texts:
 def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
     """The texts of messages, those of parts as well; what is none has told the template enough."""
     for message in messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        for part in parts:
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                yield part["text"]
+        parts = _parts(message) or [{"text": message.get("content")}]
+        yield from (part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that a message's content has; none where it is a text."""
+    content = message.get("content")
+    return [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+
+
+def _url(part: dict[str, Any]) -> str:
+    """Of a picture in a message, as in OpenAI's API; what is none is refused as a picture."""
+    told = part.get("image_url")
+    return str(told.get("url") if isinstance(told, dict) else told)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """Pictures as all chat templates know them: without what they show."""
+    parts = _parts(message)
+    if not any(part.get("type") == "image_url" for part in parts):
+        return message
+    plain = [{"type": "image"} if part.get("type") == "image_url" else part for part in parts]
+    return message | {"content": plain}

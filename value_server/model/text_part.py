@@ -6,7 +6,14 @@ and its own class does not tell packed texts apart.
 
 from typing import Any
 
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 PLAIN: dict[str, type[PreTrainedConfig]] = {
     "qwen2_vl_text": Qwen2Config,
@@ -39,3 +46,13 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     )
     plain.load_state_dict(decoder.state_dict())
     return plain
+
+
+def picture_token(source: str) -> int:
+    """Placeholder of pictures in the texts of a model that lies here; -1 where it has none."""
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):  # a full checkpoint can do without its base model
+        return -1
+    token = getattr(config, "image_token_id", None)
+    return -1 if token is None else int(token)

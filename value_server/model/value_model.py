@@ -5,43 +5,36 @@ state after that token, as logit z (see contract.values). With a lookahead head 
 model also tells z after any next token, without reading that token.
 """
 
-import contextlib
 import json
 import logging
-import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import get_logger
+from transformers import PreTrainedModel
 
 from value_server.contract.checkpoint import (
     CONFIG_FILE,
     CONFIG_KEY,
     HEAD_FILE,
     LOOKAHEAD_FILE,
-    CheckpointError,
+    PROCESSOR_FILE,
     LenvmConfig,
     make_readable,
     read_config,
 )
 from value_server.contract.targets import Readout
 from value_server.contract.weights import are_other_weights, weights_fingerprint
+from value_server.model.backbone import load_adapter, load_backbone, load_sight, naming
+from value_server.model.inputs import Pictures, decoder_inputs, with_axes
 from value_server.model.lookahead import Lookahead, logits_after
-from value_server.model.text_part import text_part
+from value_server.model.sight import Sight
 
 log = logging.getLogger(__name__)
-
-VOCABULARY_HEAD = "lm_head."
-# What transformers, peft and safetensors raise, or warn of, where files do not fit.
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UserWarning)
 
 
 class ValueHead(nn.Module):
@@ -65,11 +58,19 @@ class ValueHead(nn.Module):
 class ValueModel(nn.Module):
     """backbone: a transformers decoder, or the peft model around it while an adapter trains.
 
-    lookahead: None where `lenvm.lookahead_rank` is 0.
+    lookahead: None where `lenvm.lookahead_rank` is 0. sight: None unless `lenvm.pictures`; the
+    backbone then is the decoder that it was made with.
     """
 
-    def __init__(self, backbone: PreTrainedModel, head: ValueHead, lenvm: LenvmConfig) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        head: ValueHead,
+        lenvm: LenvmConfig,
+        sight: Sight | None = None,
+    ) -> None:
         super().__init__()
+        self.sight = sight
         self.backbone = backbone
         self.head = head
         self.head.readout = lenvm.readout
@@ -90,14 +91,15 @@ class ValueModel(nn.Module):
         attention_mask: Tensor | None = None,
         raw: bool = False,
         after: Sequence[tuple[Tensor, Tensor]] = (),
+        pictures: Pictures | None = None,
     ) -> Any:
         """(B, T) ids → (B, T) float32 logits z, or with `raw` the head's raw output.
 
         Positions that restart at 0 mark packed texts. after: pairs of (N,) positions, counted
         through all B·T, and (N, K) next tokens there; with them the result is z and the list of
-        their `following`.
+        their `following`. pictures: of these texts, for a model that sees them.
         """
-        hidden = self.hidden(input_ids, position_ids, attention_mask)
+        hidden = self.hidden(input_ids, position_ids, attention_mask, pictures)
         z: Tensor = self.head(hidden, raw)
         if not after:
             return z
@@ -109,14 +111,18 @@ class ValueModel(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        pictures: Pictures | None = None,
     ) -> Tensor:
-        """(B, T) ids → (B, T, H) states that both heads read."""
-        output = self.backbone(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-        )
+        """(B, T) ids → (B, T, H) states that both heads read. Raises ValueError, see inputs."""
+        given: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+        if pictures is not None:
+            if self.sight is None:
+                raise ValueError("pictures: given to a value model that sees none")
+            parts = (input_ids, position_ids, pictures)
+            given = decoder_inputs(self.backbone, self.sight, *parts)
+        elif self.sight is not None and self.sight.axes > 1:
+            given["position_ids"] = with_axes(input_ids, position_ids, None)
+        output = self.backbone(**{"attention_mask": attention_mask} | given, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
 
@@ -149,6 +155,8 @@ class ValueModel(nn.Module):
             if part is not None:
                 tensors = {n: t.detach().cpu().contiguous() for n, t in part.state_dict().items()}
                 save_file(tensors, folder / file)
+        if self.sight is not None:
+            self.sight.processor.save_pretrained(folder)
         facts = self.config.to_dict() | {CONFIG_KEY: msgspec.to_builtins(self.lenvm)}
         # A path of the training machine is of no use to the reader.
         facts.pop("_name_or_path", None)
@@ -161,7 +169,7 @@ class ValueModel(nn.Module):
 
         Raises CheckpointError.
         """
-        with _naming(checkpoint):
+        with naming(checkpoint):
             self.head.load_state_dict(load_file(checkpoint / HEAD_FILE))
             if self.lookahead is not None and lookahead:
                 self.lookahead.load_state_dict(load_file(checkpoint / LOOKAHEAD_FILE))
@@ -180,113 +188,36 @@ class ValueModel(nn.Module):
         names what is missing or does not fit.
         """
         lenvm = read_config(checkpoint)
-        source = str(checkpoint) if lenvm.weights == "full" else base_model or lenvm.base_model
+        base = base_model or lenvm.base_model
         merging = lenvm.weights == "adapter"
         backbone = load_backbone(
-            source,
+            str(checkpoint) if lenvm.weights == "full" else base,
             lenvm.num_layers,
             torch.float32 if merging else dtype,
             attn_implementation,
+            lenvm.pictures,
         )
         if merging:
             backbone = load_adapter(backbone, checkpoint).merge_and_unload()
-        model = cls(backbone.to(dtype), ValueHead(backbone.config.hidden_size), lenvm)
+        head = ValueHead(backbone.config.hidden_size)
+        sight = read_sight(checkpoint, lenvm, base, dtype)
+        model = cls(backbone.to(dtype), head, lenvm, sight)
         model.load_heads(checkpoint)
-        if lenvm.weights != "full" and are_other_weights(
-            lenvm.base_fingerprint, weights_fingerprint(source)
-        ):
-            log.warning("%s: was trained on other weights than those of %s", checkpoint, source)
+        takes_base = lenvm.weights != "full" or lenvm.pictures
+        if takes_base and are_other_weights(lenvm.base_fingerprint, weights_fingerprint(base)):
+            log.warning("%s: was trained on other weights than those of %s", checkpoint, base)
         return model.eval()
 
 
-@contextlib.contextmanager
-def _naming(checkpoint: Path) -> Iterator[None]:
-    """What does not fit is a CheckpointError that names the folder."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
-
-
-def load_adapter(backbone: PreTrainedModel, checkpoint: Path, trains: bool = False) -> Any:
-    """The peft model of `backbone` with a checkpoint's adapter. Raises CheckpointError."""
-    from peft import PeftModel
-
-    with _naming(checkpoint), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(backbone, checkpoint, is_trainable=trains)
-
-
-def load_backbone(
-    source: str,
-    num_layers: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
-) -> PreTrainedModel:
-    """The first `num_layers` layers (None: all) of a decoder and its norm, no vocabulary head.
-
-    source: hub name or folder; of a vision-language model the text part is taken. Raises
-    CheckpointError.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if num_layers is not None:
-            _truncate(config.get_text_config(), num_layers)
-        with _without_report():
-            backbone, report = AutoModel.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # _check tells them by name
-                output_loading_info=True,
-            )
-        _check(report, source, num_layers)
-        return text_part(backbone)
-    except UNREADABLE as error:
-        raise CheckpointError(f"{source}: backbone does not load: {error}") from error
-
-
-@contextlib.contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers would print a page of the weights that a truncated backbone leaves out."""
-    logger = get_logger("transformers.modeling_utils")
-    logger.addFilter(_is_no_report)  # not its level, from which other messages hang
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
-
-
-def _check(report: dict[str, Any], source: str, num_layers: int | None) -> None:
-    """Raises ValueError where transformers would go on with random weights."""
-    if report["missing_keys"]:
-        raise ValueError(f"weights are missing: {min(report['missing_keys'])}")
-    for name, there, here in sorted(report["mismatched_keys"]):
-        raise ValueError(f"{name} is {tuple(there)}, its config.json says {tuple(here)}")
-    unused = [name for name in report["unexpected_keys"] if not _is_left_out(name, num_layers)]
-    if unused:
-        log.warning("%s: %d weights are not used, such as %s", source, len(unused), min(unused))
-
-
-def _is_left_out(name: str, num_layers: int | None) -> bool:
-    """Whether a weight is of a layer above the last, or of the vocabulary head."""
-    layer = re.search(r"\.(\d+)\.", name)
-    above = layer is not None and num_layers is not None and int(layer[1]) >= num_layers
-    return above or name.startswith(VOCABULARY_HEAD)
-
-
-def _truncate(config: PreTrainedConfig, num_layers: int) -> None:
-    if not 1 <= num_layers <= config.num_hidden_layers:
-        raise ValueError(f"num_layers: {num_layers} of {config.num_hidden_layers}")
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
+def read_sight(
+    checkpoint: Path | None, lenvm: LenvmConfig, base: str, dtype: torch.dtype
+) -> Sight | None:
+    """What a value model sees by: tower and projector of `base`, the image processor of its
+    checkpoint where that has one. Raises CheckpointError."""
+    if not lenvm.pictures:
+        return None
+    own = checkpoint if checkpoint and (checkpoint / PROCESSOR_FILE).exists() else None
+    return load_sight(base, lenvm.num_layers, dtype, own)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -15,7 +15,8 @@ import torch
 from tests.support import training as support
 from tests.support.tiny import GAMMA, tiny_checkpoint
 from tests.support.training import grouped, row
-from trainer.data import Rollout, make_example, prompt_hashes
+from trainer.data import Rollout, make_example
+from trainer.digests import prompt_hashes
 from trainer.evaluation import evaluate as command
 from trainer.evaluation.figures import predicted, summarise
 from trainer.evaluation.predict import predict

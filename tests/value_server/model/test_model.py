@@ -23,7 +23,8 @@ from transformers import (
 from tests.support.tiny import GAMMA
 from trainer.training.backbone import WEIGHTS, Backbone, LoraShape, Tune
 from value_server.contract.checkpoint import CheckpointError, LenvmConfig
-from value_server.model.value_model import ValueHead, ValueModel, load_backbone, log
+from value_server.model.backbone import load_backbone, log
+from value_server.model.value_model import ValueHead, ValueModel
 
 CONFIGS = [LlamaConfig, Qwen2Config, Qwen3Config]
 TUNES: list[Tune] = ["full", "lora", "head"]

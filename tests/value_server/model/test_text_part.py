@@ -5,61 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_vision import BACKBONES, VOCABULARY, write_backbone
 from tests.support.training import row, run, write
 from trainer.training.backbone import load_shape
 from value_server.contract.checkpoint import CheckpointError
-from value_server.model.value_model import ValueModel, load_backbone
+from value_server.model.backbone import load_backbone
+from value_server.model.value_model import ValueModel
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
-TEXT: dict[str, Any] = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 256,
-    "pad_token_id": None,
-}
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-QWEN |= {"out_hidden_size": 32}
-SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-SIGLIP |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-BACKBONES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "qwen2.5-vl": ("Qwen2_5_VL", {"rope_parameters": MROPE}, QWEN, "Qwen2Model"),
-    "qwen3-vl": (
-        "Qwen3VL",
-        {"rope_parameters": MROPE},
-        QWEN | {"deepstack_visual_indexes": [0]},
-        "Qwen3Model",
-    ),
-    "gemma3": ("Gemma3", {"sliding_window": 4}, SIGLIP, "Gemma3TextModel"),
-    "llava": (
-        "Llava",
-        {"model_type": "llama"},
-        SIGLIP | {"model_type": "siglip_vision_model"},
-        "LlamaModel",
-    ),
-}
-
-
-def write_backbone(folder: Path, name: str) -> Any:
-    """A random vision-language model on disk, and its decoder."""
-    torch.manual_seed(0)
-    kind, text, vision, _ = BACKBONES[name]
-    config = getattr(tf, f"{kind}Config")(text_config=TEXT | text, vision_config=vision)
-    model = tf.AutoModelForImageTextToText.from_config(config).eval()
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return model.model.get_decoder()
 
 
 @torch.inference_mode()
@@ -70,11 +25,11 @@ def hidden(backbone: Any, ids: torch.Tensor = IDS, **options: Any) -> torch.Tens
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_it_computes_what_the_whole_computes(name: str, tmp_path: Path) -> None:
-    decoder = write_backbone(tmp_path, name)
+    decoder = write_backbone(tmp_path, name).get_decoder()
     backbone = load_backbone(str(tmp_path))
-    assert type(backbone).__name__ == BACKBONES[name][-1]
+    assert type(backbone).__name__ == BACKBONES[name][4]
     torch.testing.assert_close(hidden(backbone), hidden(decoder), rtol=1e-4, atol=1e-4)
-    assert load_shape(str(tmp_path)) == (3, 258)
+    assert load_shape(str(tmp_path)) == (3, VOCABULARY)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -1,0 +1,76 @@
+"""Value models that see: tiny ones of each family, and what plain transformers makes of a text."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from tests.support import tiny
+from tests.support.tiny_vision import MORE, SIZES, picture, text_with, whole_hidden, write_backbone
+from value_server.engine.engine import Engine
+from value_server.engine.pictures import Look
+from value_server.model.sight import Sight
+from value_server.model.value_model import ValueModel
+
+TILES = ("smolvlm", "idefics3")  # families whose pictures have tokens between their rows
+
+
+@dataclass
+class Seer:
+    """A model of a family twice: as a value model, and whole, by plain transformers."""
+
+    name: str
+    whole: Any
+    value: ValueModel
+
+    @classmethod
+    def of(cls, name: str, folder: Path, lookahead: int = 0) -> "Seer":
+        whole = write_backbone(folder, name)
+        parts = [type(whole).from_pretrained(folder).eval() for _ in range(2)]
+        other = tiny.tiny_lookahead(lookahead) if lookahead else tiny.tiny_model(more=MORE)
+        lenvm = msgspec.structs.replace(other.lenvm, base_model=str(folder))
+        sight = Sight(parts[0], str(folder))
+        value = ValueModel(parts[1].get_decoder(), other.head, lenvm, sight).eval()
+        value.lookahead = other.lookahead
+        return cls(name, whole, value)
+
+    def pixels(self, number: int) -> Any:
+        assert self.value.sight
+        return self.value.sight.pixels(picture(number, *SIZES[number % len(SIZES)]))
+
+    def rows(self, number: int) -> int:
+        """Of a picture, as many as it has placeholders."""
+        assert self.value.sight
+        return len(self.value.sight.look(self.pixels(number)).rows)
+
+    def text(self, numbers: list[int]) -> list[int]:
+        """A text with these pictures."""
+        return text_with([self.rows(n) for n in numbers], 1 if self.name in TILES else None)
+
+    def show(self, engine: Engine, numbers: list[int]) -> None:
+        assert engine.showing
+        for number in numbers:
+            look = Look(digest(number), self.pixels(number))
+            engine.showing.look(look)
+            look.future.result()
+
+    @torch.inference_mode()
+    def plain(self, text: list[int], numbers: list[int]) -> torch.Tensor:
+        """(T, H) hidden states by plain transformers, everything at once."""
+        return whole_hidden(self.whole, text, [self.pixels(number) for number in numbers])
+
+    @torch.inference_mode()
+    def z(self, text: list[int], numbers: list[int]) -> float:
+        """The logit at the end of the text."""
+        return float(self.value.head(self.plain(text, numbers)[-1]))
+
+
+def digest(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def digests(numbers: list[int]) -> list[str]:
+    return [digest(number) for number in numbers]

@@ -1,0 +1,99 @@
+"""Pictures that clients send: bytes, pixels, and what the model makes of them.
+
+    body ──▶ a worker decodes it ──▶ the engine's thread looks at it ──▶ the store
+
+What a picture shows is nowhere logged.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Sequence
+
+from starlette.concurrency import run_in_threadpool
+
+from value_server.engine.batcher import Batcher
+from value_server.engine.errors import BlindModelError, BusyError, RequestError
+from value_server.engine.pictures import MOST_PIXELS, read
+from value_server.engine.showing import Showing
+
+DIGEST = re.compile("[0-9a-f]{64}")
+# Families in whose prompts nothing but its placeholders is told of a picture by its size.
+PLAIN = ("llava", "qwen2_5_vl", "qwen3_vl")
+AT_A_TIME = 2  # that are decoded; large ones take much memory
+MOST_WAITING = 64
+
+
+class Intake:
+    """Of one model. most_pixels: of a picture, checked before it is decoded."""
+
+    def __init__(self, batcher: Batcher, most_pixels: int = MOST_PIXELS) -> None:
+        self._batcher = batcher
+        self._showing = batcher.engine.showing
+        self._most_pixels = most_pixels
+        self._waiting = 0
+        self._places = asyncio.Semaphore(AT_A_TIME)
+
+    async def take(self, digest: str, body: bytes) -> None:
+        """Hold the picture; at once, if it is here. Raises RequestError."""
+        showing = self._sees()
+        if showing.store.has(digest):
+            return
+        if self._waiting >= MOST_WAITING:
+            raise BusyError(f"{self._waiting} pictures wait already")
+        self._waiting += 1
+        try:
+            async with self._places:
+                given = (showing.sight, showing.store, digest, body, self._most_pixels)
+                pixels = await run_in_threadpool(read, *given)
+                await asyncio.wrap_future(self._batcher.look(digest, pixels))
+        finally:
+            self._waiting -= 1
+
+    async def take_all(self, given: Sequence[str]) -> list[str]:
+        """Digests of what a text request calls its pictures: digests, and data URLs of files.
+
+        Raises RequestError.
+        """
+        found = []
+        for number, name in enumerate(given):
+            if not DIGEST.fullmatch(name):
+                body = _decoded(name, f"pictures.{number}")
+                name = hashlib.sha256(body).hexdigest()
+                await self.take(name, body)
+            found.append(name)
+        return found
+
+    def widened(self, ids: list[int], digests: Sequence[str], field: str) -> list[int]:
+        """The ids with a placeholder for each row of each picture. Raises RequestError."""
+        sight, store = self._sees().sight, self._sees().store
+        family, count = sight.tower.config.model_type, ids.count(sight.placeholder)
+        if family not in PLAIN:
+            what = f"its own tokens stand around a picture of {family}"
+            raise RequestError(f"{field}: {what}, send token_ids", field)
+        if count != len(digests):
+            what = f"{count} placeholders in it for {len(digests)} pictures"
+            raise RequestError(f"{field}: {what}", field)
+        known = [store.find(digest) for digest in digests]
+        sizes = iter([picture.size if picture else 0 for picture in known])
+        is_picture = sight.placeholder.__eq__
+        return [i for id_ in ids for i in ([id_] * next(sizes) if is_picture(id_) else [id_])]
+
+    def _sees(self) -> Showing:
+        if self._showing is None:
+            raise BlindModelError("the value model reads text alone: it sees no pictures")
+        return self._showing
+
+
+def _decoded(url: str, field: str) -> bytes:
+    """The bytes in a data URL. Raises RequestError."""
+    head, comma, data = url.partition(",")
+    try:
+        if not (comma and head.startswith("data:") and head.endswith(";base64")):
+            raise ValueError("something else")
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        what = "neither a sha256 in lower-case hex nor a data URL in base64"
+        raise RequestError(f"{field}: {head[:64]!r}, {what}", field) from error
