@@ -44,7 +44,7 @@ class EngineRows:
         self._config = vllm_config
         self._markers = markers_of(vllm_config, settings, tokenizer)
         self._letters = Letters(tokenizer, self._markers)
-        self._placeholders = placeholder_ids(vllm_config.model_config)
+        self._placeholders = placeholder_ids(getattr(vllm_config.model_config, "hf_config", None))
         self._counters = Counters()
         self._progress = Progress()
         self._client = client or connect(settings)

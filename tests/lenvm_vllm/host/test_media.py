@@ -22,7 +22,7 @@ from lenvm_vllm.host.media import placeholder_ids
 )
 def test_real_configurations_name_them(kind: str, ids: set[str]) -> None:
     config = AutoConfig.for_model(kind)
-    found = placeholder_ids(SimpleNamespace(hf_config=config))
+    found = placeholder_ids(config)
     assert found == {getattr(config, name) for name in ids if hasattr(config, name)}
     assert bool(found) is bool(ids)
 
@@ -31,5 +31,4 @@ def test_real_configurations_name_them(kind: str, ids: set[str]) -> None:
     "config", [None, SimpleNamespace(), SimpleNamespace(image_token_id=None, image_token_index="x")]
 )
 def test_one_that_names_none(config: Any) -> None:
-    assert placeholder_ids(SimpleNamespace(hf_config=config)) == frozenset()
-    assert placeholder_ids(SimpleNamespace()) == frozenset()
+    assert placeholder_ids(config) == frozenset()
