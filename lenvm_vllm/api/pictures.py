@@ -27,6 +27,8 @@ from lenvm_vllm.target.request import MEDIA
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.values.pictures import PictureServers
 
+# Whose headers are read here; what else vLLM may take, no value server does.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Fields by which a request has its pictures prepared in its own way.
 _OWN_WAYS = ("mm_processor_kwargs", "media_io_kwargs")
 
@@ -148,7 +150,7 @@ def _looked_at(url: str, data: bytes, most_pixels: int) -> tuple[str, str | None
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit decides
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
             width, height = picture.size
             media_type = Image.MIME.get(picture.format or "", "image/*")
     if width * height > most_pixels:

@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.lenvm")
 FRESH_S = 10.0  # for which it is believed what a server told, and that it has a picture
 PAUSES_S = (0.0, 0.5, 2.0)  # before each try to give one
 LONGEST_PUT = 16  # times the time-out: a server may look at a picture before it answers
-MOST_AT_ONCE = 8
+MOST_AT_ONCE = 4  # to each server
 MOST_HELD = 256 << 20  # bytes of pictures that wait to be given; others are lost
 
 
@@ -35,6 +35,7 @@ class _Server:
     question: "asyncio.Task[None] | None" = None
     given: dict[str, float] = field(default_factory=dict)
     wanting: set[str] = field(default_factory=set)
+    at_once: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_AT_ONCE))
     complained: bool = False
 
 
@@ -58,10 +59,12 @@ class PictureServers:
         own = {**settings.adapters, "": settings.url}
         self._servers_of = {name: [servers[url] for url in urls] for name, urls in own.items()}
         self._timeout_s = settings.timeout_s
+        self._put_timeout = httpx.Timeout(
+            LONGEST_PUT * settings.timeout_s, connect=settings.timeout_s
+        )
         self._pauses_s = pauses_s
         self._count, self._clock = count, clock
         self._tasks: set[asyncio.Task[None]] = set()
-        self._at_once = asyncio.Semaphore(MOST_AT_ONCE)
         self._held = 0
 
     async def see(self, model: str) -> bool:
@@ -121,7 +124,7 @@ class PictureServers:
 
     async def _give(self, server: _Server, digest: str, data: bytes) -> None:
         try:
-            async with self._at_once:
+            async with server.at_once:
                 taken = await self._put(server, digest, data)
         finally:
             server.wanting.discard(digest)
@@ -141,7 +144,7 @@ class PictureServers:
                 reply = await server.http.put(
                     f"{wire.PICTURES_PATH}/{digest}",
                     content=data,
-                    timeout=LONGEST_PUT * self._timeout_s,
+                    timeout=self._put_timeout,
                 )
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
                 trouble = type(error).__name__

@@ -12,11 +12,11 @@ from vllm.connections import global_http_connection
 T = TypeVar("T")
 
 
-def png(seed: int = 0, width: int = 30, height: int = 20) -> bytes:
-    """A file of coloured noise."""
+def png(seed: int = 0, width: int = 30, height: int = 20, form: str = "PNG") -> bytes:
+    """A file of coloured noise, also in another format."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     out = io.BytesIO()
-    Image.fromarray(noise).save(out, "PNG")
+    Image.fromarray(noise).save(out, form)
     return out.getvalue()
 
 

@@ -202,6 +202,7 @@ def test_not_where_no_values_are_wanted(policy: str) -> None:
         ([part(URLS[0])], {"media_io_kwargs": {"image": {"image_mode": None}}}, {}),
         ([part(data_url(b"no picture"))], {}, {}),
         ([part(data_url(b""))], {}, {}),
+        ([part(data_url(png(0, form="ICO")))], {}, {}),
         ([part("file:///etc/hostname")], {}, {}),
         ([part("data:image/png,plain")], {}, {}),
         ([part(URLS[0]), part("http://127.0.0.1:9/x.png")], {}, {}),

@@ -191,3 +191,29 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     world.run(many)
     assert world.counted == {"pictures": 3, "lost_pictures": 1}
+
+
+def test_one_that_hangs_keeps_nothing_from_the_others() -> None:
+    world = World("a", "b", url="http://a,http://b")
+    files = {str(number): b"x" for number in range(3 * values_pictures.MOST_AT_ONCE)}
+
+    async def hanging(servers: PictureServers) -> None:
+        hang = asyncio.Event()
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            if request.url.host == "a":
+                await hang.wait()
+            return httpx.Response(204)
+
+        assert await servers.see("m")
+        for server in servers._of("m"):
+            server.http = httpx.AsyncClient(
+                transport=httpx.MockTransport(answer), base_url=server.url
+            )
+        servers.give("m", files)
+        while world.counted["pictures"] < len(files):
+            await asyncio.sleep(0)
+        hang.set()
+
+    world.run(hanging)
+    assert world.counted == {"pictures": 2 * len(files)}
