@@ -135,6 +135,8 @@ def export_checkpoint(checkpoint: Path, output: Path, *, base_model: str | None 
     lenvm = read_config(checkpoint)
     if lenvm.target != "discounted_return":
         raise ValueError(f"target: {lenvm.target!r}, must be 'discounted_return' to be exported")
+    if lenvm.pictures:
+        raise ValueError("pictures: True, must be False to be exported, as text alone")
     if lenvm.weights == "full":
         config, decoder = AutoConfig.from_pretrained(checkpoint), dict(_read_tensors(checkpoint))
         decoder = {name: t for name, t in decoder.items() if name not in HEAD_NAMES}

@@ -31,7 +31,8 @@ class Seer:
         whole = write_backbone(folder, name)
         parts = [type(whole).from_pretrained(folder).eval() for _ in range(2)]
         other = tiny.tiny_lookahead(lookahead) if lookahead else tiny.tiny_model(more=MORE)
-        lenvm = msgspec.structs.replace(other.lenvm, base_model=str(folder))
+        facts = {"base_model": str(folder), "num_layers": 3, "pictures": True}
+        lenvm = msgspec.structs.replace(other.lenvm, **facts)
         sight = Sight(parts[0], str(folder))
         value = ValueModel(parts[1].get_decoder(), other.head, lenvm, sight).eval()
         value.lookahead = other.lookahead

@@ -8,35 +8,46 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from trainer.checks import check_positive
+from trainer.checks import check, check_positive
 from trainer.rollouts.codereasoning import question_of
+from trainer.rollouts.pictured import Turns, as_messages, pictures_in, pictures_of, turns_of
 from trainer.rows import read_rows
+from value_server.model.pictures import Picture
 
 HUB = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """text: what the user says last. turns: a whole conversation up to it, where that is given;
+    pictures: all that are in it, or that go before the text."""
+
     id: str
     domain: str
     text: str
     system: str = ""
+    pictures: tuple[Picture, ...] = ()
+    turns: Turns = ()
 
-    def messages(self) -> list[dict[str, str]]:
-        """What the model is asked."""
-        asked = [{"role": "user", "content": self.text}]
-        return [{"role": "system", "content": self.system}, *asked] if self.system else asked
+    def messages(self) -> list[dict[str, Any]]:
+        """What the model is asked: the turns, or else the pictures and the text."""
+        turns: Turns = self.turns or (("user", (*self.pictures, self.text)),)
+        if self.system and turns[0][0] != "system":
+            turns = (("system", (self.system,)), *turns)
+        return as_messages(turns)
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A hub data set. `text` gives a row's prompt, None where it has none."""
+    """A hub data set. `text` gives a row's prompt, None where it has none; `picture`: the column
+    with a picture of it."""
 
     data: str
     split: str
     domain: str
     template: str
     text: Callable[[Mapping[str, Any]], str | None]
+    picture: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,9 @@ class Selection:
     """Text around each {prompt}; by default that of a preset, or none."""
     column: str = "prompt"
     """Column of a file or data set that holds the prompt, if another."""
+    picture_column: str = "images"
+    """Column that holds the pictures of a prompt, if any: one or several paths, data: URLs or
+    pictures of a data set. They go before the text."""
     system: str = ""
     """System prompt of all that bring none in a column `system`."""
     hub: Hub = Hub()
@@ -82,10 +96,12 @@ class Selection:
             prompts = _of_preset(name, preset)
         elif name.startswith(HUB):
             rows = _hub_rows(name.removeprefix(HUB), self.hub)
-            prompts = _of_rows(name, "row", rows, self.column)
+            prompts = _of_rows(name, "row", rows, Path(), self)
         else:
-            prompts = _of_rows(name, "line", read_rows(source), self.column)
+            prompts = _of_rows(name, "line", read_rows(source), source.parent, self)
         for prompt in islice(prompts, self.limit):
+            alone = not (prompt.turns and self.template)
+            check(alone, "template", self.template, "left out with messages")
             text, system = template.format(prompt=prompt.text), prompt.system or self.system
             yield replace(prompt, text=text, system=system)
 
@@ -95,7 +111,7 @@ def _first_turn(row: Mapping[str, Any]) -> str | None:
     return turn["content"] if turn["role"] == "user" else None
 
 
-# The data sets that the paper trains on; the wording is ours.
+# Data sets that the paper trains or measures on; the wording is ours.
 PRESETS = {
     "opencodereasoning-2-python": Preset(
         "nvidia/OpenCodeReasoning-2",
@@ -113,6 +129,14 @@ PRESETS = {
         "Solve this problem step by step and put the final answer in \\boxed{{}}.\n\n{prompt}",
         lambda row: row["question"],
     ),
+    "mathvista": Preset(
+        "AI4Math/MathVista",
+        "testmini",
+        "vision",
+        "{prompt}",
+        lambda row: row["query"],
+        "decoded_image",
+    ),
 }
 
 
@@ -128,20 +152,40 @@ def check_template(template: str) -> None:
         raise ValueError(f"template: {template!r}, must contain {{prompt}}")
 
 
-def _of_rows(source: str, what: str, rows: Iterable[Any], column: str) -> Iterator[Prompt]:
+def _of_rows(
+    source: str, what: str, rows: Iterable[Any], folder: Path, selection: Selection
+) -> Iterator[Prompt]:
+    column, pictures = selection.column, selection.picture_column
     for number, row in enumerate(rows):
-        if not isinstance(row.get(column), str):
-            raise ValueError(f"{source}: {what} {number + 1}: {column}: missing or not a text")
+        place = f"{source}: {what} {number + 1}"
         if not isinstance(system := row.get("system") or "", str):
-            raise ValueError(f"{source}: {what} {number + 1}: system: {system!r}, must be a text")
-        own = (str(row.get("id", number)), str(row.get("domain", "")), row[column])
-        yield Prompt(*own, system)
+            raise ValueError(f"{place}: system: {system!r}, must be a text")
+        own = (str(row.get("id", number)), str(row.get("domain", "")))
+        if column not in row and "messages" in row:
+            turns = turns_of(place, row["messages"], folder)
+            text = "\n".join(part for part in turns[-1][1] if isinstance(part, str))
+            yield Prompt(*own, text, system, pictures_of(turns), turns)
+            continue
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"{place}: {column}: missing or not a text")
+        shown = pictures_in(place, pictures, row.get(pictures), folder)
+        yield Prompt(*own, row[column], system, shown)
 
 
 def _hub_rows(name: str, hub: Hub) -> Iterable[Any]:
     from datasets import load_dataset
 
-    return load_dataset(name, hub.subset, split=hub.split, streaming=True)
+    return _undecoded(load_dataset(name, hub.subset, split=hub.split, streaming=True))
+
+
+def _undecoded(rows: Any) -> Any:
+    """Pictures as the bytes that they are stored in."""
+    from datasets import Image
+
+    for name, kind in (getattr(rows, "features", None) or {}).items():
+        if isinstance(kind, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
 
 
 def _of_preset(name: str, preset: Preset) -> Iterator[Prompt]:
@@ -149,8 +193,10 @@ def _of_preset(name: str, preset: Preset) -> Iterator[Prompt]:
     from datasets import load_dataset
 
     seen: set[int] = set()
-    for number, row in enumerate(load_dataset(preset.data, split=preset.split, streaming=True)):
-        text = preset.text(row)
-        if text and hash(text) not in seen:
-            seen.add(hash(text))
-            yield Prompt(f"{name}-{number}", preset.domain, text)
+    rows = _undecoded(load_dataset(preset.data, split=preset.split, streaming=True))
+    for number, row in enumerate(rows):
+        text, column = preset.text(row), preset.picture or ""
+        shown = pictures_in(f"{name}: row {number + 1}", column, row.get(column), Path())
+        if text and (key := hash((text, shown))) not in seen:
+            seen.add(key)
+            yield Prompt(f"{name}-{number}", preset.domain, text, pictures=shown)

@@ -42,7 +42,8 @@ def rollout(
     prompts
         JSON lines, plain or gzip, with `prompt` and, optionally, `id` and `domain`; hub:NAME, a
         data set of the hub with the same columns; or one of opencodereasoning-2-python,
-        wildchat, deepmath-103k, which are read from the hub.
+        wildchat, deepmath-103k, mathvista, which are read from the hub. In place of `prompt` a
+        line may have OpenAI `messages`; pictures are paths or data: URLs there and in `images`.
     output
         Folder of the Parquet files; those that are there already stay as they are.
     model
@@ -95,6 +96,7 @@ def sample_rows(
             "completion_ids": ids,
             "finish_reason": reason,
             "token_source": ENGINE,
+            "pictures": prompt.pictures,
         }
         for prompt, sampled in zip(prompts, sampler.sample(prompts, sampling), strict=True)
         if sampled

@@ -18,7 +18,9 @@ from value_server.contract.checkpoint import tokenizer_fingerprint
 
 ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30, read=3600)
+Chat = list[dict[str, Any]]
 TOO_LONG = "maximum context length"  # in vLLM's refusal
+LONGER = (TOO_LONG, "maximum model length")  # the same offline: of the text, of the whole
 # vLLM's server would take these from the model's generation_config.json.
 NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -138,24 +140,47 @@ class OfflineSampler:
         fits = [self._fits(chat) for chat in chats]
         fitting = [chat for chat, fit in zip(chats, fits, strict=True) if fit]
         params = SamplingParams(**asdict(sampling))
-        outputs = self.llm.chat(fitting, params, use_tqdm=False) if fitting else []
-        sampled = iter(
+        sampled = iter(self._sample(fitting, params))
+        return [next(sampled) if fit else None for fit in fits]
+
+    def _sample(self, chats: list[Chat], params: Any) -> list[Sampled | None]:
+        """All at once; one by one where one with pictures proves too long."""
+        try:
+            outputs = self.llm.chat(chats, params, use_tqdm=False) if chats else []
+        except Exception as error:  # vLLM has a class of its own for it, and had others
+            too_long = any(told in str(error) for told in LONGER)
+            if not too_long or not any(map(_has_pictures, chats)):
+                raise
+            if len(chats) == 1:
+                return [None]
+            return [one for chat in chats for one in self._sample([chat], params)]
+        return [
             Sampled(
                 list(output.prompt_token_ids),
                 [(list(c.token_ids), c.finish_reason) for c in output.outputs],
             )
             for output in outputs
-        )
-        return [next(sampled) if fit else None for fit in fits]
+        ]
 
     def tokenizer(self) -> TokenizerOf:
         return TokenizerOf(self.model, tokenizer_fingerprint(self.llm.get_tokenizer()))
 
-    def _fits(self, chat: list[dict[str, str]]) -> bool:
-        """Whether the prompt leaves room for a token; vLLM would refuse all of its shard."""
+    def _fits(self, chat: Chat) -> bool:
+        """Whether the prompt leaves room for a token; vLLM would refuse all of its shard. Of a
+        prompt with pictures only vLLM knows the length."""
+        if _has_pictures(chat):
+            return True
         tokenizer = self.llm.get_tokenizer()
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         return len(ids["input_ids"]) < int(self.llm.model_config.max_model_len)
+
+
+def _has_pictures(chat: Chat) -> bool:
+    return any(part["type"] == "image_url" for m in chat for part in _parts(m["content"]))
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return content if isinstance(content, list) else []
 
 
 class ServerSampler:

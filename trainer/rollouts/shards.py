@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.pictures import with_bytes
 from trainer.resume import check_same
 from trainer.rollout_files import SCHEMA, TokenizerOf
 from trainer.rollouts.prompts import Prompt
@@ -41,7 +42,7 @@ class Shard:
         unfinished = self.path.with_suffix(".tmp")
         told = tokenizer.metadata() if tokenizer else {}
         schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(self.settings).encode(), **told})
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
+        pq.write_table(pa.Table.from_pylist(with_bytes(rows), schema=schema), unfinished)
         os.replace(unfinished, self.path)
 
 
@@ -57,7 +58,10 @@ def shards_of(
 
 
 def _told(prompts: Sequence[Prompt]) -> str:
-    """All that the prompts are, in the form of before they had a system prompt where none has."""
+    """All that the prompts are, in the form of before they had more where none has."""
+    more = [(p.system, p.pictures, p.turns) for p in prompts]
+    if any(p.pictures or p.turns for p in prompts):
+        return repr([(p.id, p.domain, p.text, *own) for p, own in zip(prompts, more, strict=True)])
     texts = (f"Prompt(id={p.id!r}, domain={p.domain!r}, text={p.text!r})" for p in prompts)
     systems = [p.system for p in prompts]
     return repr(prompts) if any(systems) else f"({', '.join(texts)}{',' * (len(systems) == 1)})"

@@ -44,7 +44,9 @@ class ValueTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         model = kwargs.get("model") or args[0]
-        model._no_split_modules = list(model.backbone._no_split_modules or [])  # units of FSDP
+        # Units of FSDP, of the decoder alone: a process may have no picture when another has.
+        kinds = {type(part).__name__ for part in model.backbone.modules()}
+        model._no_split_modules = [n for n in model.backbone._no_split_modules or () if n in kinds]
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:  # its own policy would round the weights of the head
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None

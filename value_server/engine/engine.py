@@ -31,6 +31,7 @@ from value_server.engine.limits import Limits
 from value_server.engine.linear import compile_inplace, pack_inplace
 from value_server.engine.memory import KVPool, on_device
 from value_server.engine.pace import Pace
+from value_server.engine.picturecheck import PictureCheck
 from value_server.engine.scheduler import SHORT, is_done, missing, next_pass
 from value_server.engine.session import Session
 from value_server.engine.showing import Placed, Showing
@@ -73,8 +74,8 @@ class Engine:
         self.model = model.eval()
         with selfcheck.named(model):
             self._plain = selfcheck.plain(model)
+            self._picture_check = PictureCheck(model, model.sight) if model.sight else None
             self.max_position = selfcheck.max_position(model)
-        self.gamma = model.lenvm.gamma
         self.lookahead: Lookahead | None = getattr(model, "lookahead", None)
         self.lookahead_rank = self.lookahead.rank if self.lookahead else 0
         model.backbone.set_attn_implementation(NAME)
@@ -91,13 +92,13 @@ class Engine:
         self.vocab_size = int(model.backbone.get_input_embeddings().weight.shape[0])
         self.pace = Pace(pass_tokens, prefill_tokens)
         self.cache = SlotCache(slots, max_sessions, session_ttl, now, client_sessions, client_slots)
-        sight = model.sight
-        self.showing = Showing(sight, self.cache, picture_bytes) if sight else None
+        self.showing = Showing(model.sight, self.cache, picture_bytes) if model.sight else None
         self.max_candidates, largest = max_candidates, self.cache.largest
-        self.limits = Limits(self.vocab_size, max_candidates, self.max_position, largest)
+        limits = (self.vocab_size, max_candidates, self.max_position, largest, bool(self.showing))
+        self.limits = Limits(*limits)
         self.pool = KVPool(slots)
-        self.forwarded = 0  # tokens and candidates that went through the model
-        self.saved = 0  # the same, answered from slots that were there
+        # Tokens and candidates that went through the model, or were answered from slots.
+        self.forwarded = self.saved = 0
         self._windows: dict[int, int | None] = {}  # see attention.Pass
         width = 2 + self.lookahead_rank if self.lookahead else 1
         self._heads = np.zeros((slots, width), dtype=np.float32)  # of each slot: z, then b and q
@@ -286,10 +287,12 @@ class Engine:
         name = "warm-up"
         with selfcheck.named(self.model):
             selfcheck.check(self, name, self._plain, self._windows)
-        word = selfcheck.text(self.model)[0]
+            if self._picture_check:
+                self._picture_check.run(self, name)
         length = min(self.pace.limits().prefill, self.max_position - 1, self.cache.largest // 2)
+        text = selfcheck.text(self.model)[:1]
         for candidates in ([0], [0, 1][: self.max_candidates]):
-            row = Row(name, 0, [word] * length, candidates, self.lookahead_rank)
+            row = Row(name, 0, text * length, candidates, self.lookahead_rank)
             for error in self.run(Job([row])).refused.values():
                 raise error
         self.cache.close(name, keep=False)

@@ -9,12 +9,14 @@ from value_server.engine.job import Row
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one row. positions: of the model. slots: that one session can have."""
+    """Of one row. positions: of the model. slots: that one session can have. sees: whether the
+    model does."""
 
     vocab_size: int
     candidates: int
     positions: int
     slots: int
+    sees: bool = False
 
     def check(self, rows: Sequence[Row]) -> None:
         """Refuse those that are beyond them."""
@@ -26,6 +28,8 @@ class Limits:
             row.refused = self._fault(row, good)
 
     def _fault(self, row: Row, good_ids: bool) -> RequestError | None:
+        if row.pictures and not self.sees:
+            return RequestError("pictures: the value model reads text alone", "pictures")
         for field, ids in (("tokens", row.tokens), ("candidates", row.candidates)):
             wrong = None if good_ids else next((i for i in ids if not self._is_known(i)), None)
             if wrong is not None:

@@ -91,6 +91,11 @@ class PictureStore:
         with self._lock:
             self._of(digest).problem = problem
 
+    def forget(self, digest: str) -> None:
+        with self._lock:
+            if digest in self._known:
+                self._drop(self._known.pop(digest))
+
     def _of(self, digest: str) -> Picture:
         if digest not in self._known:
             self._known[digest] = Picture(next(self._tokens))

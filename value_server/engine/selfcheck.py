@@ -98,16 +98,20 @@ def compare(
     told = sum(window is not None for window in windows.values())
     if told < _windowed_layers(config):
         raise ValueError("its attention is not told its sliding window")
-    expected = expected[: len(found)]  # a server may allow one candidate only
-    error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # The median, as one position may go to another expert by a rounding error.
-    worst = max(part.median().item() for part in error.split([FIRST, len(error) - FIRST]))
-    limit = 0.01 + 16 * torch.finfo(model.backbone.dtype).eps
+    worst, limit = off_by(model, expected[: len(found)], found)  # perhaps one candidate only
     if not worst <= limit:
         raise ValueError(
             f"its hidden states differ from plain transformers by {worst:.1%}, "
             f"more than {limit:.1%}"
         )
+
+
+def off_by(model: ValueModel, expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """By which share of themselves (n, H) hidden states are off, and how much may be."""
+    error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # The median, as one position may go to another expert by a rounding error.
+    worst = max(part.median().item() for part in error.split([FIRST, len(error) - FIRST]))
+    return worst, 0.01 + 16 * torch.finfo(model.backbone.dtype).eps
 
 
 def _windowed_layers(config: Any) -> int:

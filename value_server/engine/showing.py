@@ -190,8 +190,8 @@ class Showing:
             if is_part:
                 break
         if len(free):
-            those = f"those of {len(pictures)}" if pictures else "none"
-            raise UnfitError(f"the text has {len(free)} placeholders more than {those}")
+            those = f"are of none of its {len(pictures)} pictures"
+            raise UnfitError(f"{len(free)} placeholders of the text {those}")
         return ids.tolist()
 
     def _check_run(self, picture: Picture, rows: Ids, is_over: Any) -> None:

@@ -1,2 +1,2 @@
 """The HTTP side: the application with its errors (app), routes, the guard in front of them, the
-models that are served, texts to tokens (text), metrics, and logs and traces (telemetry)."""
+models that are served, texts to tokens (text), pictures, metrics, logs and traces (telemetry)."""

@@ -30,7 +30,8 @@ LONGEST = 64  # characters of each
 # The variables that vLLM and OpenTelemetry's own exporters read.
 ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
-UNTRACED = "/(health|ready|metrics)$"  # routes, and no model whose name has such a word
+# Routes, and no model whose name has such a word; that of a picture has its digest.
+UNTRACED = "/(health|ready|metrics|pictures/[^/]*)$"
 
 
 def configure_logs(form: Literal["text", "json"]) -> None:

@@ -33,6 +33,8 @@ def test_tokens_and_finish_reasons_are_kept(vllm: FakeVllm, tmp_path: Path) -> N
             "finish_reason": "stop" if prompt.text == "one" else "length",
             "conversation": None,
             "token_source": "engine",
+            "pictures": None,
+            "picture_bytes": None,
         }
         for prompt in PROMPTS
         for k in range(2)

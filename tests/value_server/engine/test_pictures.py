@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.seeing import Seer, digests
 from tests.support.slots import check_integrity
@@ -95,3 +96,39 @@ def test_scores_do_not_depend_on_company_order_or_history(seer: Seer, seed: int)
             checked += len(row.candidates)
         check_integrity(served.cache)
     assert checked > 20
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3-vl", "gemma3"])
+def test_lookahead_behind_pictures(name: str, tmp_path: Path) -> None:
+    seer, numbers = Seer.of(name, tmp_path, lookahead=5), [2, 0]
+    served, text = engine(seer, numbers), seer.text(numbers)
+    row = Row("a", 0, text, [1], 5, pictures=digests(numbers))
+    served.run(Job([row]))
+    assert seer.value.lookahead
+    with torch.inference_mode():
+        expected = seer.value.lookahead(seer.plain(text, numbers)[-1])
+    np.testing.assert_allclose(row.lookahead, expected, atol=1e-4, rtol=0)
+    check(seer, row, text, numbers)
+
+
+def test_equal_pictures_share_slots_and_others_do_not(seer: Seer) -> None:
+    """Samples of a prompt, its next turn, and a picture of the same size."""
+    numbers = [0, 3]  # whose sizes are the same
+    served, text = engine(seer, numbers), seer.text([0])
+    assert text == seer.text([3])
+    shown = {"a": 0, "b": 0, "c": 3}
+    rows = {name: Row(name, 0, text, [1], pictures=digests([n])) for name, n in shown.items()}
+    served.run(Job([rows["a"]]))
+    before = served.forwarded
+    served.run(Job([rows["b"]]))
+    assert served.forwarded == before
+    served.run(Job([rows["c"]]))
+    check(seer, rows["c"], text, [3])
+    assert abs(rows["c"].logits - rows["a"].logits).max() > 1e-3
+    served.run(Job([], closed=["a", "b", "c"]))
+    before = served.forwarded
+    row = Row("next turn", 0, [*text, 7, 8], [2], pictures=digests([0]))
+    served.run(Job([row]))
+    assert served.forwarded - before == 3
+    check(seer, row, [*text, 7, 8], [0])
+    check_integrity(served.cache)

@@ -7,12 +7,14 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support.seeing import Seer, digests
 from tests.support.tiny import tiny_lookahead
 from value_server.engine.attention import planned
 from value_server.engine.cache import SlotCache
@@ -160,6 +162,24 @@ def test_values_of_an_engine_depend_neither_on_it_nor_on_graphs() -> None:
         np.testing.assert_allclose(z[0], z[1], atol=1e-4)
         np.testing.assert_allclose(queries[0], queries[1], atol=1e-4)
     assert engines[1]._graphs._graphs
+
+
+@runs
+def test_behind_a_picture_as_everywhere(tmp_path: Path) -> None:
+    """Its own pass gathers; positions behind it are less than places."""
+    found = []
+    for options in ({"attention": "gathered"}, {"attention": "triton", "graphs": True}):
+        seer = Seer.of("qwen3-vl", tmp_path)
+        seer.value.to(DEVICE)
+        engine, text = Engine(seer.value, slots=200, **options), seer.text([0])
+        seer.show(engine, [0])
+        rows = [Row("a", 0, text, [1, 2], pictures=digests([0]))]
+        rows += [Row("a", len(text) + n, [5], [1, 2]) for n in range(3)]
+        for row in rows:
+            engine.run(Job([row]))
+        found.append([row.logits for row in rows])
+    np.testing.assert_allclose(found[1], found[0], atol=2e-3)
+    assert np.ptp(found[0]) > 0.05
 
 
 @runs

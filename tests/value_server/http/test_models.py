@@ -206,7 +206,7 @@ def test_what_goes_wrong_is_counted_for_its_model(
 def test_traces_leave_out_routes_and_no_model() -> None:
     excluded = parse_excluded_urls(UNTRACED)
     for prefix in ("", "/models/a"):
-        for path in ("/health", "/ready", "/metrics"):
+        for path in ("/health", "/ready", "/metrics", f"{wire.PICTURES_PATH}/{'0' * 64}"):
             assert excluded.url_disabled(f"http://values{prefix}{path}")
     for name in ("healthcare", "ready/metrics"):
         assert not excluded.url_disabled(f"http://ready{wire.model_path(name)}{wire.STEP_PATH}")
