@@ -4,7 +4,9 @@ The one place that every route leads through, with the model's configuration, th
 prompt, and a copy of the parameters that is the engine's own.
 """
 
-import uuid
+import hashlib
+import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from lenvm_vllm.api.errors import check_context
@@ -13,8 +15,14 @@ from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, 
 from lenvm_vllm.target.rails import needed_by, rails_of
 from lenvm_vllm.target.request import ADAPTER, MEDIA, UNSEEN, LengthTarget
 
-# What `pictures` of this process writes before the digests that it tells. No client knows it.
-PROOF = uuid.uuid4().hex
+_SECRET = secrets.token_bytes(32)
+
+
+def proof(digests: Sequence[str]) -> str:
+    """What `pictures` of this process writes before the digests that it tells. No client can make
+    it; one that hears of it, as in an error of vLLM's, has it for its own pictures alone."""
+    said = " ".join(digests).encode("utf-8", "replace")
+    return hashlib.blake2b(said, key=_SECRET, digest_size=16).hexdigest()
 
 
 def take_in(config: Any, request: Any) -> None:
@@ -48,7 +56,8 @@ def _media(request: Any) -> list[str]:
     if these are its pictures, one by one, and there is nothing else."""
     features = request.mm_features or ()
     told = request.sampling_params.extra_args.get(MEDIA)
-    known = isinstance(told, list) and told[:1] == [PROOF] and len(told) == len(features) + 1
+    known = isinstance(told, list) and all(isinstance(entry, str) for entry in told)
+    known = known and told[:1] == [proof(told[1:])] and len(told) == len(features) + 1
     others = any(feature.modality != "image" for feature in features)
     if known and not others and request.prompt_embeds is None:
         return list(told[1:])

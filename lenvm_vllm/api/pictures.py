@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lenvm_vllm.api.intake import PROOF
+from lenvm_vllm.api.intake import proof
 from lenvm_vllm.api.routes import BATCH, MESSAGES, Route
 from lenvm_vllm.host import served
 from lenvm_vllm.host.pictures import load, prepared_plainly
@@ -106,7 +106,7 @@ class Pictures:
         servers.give(str(request.get("model")), dict(files))
         params = route.params_of(request)
         digests = [digest for digest, _ in files]
-        params[route.xargs] = {**params[route.xargs], MEDIA: [PROOF, *digests]}
+        params[route.xargs] = {**params[route.xargs], MEDIA: [proof(digests), *digests]}
 
     async def stand_in(self, request: dict[str, Any], path: str) -> bool:
         """Whether all pictures of a request stand in it, and a value model sees them."""

@@ -7,6 +7,7 @@ vLLM would make of a request, its tokens and its list of pictures, is made by ha
 Legend: V vocabulary, K candidates.
 """
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lenvm_vllm.api.forecast import Forecast
 from lenvm_vllm.api.intake import take_in
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.v2 import V2Slots
 from lenvm_vllm.host import served
+from lenvm_vllm.settings import load_settings
 from tests.support.fakes import config, entering, free, params
 from tests.support.seeing import Seer
 from tests.support.shown import data_url, part, said, with_vllms_client
@@ -40,6 +43,10 @@ from value_server.contract import wire
 pytestmark = pytest.mark.e2e
 
 CANDIDATES = [40, 41, 42, 43]
+TEMPLATE = (
+    "{% for m in messages %}{% for p in m['content'] %}"
+    "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endfor %}"
+)
 
 
 @dataclass
@@ -61,7 +68,9 @@ def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wo
     facts = {"pictures": True, "weights": "full", "num_layers": 3}
     seer.value.lenvm = msgspec.structs.replace(seer.value.lenvm, **facts)
     seer.value.save(checkpoint)
-    tiny_tokenizer(MORE).save_pretrained(checkpoint)
+    tokenizer = tiny_tokenizer(MORE)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(checkpoint)
     with value_server(checkpoint) as (url, _):
         yield World(url, seer)
 
@@ -242,3 +251,20 @@ def test_what_cannot_be_seen_is_lost_and_the_request_goes_on(
     rows, step = v1(world, [(request.sampling_params, prompt)])
     assert step()[0, CANDIDATES].isfinite().all()
     assert rows.z[tuple(prompt)].isnan().all()
+
+
+def test_a_forecast_with_a_picture(world: World) -> None:
+    """Where its placeholders alone tell how large it is; a family with tokens between its tiles
+    takes token ids only."""
+    url = data_url(file(0))
+    made = Forecast(load_settings({"lenvm": settings(world)}))
+    asked = {"messages": [said("look:", part(url))]}
+    told = asyncio.run(made.tokens(asked, None, shown=True))
+    if world.seer.name != "qwen2.5-vl":
+        assert told is None
+        return
+    ids = [*tiny_tokenizer(MORE).encode("look:"), *[PLACEHOLDER] * world.seer.rows(0)]
+    with as_client(world.url) as client:
+        body = {"token_ids": ids, "pictures": [url]}
+        alone = client.post(wire.PREDICT_PATH, json=body).raise_for_status().json()
+    assert told == max(1, round(alone["predicted_tokens"]))

@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, build_logitsprocs
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from lenvm_vllm.api.intake import PROOF, take_in
+from lenvm_vllm.api.intake import proof, take_in
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.host import served
@@ -163,12 +163,22 @@ def feature(modality: str) -> Any:
 def test_the_middlewares_word_counts_for_the_very_pictures(
     digests: list[str], found: list[str], told: list[str]
 ) -> None:
-    wanted = params({"length_target": 80, MEDIA: [PROOF, *digests]})
+    wanted = params({"length_target": 80, MEDIA: [proof(digests), *digests]})
     request = entering(wanted, mm_features=[feature(modality) for modality in found])
     take_in(config(), request)
     assert wanted.extra_args is not None
     assert wanted.extra_args[MEDIA] == told
-    assert PROOF not in str(wanted.extra_args)
+    assert proof(digests) not in str(wanted.extra_args)
+
+
+@pytest.mark.parametrize(
+    "own", [[], ["a"], [proof(["b"]), "a"], [5, "a"], ["\ud800", "a"], "ab", 7]
+)
+def test_no_other_word_does(own: Any) -> None:
+    wanted = params({"length_target": 80, MEDIA: own})
+    take_in(config(), entering(wanted, mm_features=[feature("image")]))
+    assert wanted.extra_args is not None
+    assert wanted.extra_args[MEDIA] == [UNSEEN]
 
 
 # ---- stop strings

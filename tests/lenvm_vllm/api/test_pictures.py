@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import pytest
 
-from lenvm_vllm.api.intake import PROOF
+from lenvm_vllm.api.intake import proof
 from lenvm_vllm.api.middleware import LengthTargetMiddleware
 from lenvm_vllm.api.pictures import Pictures, places_of
 from lenvm_vllm.api.routes import BATCH, CHAT, GENERATE, INVOCATIONS, MESSAGES, RESPONSES, TEXT
@@ -148,7 +148,8 @@ def chat(*parts: Any, **more: Any) -> dict[str, Any]:
 def test_the_engine_is_told_and_the_server_has_them() -> None:
     world, body = Servers(), chat(part(URLS[0]), part(URLS[1]), part(URLS[0]))
     asked, told = through(body, world)
-    assert told == [PROOF, DIGESTS[0], DIGESTS[1], DIGESTS[0]]
+    digests = [DIGESTS[0], DIGESTS[1], DIGESTS[0]]
+    assert told == [proof(digests), *digests]
     assert world.files == dict(zip(DIGESTS[:2], FILES[:2], strict=True))
     assert asked["messages"] == body["messages"]
 
@@ -158,15 +159,15 @@ def test_anthropics_form() -> None:
     world = Servers()
     body = chat() | {"messages": [said(anthropic(FILES[2]))], "max_tokens": 99}
     asked, told = through(body, world, MESSAGES)
-    assert told == [PROOF, DIGESTS[2]]
+    assert told == [proof(DIGESTS[2:]), DIGESTS[2]]
     assert asked["messages"] == body["messages"]
 
 
 @pytest.mark.usefixtures("vllm")
 def test_a_client_cannot_tell_instead() -> None:
-    own = {"vllm_xargs": {MEDIA: [PROOF[:-1], "f" * 64]}}
-    assert through(chat(part(URLS[0]), **own), Servers())[1] == [PROOF, DIGESTS[0]]
-    assert through(chat(**own), Servers())[1][0] != PROOF
+    own = {"vllm_xargs": {MEDIA: ["x", "f" * 64]}}
+    told = through(chat(part(URLS[0]), **own), Servers())[1]
+    assert told == [proof(DIGESTS[:1]), DIGESTS[0]]
 
 
 def test_a_file_becomes_its_bytes(vllm: Any, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_a_file_becomes_its_bytes(vllm: Any, tmp_path: Path) -> None:
     vllm.model_config.allowed_local_media_path = str(tmp_path)
     world = Servers()
     asked, told = through(chat(part(path.as_uri())), world)
-    assert told == [PROOF, DIGESTS[0]]
+    assert told == [proof(DIGESTS[:1]), DIGESTS[0]]
     assert asked["messages"][0]["content"][1] == part(URLS[0])
 
 
