@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     playground: serve the page for trying lengths by hand, at /lenvm on vLLM's own port.
     scoring: "exact" is by a row of the value model for each candidate; "auto" by one a text where
         the model has a lookahead head, else exact; "landing" as auto, but exact in the landing.
+    max_pictures, max_picture_bytes, max_picture_pixels: of one guided request, and of each of its
+        pictures, that a value model is shown; a request with more goes without values.
     max_candidates: candidates per request and step at most.
     scored_mass, max_scored: the most probable candidates, up to this share of their probability
         together and to this number, are scored; the others count with their mean. The policy
@@ -98,6 +100,9 @@ class Settings(BaseSettings):
     aging: float = Field(10.0, ge=0)
     playground: bool = False
     scoring: Literal["auto", "landing", "exact"] = "auto"
+    max_pictures: int = Field(8, ge=0)
+    max_picture_bytes: int = Field(16 << 20, ge=1)
+    max_picture_pixels: int = Field(1 << 25, ge=1)
     max_candidates: int = Field(constants.MAX_CANDIDATES, ge=1)
     scored_mass: float = Field(constants.SCORED_MASS, gt=0, le=1)
     max_scored: int = Field(constants.MAX_SCORED, ge=2)

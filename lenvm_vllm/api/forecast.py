@@ -69,12 +69,16 @@ class Forecast:
         self._mean: float | None = None
 
     async def expected(
-        self, request: dict[str, Any], target: LengthTarget | None, route: Route
+        self,
+        request: dict[str, Any],
+        target: LengthTarget | None,
+        route: Route,
+        shown: bool = False,
     ) -> int | None:
-        """Tokens that will be written here, as far as anybody knows."""
+        """Tokens that will be written here, as far as anybody knows. shown: as of `tokens`."""
         if not route.writes or prefills(request):
             return 1
-        tokens = await self.tokens(request, target)
+        tokens = await self.tokens(request, target, shown)
         limit = route.limit_of(request)
         return tokens if tokens is None or limit is None else min(tokens, limit)
 
@@ -88,17 +92,20 @@ class Forecast:
         request["priority"] = self.priority(tokens, own)
         return True
 
-    async def tokens(self, request: dict[str, Any], target: LengthTarget | None) -> int | None:
+    async def tokens(
+        self, request: dict[str, Any], target: LengthTarget | None, shown: bool = False
+    ) -> int | None:
         """Completion tokens to expect; None where nobody knows. Never raises.
 
-        request: the JSON body of any of the endpoints, without its length target.
+        request: the JSON body of any of the endpoints, without its length target. shown: whether
+        its pictures, which stand in it, are for the value model.
         """
         if target is None or target.scope != "completion" or target.mode == "tilt":
-            return await self._predict(request)
+            return await self._predict(request, shown)
         low, high = _in_tokens(target).limits
         if target.mode == "equal_to" or (target.mode == "range" and low == high):
             return low
-        natural = await self._predict(request)
+        natural = await self._predict(request, shown)
         if natural is None:
             return low if target.mode == "at_least" else high
         if target.mode != "at_most":
@@ -117,9 +124,9 @@ class Forecast:
         place = round(self._aging * self._date() + expected) + own
         return max(-_FURTHEST, min(place, _FURTHEST))
 
-    async def _predict(self, request: dict[str, Any]) -> int | None:
+    async def _predict(self, request: dict[str, Any], shown: bool) -> int | None:
         """The answer of the first server that has one; each request begins with another."""
-        if (prompt := to_predict(request)) is None or (body := _json_of(prompt)) is None:
+        if (prompt := to_predict(request, shown)) is None or (body := _json_of(prompt)) is None:
             return None
         for server in self._asked(str(request.get("model"))):
             if self._clock() < server.silent_until:
@@ -130,7 +137,8 @@ class Forecast:
                     reply.raise_for_status()
                 return max(1, round(reply.json()["predicted_tokens"])) if reply.is_success else None
             except (httpx.HTTPError, ValueError, KeyError, TypeError, OverflowError):
-                server.silent_until = self._clock() + _PAUSE_S
+                if not shown:  # pictures may take longer than anybody waits
+                    server.silent_until = self._clock() + _PAUSE_S
         return None
 
     def _asked(self, model: str) -> Iterator[_Server]:

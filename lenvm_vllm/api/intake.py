@@ -4,13 +4,25 @@ The one place that every route leads through, with the model's configuration, th
 prompt, and a copy of the parameters that is the engine's own.
 """
 
+import hashlib
+import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from lenvm_vllm.api.errors import check_context
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
-from lenvm_vllm.target.request import ADAPTER, LengthTarget
+from lenvm_vllm.target.request import ADAPTER, MEDIA, UNSEEN, LengthTarget
+
+_SECRET = secrets.token_bytes(32)
+
+
+def proof(digests: Sequence[str]) -> str:
+    """What `pictures` of this process writes before the digests that it tells. No client can make
+    it; one that hears of it, as in an error of vLLM's, has it for its own pictures alone."""
+    said = " ".join(digests).encode("utf-8", "replace")
+    return hashlib.blake2b(said, key=_SECRET, digest_size=16).hexdigest()
 
 
 def take_in(config: Any, request: Any) -> None:
@@ -22,9 +34,11 @@ def take_in(config: Any, request: Any) -> None:
     if params is None or (target := LengthTarget.from_extra_args(params.extra_args)) is None:
         return
     target = resolved(target, config)
-    # The engine's processors are not told of an adapter; a client's word for it counts for nothing.
+    # The engine's processors are told neither of an adapter nor of pictures; a client's word for
+    # them counts for nothing.
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
-    params.extra_args = {**params.extra_args, **target.to_xargs(), ADAPTER: adapter}
+    known = {ADAPTER: adapter, MEDIA: _media(request)}
+    params.extra_args = {**params.extra_args, **target.to_xargs(), **known}
     prompt = len(request.prompt_token_ids or ())
     room = config.model_config.max_model_len - prompt
     if not only_prefills(config):
@@ -35,6 +49,19 @@ def take_in(config: Any, request: Any) -> None:
         _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.
     take_from(params, penalties=not config.use_v2_model_runner)
+
+
+def _media(request: Any) -> list[str]:
+    """An entry for each part of its prompt that is no text: the digests that the middleware told,
+    if these are its pictures, one by one, and there is nothing else."""
+    features = request.mm_features or ()
+    told = request.sampling_params.extra_args.get(MEDIA)
+    known = isinstance(told, list) and all(isinstance(entry, str) for entry in told)
+    known = known and told[:1] == [proof(told[1:])] and len(told) == len(features) + 1
+    others = any(feature.modality != "image" for feature in features)
+    if known and not others and request.prompt_embeds is None:
+        return list(told[1:])
+    return [UNSEEN] * (len(features) + (request.prompt_embeds is not None))
 
 
 def _hold_stop_strings(params: Any, target: LengthTarget) -> None:

@@ -19,6 +19,7 @@ from lenvm_vllm.api.continuation import can_continue
 from lenvm_vllm.api.endings import Bounds, Endings
 from lenvm_vllm.api.errors import refuse
 from lenvm_vllm.api.forecast import Forecast
+from lenvm_vllm.api.pictures import Pictures
 from lenvm_vllm.api.playground import Playground
 from lenvm_vllm.api.recordings import watched
 from lenvm_vllm.api.request_field import take
@@ -41,6 +42,7 @@ class LengthTargetMiddleware:
         settings = load_settings(served.config and served.config.additional_config)
         self._forecast = Forecast(settings) if settings.forecast else None
         self._playground = Playground() if settings.playground else None
+        self._pictures = Pictures(settings)
         self._settings = settings
         self._known = Known()
         rounds = asyncio.Semaphore(settings.endings_at_once)
@@ -75,9 +77,12 @@ class LengthTargetMiddleware:
         except LengthTargetError as error:
             await refuse(send, str(error), path)
             return
+        if target is not None and target.wants_values and route.writes:
+            await self._pictures.take(request, route, path)
         predicted = None
         if self._forecast is not None:
-            predicted = await self._forecast.expected(request, target, route)
+            shown = await self._pictures.stand_in(request, path)
+            predicted = await self._forecast.expected(request, target, route, shown)
             changed |= self._forecast.rank(request, predicted, route)
             if predicted is not None and route.writes:
                 send = with_header(send, PREDICTED, predicted)

@@ -96,7 +96,7 @@ class Report:
             "endings": endings,
             "sampled_tokens": sampled or outcome.length,
             "predicted_tokens": self.predicted,
-        }
+        } | ({"unseen": True} if step is not None and step.unseen else {})
 
     def progress(self, ids: list[int], text: str) -> dict[str, Any] | None:
         """What a stream tells of a text so far: tokens, those that are expected still, and the

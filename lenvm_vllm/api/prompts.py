@@ -42,8 +42,11 @@ def is_text(request: dict[str, Any]) -> bool:
     )
 
 
-def to_predict(request: dict[str, Any]) -> dict[str, Any] | None:
-    """What `/v1/predict` takes, of a request to any route; None for what is no plain text."""
+def to_predict(request: dict[str, Any], shown: bool = False) -> dict[str, Any] | None:
+    """What `/v1/predict` takes, of a request to any route; None for what is no plain text.
+
+    shown: pictures of a chat, which have to stand in it, go along.
+    """
     messages = request.get("messages", request.get("input"))
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -52,7 +55,7 @@ def to_predict(request: dict[str, Any]) -> dict[str, Any] | None:
         return None if found == {"token_ids": []} else found
     system = text_of(request.get("system", request.get("instructions")))
     first = [] if system is None else [{"role": "system", "content": system}]
-    plain = [_plain(message) for message in messages]
+    plain = [_plain(message, shown) for message in messages]
     return {"messages": [*first, *plain]} if plain and None not in plain else None
 
 
@@ -66,9 +69,21 @@ def _of_completion(prompt: Any) -> dict[str, Any] | None:
     return {"token_ids": prompt} if ids else None
 
 
-def _plain(message: Any) -> dict[str, Any] | None:
-    """A message with its text for its content."""
+def _plain(message: Any, shown: bool) -> dict[str, Any] | None:
+    """A message with its text for its content, or its parts where pictures are among them."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return None
-    text = text_of(message.get("content"))
+    content = message.get("content")
+    text = text_of(content)
+    if text is None and shown and isinstance(content, list):
+        parts = [_shown(part) for part in content]
+        return None if None in parts else message | {"content": parts}
     return None if text is None else message | {"content": text}
+
+
+def _shown(part: Any) -> dict[str, Any] | None:
+    """A part of text or a picture in OpenAI's form."""
+    if isinstance(part, dict) and part.get("type") == "image_url":
+        return part
+    text = _text_of_part(part)
+    return None if text is None else {"type": "text", "text": text}

@@ -3,7 +3,8 @@
 Legend: B rows of a step, K candidates.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,12 @@ from value_server.contract import wire
 
 # Of the time that a step may wait, the share that the server has; the rest is for the way.
 SERVERS_SHARE = 0.9
+# Seconds after which a text is told again for which the server had no room. One with pictures, of
+# which one may still be on its way, after the first ones, then twice as long up to the last.
+AGAIN_S = 0.25
+PICTURES_S = (0.05, 2.0)
+# Why a text is none that a value model could read.
+NOT_SEEN = "a prompt has pictures, sound or video, which the value model does not see"
 # As long as no server has answered: any token is known, and gamma is one of the usual ones.
 NOBODY = wire.ModelInfo(
     gamma=0.99,
@@ -79,6 +86,7 @@ def builder(
 
     def build(rows: list[int], closed: list[str], seconds: float, rank: int) -> wire.StepRequest:
         mine, ids = [told[row] for row in rows], b""
+        begin = ((row, t.state.media) for row, t in enumerate(mine) if t.start == 0)
         if tokens is not None and asks is not None:
             ids = wire.pack_ids(tokens[rows][asks[rows]].numpy())
         waits = rank or any(counts[row] for row in rows)
@@ -92,9 +100,51 @@ def builder(
             closed=closed,
             lookahead_rank=rank,
             budget_ms=1000 * SERVERS_SHARE * seconds if waits else 0.0,
+            pictures={row: list(media) for row, media in begin if media},
         )
 
     return build
+
+
+def pieces(states: Iterable[tuple[int, RequestState]], room: int) -> list[Told]:
+    """What is new of texts, by the number of their row: short ones first, as far as a message
+    goes. room: tokens of it."""
+    now, told = time.perf_counter(), []
+    for number, state in sorted(states, key=lambda entry: entry[1].length - entry[1].sent):
+        tokens = state.unsent()
+        part = tokens[:room] if state.again_at <= now else []
+        if part or not tokens:
+            told.append(Told(state, state.sent, part, len(part) == len(tokens), number))
+            room -= len(part)
+    return sorted(told, key=lambda t: t.number)
+
+
+def open_rows(
+    states: Sequence[RequestState], question: Question, in_vain: Container[int], z: Tensor
+) -> list[int]:
+    """Rows that have no values yet, or none that are exact where they should be. z: (B, K)."""
+    open_ = z.isnan().all(-1).tolist()
+    return [
+        row
+        for row in question.rows
+        if states[row].refused is None
+        and ((open_[row] and row not in in_vain) or question.exactly[row])
+    ]
+
+
+def take(sent: Sent, reply: wire.StepReply) -> None:
+    """Each text goes on from what the server has."""
+    for row, (told, held) in enumerate(zip(sent.told, reply.held, strict=True)):
+        state = told.state
+        state.sent, state.refused = held, reply.refused.get(row)
+        if not held == told.start == 0 or not told.tokens:
+            continue
+        if state.media:
+            first, last = PICTURES_S
+            state.pause_s = min(2 * state.pause_s or first, last)
+            state.again_at = time.perf_counter() + state.pause_s
+        elif not sent.call.is_cut:  # no room
+            state.again_at = time.perf_counter() + AGAIN_S
 
 
 def why_not(state: RequestState, info: wire.ModelInfo, ahead: bool = False) -> str | None:

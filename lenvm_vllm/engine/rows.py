@@ -13,7 +13,8 @@ from lenvm_vllm.engine.enforce import enforce_inplace
 from lenvm_vllm.engine.guide import Guide
 from lenvm_vllm.engine.plans import Plans
 from lenvm_vllm.engine.sessions import Sessions
-from lenvm_vllm.engine.state import RequestState, session_of
+from lenvm_vllm.engine.state import RequestState, media_of, session_of
+from lenvm_vllm.host.media import placeholder_ids
 from lenvm_vllm.host.own_cut import cut_inplace, penalise_inplace
 from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.settings import load_settings
@@ -43,6 +44,7 @@ class EngineRows:
         self._config = vllm_config
         self._markers = markers_of(vllm_config, settings, tokenizer)
         self._letters = Letters(tokenizer, self._markers)
+        self._placeholders = placeholder_ids(getattr(vllm_config.model_config, "hf_config", None))
         self._counters = Counters()
         self._progress = Progress()
         self._client = client or connect(settings)
@@ -88,6 +90,8 @@ class EngineRows:
             temperature=params.temperature,
             own=OwnSampling.of(params),
             has_grammar=params.structured_outputs is not None,
+            media=media_of(params.extra_args),
+            placeholders=self._placeholders,
             row=self._progress.open(params.extra_args.get(KEY)) if leads else None,
         )
 

@@ -13,9 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenvm_vllm.engine.messages import NOBODY, Question, Sent, Told, builder, why_not
+from lenvm_vllm.engine.messages import (
+    NOBODY,
+    NOT_SEEN,
+    Question,
+    Sent,
+    Told,
+    builder,
+    open_rows,
+    pieces,
+    take,
+    why_not,
+)
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.target.request import UNSEEN
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.values.client import ValueServerError
 from lenvm_vllm.values.replicas import Build, Replicas
@@ -27,8 +39,6 @@ logger = logging.getLogger("vllm.lenvm")
 PIECE = 8192
 # New tokens from which on a text is told ahead of its step. Fewer cost the step's own pass nothing.
 LONG = 16
-# Seconds after which a text is told again for which the server had no room.
-AGAIN_S = 0.25
 
 
 class Sessions:
@@ -69,7 +79,7 @@ class Sessions:
         Of a text that has lookahead the step that follows takes the values; of others, long ones
         alone are told.
         """
-        states = [state for state in states if state.target.wants_values]
+        states = [s for s in states if s.target.wants_values and self._is_seen(s)]
         # A server has one message at a time: while a newest token is on its way, the step asks.
         asks = pace.step_s > 0 and all(state.is_known for state in states if state.has_turn)
         looks = [asks and looks_ahead for looks_ahead in self.looks_ahead(states)]
@@ -86,9 +96,11 @@ class Sessions:
             can = [
                 state
                 for state in ahead
-                if why_not(state, info, ahead=True) is None and self._client.is_free(state.session)
+                if why_not(state, info, ahead=True) is None
+                and self._is_seen(state)
+                and self._client.is_free(state.session)
             ]
-            told = self._told(enumerate(can))
+            told = pieces(enumerate(can), PIECE)
             looks = [asks and own for own in self.looks_ahead([t.state for t in told])]
             told = [t for t, asked in zip(told, looks, strict=True) if t.tokens or asked]
             # Its answer is waited for in the step, when vLLM's own part is done.
@@ -109,13 +121,26 @@ class Sessions:
     def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
         """Numbers of those that want values and whose values the server can tell now. Why it cannot
         tell the others' is counted, and logged once."""
-        why = {i: why_not(s, info) for i, s in enumerate(states) if s.target.wants_values}
+        why = {
+            i: why_not(s, info) if self._is_seen(s) else NOT_SEEN
+            for i, s in enumerate(states)
+            if s.target.wants_values
+        }
         reasons = [reason for reason in why.values() if reason]
         self._counters.add("unguided_rows", len(reasons))
+        for state in (states[number] for number, reason in why.items() if reason == NOT_SEEN):
+            self._counters.add("unseen_requests", not state.unseen)
+            state.unseen = True
         for reason in sorted({*reasons} - self._logged):
             logger.warning("length targets: %s; such texts are led without values", reason)
             self._logged.add(reason)
         return [number for number, reason in why.items() if reason is None]
+
+    def _is_seen(self, state: RequestState) -> bool:
+        """Whether the server of a text sees all of its prompt."""
+        if not state.has_media:
+            return True
+        return UNSEEN not in state.media and self._client.sees(state.session)
 
     def values(self, states: Sequence[RequestState], question: Question, pace: Pace) -> Tensor:
         """(B, K) float64 value logits, NaN in rows that have none in time, and where a token was
@@ -125,7 +150,7 @@ class Sessions:
         until = started + pace.wait_s
         in_vain = self._take_ahead(states, question, 0.0, (), z)
         # A server that owes no answer is asked before the others' answers are waited for.
-        rows = self._open(states, question, in_vain, z)
+        rows = open_rows(states, question, in_vain, z)
         early, asks, owed = self._ask(rows, states, question, pace, z)
         for row in owed:
             self._client.hear(states[row].session, until)
@@ -133,7 +158,7 @@ class Sessions:
         owed += self._take_values(early, question.tokens, asks, until, z)
         if not question.rows:
             self.tell_closed()
-        rows = [row for row in self._open(states, question, in_vain, z) if row in owed]
+        rows = [row for row in open_rows(states, question, in_vain, z) if row in owed]
         # A text that turns out to be lost is told again, to its server or to the one in its place.
         for _ in range(3):
             if rows and time.perf_counter() < until:
@@ -141,18 +166,6 @@ class Sessions:
                 rows = self._take_values(messages, question.tokens, asks, until, z)
         self._counters.add("value_seconds", time.perf_counter() - started)
         return z
-
-    def _open(
-        self, states: Sequence[RequestState], question: Question, in_vain: set[int], z: Tensor
-    ) -> list[int]:
-        """Rows that have no values yet, or none that are exact where they should be."""
-        open_ = z.isnan().all(-1).tolist()
-        return [
-            row
-            for row in question.rows
-            if states[row].refused is None
-            and ((open_[row] and row not in in_vain) or question.exactly[row])
-        ]
 
     def _ask(
         self,
@@ -169,7 +182,8 @@ class Sessions:
         free = set(rows).difference(owed)
         if not free or self.trouble is not None:
             return [], asks, owed
-        told = self._told((number, states[number]) for number in free)
+        seen = [(number, states[number]) for number in free if self._is_seen(states[number])]
+        told = pieces(seen, PIECE)
         looks = self.looks_ahead([t.state for t in told])
         for t, looks_ahead in zip(told, looks, strict=True):
             if not t.whole or (looks_ahead and not question.exactly[t.number]):
@@ -244,17 +258,6 @@ class Sessions:
             again += [t.number for t, there in held if there < t.start]
         return sorted(again)
 
-    def _told(self, states: Iterable[tuple[int, RequestState]]) -> list[Told]:
-        """Of texts by the number of their row: short ones first, as far as a message goes."""
-        now, room, told = time.perf_counter(), PIECE, []
-        for number, state in sorted(states, key=lambda entry: entry[1].length - entry[1].sent):
-            tokens = state.unsent()
-            part = tokens[:room] if state.again_at <= now else []
-            if part or not tokens:
-                told.append(Told(state, state.sent, part, len(part) == len(tokens), number))
-                room -= len(part)
-        return sorted(told, key=lambda t: t.number)
-
     def _send(
         self,
         told: list[Told],
@@ -295,13 +298,9 @@ class Sessions:
         return found
 
     def _take(self, sent: Sent) -> wire.StepReply | None:
-        """The answer; None where its server is lost. Each text goes on from what the server has."""
+        """The answer; None where its server is lost."""
         self._out.remove(sent)
         if (reply := self._client.read(sent.call)) is None:
             return None
-        for row, (told, held) in enumerate(zip(sent.told, reply.held, strict=True)):
-            told.state.sent = held
-            told.state.refused = reply.refused.get(row)
-            if held == told.start == 0 and told.tokens and not sent.call.is_cut:  # no room
-                told.state.again_at = time.perf_counter() + AGAIN_S
+        take(sent, reply)
         return reply

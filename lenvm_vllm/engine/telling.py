@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.candidates import eos_index
-from lenvm_vllm.telemetry.progress import FORCED, GAVE_WAY, LANDING, VALUED, Progress
+from lenvm_vllm.telemetry.progress import FORCED, GAVE_WAY, LANDING, UNSEEN, VALUED, Progress
 
 _FIRST = 8192  # tokens that are looked at first: in most vocabularies the likeliest come first
 _NEVER = -15.0  # nats; less likely ends are told as 0, since clients are told six digits
@@ -59,7 +59,11 @@ def tell(
         p_end=p_end,
         expected=[0.0 if f else s.expected for s, f in zip(told, forced, strict=True)],
         flags=[
-            FORCED * f | LANDING * s.landing | VALUED * bool(s.valued) | GAVE_WAY * s.gave_way
+            FORCED * f
+            | LANDING * s.landing
+            | VALUED * bool(s.valued)
+            | GAVE_WAY * s.gave_way
+            | UNSEEN * s.unseen
             for s, f in zip(told, forced, strict=True)
         ],
         steps=[s.steps for s in told],

@@ -39,6 +39,10 @@ WHERE = {
     "LoRARequest": "vllm.lora.request:LoRARequest",
     "apply_top_k_top_p": "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
     "apply_all_penalties": "vllm.v1.sample.ops.penalties:apply_all_penalties",
+    "MultiModalConfig": "vllm.config:MultiModalConfig",
+    "MediaConnector": "vllm.multimodal.media:MediaConnector",
+    "MEDIA_CONNECTORS": "vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY",
+    "envs": "vllm.envs",
     "cached_tokenizer_from_config": "vllm.tokenizers:cached_tokenizer_from_config",
 }
 
@@ -62,6 +66,12 @@ METHODS = {
         "validate_params": "sampling_params",
     },
     "ChatCompletionRequest": {"to_sampling_params": "self max_tokens default_sampling_params"},
+    "MediaConnector": {
+        "__init__": (
+            "self media_io_kwargs connection allowed_local_media_path allowed_media_domains"
+        ),
+        "load_from_url_async": "self url media_io fetch_timeout",
+    },
     "GroupCoordinator": {"broadcast_object": "self obj src"},
 }
 FIELDS = {
@@ -71,7 +81,9 @@ FIELDS = {
         "min_p thinking_token_budget stop repetition_penalty frequency_penalty presence_penalty"
     ),
     "InputProcessor": "process_inputs",
-    "EngineCoreRequest": "sampling_params prompt_token_ids prompt_embeds lora_request",
+    "EngineCoreRequest": (
+        "sampling_params prompt_token_ids prompt_embeds lora_request mm_features"
+    ),
     "LoRARequest": "lora_name",
     "BatchUpdate": "removed added moved",
     "MoveDirectionality": "SWAP UNIDIRECTIONAL",
@@ -82,7 +94,13 @@ FIELDS = {
         "scheduler_config use_v2_model_runner cache_config kv_transfer_config ec_transfer_config "
         "device_config"
     ),
-    "ModelConfig": "skip_tokenizer_init max_model_len override_generation_config logits_processors",
+    "ModelConfig": (
+        "skip_tokenizer_init max_model_len override_generation_config logits_processors hf_config "
+        "multimodal_config allowed_local_media_path allowed_media_domains"
+    ),
+    "MultiModalConfig": "mm_processor_kwargs media_io_kwargs",
+    "MEDIA_CONNECTORS": "load",
+    "envs": "VLLM_MEDIA_CONNECTOR VLLM_IMAGE_FETCH_TIMEOUT",
     "ReasoningConfig": "natural_reasoning_end_token_ids reasoning_start_token_ids",
     "SchedulerConfig": "policy",
     "KVTransferConfig": "kv_role",

@@ -23,8 +23,11 @@ from lenvm_vllm.target.misplaced import FIELD, PREFIX, is_meant
 from value_server.contract.units import UNITS
 
 # Keys in `vllm_xargs` beside those of the field: the id that a request came with, whether its tool
-# calls are taken out of its text, and the LoRA adapter that writes it.
+# calls are taken out of its text, the LoRA adapter that writes it, and what of its prompt is no
+# text: an entry for each picture, sound or video, in order.
 REQUEST_ID, HAS_CALLS, ADAPTER = "lenvm_request_id", "lenvm_has_calls", "lenvm_adapter"
+MEDIA = "lenvm_media"
+UNSEEN = ""  # the entry of one that no value model can be shown
 
 # Units in which no length can be asked for.
 _OTHER_UNITS = {"chars", "letters", "sentences", "paragraphs", "lines", "pages", "bytes"}

@@ -29,7 +29,7 @@ logger = logging.getLogger("vllm.lenvm")
 KEY = "lenvm_key"  # in `vllm_xargs`: 32 hexadecimal digits
 ROWS = 4096  # texts that an engine process knows, ended ones included, until they are replaced
 RING = 64  # steps
-FORCED, LANDING, VALUED, GAVE_WAY = 1, 2, 4, 8  # flags of a step
+FORCED, LANDING, VALUED, GAVE_WAY, UNSEEN = 1, 2, 4, 8, 16  # flags of a step
 
 _PREFIX = "progress-"
 _INTS, _FLOATS = ["index", "counted", "token"], ["p_end", "expected"]
@@ -49,6 +49,7 @@ class Step:
     forced: whether a rail made it the end. landing: whether the target raised ends there.
     valued: whether the values were there when they were last asked for.
     gave_way: whether a grammar kept the end from its rail.
+    unseen: whether the prompt has pictures, sound or video that the value model does not see.
     steps, steered: steps of the text up to the last one known, and those that values steered.
     """
 
@@ -59,6 +60,7 @@ class Step:
     landing: bool
     valued: bool
     gave_way: bool
+    unseen: bool
     steps: int
     steered: int
 
@@ -168,6 +170,7 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | N
         landing=bool(flags & LANDING),
         valued=bool(flags & VALUED),
         gave_way=bool(flags & GAVE_WAY),
+        unseen=bool(flags & UNSEEN),
         steps=int(row["steps"]),
         steered=int(row["steered"]),
     )

@@ -1,5 +1,6 @@
 """One value server of several: what is known of it, and the message that is out to it."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -100,3 +101,8 @@ def ask(
     """The answer, and the seconds since `begin`, on the clock `perf_counter`."""
     reply = client.step(make())
     return reply, time.perf_counter() - begin
+
+
+def rank(url: str, session: str) -> bytes:
+    """How much a session belongs to a replica; the highest has it."""
+    return hashlib.blake2b(f"{url} {session}".encode(), digest_size=8).digest()

@@ -15,7 +15,6 @@ A replica whose model has a lookahead head is asked for a query of each row, and
 values of it; one that has none tells the values of the candidates that it is asked about.
 """
 
-import hashlib
 import logging
 import math
 import time
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from lenvm_vllm.settings import Settings
 from lenvm_vllm.values.client import CircuitOpen, ValueClient, ValueServerError
-from lenvm_vllm.values.replica import Call, OneServer, Replica, Served, ask, search
+from lenvm_vllm.values.replica import Call, OneServer, Replica, Served, ask, rank, search
 from value_server.contract import wire
 from value_server.contract.values import logit_in_gamma
 
@@ -111,6 +110,11 @@ class Replicas:
         """Whether the replica of a session has one. Raises ValueServerError when none lives."""
         place = self._place(session)
         return place is not None and place.served is not None and place.served.keys is not None
+
+    def sees(self, session: str) -> bool:
+        """Whether the replica of a session, if one lives at all, sees pictures."""
+        place = self._place(session) if self.live else None
+        return place is None or (place.served is not None and place.served.info.sees_pictures)
 
     def assign(self, session: str, adapter: str) -> None:
         """The text of this session, which is new, is written by this adapter."""
@@ -290,8 +294,3 @@ class Replicas:
         """While checkpoints change, replicas may speak of the same lengths by another gamma."""
         assert self._gamma is not None
         return logit_in_gamma(z, call.gamma, self._gamma)
-
-
-def rank(url: str, session: str) -> bytes:
-    """How much a session belongs to a replica; the highest has it."""
-    return hashlib.blake2b(f"{url} {session}".encode(), digest_size=8).digest()

@@ -13,7 +13,7 @@ import pytest
 from lenvm_vllm.api.routes import CHAT
 from lenvm_vllm.host import served
 from lenvm_vllm.telemetry.metrics import FOLDER
-from lenvm_vllm.telemetry.progress import FORCED, KEY, LANDING, VALUED, Progress
+from lenvm_vllm.telemetry.progress import FORCED, KEY, LANDING, UNSEEN, VALUED, Progress
 
 EOS = 0
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -33,6 +33,7 @@ class Told:
     forced: bool = False
     landing: bool = True
     valued: bool = True
+    unseen: bool = False
     finish: str = "stop"
     stop_reason: int | str | None = None
     content: str | None = None
@@ -58,7 +59,12 @@ def tell(engine: Progress, key: str, told: Told, counted: int | None = None) -> 
         token=[ids[-2] if len(ids) > 1 else -1],
         p_end=[told.p_end],
         expected=[0.0 if told.forced else math.nan],
-        flags=[FORCED * told.forced | LANDING * told.landing | VALUED * told.valued],
+        flags=[
+            FORCED * told.forced
+            | LANDING * told.landing
+            | VALUED * told.valued
+            | UNSEEN * told.unseen
+        ],
         steps=[len(ids)],
         steered=[len(ids) - 1],
     )

@@ -117,6 +117,14 @@ def params(length: Any = None, eos: int = EOS, **fields: Any) -> SamplingParams:
     return made
 
 
+def entering(wanted: SamplingParams, prompt: Sequence[int] = (7,), **fields: Any) -> Any:
+    """What vLLM makes of a request on its way into the engine."""
+    others = {"lora_request": None, "mm_features": None, "prompt_embeds": None}
+    return SimpleNamespace(
+        sampling_params=wanted, prompt_token_ids=list(prompt), **(others | fields)
+    )
+
+
 def exactly(tokens: int) -> dict[str, Any]:
     return {"length_target": tokens, "length_tolerance": 0.0}
 

@@ -40,7 +40,7 @@ class Runner:
         def column() -> Any:
             return SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
 
-        tokens = torch.full((SLOTS, 100), 31, dtype=torch.int32)
+        tokens = torch.full((SLOTS, 200), 31, dtype=torch.int32)
         self.slots = LogitsProcRequestState(
             device=torch.device("cpu"),
             max_num_reqs=SLOTS,

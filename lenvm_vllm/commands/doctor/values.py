@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from lenvm_vllm.commands.doctor.finding import Finding, guarded, one_line
+from lenvm_vllm.host.media import placeholder_ids
 from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.telemetry.metrics import FOLDER
 from lenvm_vllm.values.client import ValueClient
@@ -63,6 +64,7 @@ def findings(model: str | None) -> Iterator[Finding]:
         remedies = {"": "name a model that has one, a folder or a hub name"}
         yield from guarded("tokenizer", f"of {model}", _tokenizer(model, served), remedies)
         yield from guarded("weights", f"of {model}", _weights(model, served), remedies)
+        yield from guarded("pictures", f"of {model}", _pictures(model, served), remedies)
 
 
 def _misspelt() -> Iterator[Finding]:
@@ -165,3 +167,22 @@ def _weights(model: str, served: dict[str, wire.ModelInfo]) -> Iterator[Finding]
             yield Finding("weights", text, advice, off=True)
         elif ours and ours == info.base_fingerprint:
             yield Finding("weights", f"{url}: its values were learnt with those of {model}")
+
+
+def _pictures(model: str, served: dict[str, wire.ModelInfo]) -> Iterator[Finding]:
+    """Whether values are for requests with pictures, too, of a model that takes some."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):  # a tokenizer alone
+        return
+    if not placeholder_ids(config):
+        return
+    for url, info in served.items():
+        if info.sees_pictures:
+            yield Finding("pictures", f"{url}: its value model sees them")
+            continue
+        text = f"{url}: its value model reads text alone; requests with pictures have no values"
+        advice = "docs/training.md tells how one is made that sees them"
+        yield Finding("pictures", text, advice, off=True)

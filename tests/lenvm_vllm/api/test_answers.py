@@ -75,6 +75,11 @@ def test_what_a_result_says() -> None:
     }
 
 
+def test_a_result_says_that_pictures_were_not_seen() -> None:
+    answer = json.loads(ask(App([Told(11, unseen=True)]), CHAT))
+    assert answer["choices"][0]["length_result"]["unseen"] is True
+
+
 def test_each_choice_has_its_own() -> None:
     texts = CUT, Told(10, letter="b"), Told(12, 0.01, content="It is whole.")
     answer = json.loads(ask(App(texts), CHAT, n=3))

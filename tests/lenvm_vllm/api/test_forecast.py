@@ -133,6 +133,26 @@ def test_what_is_no_plain_text_is_not_asked(request_body) -> None:
     assert not server.asked
 
 
+def test_pictures_go_along_where_they_are_seen() -> None:
+    server = Server()
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    asked = {"messages": [*CHAT, {"role": "user", "content": [TEXT_PART, picture]}]}
+    assert asyncio.run(forecast(server).tokens(asked, None)) is None
+    assert asyncio.run(forecast(server).tokens(asked, None, shown=True)) == 120
+    assert server.asked == [asked]
+    sound = {"type": "input_audio", "input_audio": {"data": "AAAA"}}
+    asked["messages"].append({"role": "user", "content": [picture, sound]})
+    assert asyncio.run(forecast(server).tokens(asked, None, shown=True)) is None
+
+
+def test_a_slow_look_at_a_picture_silences_no_server() -> None:
+    server = Server(httpx.ReadTimeout("slow"))
+    made = forecast(server)
+    assert asyncio.run(made.tokens({"messages": CHAT}, None, shown=True)) is None
+    server.answer = 80.0
+    assert tokens(made, {"messages": CHAT}) == 80
+
+
 @pytest.mark.parametrize(
     ("target", "natural", "expected"),
     [

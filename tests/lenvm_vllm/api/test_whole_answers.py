@@ -27,7 +27,7 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def outcome(length: int, p_end: float = 0.5, text: str = "a", **fields: Any) -> Outcome:
-    step = Step(length, p_end, 0.0, *(False, True, True, False), *(length, length))
+    step = Step(length, p_end, 0.0, *(False, True, True, False, False), *(length, length))
     return Outcome(length, text, **{"limited": False, "stopped": False, "step": step} | fields)
 
 

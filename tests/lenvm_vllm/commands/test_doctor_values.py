@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import trustme
+from transformers import AutoConfig
 
 from lenvm_vllm.commands import doctor
 from lenvm_vllm.commands.doctor.finding import Finding
@@ -74,8 +75,22 @@ def test_values_learnt_with_other_weights(
     assert finding.state == "off"
     assert f"learnt with other weights than those of {other}" in finding.seen
     assert f"`lenvm evaluate` on rollouts of {other}" in finding.advice
+    assert "pictures" not in found(model)  # it takes none
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer-only")
     assert "weights" not in found(str(tmp_path / "tokenizer-only"))
+
+
+def test_whether_pictures_are_seen(
+    values: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LENVM_URL", values.url())
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    finding = found(str(tmp_path))["pictures"]
+    assert (finding.state, "reads text alone" in finding.seen) == ("off", True)
+    info = json.loads(values.answer[1]) | {"sees_pictures": True}
+    values.answer = (200, json.dumps(info).encode())
+    assert found(str(tmp_path))["pictures"].state == "ok"
 
 
 def test_tokens(values: Any, monkeypatch: pytest.MonkeyPatch) -> None:

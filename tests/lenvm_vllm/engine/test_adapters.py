@@ -3,8 +3,6 @@
 Legend: V vocabulary.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from vllm.lora.request import LoRARequest
@@ -16,7 +14,7 @@ from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.values.client import Unreachable
 from lenvm_vllm.values.replicas import Replicas
 from tests.support.blocked import wait_until
-from tests.support.fakes import Server, V, config, free, params
+from tests.support.fakes import Server, V, config, entering, free, params
 from tests.support.v1_batch import added, update
 
 BASE, OWN, THIRD = "http://base", "http://own", "http://third"
@@ -26,13 +24,10 @@ gone = Unreachable("gone")
 def written_by(adapter: str | None) -> SamplingParams:
     """What the engine gets of a request to this adapter, whose session then begins with its
     name."""
-    request = SimpleNamespace(
-        sampling_params=params(free(9) | {"lenvm_request_id": adapter or "base"}),
-        prompt_token_ids=[7, 8],
-        lora_request=adapter and LoRARequest(adapter, 1, "/nowhere"),
-    )
+    wanted = params(free(9) | {"lenvm_request_id": adapter or "base"})
+    request = entering(wanted, [7, 8], lora_request=adapter and LoRARequest(adapter, 1, "/nowhere"))
     take_in(config(), request)
-    return request.sampling_params
+    return wanted
 
 
 def served_by(
@@ -110,7 +105,6 @@ def test_texts_that_no_server_is_for_take_no_room_in_messages(
 
 def test_a_client_names_no_adapter() -> None:
     wanted = params(free(9) | {"lenvm_adapter": "sql"})
-    request = SimpleNamespace(sampling_params=wanted, prompt_token_ids=[7], lora_request=None)
-    take_in(config(), request)
+    take_in(config(), entering(wanted))
     assert wanted.extra_args is not None
     assert wanted.extra_args["lenvm_adapter"] == ""

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lenvm_vllm.engine import messages
 from lenvm_vllm.engine import sessions as engine_sessions
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.values.client import TimedOut
@@ -35,10 +36,11 @@ PIECE, LONG = 8, 3  # tokens: texts come in pieces, and ahead
 
 
 class Strict(Server):
-    """Told of a text from where it said that it is; asked about whole texts only."""
+    """Told of a text from where it said that it is, with its pictures where that is its start;
+    asked about whole texts only."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__(by_text=True, lookahead_rank=rank)
+        super().__init__(by_text=True, lookahead_rank=rank, sees_pictures=True)
         self.said: dict[str, int] = {}
         self.texts_of: dict[str, RequestState] = {}
         self.wrong: list[Any] = []
@@ -47,6 +49,9 @@ class Strict(Server):
         rows = told(request)
         self.wrong += [row for row in rows if row[1] != self.said.get(row[0], 0)]
         self.wrong += [rows] * (sum(len(tokens) for *_, tokens in rows) > PIECE)
+        for row, (session, start, _) in enumerate(rows):
+            pictures = [] if start else list(self.texts_of[session].media)
+            self.wrong += [pictures] * (request.pictures.get(row, []) != pictures)
         for (session, start, tokens), ids in zip(rows, asked(request), strict=True):
             whole = start + len(tokens) == self.texts_of[session].length
             self.wrong += [ids] * (len(ids) > 0 and not whole)
@@ -70,7 +75,8 @@ class History:
     def happen(self, event: str) -> None:
         if event == "open":
             prompt = [self.rng.randrange(1, V) for _ in range(self.rng.randrange(20))]
-            self.states.append(request(prompt=prompt))
+            media = tuple(digit * 64 for digit in "12"[: self.rng.randrange(3)])
+            self.states.append(request(prompt=prompt, media=media))
             self.server.texts_of[self.states[-1].session] = self.states[-1]
         elif event == "close" and self.states:
             self.ended.append(self.states.pop(self.rng.randrange(len(self.states))))
@@ -129,7 +135,8 @@ def test_after_any_history_the_server_holds_the_texts(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine_sessions, "PIECE", PIECE)
         patched.setattr(engine_sessions, "LONG", LONG)
-        patched.setattr(engine_sessions, "AGAIN_S", 0.0)
+        patched.setattr(messages, "AGAIN_S", 0.0)
+        patched.setattr(messages, "PICTURES_S", (0.0, 0.0))
         all_of_it = History(rng, rank)
         for event in history:
             all_of_it.happen(event)

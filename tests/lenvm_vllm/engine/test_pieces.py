@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lenvm_vllm.engine import sessions as engine_sessions
+from lenvm_vllm.engine import messages
 from lenvm_vllm.engine.sessions import LONG, PIECE
 from lenvm_vllm.engine.state import RequestState
 from tests.support.toy import Server, asked, request, sessions_of, settle, tell, told, valued
@@ -134,7 +134,7 @@ def test_a_refused_row_is_that_rows_alone(log: list[logging.LogRecord]) -> None:
 
 
 def test_a_row_without_room_is_told_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_sessions, "AGAIN_S", 1e6)
+    monkeypatch.setattr(messages, "AGAIN_S", 1e6)
     server = Server()
     sessions, states = sessions_of(server), [request(), request()]
     server.unheld = {states[1].session}

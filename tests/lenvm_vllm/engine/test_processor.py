@@ -19,7 +19,7 @@ from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.engine.v1 import V1Batch
 from lenvm_vllm.plugin import PROCESSOR
 from lenvm_vllm.text.tokenizer import tokenizer_of
-from tests.support.fakes import EOS, Server, V, config, free, params
+from tests.support.fakes import EOS, Server, V, config, entering, free, params
 from tests.support.tiny import tiny_tokenizer
 from tests.support.v1_batch import added, processor_with, suppressed, update
 from value_server.contract.checkpoint import tokenizer_fingerprint
@@ -123,13 +123,8 @@ def test_no_guidance_of_drafts(target: Any) -> None:
         made.speculative_config = drafts
         wishes = [params(), params(target)]
         for wanted in wishes if drafts is None else wishes[:1]:
-            take_in(
-                made,
-                SimpleNamespace(sampling_params=wanted, prompt_token_ids=[7], lora_request=None),
-            )
-        refused = SimpleNamespace(
-            sampling_params=params(target), prompt_token_ids=[7], lora_request=None
-        )
+            take_in(made, entering(wanted))
+        refused = entering(params(target))
         if drafts is not None:
             with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
                 take_in(made, refused)

@@ -1,7 +1,6 @@
 """Model Runner V2: requests in slots, with vLLM's own loader and interface (`v2_slots.py`)."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from lenvm_vllm.api.intake import take_in
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.plugin import PROCESSOR
 from lenvm_vllm.values.client import TimedOut
-from tests.support.fakes import EOS, Server, V, config, exactly, free, params, same_bits
+from tests.support.fakes import EOS, Server, V, config, entering, exactly, free, params, same_bits
 from tests.support.toy import settle
 from tests.support.v2_slots import SLOTS, Runner, load
 from value_server.contract import wire
@@ -50,9 +49,7 @@ def test_the_class_itself_is_taken_too() -> None:
 def test_a_step_without_values_is_cut_by_the_plugin() -> None:
     """vLLM is not told of the cut, which it would apply to steered rows, too."""
     runner = Runner(Server(TimedOut("slow")))
-    request = SimpleNamespace(
-        sampling_params=params(free(9), top_k=3), prompt_token_ids=[7, 8], lora_request=None
-    )
+    request = entering(params(free(9), top_k=3), [7, 8])
     take_in(config(v2=True), request)
     runner.add(0, request.sampling_params)
     runner.add(1, params(top_k=3))
