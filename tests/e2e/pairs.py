@@ -18,9 +18,11 @@ from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.processes import free_port
 from tests.support.bare import hide_compilers
 from tests.support.collector import Collector, collecting
+from tests.support.seeing import value_checkpoint
 from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm, tiny_qwen
+from tests.support.tiny_vision import tiny_idefics3
 
 ROOT = Path(__file__).parents[2]
 KEY = "k"
@@ -168,4 +170,11 @@ def small(stack: ExitStack, folder: Path) -> Pair:
     return start(stack, folder, MODEL, CHECKPOINT, *flags, env=env)
 
 
-PAIRS = {make.__name__: make for make in (tiny, alone, doors, plain, small)}
+def seeing(stack: ExitStack, folder: Path) -> Pair:
+    """A tiny Idefics 3, whose classes in vLLM need no torchvision, and a value model that sees."""
+    model = tiny_idefics3(folder / "model")
+    checkpoint = value_checkpoint(folder / "value", model, sees=True)
+    return start(stack, folder, model, checkpoint, *BARE_FLAG, env=PATIENT)
+
+
+PAIRS = {make.__name__: make for make in (tiny, alone, doors, plain, small, seeing)}

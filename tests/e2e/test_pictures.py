@@ -1,8 +1,9 @@
 """Pictures from a client's request to steered logits: the middleware, a real value server that
 sees, and both model runners' adapters.
 
-vLLM's own vision models do not import without torchvision, which has no build for this torch: what
-vLLM would make of a request, its tokens and its list of pictures, is made by hand.
+What vLLM would make of a request, its tokens and its list of pictures, is made by hand: so are
+values told from plain transformers', under both runners, and of Qwen2.5-VL, whose classes in vLLM
+do not import without torchvision. test_guided_picture.py asks a real vLLM.
 
 Legend: V vocabulary, K candidates.
 """

@@ -7,13 +7,15 @@ from typing import Any
 
 import msgspec
 import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.support import tiny
 from tests.support.tiny_vision import MORE, SIZES, picture, text_with, whole_hidden, write_backbone
+from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
 from value_server.engine.engine import Engine
 from value_server.engine.pictures import Look
 from value_server.model.sight import Sight
-from value_server.model.value_model import ValueModel
+from value_server.model.value_model import ValueHead, ValueModel
 
 TILES = ("smolvlm", "idefics3")  # families whose pictures have tokens between their rows
 
@@ -68,6 +70,28 @@ class Seer:
         """The logit at the end of the text."""
         device = self.value.backbone.device
         return float(self.value.head(self.plain(text, numbers)[-1].to(device)))
+
+
+def value_checkpoint(folder: Path, base: Path, sees: bool) -> Path:
+    """Of the text part of `base`, as `lenvm serve` takes it, with a random head; returns `folder`.
+
+    sees: with tower and projector of `base`; else it reads text alone.
+    """
+    torch.manual_seed(1)
+    whole, other = (AutoModelForImageTextToText.from_pretrained(base).float() for _ in range(2))
+    tokenizer, decoder = AutoTokenizer.from_pretrained(base), other.model.get_decoder()
+    lenvm = LenvmConfig(
+        gamma=tiny.GAMMA,
+        base_model=str(base),
+        weights="full",
+        num_layers=decoder.config.num_hidden_layers,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        pictures=sees,
+    )
+    sight = Sight(whole.model, str(base)) if sees else None
+    ValueModel(decoder, ValueHead(decoder.config.hidden_size), lenvm, sight).save(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def digest(number: int) -> str:
