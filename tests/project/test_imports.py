@@ -24,6 +24,7 @@ TRAINER = [
         "trainer.resume",
         "trainer.reading",
         "trainer.candidates",
+        "trainer.columns",
         "trainer.digests",
         "trainer.pictures",
         "trainer.seen",
