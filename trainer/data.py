@@ -23,8 +23,7 @@ from value_server.contract.values import value_from_length
 from value_server.model.pictures import Picture
 
 NO_LABEL = -100.0
-NOTHING = -1  # the number of a pack of a token that counts nothing
-FILLER = {"labels": NO_LABEL}  # of such a token; all else is 0
+NOTHING, FILLER = -1, {"labels": NO_LABEL}  # a pack of a token that counts nothing; else 0 in it
 THINKING_END = "thinking_end_id"  # of a checkpoint's facts, where texts end at that token
 
 
@@ -238,9 +237,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index == NOTHING:
-            return {
-                name: torch.full_like(t[:1], FILLER.get(name, 0)) for name, t in self[0].items()
-            }
+            first = self[0].items()
+            return {name: torch.full_like(t[:1], FILLER.get(name, 0)) for name, t in first}
         members = [self.examples[i] for i in self.packs[index]]
         sizes = [e.length for e in members]
         is_cut = [np.full(n, e.is_cut) for n, e in zip(sizes, members, strict=True)]
