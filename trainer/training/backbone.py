@@ -101,7 +101,9 @@ class Backbone:
             known = f"{start.pictures} (--{'no-' * (not start.pictures)}pictures), as {self.start}"
             check(wanted == start.pictures, "pictures", wanted, known)
         if wanted:
-            check(self.attention == "sdpa", "attention", self.attention, "sdpa with pictures")
+            rule = "{} with pictures, with which others were not tried"
+            check(self.attention == "sdpa", "attention", self.attention, rule.format("sdpa"))
+            check(self.quantize is None, "quantize", self.quantize, rule.format("left out"))
             try:
                 check_family(load_config(self.model, text=False).model_type)
             except ValueError as error:
