@@ -13,7 +13,6 @@ import asyncio
 import base64
 import hashlib
 import io
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -148,11 +147,9 @@ def _looked_at(url: str, data: bytes, most_pixels: int) -> tuple[str, str | None
     """
     from PIL import Image  # vLLM brings it
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit decides
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            width, height = picture.size
-            media_type = Image.MIME.get(picture.format or "", "image/*")
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        width, height = picture.size
+        media_type = Image.MIME.get(picture.format or "", "image/*")
     if width * height > most_pixels:
         raise ValueError(f"{width} x {height} pixels, more than {most_pixels}")
     digest = hashlib.sha256(data).hexdigest()

@@ -147,9 +147,14 @@ def take(sent: Sent, reply: wire.StepReply) -> None:
             state.again_at = time.perf_counter() + AGAIN_S
 
 
-def why_not(state: RequestState, info: wire.ModelInfo, ahead: bool = False) -> str | None:
+def why_not(
+    state: RequestState, info: wire.ModelInfo, seen: bool, ahead: bool = False
+) -> str | None:
     """Why the server cannot take this request's text and one token more, "" where the text is
-    not known yet; None where it can. ahead: as far as it is known."""
+    not known yet; None where it can. seen: whether it sees all of the prompt. ahead: as far as it
+    is known."""
+    if not seen:
+        return NOT_SEEN
     if state.prompt_ids is None:
         return "a prompt has no tokens"
     if state.refused is not None:

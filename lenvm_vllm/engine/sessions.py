@@ -55,8 +55,7 @@ class Sessions:
         self.trouble: ValueServerError | None = None  # why there are no values at all
 
     def model(self, until: float = 0.0) -> wire.ModelInfo:
-        """The value model, or the last one that was known; waits at most until then, on the clock
-        `perf_counter`."""
+        """The value model, or the last one known; waits until then at most, by `perf_counter`."""
         try:
             self.info, self.trouble = self._client.model(self._fingerprint, until), None
         except ValueServerError as error:
@@ -96,8 +95,7 @@ class Sessions:
             can = [
                 state
                 for state in ahead
-                if why_not(state, info, ahead=True) is None
-                and self._is_seen(state)
+                if why_not(state, info, self._is_seen(state), ahead=True) is None
                 and self._client.is_free(state.session)
             ]
             told = pieces(enumerate(can), PIECE)
@@ -121,11 +119,8 @@ class Sessions:
     def askable(self, states: Sequence[RequestState], info: wire.ModelInfo) -> list[int]:
         """Numbers of those that want values and whose values the server can tell now. Why it cannot
         tell the others' is counted, and logged once."""
-        why = {
-            i: why_not(s, info) if self._is_seen(s) else NOT_SEEN
-            for i, s in enumerate(states)
-            if s.target.wants_values
-        }
+        wanting = ((i, s) for i, s in enumerate(states) if s.target.wants_values)
+        why = {i: why_not(s, info, self._is_seen(s)) for i, s in wanting}
         reasons = [reason for reason in why.values() if reason]
         self._counters.add("unguided_rows", len(reasons))
         for state in (states[number] for number, reason in why.items() if reason == NOT_SEEN):
@@ -138,9 +133,8 @@ class Sessions:
 
     def _is_seen(self, state: RequestState) -> bool:
         """Whether the server of a text sees all of its prompt."""
-        if not state.has_media:
-            return True
-        return UNSEEN not in state.media and self._client.sees(state.session)
+        told = not state.has_media or UNSEEN not in state.media
+        return told and (not state.media or self._client.sees(state.session))
 
     def values(self, states: Sequence[RequestState], question: Question, pace: Pace) -> Tensor:
         """(B, K) float64 value logits, NaN in rows that have none in time, and where a token was
