@@ -40,7 +40,8 @@ SCHEMA = pa.schema(
     ]
 )
 COLUMNS = ("prompt_id", "domain", "prompt_ids", "completion_ids", "finish_reason")
-OPTIONAL = ("conversation", "prompt", PICTURES, BYTES)
+OPTIONAL = ("conversation", "prompt")
+SHOWN = (PICTURES, BYTES)  # optional, too
 ID_COLUMNS = ["prompt_ids", "completion_ids"]
 ROWS_AT_ONCE = 512
 TOKENIZER_KEY = b"lenvm.tokenizer"
@@ -233,7 +234,8 @@ def _read_file(file: Path, pictures: PicturesOf) -> Iterator[Rollout]:
         kind = schema.field(name).type
         if not pa.types.is_nested(kind) or not pa.types.is_integer(kind.field(0).type):
             raise ValueError(f"{file}: column {name!r} holds {kind}, not token ids")
-    columns = [*COLUMNS, *(name for name in OPTIONAL if name in schema.names)]
+    optional = [name for name in (*OPTIONAL, *SHOWN) if name in schema.names]
+    columns = [*COLUMNS, *optional]
     try:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
