@@ -59,14 +59,17 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def test_pictures_of_the_same_size(pair: Pair) -> None:
-    """Each is held once by the value server, which computes the rows of both."""
-    for number in range(2):
+    """Each is held once, and their texts share nothing from the picture on; those of one do."""
+    shared = []
+    for number, new in ((0, 1), (1, 1), (0, 0)):
         held = metric(pair.values, "lenvm_pictures")
         forwarded = metric(pair.values, "lenvm_tokens_forwarded_total")
+        hits = metric(pair.values, "lenvm_prefix_hits_total")
         assert was_steered(ask(pair, png(number)))
-        assert metric(pair.values, "lenvm_pictures") == held + 1
+        assert metric(pair.values, "lenvm_pictures") == held + new
         assert metric(pair.values, "lenvm_tokens_forwarded_total") > forwarded
-    assert metric(pair.client, "lenvm_pictures_total") == 2
+        shared.append(metric(pair.values, "lenvm_prefix_hits_total") - hits)
+    assert shared[0] <= shared[1] < shared[2] - 20  # rows of a picture
     assert metric(pair.client, "lenvm_lost_pictures_total") == 0
     assert metric(pair.client, "lenvm_unseen_requests_total") == 0
 

@@ -1,9 +1,9 @@
 """Pictures from a client's request to steered logits: the middleware, a real value server that
 sees, and both model runners' adapters.
 
-What vLLM would make of a request, its tokens and its list of pictures, is made by hand: so are
-values told from plain transformers', under both runners, and of Qwen2.5-VL, whose classes in vLLM
-do not import without torchvision. test_guided_picture.py asks a real vLLM.
+What vLLM would make of a request, its tokens and its list of pictures, is made by hand. So the
+values can be compared with plain transformers', for both runners, and for Qwen2.5-VL, whose classes
+in vLLM do not import without torchvision. A real vLLM is asked in test_guided_picture.py.
 
 Legend: V vocabulary, K candidates.
 """
