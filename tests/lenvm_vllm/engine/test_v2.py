@@ -226,9 +226,9 @@ def test_any_history_of_slots(rng: random.Random, rank: int) -> None:
             if runner.add(slot, wanted, prompt=texts[slot]):
                 guided.add(slot)
         batch = rng.sample(sorted(texts), rng.randint(0, len(texts)))
-        server.requests.clear()
         runner.step(*batch)
-        for request in server.requests:
+        # One that was told ahead of the step may still be on its way: it is looked at next time.
+        for request in [server.requests.pop(0) for _ in list(server.requests)]:
             for session, start, tokens in zip(
                 request.sessions, request.starts, tokens_of(request), strict=True
             ):
