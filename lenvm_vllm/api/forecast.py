@@ -41,8 +41,12 @@ _FURTHEST = 2**63 - 1  # the highest priority that vLLM takes; the lowest is les
 
 @dataclass
 class _Server:
+    """silent_until: after a failure. blind_until: after one with pictures, which may take longer
+    than anybody waits: then it is asked about none, but about texts."""
+
     http: httpx.AsyncClient
     silent_until: float = -math.inf
+    blind_until: float = -math.inf
 
 
 class Forecast:
@@ -129,7 +133,7 @@ class Forecast:
         if (prompt := to_predict(request, shown)) is None or (body := _json_of(prompt)) is None:
             return None
         for server in self._asked(str(request.get("model"))):
-            if self._clock() < server.silent_until:
+            if self._clock() < max(server.silent_until, server.blind_until if shown else -math.inf):
                 continue
             try:
                 reply = await server.http.post(PREDICT_PATH, content=body, headers=_JSON)
@@ -137,7 +141,9 @@ class Forecast:
                     reply.raise_for_status()
                 return max(1, round(reply.json()["predicted_tokens"])) if reply.is_success else None
             except (httpx.HTTPError, ValueError, KeyError, TypeError, OverflowError):
-                if not shown:  # pictures may take longer than anybody waits
+                if shown:
+                    server.blind_until = self._clock() + _PAUSE_S
+                else:
                     server.silent_until = self._clock() + _PAUSE_S
         return None
 

@@ -13,6 +13,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from lenvm_vllm.settings import Settings
 from lenvm_vllm.target.request import MEDIA
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.values.pictures import PictureServers
+
+logger = logging.getLogger("vllm.lenvm")
 
 # Whose headers are read here; what else vLLM may take, no value server does.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -42,13 +45,15 @@ class Place:
 
 
 def places_of(request: dict[str, Any], path: str) -> list[Place]:
-    """All pictures of a request whose bytes can be had, in the order of their text; none where one
-    of them is known by a name (`uuid`), under which vLLM may have another one."""
+    """All pictures of a request whose bytes can be had, in the order of their text; none where it
+    is not sure which vLLM takes for which."""
     messages = request.get("messages", request.get("input"))
     if path == BATCH or not isinstance(messages, list):  # of several chats it is not told which
         return []
     parts = [part for message in messages for part in _parts_of(message)]
-    if any(part.get("uuid") is not None for part in parts):
+    if any(part.get("uuid") is not None for part in parts):  # vLLM may have another under it
+        return []
+    if any(_holds_some(part) for part in parts):
         return []
     return [place for part in parts if (place := _place_in(part, path == MESSAGES))]
 
@@ -57,6 +62,12 @@ def _parts_of(message: Any) -> Iterator[dict[str, Any]]:
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
         yield from (part for part in content if isinstance(part, dict))
+
+
+def _holds_some(part: dict[str, Any]) -> bool:
+    """Whether it is a tool's result with pictures in Anthropic's form. vLLM has them before those
+    of their message, and none of a system's message: as many need not be the same."""
+    return any(inner.get("type") == "image" for inner in _parts_of(part))
 
 
 def _place_in(part: dict[str, Any], anthropic: bool) -> Place | None:
@@ -90,6 +101,7 @@ class Pictures:
         """servers: in place of those of the settings, for tests."""
         self._settings = settings
         self._servers = servers
+        self._told = False  # of files that cannot be read
 
     async def take(self, request: dict[str, Any], route: Route, path: str) -> None:
         """Tell the engine of a guided request's pictures, and begin to give them to the value
@@ -111,7 +123,9 @@ class Pictures:
         """Whether all pictures of a request stand in it, and a value model sees them."""
         places = places_of(request, path)
         longest = 4 * self._settings.max_picture_bytes // 3
-        if any(place.url[:5] != "data:" or len(place.url) > longest for place in places):
+        if any(place.url[:5] != "data:" for place in places):
+            return False
+        if sum(len(place.url) for place in places) > longest:  # no value server takes so much
             return False
         return await self._seeing(request, places) is not None
 
@@ -122,9 +136,19 @@ class Pictures:
         config = served.config and served.config.model_config
         if not prepared_plainly(config) or any(request.get(name) for name in _OWN_WAYS):
             return None
+        servers = self._connected()
+        return servers if servers and await servers.see(str(request.get("model"))) else None
+
+    def _connected(self) -> PictureServers | None:
+        """None where a token or a certificate cannot be read here: the engine may be elsewhere."""
         if self._servers is None:  # not before it is wanted
-            self._servers = PictureServers(self._settings, Counters().add)
-        return self._servers if await self._servers.see(str(request.get("model"))) else None
+            try:
+                self._servers = PictureServers(self._settings, Counters().add)
+            except OSError as error:
+                if not self._told:
+                    logger.warning("no value server is shown pictures: %s", error)
+                self._told = True
+        return self._servers
 
     async def _load(self, place: Place) -> tuple[str, bytes] | None:
         """Digest and file; None for one that vLLM may refuse, which then says so itself."""

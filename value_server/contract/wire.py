@@ -59,7 +59,8 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         none. Another than the ModelInfo tells is an error.
     budget_ms: milliseconds that the server may take from the message's arrival to its answer.
         Rows without values by then are answered without, and their texts are computed on. 0: it
-        answers as soon as it has taken the texts. None: it waits until all rows have values.
+        answers as soon as it has taken the texts, or after half a second. None: it waits until
+        all rows have values.
     """
 
     version: int = WIRE_VERSION

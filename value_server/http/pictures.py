@@ -24,6 +24,7 @@ DIGEST = re.compile("[0-9a-f]{64}")
 PLAIN = ("llava", "qwen2_5_vl", "qwen3_vl")
 AT_A_TIME = 2  # that are decoded; large ones take much memory
 MOST_WAITING = 64
+MOST_GIVEN = 64  # of one text request
 
 
 class Intake:
@@ -34,16 +35,21 @@ class Intake:
         self._showing = batcher.engine.showing
         self._most_pixels = most_pixels
         self._waiting = 0
+        self._coming: dict[str, asyncio.Future[None]] = {}
         self._places = asyncio.Semaphore(AT_A_TIME)
 
     async def take(self, digest: str, body: bytes) -> None:
-        """Hold the picture; at once, if it is here. Raises RequestError."""
+        """Hold the picture; at once, if it is here. One that comes twice at a time is looked at
+        once. Raises RequestError."""
         showing = self._sees()
+        while coming := self._coming.get(digest):
+            await asyncio.wait([coming])
         if showing.store.has(digest):
             return
         if self._waiting >= MOST_WAITING:
             raise BusyError(f"{self._waiting} pictures wait already")
         self._waiting += 1
+        self._coming[digest] = asyncio.get_running_loop().create_future()
         try:
             async with self._places:
                 given = (showing.sight, showing.store, digest, body, self._most_pixels)
@@ -51,17 +57,19 @@ class Intake:
                 await asyncio.wrap_future(self._batcher.look(digest, pixels))
         finally:
             self._waiting -= 1
+            self._coming.pop(digest).set_result(None)
 
     async def take_all(self, given: Sequence[str]) -> list[str]:
         """Digests of what a text request calls its pictures: digests, and data URLs of files.
 
         Raises RequestError.
         """
+        if len(given) > MOST_GIVEN:
+            raise RequestError(f"pictures: {len(given)}, at most {MOST_GIVEN}", "pictures")
         found = []
         for number, name in enumerate(given):
             if not DIGEST.fullmatch(name):
-                body = _decoded(name, f"pictures.{number}")
-                name = hashlib.sha256(body).hexdigest()
+                name, body = await run_in_threadpool(_decoded, name, f"pictures.{number}")
                 await self.take(name, body)
             found.append(name)
         return found
@@ -87,13 +95,14 @@ class Intake:
         return self._showing
 
 
-def _decoded(url: str, field: str) -> bytes:
-    """The bytes in a data URL. Raises RequestError."""
+def _decoded(url: str, field: str) -> tuple[str, bytes]:
+    """Digest and bytes of the file in a data URL. Raises RequestError."""
     head, comma, data = url.partition(",")
     try:
         if not (comma and head.startswith("data:") and head.endswith(";base64")):
             raise ValueError("something else")
-        return base64.b64decode(data, validate=True)
+        body = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         what = "neither a sha256 in lower-case hex nor a data URL in base64"
         raise RequestError(f"{field}: {head[:64]!r}, {what}", field) from error
+    return hashlib.sha256(body).hexdigest(), body

@@ -18,6 +18,10 @@ from value_server.http.text import Prediction, TextRequest
 
 router = APIRouter()
 
+# A message that waits for no values is answered by then, its texts taken or not: while the model
+# looks at a picture none are taken, and the plugin would think that the server is lost.
+UNTAKEN_S = 0.5
+
 
 def models(http: Request) -> Models:
     """Of the application that the request came to."""
@@ -48,7 +52,8 @@ async def step(http: Request) -> Response:
         left=budget == 0,
     )
     decoded = time.perf_counter()
-    result = await server.run(job, http, begin + budget if budget else None)
+    end = None if budget is None else begin + (budget or UNTAKEN_S)
+    result = await server.run(job, http, end)
     answered = time.perf_counter()
     reply = wire.StepReply(
         model_id=server.info.model_id,

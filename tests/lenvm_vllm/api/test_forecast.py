@@ -55,9 +55,9 @@ def forecast(server: Server, clock: Clock | None = None, **settings: Any) -> For
     return Forecast(Settings(**settings), transport, clock, date=lambda: DATE + clock())
 
 
-def tokens(made: Forecast, request: dict[str, Any], **target: Any) -> int | None:
+def tokens(made: Forecast, request: Any, shown: bool = False, **target: Any) -> int | None:
     goal = LengthTarget.parse(target) if target else None
-    return asyncio.run(made.tokens(request, goal))
+    return asyncio.run(made.tokens(request, goal, shown))
 
 
 @pytest.mark.parametrize(
@@ -137,20 +137,24 @@ def test_pictures_go_along_where_they_are_seen() -> None:
     server = Server()
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     asked = {"messages": [*CHAT, {"role": "user", "content": [TEXT_PART, picture]}]}
-    assert asyncio.run(forecast(server).tokens(asked, None)) is None
-    assert asyncio.run(forecast(server).tokens(asked, None, shown=True)) == 120
+    assert tokens(forecast(server), asked) is None
+    assert tokens(forecast(server), asked, shown=True) == 120
     assert server.asked == [asked]
     sound = {"type": "input_audio", "input_audio": {"data": "AAAA"}}
     asked["messages"].append({"role": "user", "content": [picture, sound]})
-    assert asyncio.run(forecast(server).tokens(asked, None, shown=True)) is None
+    assert tokens(forecast(server), asked, shown=True) is None
 
 
 def test_a_slow_look_at_a_picture_silences_no_server() -> None:
-    server = Server(httpx.ReadTimeout("slow"))
-    made = forecast(server)
-    assert asyncio.run(made.tokens({"messages": CHAT}, None, shown=True)) is None
+    """But the next requests with pictures do not wait for it, too."""
+    server, clock = Server(httpx.ReadTimeout("slow")), Clock()
+    made = forecast(server, clock)
+    assert tokens(made, {"messages": CHAT}, shown=True) is None
     server.answer = 80.0
     assert tokens(made, {"messages": CHAT}) == 80
+    assert tokens(made, {"messages": CHAT}, shown=True) is None
+    clock.now += 5
+    assert tokens(made, {"messages": CHAT}, shown=True) == 80
 
 
 @pytest.mark.parametrize(

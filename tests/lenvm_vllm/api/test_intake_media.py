@@ -84,7 +84,18 @@ def test_the_middlewares_word_counts_for_the_very_pictures(
 
 
 @pytest.mark.parametrize(
-    "own", [[], ["a"], [proof(["b"]), "a"], [5, "a"], ["\ud800", "a"], "ab", 7]
+    "own",
+    [
+        [],
+        ["a"],
+        [proof(["b"]), "a"],
+        [proof(["a", "b"]), "a b"],
+        [5, "a"],
+        ["\ud800", "a"],
+        [proof(["a"]), "\ud800"],
+        "ab",
+        7,
+    ],
 )
 def test_no_other_word_does(own: Any) -> None:
     wanted = params({"length_target": 80, MEDIA: own})

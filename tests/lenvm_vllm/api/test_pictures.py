@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,16 @@ def test_pictures_in_the_order_of_the_text(path: str, body: Any) -> None:
         (BATCH, {"messages": [[said(part(URLS[0]))], [said(part(URLS[1]))]]}),
         # vLLM puts them before the others of the message.
         (MESSAGES, {"messages": [said({"type": "tool_result", "content": [anthropic(FILES[0])]})]}),
+        # It leaves the first out, and has the second: as many as are found, and another one.
+        (
+            MESSAGES,
+            {
+                "messages": [
+                    said(anthropic(FILES[0])) | {"role": "system"},
+                    said({"type": "tool_result", "content": [anthropic(FILES[1])]}),
+                ]
+            },
+        ),
         (MESSAGES, {"messages": [said(part(URLS[0]), {"type": "image", "source": 5})]}),
         (GENERATE, {"token_ids": [1], "features": {}}),
     ],
@@ -240,6 +251,19 @@ def test_a_text_only_model_is_shown_nothing() -> None:
     assert (world.asked, world.files) == (1, {})
 
 
+@pytest.mark.usefixtures("vllm")
+def test_a_token_that_cannot_be_read_costs_values_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("vllm").propagate = True
+    pictures = Pictures(Settings(token_file=tmp_path / "token"))
+    for _ in range(2):
+        request = chat(part(URLS[0]))
+        asyncio.run(pictures.take(request, None, CHAT))  # type: ignore[arg-type]
+        assert request == chat(part(URLS[0]))
+    assert caplog.text.count("no value server is shown pictures") == 1
+
+
 def test_a_request_without_pictures_asks_nobody() -> None:
     """Nor is a client made."""
     pictures = Pictures(Settings())
@@ -252,21 +276,22 @@ def test_a_request_without_pictures_asks_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "sees", "stand"),
+    ("urls", "sees", "stand"),
     [
-        (URLS[0], True, True),
-        (URLS[0], False, False),
-        ("http://127.0.0.1:9/x.png", True, False),  # an unguided request goes on as it came
-        (data_url(bytes(3000)), True, False),
+        (URLS[:1], True, True),
+        (URLS[:1], False, False),
+        (["http://127.0.0.1:9/x.png"], True, False),  # an unguided request goes on as it came
+        ([data_url(bytes(3000))], True, False),
+        (URLS[:2], True, False),  # too large together
     ],
 )
 @pytest.mark.usefixtures("vllm")
 def test_a_forecast_is_for_pictures_that_stand_in_the_request(
-    url: str, sees: bool, stand: bool
+    urls: list[str], sees: bool, stand: bool
 ) -> None:
     async def ask() -> bool:
         options = load_settings({"lenvm": {"max_picture_bytes": 2000}})
         servers = PictureServers(options, print, httpx.MockTransport(Servers(sees)))
-        return await Pictures(options, servers).stand_in(chat(part(url)), CHAT)
+        return await Pictures(options, servers).stand_in(chat(*map(part, urls)), CHAT)
 
     assert asyncio.run(ask()) is stand

@@ -18,6 +18,7 @@ from tests.support.value_servers import as_client, in_thread, naive, step, step_
 from value_server.contract import wire
 from value_server.http.app import create_app
 from value_server.http.models import ServedModel
+from value_server.http.routes import UNTAKEN_S
 from value_server.http.text import Texts
 
 
@@ -158,6 +159,21 @@ def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
     np.testing.assert_allclose(z, expected, atol=1e-4)
     assert served.figure("lenvm_rows_pending_total") == asked  # with that of the first step
     assert served.engine.forwarded == 200 + 1 + 4
+
+
+def test_a_message_that_waits_for_no_values_is_answered_though_nothing_is_taken(
+    served: Served,
+) -> None:
+    """Else its client would think that the server is lost, while the model looks at a picture."""
+    ask, text = partial(step, served.client), [i % 200 for i in range(100)]
+    ask(("a", 0, [1, 2, 3], []), budget_ms=0.0)
+    served.engine.wait_for_pass()
+    begin = time.monotonic()
+    assert ask(("b", 0, text, []), budget_ms=0.0).held == [0]
+    assert time.monotonic() - begin < UNTAKEN_S + 1
+    served.engine.allow()
+    wait_until(lambda: served.engine.forwarded == 3 + 100)  # it is computed all the same
+    assert ask(("b", 100, [], [1]), budget_ms=1000 * SECONDS).held == [100]
 
 
 def test_metrics_tell_of_rows(served: Served) -> None:
