@@ -260,3 +260,10 @@ def test_column_that_is_no_text(column: str, value: Any, tmp_path: Path) -> None
 def test_names_that_are_numbers(tmp_path: Path) -> None:
     (found,) = read_rollouts(write(tmp_path / "a.parquet", ROW | {"prompt_id": 0, "domain": 0}))
     assert (found.prompt_id, found.domain) == ("0", "0")
+
+
+def test_columns_of_nothing(tmp_path: Path) -> None:
+    """As pyarrow writes those of rows that have none."""
+    empty = {"prompt": None, "conversation": None, "pictures": None, "picture_bytes": None}
+    (found,) = read_rollouts(write(tmp_path / "a.parquet", ROW | empty))
+    assert (found.prompt, found.conversation, found.pictures) == ("", "", ())
