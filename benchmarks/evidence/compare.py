@@ -27,7 +27,10 @@ from trainer.rows import Rows
 from value_server.contract.units import UNITS
 
 app = App(help=__doc__)
-COLUMNS = ("ls", "ld", "unforced_share", "sentence_share", "repetition", "cost", "ppl_ratio")
+COLUMNS = (
+    *("ls", "ld", "unforced_share", "whole_share", "sentence_share"),
+    *("repetition", "cost", "ppl_ratio"),
+)
 
 
 @app.default
