@@ -59,13 +59,22 @@ def endpoint_at(
     logs: Path,
     *,
     concurrency: int,
+    max_model_len: int,
     dtype: str | None,
     seed: int,
 ) -> AbstractContextManager[Endpoint]:
     """The one at `url`, else servers of our own for as long as the block."""
     if url:
         return nullcontext(Endpoint(url.rstrip("/"), model, concurrency))
-    return served(model, checkpoint, logs, concurrency=concurrency, dtype=dtype, seed=seed)
+    return served(
+        model,
+        checkpoint,
+        logs,
+        concurrency=concurrency,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        seed=seed,
+    )
 
 
 def digest(checkpoint: Path) -> str:

@@ -34,6 +34,8 @@ class Served:
     """Value model to serve; with --url the one that is served there."""
     concurrency: int = 32
     """Requests at a time."""
+    max_model_len: int = 4096
+    """Tokens of a prompt, its pictures' among them, and its answer, of our own server."""
     dtype: str | None = None
     """Of both models; by default what the device multiplies natively."""
     seed: int = 0
@@ -56,7 +58,7 @@ class Served:
 
         arms: that the server has to know. Raises ValueError for one that it does not.
         """
-        check_positive(concurrency=self.concurrency)
+        check_positive(concurrency=self.concurrency, max_model_len=self.max_model_len)
         stored = Rows(output / "answers.jsonl")
         if any(job.key not in stored for job in jobs):
             with endpoint_at(
@@ -65,6 +67,7 @@ class Served:
                 self.checkpoint,
                 output,
                 concurrency=self.concurrency,
+                max_model_len=self.max_model_len,
                 dtype=self.dtype,
                 seed=self.seed,
             ) as endpoint:

@@ -1,7 +1,5 @@
 """Questions with a checkable answer: GSM8K, MATH500, MathVista. math-verify compares them."""
 
-import base64
-import mimetypes
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +9,8 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.parser import StringExtractionConfig
 
+from trainer.rollouts.pictured import as_part, picture_of
+from trainer.rollouts.prompts import HUB, Hub, hub_rows
 from trainer.rows import read_rows
 
 LETTERS = tuple("ABCDEFGH")
@@ -20,22 +20,18 @@ SHAPE = "Solve this step by step and put the final answer in \\boxed{}."
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """gold: the right answer, a letter where there are choices. image: file, if it has one."""
+    """gold: the right answer, a letter where there are choices. picture: the part of a message
+    that shows it, if there is one."""
 
     id: str
     text: str
     gold: str
-    image: Path | None = None
+    picture: Mapping[str, Any] | None = None
 
     def content(self, instruction: str) -> Any:
         """Of the user's message: a text, behind the picture if there is one."""
         text = f"{self.text}\n\n{instruction}"
-        if self.image is None:
-            return text
-        kind = mimetypes.guess_type(self.image)[0] or "image/jpeg"
-        data = base64.b64encode(self.image.read_bytes()).decode()
-        picture = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
-        return [picture, {"type": "text", "text": text}]
+        return text if self.picture is None else [self.picture, as_part(text)]
 
     def right(self, answer: str) -> bool:
         """Whether the answer's last statement is the gold one."""
@@ -47,18 +43,22 @@ class Question:
         return bool(verify(parse(f"${self.gold}$", both), parse(answer, both)))
 
 
-def read_questions(path: Path) -> list[Question]:
-    """JSON lines of GSM8K (question, answer with ####), MATH500 (problem, answer) or MathVista.
+def read_questions(source: Path, hub: Hub = Hub()) -> list[Question]:
+    """JSON lines or the data set hub:NAME, with the columns of GSM8K (question, answer with ####),
+    MATH500 (problem, answer) or MathVista.
 
-    MathVista: pid, query, answer, choices and, beside the file, image. Raises ValueError naming
-    the line and what it lacks.
+    MathVista: pid, query, answer, choices, and as its picture decoded_image or image, a path from
+    the folder of the file. Raises ValueError naming the line and what it lacks.
     """
+    of_hub = str(source).startswith(HUB)
+    rows = hub_rows(str(source), hub) if of_hub else read_rows(source)
     questions = []
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in enumerate(rows, 1):
         try:
-            questions.append(_question(row, number, path.parent))
+            questions.append(_question(row, number, source.parent))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: line {number}: {error}") from error
+            what = "row" if of_hub else "line"
+            raise ValueError(f"{source}: {what} {number}: {error}") from error
     return questions
 
 
@@ -70,9 +70,7 @@ def _question(row: Mapping[str, Any], number: int, folder: Path) -> Question:
         if not mark:
             raise ValueError("answer: no number behind ####")
         return Question(str(number), row["question"], gold.strip().replace(",", ""))
-    image = folder / row["image"]
-    if not image.is_file():
-        raise ValueError(f"image: no file {image}")
+    picture = picture_of("image", row.get("decoded_image") or row["image"], folder)
     gold, choices = str(row["answer"]), row.get("choices")
     gold = LETTERS[choices.index(gold)] if choices else gold
-    return Question(str(row["pid"]), row["query"], gold, image)
+    return Question(str(row["pid"]), row["query"], gold, as_part(picture))

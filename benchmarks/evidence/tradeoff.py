@@ -1,6 +1,7 @@
 """How many tokens does a right answer need? Accuracy against length: GSM8K, MATH500, MathVista.
 
     python -m benchmarks.evidence.tradeoff --data gsm8k.jsonl --model MODEL --checkpoint CHECKPOINT
+    python -m benchmarks.evidence.tradeoff --data hub:AI4Math/MathVista --hub.split testmini ...
 
 free        the model by itself
 tilt        length_target of the mode tilt, over beta
@@ -15,7 +16,7 @@ The paper's sampling (T = 1, top_p 1, min_p 0.01). pass@1 is the mean over all s
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from benchmarks.provenance import end
 from trainer.checks import check, check_positive
 from trainer.output import OnlyJson, table
 from trainer.resume import keep_settings
+from trainer.rollouts.prompts import HUB, Hub
 from trainer.rows import Rows
 
 app = App(help=__doc__)
@@ -53,7 +55,9 @@ class Plan:
     """What is asked, and in which ways."""
 
     data: Path
-    """JSON lines of GSM8K, MATH500 or MathVista, the pictures beside them."""
+    """JSON lines of GSM8K, MATH500 or MathVista, the pictures beside them, or the data set
+    hub:NAME."""
+    hub: Hub = Hub()
     betas: tuple[float, ...] = (-2.0, -5.0, -10.0, -20.0, -40.0)
     """Of tilt; below 0 shortens."""
     budgets: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 192, 256, 384)
@@ -73,7 +77,8 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What shapes the answers."""
         data = f"{self.data.parent.name}/{self.data.name}"
-        return {"data": data, "max_tokens": self.max_tokens, **SAMPLING}
+        of_hub = asdict(self.hub) if str(self.data).startswith(HUB) else {}
+        return {"data": data, **of_hub, "max_tokens": self.max_tokens, **SAMPLING}
 
     def arms(self) -> Iterator[tuple[str, Any, str, dict[str, Any]]]:
         """(arm, dial, instruction, fields of the request)."""
@@ -146,7 +151,8 @@ def main(
         Folder of the answers, their grades, the figures and the plot.
     """
     plan.check()
-    questions = stratified(read_questions(plan.data), lambda _: 0, plan.limit, served.seed)
+    found = read_questions(plan.data, plan.hub)
+    questions = stratified(found, lambda _: 0, plan.limit, served.seed)
     settings = served.settings() | plan.settings()
     keep_settings(output, settings)
     answers = served.answers(plan.jobs(questions), output, arms=("project",))

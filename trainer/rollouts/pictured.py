@@ -27,7 +27,7 @@ RULE = "a path, a data: URL, or a picture of a data set"
 def as_messages(turns: Turns) -> list[dict[str, Any]]:
     """For an OpenAI API: pictures as data: URLs, and plain text where there is nothing else."""
     return [
-        {"role": role, "content": parts[0] if _is_text(parts) else [_as_part(p) for p in parts]}
+        {"role": role, "content": parts[0] if _is_text(parts) else [as_part(p) for p in parts]}
         for role, parts in turns
     ]
 
@@ -36,7 +36,8 @@ def _is_text(parts: Parts) -> bool:
     return len(parts) == 1 and isinstance(parts[0], str)
 
 
-def _as_part(part: str | Picture) -> dict[str, Any]:
+def as_part(part: str | Picture) -> dict[str, Any]:
+    """Of a message's content."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = Image.open(io.BytesIO(part.data)).get_format_mimetype() or "image/png"

@@ -95,7 +95,7 @@ class Selection:
             template = self.template or preset.template
             prompts = _of_preset(name, preset)
         elif name.startswith(HUB):
-            rows = _hub_rows(name.removeprefix(HUB), self.hub)
+            rows = hub_rows(name, self.hub)
             prompts = _of_rows(name, "row", rows, Path(), self)
         else:
             prompts = _of_rows(name, "line", read_rows(source), source.parent, self)
@@ -172,9 +172,11 @@ def _of_rows(
         yield Prompt(*own, row[column], system, shown)
 
 
-def _hub_rows(name: str, hub: Hub) -> Iterable[Any]:
+def hub_rows(source: str, hub: Hub) -> Iterable[Any]:
+    """Of the data set hub:NAME, pictures as bytes."""
     from datasets import load_dataset
 
+    name = source.removeprefix(HUB)
     return _undecoded(load_dataset(name, hub.subset, split=hub.split, streaming=True))
 
 

@@ -10,7 +10,9 @@ from benchmarks.evidence.questions import Question, read_questions
 from benchmarks.evidence.tradeoff import FEW, Plan, cut
 from benchmarks.evidence.tradeoff_table import points_of, summary
 from benchmarks.pictures import plot_tradeoff
+from tests.support.shown import data_url, part
 from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_vision import png
 
 # ---- questions
 
@@ -40,7 +42,8 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_the_three_kinds_of_data(tmp_path: Path) -> None:
-    (tmp_path / "1.png").write_bytes(b"picture")
+    shown = png()
+    (tmp_path / "1.png").write_bytes(shown)
     found = read_questions(
         write(
             tmp_path / "data.jsonl",
@@ -54,7 +57,7 @@ def test_the_three_kinds_of_data(tmp_path: Path) -> None:
     assert [q.gold for q in found] == ["1800", "\\pi", "B", "3"]
     assert found[0].content("Be brief.") == "How many?\n\nBe brief."
     picture, text = found[2].content("Be brief.")
-    assert picture["image_url"]["url"] == "data:image/png;base64,cGljdHVyZQ=="
+    assert picture == part(data_url(shown))
     assert text == {"type": "text", "text": "Look.\n\nBe brief."}
 
 
@@ -63,7 +66,7 @@ def test_the_three_kinds_of_data(tmp_path: Path) -> None:
     [
         ({"question": "?", "answer": "5"}, "line 1: answer: no number behind ####"),
         ({"question": "?"}, "line 1: 'answer'"),
-        ({"pid": 1, "query": "?", "answer": "1", "image": "no.png"}, "line 1: image: no file"),
+        ({"pid": 1, "query": "?", "answer": "1", "image": "no.png"}, "line 1: image: .*no file"),
     ],
 )
 def test_questions_that_are_none(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
