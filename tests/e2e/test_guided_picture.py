@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from benchmarks.systems.timing import wait_until
+from lenvm_vllm.values.pictures import FRESH_S
 from tests.e2e.pairs import Pair
 from tests.support.seeing import value_checkpoint
 from tests.support.servers import value_serve
@@ -93,7 +94,7 @@ def test_a_picture_is_given_once(pair: Pair) -> None:
         for result in threads.map(lambda _: ask(pair, png(2), png(3, 40, 100)), range(2)):
             assert result["tokens"] in RAILS
     wait_until(lambda: metric(pair.values, "lenvm_pictures") == held + 2, SECONDS)
-    quick = time.monotonic() - begun < 10  # for which a picture is known to be there
+    quick = time.monotonic() - begun < FRESH_S  # for which a picture is known to be there
     assert was_steered(ask(pair, png(3, 40, 100), png(2)))
     assert was_steered(ask(pair, png(2)))
     if quick:
@@ -143,7 +144,7 @@ def test_a_value_model_of_text_alone_takes_its_place(pair: Pair, tmp_path: Path)
         while not ask(pair)["steered_steps"]:
             assert time.monotonic() < limit
             time.sleep(0.5)
-        time.sleep(10)  # for which it is believed that pictures are seen
+        time.sleep(FRESH_S)  # for which it is believed that pictures are seen
         forwarded = metric(pair.values, "lenvm_tokens_forwarded_total")
         result = ask(pair, png(0))
         assert result["tokens"] in RAILS

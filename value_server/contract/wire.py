@@ -61,6 +61,7 @@ class StepRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Rows without values by then are answered without, and their texts are computed on. 0: it
         answers as soon as it has taken the texts, or after half a second. None: it waits until
         all rows have values.
+    pictures: row that starts at 0 -> digests of all pictures of its text, in order.
     """
 
     version: int = WIRE_VERSION
