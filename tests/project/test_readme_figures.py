@@ -21,25 +21,13 @@ _NO_FIGURES = re.compile(
 
 
 def value(source: dict[str, Any], name: str) -> Any:
-    """Of a figure: as it was noted, out of a final JSON line, or out of a table of figures.md."""
+    """Of a figure: as it was noted, or out of a final JSON line."""
     if "noted" in source:
         return source["noted"][name]
-    if "file" in source:
-        found = json.loads((RESULTS / source["file"]).read_text())
-        for key in source["values"][name]:
-            found = found[key]
-        return found
-    return in_table(source["section"], source["row"], source["columns"][name])
-
-
-def in_table(section: str, row: list[str], column: str) -> float:
-    """The figure before the interval, in the row of docs/figures.md that begins so."""
-    page = (ROOT / "docs" / "figures.md").read_text()
-    (text,) = re.findall(rf"<!-- section: {section} -->\n(.*?)<!-- /section", page, re.DOTALL)
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    heading = next(line for line in lines if column in line)
-    (own,) = (line for line in lines if line[: len(row)] == row)
-    return float(own[heading.index(column)].split()[0])
+    found = json.loads((RESULTS / source["file"]).read_text())
+    for key in source["values"][name]:
+        found = found[key]
+    return found
 
 
 def names(claim: str) -> list[str]:
@@ -57,7 +45,7 @@ def filled(claim: dict[str, Any]) -> str:
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim["readme"][:40])
 def test_the_readme_says_what_the_results_say(claim: dict[str, Any]) -> None:
     assert filled(claim) in README
-    assert claim["from"].get("file") or claim["from"].get("section") or claim["from"]["by"]
+    assert claim["from"].get("file") or claim["from"]["by"]
 
 
 def test_no_figure_without_a_result() -> None:
@@ -84,4 +72,3 @@ def test_a_figure_that_is_wrong_or_new_would_be_seen() -> None:
     assert filled(claim) == "takes 47 ms"
     claim["from"]["noted"]["ms"] = 48
     assert filled(claim) not in README
-    assert in_table("lifebench", ["equal_to", "limits"], "ld") == 0.0
