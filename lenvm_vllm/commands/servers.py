@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lenvm_vllm.commands.processes import Server, free_port
+from lenvm_vllm.host import machine
 
 HOST = "127.0.0.1"
 LENVM = (sys.executable, "-m", "lenvm_vllm.commands.cli")
@@ -66,8 +67,5 @@ def vllm_serve(
 
 
 def native_dtype() -> str:
-    """bfloat16 where the device multiplies it natively; other CPUs emulate it, slowly."""
-    import torch
-
-    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
+    """For vLLM and a value server, of a model in bfloat16."""
+    return "bfloat16" if machine.has_bfloat16() else "float32"

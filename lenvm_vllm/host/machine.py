@@ -15,6 +15,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def has_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 itself; other CPUs emulate it, slowly."""
+    import torch
+
+    return has_gpu() or torch.cpu._is_avx512_bf16_supported()
+
+
 def has_compiler() -> bool:
     """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
     default = "clang++" if sys.platform == "darwin" else "g++"

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import httpx
+import torch
 from cyclopts import Parameter
 
 from trainer.checks import check, check_positive
 from trainer.rollout_files import TokenizerOf
 from trainer.rollouts.prompts import Prompt
 from value_server.contract.checkpoint import tokenizer_fingerprint
+from value_server.model.value_model import default_dtype
 
 ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30, read=3600)
@@ -78,7 +80,8 @@ class Engine:
     max_model_len: int | None = None
     """Tokens of prompt and completion that vLLM makes room for; by default the model's own."""
     dtype: str = "auto"
-    """Type of the model's weights, by vLLM's names."""
+    """Type of the model's weights, by vLLM's names; auto is the model's own, and float32 on a CPU
+    that has no instructions for bfloat16."""
     seed: int = 0
     """Seed of the sampling in vLLM."""
     engine_arg: tuple[str, ...] = ()
@@ -94,8 +97,9 @@ class Engine:
 
     def engine_arguments(self) -> dict[str, Any]:
         """What vLLM's LLM class is given, but the model. Raises ValueError naming what is wrong."""
+        dtype = "float32" if self.dtype == "auto" and not has_bfloat16() else self.dtype
         given: dict[str, Any] = {
-            "max_model_len": self.max_model_len, "dtype": self.dtype, "seed": self.seed
+            "max_model_len": self.max_model_len, "dtype": dtype, "seed": self.seed
         }  # fmt: skip
         own = {"model", *given}
         for argument in self.engine_arg:
@@ -122,6 +126,11 @@ class Engine:
                 source=self.tokenizer,
             )
         return OfflineSampler(model=model, **self.engine_arguments())
+
+
+def has_bfloat16() -> bool:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return default_dtype(device) == torch.bfloat16
 
 
 class OfflineSampler:

@@ -90,3 +90,6 @@ def _served(model: str) -> Iterator[Finding]:
     runner = "V2" if config.use_v2_model_runner else "V1"
     text = f"{model}: --logits-processors {BARE} is taken, model runner {runner}"
     yield Finding("model", text)
+    if "bfloat16" in str(config.model_config.dtype) and not machine.has_bfloat16():
+        text = "bfloat16, as the model is, and this CPU has no instructions for it: it is slow"
+        yield Finding("dtype", text, "start vLLM with `--dtype float32`", off=True)

@@ -38,6 +38,26 @@ def test_the_compiler_that_a_variable_names(
     assert machine.has_compiler()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "native", "told"),
+    [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)],
+)
+def test_the_doctor_tells_of_bfloat16_that_is_emulated(
+    dtype: str, native: bool, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimpleNamespace(
+        use_v2_model_runner=False, model_config=SimpleNamespace(dtype=f"torch.{dtype}")
+    )
+    arguments = SimpleNamespace(create_engine_config=lambda: config)
+    names = SimpleNamespace(EngineArgs=lambda **_: arguments)
+    monkeypatch.setattr(engine, "vllm_names", names)
+    monkeypatch.setattr(engine, "register", lambda: None)
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: native)
+    _, *found = engine._served("m")
+    assert [finding.part for finding in found] == ["dtype"] * told
+    assert all(finding.off and "--dtype float32" in finding.advice for finding in found)
+
+
 def test_the_plugin_says_what_would_end_the_engine(
     no_compiler: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.fake_vllm import FakeVllm, rollout
 from tests.support.prompts import write_prompts
+from trainer.rollouts import samplers
 from trainer.rollouts.prompts import Prompt
 from trainer.rollouts.samplers import Engine
 from trainer.rollouts.shards import shards_of
@@ -22,6 +23,18 @@ def test_any_argument_of_the_engine(vllm: FakeVllm, tmp_path: Path) -> None:
         Engine(server="http://host", engine_arg=("a=1",)).check()
     with pytest.raises(ValueError, match=r"^engine_arg: 'a=2', must be name=value, once"):
         Engine(engine_arg=("a=1", "a=2")).check()
+
+
+@pytest.mark.parametrize(
+    ("native", "asked", "given"),
+    [(True, "auto", "auto"), (False, "auto", "float32"), (False, "bfloat16", "bfloat16")],
+)
+def test_a_cpu_without_bfloat16(
+    native: bool, asked: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would emulate it, several times slower; what was asked for is done."""
+    monkeypatch.setattr(samplers, "has_bfloat16", lambda: native)
+    assert Engine(dtype=asked).engine_arguments()["dtype"] == given
 
 
 def test_system_prompts(vllm: FakeVllm, tmp_path: Path) -> None:
