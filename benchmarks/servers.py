@@ -8,8 +8,6 @@ from pathlib import Path
 from benchmarks.endpoint import Endpoint
 from lenvm_vllm.commands.servers import lenvm_serve, native_dtype, vllm_serve
 
-NICENESS = 10  # of vLLM
-
 
 @contextmanager
 def value_served(
@@ -47,7 +45,7 @@ def served(
     log = logs / "vllm.log"
     with (
         value_served(model, checkpoint, logs, dtype) as values,
-        vllm_serve(model, log, *flags, values_url=values, niceness=NICENESS, env=env) as vllm,
+        vllm_serve(model, log, *flags, values_url=values, env=env) as vllm,
     ):
         yield Endpoint(f"{vllm.url}/v1", model, concurrency)
 

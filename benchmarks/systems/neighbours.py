@@ -43,7 +43,6 @@ def main(
     hold_s: float = 30.0,
     rounds: int = 3,
     threads: int = 2,
-    niceness: int = 10,
 ) -> None:
     """Measure and print one JSON line.
 
@@ -57,8 +56,6 @@ def main(
         Of both, one after the other; ratios are medians over rounds.
     threads
         Of the value server.
-    niceness
-        Of vLLM, as in `overhead`.
     """
     found: dict[bool, list[np.ndarray]] = {False: [], True: []}  # median and 99th percentile
     with tempfile.TemporaryDirectory() as name:
@@ -66,7 +63,7 @@ def main(
         values = lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL, threads=threads)
         flags = ("--served-model-name", NAME, "--max-num-seqs", 2 * clients)
         log = folder / "vllm.log"
-        vllm = vllm_serve(MODEL, log, *flags, values_url=values.url, niceness=niceness)
+        vllm = vllm_serve(MODEL, log, *flags, values_url=values.url)
         with values, vllm:
             gaps_ms(vllm, clients, True, SETTLE_S)  # a first one warms up
             for number in range(2 * rounds):

@@ -44,13 +44,12 @@ def arms(tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
 
 
 @contextmanager
-def servers(folder: Path, threads: int, niceness: int) -> Iterator[tuple[Server, Server]]:
-    """vLLM without and with the plugin, both stopped. threads: of the value server. niceness: of
-    vLLM."""
+def servers(folder: Path, threads: int) -> Iterator[tuple[Server, Server]]:
+    """vLLM without and with the plugin, both stopped. threads: of the value server."""
     values = lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL, threads=threads)
     flags = ("--served-model-name", NAME, "--max-num-seqs", 32)
     plain, plugin = (
-        vllm_serve(MODEL, folder / log, *flags, values_url=url, niceness=niceness)
+        vllm_serve(MODEL, folder / log, *flags, values_url=url)
         for log, url in (("plain.log", None), ("plugin.log", values.url))
     )
     with values, plain, paused(plain), plugin, paused(plugin):
@@ -107,7 +106,6 @@ def main(
     tokens: int = 128,
     rounds: int = 3,
     threads: int = 2,
-    niceness: int = 10,
 ) -> None:
     """Measure and print one JSON line.
 
@@ -121,12 +119,10 @@ def main(
         Of all arms one after the other; the ratios are medians over rounds.
     threads
         Of the value server.
-    niceness
-        Of vLLM, whose engine core spins on the core that the value server wants.
     """
     ratios: dict[str, dict[str, float]] = {"idle": {}, "guided": {}, "tilt": {}}
     valued: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as name, servers(Path(name), threads, niceness) as both:
+    with tempfile.TemporaryDirectory() as name, servers(Path(name), threads) as both:
         for size in concurrency:
             rates = rates_of(both, size, tokens, rounds, Path(name))
             for arm, ratio in ratios.items():

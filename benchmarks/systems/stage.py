@@ -21,7 +21,6 @@ SLOTS = 16384
 LONGEST = 8192  # tokens of a text, as many as the model has positions
 # Of a prompt that vLLM computes in one step: a long one takes many steps, and none takes long.
 CHUNK = 64
-NICENESS = 5  # of the value server: what is measured beside it, on its cores, comes first
 NEW_S = 10.0  # in which vLLM finds another value server
 
 
@@ -102,8 +101,7 @@ def value_server(
     """Of the shipped checkpoint, not started yet. flags: more of `lenvm serve`. model: its
     backbone."""
     flags = ("--slots", slots, *flags)
-    server = lenvm_serve(CHECKPOINT, folder / "values.log", *flags, base_model=model, port=port)
-    return dataclasses.replace(server, command=["nice", "-n", str(NICENESS), *server.command])
+    return lenvm_serve(CHECKPOINT, folder / "values.log", *flags, base_model=model, port=port)
 
 
 def halves() -> tuple[list[int], list[int]]:

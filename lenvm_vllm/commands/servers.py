@@ -42,19 +42,16 @@ def vllm_serve(
     log: Path,
     *flags: object,
     values_url: str | None = None,
-    niceness: int = 0,
     port: int | None = None,
     env: dict[str, str] | None = None,
 ) -> Server:
     """A vLLM, not started yet; nothing of it is compiled, which takes longer than it saves here.
 
     flags: more of `vllm serve`, of which the last one counts. values_url: of the value server that
-    guides it; None for a vLLM without the plugin. niceness: more gives way to others, as its engine
-    core spins on a core that a value server beside it wants. port: by default a free one.
+    guides it; None for a vLLM without the plugin. port: by default a free one.
     """
     port = port or free_port()
     command = [
-        *(("nice", "-n", niceness) if niceness else ()),
         *(*VLLM, "serve", model, "--host", HOST, "--port", port, "--enforce-eager"),
         *("--dtype", native_dtype(), "--max-model-len", 2048, "--max-num-seqs", 16),
     ]
