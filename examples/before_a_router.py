@@ -28,7 +28,9 @@ HOP |= {"transfer-encoding", "content-length"}
 
 def gateway(router: str) -> Any:
     """An ASGI application that hands each request on to the router, streams included."""
-    client = httpx.AsyncClient(base_url=router, timeout=None)
+    # Shorter than vLLM keeps an idle connection, 5 s: a request on one that it ends is lost.
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
+    client = httpx.AsyncClient(base_url=router, timeout=None, limits=limits)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

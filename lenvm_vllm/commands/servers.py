@@ -55,7 +55,9 @@ def vllm_serve(
         *(*VLLM, "serve", model, "--host", HOST, "--port", port, "--enforce-eager"),
         *("--dtype", native_dtype(), "--max-model-len", 2048, "--max-num-seqs", 16),
     ]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
+    # vLLM ends a connection that was idle for 5 s, as httpx does; a request may come just then.
+    kept = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
+    env = kept | (env or {})
     if values_url:
         command += ["--logits-processors", "lenvm_vllm"]
         env = {"LENVM_URL": values_url} | env

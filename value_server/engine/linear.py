@@ -6,7 +6,7 @@ same input (q, k, v; gate, up) become one product.
 
 | device, dtype | weights            | product                                             |
 |---------------|--------------------|-----------------------------------------------------|
-| CPU bfloat16  | bfloat16, packed   | oneDNN                                              |
+| CPU bfloat16  | bfloat16, packed   | oneDNN, if the CPU has AVX-512                      |
 | CPU float16   | float16, packed    | FBGEMM, in float32 (the rest of the model as well)  |
 | CPU float32   | float32, + packed  | MKL packed up to PACKED_ROWS rows, above it plain   |
 | else          | as they are        | plain                                               |
@@ -138,7 +138,7 @@ def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product
     """x → x W' + b by the fastest kernel for weight (O, I) and its device."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     on_cpu = weight.device.type == "cpu"
-    if on_cpu and dtype == torch.bfloat16 and torch.backends.mkldnn.enabled:
+    if on_cpu and dtype == torch.bfloat16 and _packs_bfloat16():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     if on_cpu and dtype == torch.float16:
@@ -147,6 +147,12 @@ def _product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product
     if on_cpu and dtype == torch.float32 and torch.backends.mkl.is_available():
         return _mkl(weight, bias)
     return lambda x: nn.functional.linear(x, weight, bias)
+
+
+def _packs_bfloat16() -> bool:
+    """Not where the CPU has no AVX-512, for one."""
+    mkldnn = torch.backends.mkldnn.is_available()
+    return mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _mkl(weight: Tensor, bias: Tensor | None) -> Product:
