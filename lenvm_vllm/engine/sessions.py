@@ -59,7 +59,7 @@ class Sessions:
         try:
             self.info, self.trouble = self._client.model(self._fingerprint, until), None
         except ValueServerError as error:
-            self.trouble = error
+            self.trouble = error.bare()
         return self.info
 
     def close(self, state: RequestState) -> None:
@@ -272,7 +272,7 @@ class Sessions:
             counts = counts or [0] * len(told)
             calls = self._client.send(sessions, counts, build, least, most, queries)
         except ValueServerError as error:
-            self.trouble = error
+            self.trouble = error.bare()
             return []
         sent = [Sent(call, [told[row] for row in call.rows], ahead) for call in calls]
         self._out += sent

@@ -33,6 +33,12 @@ KEYS_TIME = 16
 class ValueServerError(Exception):
     """No values, for a reason that the message tells."""
 
+    def bare(self) -> "ValueServerError":
+        """This one, to be kept: its traceback would keep all that the frames of a step know, the
+        logits of all texts among it."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
+
 
 class Unreachable(ValueServerError):
     """No connection, or it broke."""

@@ -238,7 +238,7 @@ class Replicas:
         """Those that answer. Raises ValueServerError when there is none."""
         live = [replica for replica in self._replicas if replica.served is not None]
         if not live:
-            raise self._error or CircuitOpen("no value server answers")
+            raise self._error.bare() if self._error else CircuitOpen("no value server answers")
         return live
 
     def _place(self, session: str) -> Replica | None:
@@ -278,7 +278,7 @@ class Replicas:
 
     def _lose(self, replica: Replica, error: ValueServerError) -> None:
         replica.served, replica.closed = None, []
-        self._error = error
+        self._error = error.bare()
         if replica.trouble != type(error).__name__:
             replica.trouble = type(error).__name__
             logger.warning("value server %s: %s: %s", replica.url, replica.trouble, error)
