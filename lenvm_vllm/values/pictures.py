@@ -16,7 +16,7 @@ from value_server.contract import wire
 
 logger = logging.getLogger("vllm.lenvm")
 
-FRESH_S = 10.0  # for which it is believed what a server told, and that it has a picture
+FRESH_S = 10.0  # for which it is believed what a server told of its model
 PAUSES_S = (0.0, 0.5, 2.0)  # before each try to give one
 LONGEST_PUT = 16  # times the time-out: a server may look at a picture before it answers
 MOST_AT_ONCE = 4  # to each server
@@ -26,14 +26,13 @@ MOST_HELD = 256 << 20  # bytes of pictures that wait to be given; others are los
 @dataclass(eq=False)
 class _Server:
     """url: for the log. sees: whether its model sees pictures, as it told at `told_at`.
-    given: when it took each picture, by digest; `wanting` are on their way."""
+    wanting: digests of pictures on their way."""
 
     url: str
     http: httpx.AsyncClient
     sees: bool = False
     told_at: float = -FRESH_S
     question: "asyncio.Task[None] | None" = None
-    given: dict[str, float] = field(default_factory=dict)
     wanting: set[str] = field(default_factory=set)
     at_once: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_AT_ONCE))
     complained: bool = False
@@ -80,12 +79,11 @@ class PictureServers:
         return any(server.sees for server in servers)
 
     def give(self, model: str, pictures: Mapping[str, bytes]) -> None:
-        """Put pictures, by their digests, on all servers that a text of this model may live on."""
+        """Put pictures, by their digests, on all servers that a text of this model may live on and
+        that do not have them."""
         for server in self._of(model):
             for digest, data in pictures.items():
                 if not server.sees or digest in server.wanting:
-                    continue
-                if self._clock() - server.given.get(digest, -FRESH_S) < FRESH_S:
                     continue
                 if self._held + len(data) > MOST_HELD:
                     self._count("lost_pictures")
@@ -125,15 +123,23 @@ class PictureServers:
     async def _give(self, server: _Server, digest: str, data: bytes) -> None:
         try:
             async with server.at_once:
-                taken = await self._put(server, digest, data)
+                if not await self._has(server, digest):
+                    taken = await self._put(server, digest, data)
+                    self._count("pictures" if taken else "lost_pictures")
         finally:
             server.wanting.discard(digest)
             self._held -= len(data)
-        now = self._clock()
-        server.given = {d: at for d, at in server.given.items() if now - at < FRESH_S}
-        if taken:
-            server.given[digest] = now
-        self._count("pictures" if taken else "lost_pictures")
+
+    async def _has(self, server: _Server, digest: str) -> bool:
+        """Whether it has the picture, which it is asked each time: it may have been restarted, or
+        have let it go. One that does not know the question gets the picture."""
+        try:
+            reply = await server.http.head(
+                f"{wire.PICTURES_PATH}/{digest}", timeout=self._timeout_s
+            )
+        except (httpx.HTTPError, httpx.InvalidURL, OSError):
+            return False
+        return reply.is_success
 
     async def _put(self, server: _Server, digest: str, data: bytes) -> bool:
         """Whether it has the picture now. The log tells no more than that one was not taken."""

@@ -38,6 +38,10 @@ class Intake:
         self._coming: dict[str, asyncio.Future[None]] = {}
         self._places = asyncio.Semaphore(AT_A_TIME)
 
+    def has(self, digest: str) -> bool:
+        """Whether the picture is here. Raises BlindModelError."""
+        return self._sees().store.has(digest)
+
     async def take(self, digest: str, body: bytes) -> None:
         """Hold the picture; at once, if it is here. One that comes twice at a time is looked at
         once. Raises RequestError."""

@@ -106,6 +106,13 @@ async def put_picture(digest: str, http: Request) -> None:
     await asked(http).intake.take(digest, await http.body())
 
 
+@router.head(wire.PICTURES_PATH + "/{digest}", status_code=204)
+async def has_picture(digest: str, http: Request) -> None:
+    """204 where the picture is here, and stays for a while; 404 where it has to be sent."""
+    if not asked(http).intake.has(digest):
+        raise HTTPException(404, "no such picture")
+
+
 @router.get(wire.MODEL_PATH)
 async def model(http: Request) -> dict[str, Any]:
     """Facts of the value model and limits of the server."""

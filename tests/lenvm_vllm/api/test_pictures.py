@@ -103,7 +103,10 @@ class Servers:
         if request.method == "GET":
             info = msgspec.structs.replace(INFO, sees_pictures=self.sees)
             return httpx.Response(200, content=msgspec.json.encode(info))
-        self.files[request.url.path.rpartition("/")[2]] = request.content
+        digest = request.url.path.rpartition("/")[2]
+        if request.method == "HEAD":
+            return httpx.Response(204 if digest in self.files else 404)
+        self.files[digest] = request.content
         return httpx.Response(204)
 
 

@@ -20,11 +20,13 @@ FILE = {DIGEST: b"a picture"}
 
 
 class World:
-    """Value servers by their hosts. info: of those that see; others are text-only. status: of the
-    next PUTs. gate: no PUT is answered while it is shut."""
+    """Value servers by their hosts. seeing: those that see; others are text-only. statuses: of the
+    next PUTs. gate: no PUT is answered while it is shut. there: URLs of pictures that are held;
+    None: the servers do not know that question yet."""
 
     def __init__(self, *seeing: str, **settings: Any) -> None:
         self.seeing = set(seeing)
+        self.there: set[str] | None = set()
         self.asked: list[str] = []
         self.put: list[tuple[str, bytes]] = []
         self.statuses: list[Any] = []
@@ -40,12 +42,19 @@ class World:
                 raise httpx.ConnectError("gone")
             info = msgspec.structs.replace(INFO, sees_pictures=request.url.host in self.seeing)
             return httpx.Response(200, content=msgspec.json.encode(info))
-        self.put.append((str(request.url), await request.aread()))
+        url = str(request.url)
+        if request.method == "HEAD":
+            if self.there is None:
+                return httpx.Response(405)
+            return httpx.Response(204 if url in self.there else 404)
+        self.put.append((url, await request.aread()))
         if self.gate is not None:
             await self.gate.wait()
         status = self.statuses.pop(0) if self.statuses else 204
         if isinstance(status, Exception):
             raise status
+        if status == 204 and self.there is not None:
+            self.there.add(url)
         return httpx.Response(status)
 
     def run(self, work: Callable[[PictureServers], Awaitable[Any]]) -> Any:
@@ -87,6 +96,32 @@ def test_all_that_see_get_it_once() -> None:
     assert world.counted == {"pictures": 2}
 
 
+def test_a_server_that_was_restarted_gets_it_again_at_once() -> None:
+    """Or one that let it go: it is asked, and not believed to have what it had."""
+    world = World("a", "b", url="http://a,http://b")
+
+    async def restarted(servers: PictureServers) -> None:
+        assert await shown(servers)
+        assert world.there
+        world.there.remove(f"http://a/v1/pictures/{DIGEST}")
+        assert await shown(servers)
+
+    world.run(restarted)
+    assert [httpx.URL(url).host for url, _ in world.put] == ["a", "b", "a"]
+
+
+def test_a_server_that_cannot_tell_gets_it_with_each_request() -> None:
+    world = World("a", url="http://a")
+    world.there = None
+
+    async def twice(servers: PictureServers) -> None:
+        for _ in range(2):
+            assert await shown(servers)
+
+    world.run(twice)
+    assert world.counted == {"pictures": 2}
+
+
 def test_a_text_only_model_gets_nothing() -> None:
     world = World(url="http://blind")
     assert world.run(shown) is False
@@ -115,7 +150,7 @@ def test_one_on_its_way_is_not_sent_again() -> None:
 
 
 def test_what_is_believed_is_asked_again_after_a_while() -> None:
-    """The server may have let it go, or be another one."""
+    """The server may be another one."""
     world = World("a", url="http://a")
 
     async def later(servers: PictureServers) -> None:
@@ -130,7 +165,7 @@ def test_what_is_believed_is_asked_again_after_a_while() -> None:
         assert await shown(servers)
 
     world.run(later)
-    assert len(world.put) == 2
+    assert len(world.put) == 1
 
 
 def test_a_server_that_is_gone_does_not_see_until_it_says() -> None:
@@ -203,7 +238,7 @@ def test_one_that_hangs_keeps_nothing_from_the_others() -> None:
         async def answer(request: httpx.Request) -> httpx.Response:
             if request.url.host == "a":
                 await hang.wait()
-            return httpx.Response(204)
+            return httpx.Response(204 if request.method == "PUT" else 404)
 
         assert await servers.see("m")
         for server in servers._of("m"):

@@ -174,8 +174,9 @@ def test_a_model_that_reads_text_alone(tmp_path: Path, seer: Seer) -> None:
     with served(tmp_path) as (url, _), as_client(url) as client:
         info = client.get(wire.MODEL_PATH).json()
         assert (info["sees_pictures"], info["picture_token"]) == (False, PLACEHOLDER)
+        there = client.head(f"{wire.PICTURES_PATH}/{digest_of(png())}")
         reply = put(client, png())
-        assert reply.status_code == 409
+        assert (there.status_code, reply.status_code) == (409, 409)
         assert reply.json()["error"]["type"] == "text_only_model"
         body = step_body(("a", 0, [5], [1]), pictures={0: [digest_of(png())]})
         answer = client.post(wire.STEP_PATH, content=body).raise_for_status().content
