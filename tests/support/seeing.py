@@ -1,6 +1,7 @@
 """Value models that see: tiny ones of each family, and what plain transformers makes of a text."""
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,18 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.support import tiny
-from tests.support.tiny_vision import MORE, SIZES, picture, text_with, whole_hidden, write_backbone
+from tests.support.blocked import SECONDS
+from tests.support.tiny_vision import (
+    MORE,
+    SIZES,
+    picture,
+    png,
+    text_with,
+    whole_hidden,
+    write_backbone,
+)
 from value_server.contract.checkpoint import LenvmConfig, tokenizer_fingerprint
 from value_server.engine.engine import Engine
-from value_server.engine.pictures import Look
 from value_server.model.sight import Sight
 from value_server.model.value_model import ValueHead, ValueModel
 
@@ -56,9 +65,7 @@ class Seer:
     def show(self, engine: Engine, numbers: list[int]) -> None:
         assert engine.showing
         for number in numbers:
-            look = Look(digest(number), self.pixels(number))
-            engine.showing.look(look)
-            look.future.result()
+            engine.showing.look(digest(number), self.pixels(number))
 
     @torch.inference_mode()
     def plain(self, text: list[int], numbers: list[int]) -> torch.Tensor:
@@ -70,6 +77,31 @@ class Seer:
         """The logit at the end of the text."""
         device = self.value.backbone.device
         return float(self.value.head(self.plain(text, numbers)[-1].to(device)))
+
+
+class ShutSight:
+    """The sight of a model, which sees when a test lets it. looks: that have begun."""
+
+    def __init__(self, seer: Seer) -> None:
+        sight = seer.value.sight
+        assert sight
+        self.looks = 0
+        self._began, self._open, self._look = threading.Semaphore(0), threading.Event(), sight.look
+        sight.look = self.look  # type: ignore[method-assign]
+
+    def look(self, pixels: Any) -> Any:
+        self.looks += 1
+        self._began.release()
+        assert self._open.wait(SECONDS)
+        return self._look(pixels)
+
+    def wait_for_look(self) -> None:
+        """Return when one begins; each is reported once."""
+        assert self._began.acquire(timeout=SECONDS)
+
+    def open(self) -> None:
+        """For all looks from now on."""
+        self._open.set()
 
 
 def value_checkpoint(folder: Path, base: Path, sees: bool) -> Path:
@@ -94,8 +126,13 @@ def value_checkpoint(folder: Path, base: Path, sees: bool) -> Path:
     return folder
 
 
+def file_of(number: int) -> bytes:
+    """The same picture as `Seer.pixels`."""
+    return png(number, *SIZES[number % len(SIZES)])
+
+
 def digest(number: int) -> str:
-    return hashlib.sha256(str(number).encode()).hexdigest()
+    return hashlib.sha256(file_of(number)).hexdigest()
 
 
 def digests(numbers: list[int]) -> list[str]:

@@ -11,17 +11,16 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
-from torch import Tensor
+import torch
 
 from value_server.engine.engine import Engine
 from value_server.engine.errors import BusyError, ModelError, PassFailedError, RequestError
 from value_server.engine.job import Job, JobResult
-from value_server.engine.pictures import Look
+from value_server.engine.looker import Looker
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,8 @@ class Batcher:
         self.on_pass = on_pass
         self.draining = False  # what runs is finished, what comes is refused
         self.pace = engine.pace
-        self._inbox: queue.SimpleQueue[Job | Look | None] = queue.SimpleQueue()  # None: the last
-        self._looks: deque[Look] = deque()
+        self.looker = Looker(engine.showing) if engine.showing else None
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: the last
         self._waiting: list[Job] = []
         self._active: list[Job] = []
         self._lock = threading.Lock()  # over `_taken` and what goes into the inbox
@@ -57,6 +56,7 @@ class Batcher:
         self._stopped = False
         self._pass_began: float | None = None
         self._name = f"value engine {name}".rstrip()
+        self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, name="value-engine", daemon=True)
 
     def start(self) -> None:
@@ -65,12 +65,16 @@ class Batcher:
     def drain(self) -> None:
         """Refuse what comes from now on, and finish what is there. For signal handlers: no lock."""
         self.draining = True
+        if self.looker:
+            self.looker.drain()
 
     def stop(self) -> None:
         """Finish the current pass, fail what waits, end the thread; do not wait for a stuck one."""
         with self._lock:
-            self.draining = True
+            self.drain()
             self._inbox.put(None)
+        if self.looker:
+            self.looker.stop()
         self._thread.join(None if self.works else 0)
 
     @property
@@ -114,18 +118,6 @@ class Batcher:
                 job.future.set_result(job.answer())
         return job.future
 
-    def look(self, digest: str, pixels: Mapping[str, Tensor]) -> "Future[None]":
-        """Hold a picture, once its turn has come; for models that see.
-
-        The future fails with BusyError, or with RequestError where the model cannot see it.
-        """
-        look = Look(digest, pixels)
-        with self._lock:
-            if self.draining:
-                raise BusyError("the server is shutting down")
-            self._inbox.put(look)
-        return look.future
-
     def leave(self, job: Job) -> JobResult:
         """What the job has now; its caller waits no longer, and its texts are computed on."""
         answer = job.answer()
@@ -138,6 +130,7 @@ class Batcher:
         self._inbox.put(job)
 
     def _loop(self) -> None:
+        torch.set_num_threads(self._threads)  # else those of a looker that began before
         while not self._stopped and not self.pace.broken:
             try:
                 self._receive()
@@ -146,8 +139,6 @@ class Batcher:
                 self._admit()
                 if self._active:
                     self._advance()
-                if self._looks:
-                    self._look(self._looks.popleft())
             except Exception:
                 # Not the model (that is handled below): a bug of ours. Serve on without the jobs.
                 log.exception("%s: unexpected error", self._name)
@@ -158,25 +149,19 @@ class Batcher:
             failed = self.pace.failures
             log.error("%s: %d passes in a row failed: it is broken", self._name, failed)
         with self._lock:
-            self.draining = True
+            self.drain()
         self._receive()
         for job in [*self._active, *self._waiting]:
             self._end(job, BusyError("the server is shutting down"))
-        for look in self._looks:
-            with suppress(InvalidStateError):
-                look.future.set_exception(BusyError("the server is shutting down"))
 
     def _receive(self) -> None:
         """Take everything out of the inbox; wait for something if there is nothing to do."""
         with suppress(queue.Empty):
-            works = self._active or self._waiting or self._looks
-            idle = not (works or self._stopped or self.pace.broken)
+            idle = not (self._active or self._waiting or self._stopped or self.pace.broken)
             job = self._inbox.get(block=idle, timeout=IDLE_SECONDS)
             while True:
                 if job is None:
                     self._stopped = True
-                elif isinstance(job, Look):
-                    self._looks.append(job)
                 else:
                     self._waiting.append(job)
                 job = self._inbox.get_nowait()
@@ -249,13 +234,6 @@ class Batcher:
         finally:
             self._pass_began = None
         self._answer()
-
-    def _look(self, look: Look) -> None:
-        """At one picture, between two passes."""
-        assert self.engine.showing is not None
-        self._pass_began = time.perf_counter()
-        self.engine.showing.look(look)
-        self._pass_began = None
 
     def _bear(self, failure: PassFailedError) -> None:
         """The next pass is smaller; a row that fails alone, and nothing else does, is refused."""

@@ -260,7 +260,7 @@ class SlotCache(SlotTree):
     def _rest(self, session: Session) -> None:
         """In use → idle: its candidates go, its text stays."""
         self._release(session.candidates)
-        session.candidates = []
+        session.candidates, session.hold = [], None
         self._hold(session.path)
         self._release(session.path)
         self.idle[session.name] = self.sessions.pop(session.name)
@@ -272,7 +272,8 @@ class SlotCache(SlotTree):
             del self.sessions[session.name]
             self._release(session.candidates)
             self._release(session.path)
-        session.path, session.candidates, session.lost = array("i"), [], True
+        session.path, session.candidates = array("i"), []
+        session.hold, session.lost = None, True
 
     def _keep(self, path: Sequence[int]) -> None:
         """Keep a text that ends, as far as it is computed: what is ready is its beginning."""

@@ -176,6 +176,7 @@ class Engine:
         if row.lacks:  # its candidates are not asked for yet
             row.z = np.full(len(row.candidates), np.nan, dtype=np.float32)
             return
+        session.hold = None  # all of its pictures are computed
         z = self._z[np.array(session.candidates, dtype=np.int64)]
         text_z = self._z[np.array(session.path, dtype=np.int64)] if job.texts else z
         query = self._queries[session.path[-1]].copy() if row.lookahead_rank else z

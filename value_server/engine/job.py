@@ -7,16 +7,12 @@ S slots that they see.
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from value_server.engine.errors import RequestError
 from value_server.engine.session import Session
-
-if TYPE_CHECKING:
-    from value_server.model.sight import Seen
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +24,7 @@ class Row:
 
     name, start, tokens, candidates, lookahead_rank: what is asked; see contract.wire.StepRequest.
     pictures: digests of those of its text, if its start is 0.
-    seen: those of its session's, as the decoder takes them. lacks: whether tokens of some are still
-        to come: then there are no values.
+    lacks: whether tokens of some of its session's are still to come: then there are no values.
     session: its slots, from admission on as long as it has and needs them.
     dropped: a later job has asked for the session; this one is not computed any further.
     held, refused: what is known of the answer so far.
@@ -45,7 +40,6 @@ class Row:
     candidates: Sequence[int] = ()
     lookahead_rank: int = 0
     pictures: Sequence[str] = ()
-    seen: "Sequence[Seen | None]" = ()
     lacks: bool = False
     session: Session | None = None
     dropped: bool = False

@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor
 
 from value_server.engine.job import Job, Row
-from value_server.engine.pictures import Look
 from value_server.engine.selfcheck import FIRST, off_by, text
 from value_server.model.inputs import Pictures
 from value_server.model.sight import Sight
@@ -46,9 +45,7 @@ class PictureCheck:
         if engine.showing is None or len(self._ids) > most:
             log.warning("a picture takes %d tokens, a text has at most %d", len(self._ids), most)
             return
-        look = Look(NAME, self._pixels)
-        engine.showing.look(look)
-        look.future.result()
+        engine.showing.look(NAME, self._pixels)
         hidden: list[Tensor] = []
         hook = engine.model.head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
         try:

@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from value_server.engine.shown import Shown
+from value_server.engine.shown import Hold, Shown
 
 
 @dataclass(slots=True, eq=False)
@@ -15,7 +15,8 @@ class Session:
         candidate asked for, so a slot may stand here twice (and is owned twice).
     pinned: part of a running request; in use however long that takes.
     lost: its slots are gone.
-    shown: where its pictures are; None where it has none.
+    shown: where its pictures are; None where it has none. hold: keeps those of which something is
+        still to be computed; an idle session has none.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Session:
     pinned: bool = False
     lost: bool = False
     shown: Shown | None = None
+    hold: Hold | None = None
     used_at: float = 0.0
 
     @property

@@ -8,7 +8,7 @@ Legend: Q queries of a pass, n rows of a picture, H hidden size, L layers that t
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from value_server.engine.cache import SlotCache
-from value_server.engine.errors import RequestError
+from value_server.engine.errors import BusyError, RequestError
 from value_server.engine.job import Row
 from value_server.engine.memory import on_device
-from value_server.engine.pictures import Look, Picture, PictureStore
+from value_server.engine.pictures import Picture, PictureStore
 from value_server.engine.shown import Ids, Shown
 from value_server.model.sight import Seen, Sight
 
@@ -46,32 +46,38 @@ class UnfitError(Exception):
 
 
 class Showing:
-    """Belongs to the engine's thread, but for `store`. missing: rows that had to do without values
-    since a picture was not there."""
+    """Belongs to the engine's thread, but for `store` and `look`. missing: rows that had to do
+    without values since a picture was not there."""
 
     def __init__(self, sight: Sight, cache: SlotCache, most_bytes: int) -> None:
         self.sight = sight
         self.store = PictureStore(most_bytes)
         self.missing = 0
         self._cache = cache
+        device = next(sight.tower.parameters()).device
+        # The engine's passes do not wait for a look on a stream of its own. The store has copies
+        # on the CPU, and to copy them there waits for this stream: nothing else has to.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
-    def look(self, look: Look) -> None:
-        """Whatever the tower raises is RequestError of the future, and remembered."""
-        if not look.future.set_running_or_notify_cancel():
-            return
+    def look(self, digest: str, pixels: Mapping[str, Tensor]) -> None:
+        """Hold a picture. pixels: see Sight. For one thread at a time, and any.
+
+        Whatever the tower raises is remembered, and RequestError here; but BusyError stays it.
+        """
         try:
-            seen = self.sight.look(look.pixels)
-            if not len(seen.rows) or not seen.rows.isfinite().all():
-                raise ValueError("its embeddings are no finite numbers")
-            self.store.add(look.digest, seen)
+            with torch.cuda.stream(self._stream):  # None: as it is
+                seen = self.sight.look(pixels)
+                if not len(seen.rows) or not seen.rows.isfinite().all():
+                    raise ValueError("its embeddings are no finite numbers")
+                self.store.add(digest, seen)
+        except BusyError:
+            raise
         except Exception as error:  # of a model of some author, of the device
-            log.warning("value engine: a picture cannot be seen: %r", error)
-            self.store.refuse(look.digest, str(error))
             problem = f"body: the model cannot see it: {error}"
-            look.future.set_exception(RequestError(problem, "body"))
-        else:
-            look.future.set_result(None)
+            if self.store.refuse(digest, problem) == 1:
+                log.warning("value engine: a picture cannot be seen: %r", error)
+            raise RequestError(problem, "body") from error
 
     def place(self, row: Row, texts: bool) -> Placed | None:
         """The row with its pictures in their places.
@@ -97,14 +103,17 @@ class Showing:
         return placed
 
     def keep(self, row: Row, shown: Shown) -> None:
-        """The row has its slots: what is to be computed of its pictures is to stay till then."""
+        """The row has its slots: what is to be computed of its pictures stays till then, also what
+        its next tokens bring of them."""
         session = row.session
         assert session is not None
         session.shown = shown if shown.pictures else None
-        ends = [session.path[int(rows[-1])] for rows in shown.places]
-        row.seen = [picture.seen for picture in shown.pictures[: len(ends)]]
-        there = zip(ends, row.seen, strict=True)
-        if any(seen is None and not self._cache.ready[slot] for slot, seen in there):
+        wanted = list(shown.pictures)
+        for picture, rows in zip(shown.pictures, shown.places, strict=False):
+            if len(rows) == picture.size and self._cache.ready[session.path[int(rows[-1])]]:
+                wanted.remove(picture)
+        session.hold = self.store.hold(wanted) if wanted else None
+        if wanted and session.hold is None:
             self._cache.close(row.name, keep=False)
             self._miss(row)
 
@@ -218,11 +227,11 @@ def _shares(row: Row) -> Iterator[tuple[Ids, int, int, Seen]]:
     """Of each picture with rows in the row's share of the pass: their places in the pass, which of
     the picture's rows they are, and the picture."""
     shown = row.session.shown if row.session else None
-    for places, seen in zip(shown.places if shown else (), row.seen, strict=True):
+    for places, picture in zip(shown.places, shown.pictures, strict=False) if shown else ():
         begin, end = np.searchsorted(places, (row.begin, row.end))
         if begin < end:
-            assert seen is not None
-            yield places[begin:end] - row.begin + row.first, begin, end, seen
+            assert picture.seen is not None  # the session holds it
+            yield places[begin:end] - row.begin + row.first, begin, end, picture.seen
 
 
 def _joined(parts: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 
 
+class Hold:
+    """A text that needs embeddings of pictures references it; see PictureStore.hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """pictures: all that the text will have, in order.

@@ -6,9 +6,9 @@ import hashlib
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import torch
@@ -26,6 +26,8 @@ from value_server.engine.pictures import MOST_PIXELS
 from value_server.http.metrics import Metrics
 from value_server.http.pictures import Intake
 from value_server.http.text import TextRequest, Texts
+
+T = TypeVar("T")
 
 LOOK_SECONDS = 0.2  # between looks whether anybody still waits; a step is faster
 
@@ -67,23 +69,22 @@ class ServedModel:
         """
         future = asyncio.wrap_future(self.batcher.submit(job))
         try:
-            while True:
-                left = math.inf if end is None else end - time.perf_counter()
-                done, _ = await asyncio.wait([future], timeout=max(0.0, min(left, LOOK_SECONDS)))
-                if done:
-                    return future.result()
-                if left <= LOOK_SECONDS:
-                    return self.batcher.leave(job)
-                if await http.is_disconnected():
-                    raise ClientGoneError("the client has left")
+            if await _attended(future, http, end):
+                return future.result()
+            return self.batcher.leave(job)
         finally:
             if not job.left:
                 future.cancel()  # nothing, if it is done
 
+    async def take(self, digest: str, http: Request) -> None:
+        """Hold the picture in the request's body. Raises RequestError; ClientGoneError, the picture
+        dropped if its turn has not come, if the client leaves."""
+        await _unless_gone(self.intake.take(digest, await http.body()), http)
+
     async def lengths(self, request: TextRequest, http: Request) -> list[float]:
         """Tokens to expect after each token of the text."""
         ids = await run_in_threadpool(self.texts.ids, request)
-        pictures = await self.intake.take_all(request.shown)
+        pictures = await _unless_gone(self.intake.take_all(request.shown), http)
         if pictures and request.token_ids is None:
             ids = self.intake.widened(ids, pictures, request.given)
         name = own(http, f"text-{uuid.uuid4()}")
@@ -184,6 +185,30 @@ def model_facts(
     if not head:
         return info, None
     return info, wire.LookaheadKeys(model_id=info.model_id, rank=head.rank, keys=packed)
+
+
+async def _attended(future: "asyncio.Future[Any]", http: Request, end: float | None = None) -> bool:
+    """Whether the future is done by `end` (time.perf_counter), if that is given.
+
+    Raises ClientGoneError if the client leaves before.
+    """
+    while True:
+        left = math.inf if end is None else end - time.perf_counter()
+        done, _ = await asyncio.wait([future], timeout=max(0.0, min(left, LOOK_SECONDS)))
+        if done or left <= LOOK_SECONDS:
+            return bool(done)
+        if await http.is_disconnected():
+            raise ClientGoneError("the client has left")
+
+
+async def _unless_gone(work: Coroutine[Any, Any, T], http: Request) -> T:
+    """What the work gives. Raises ClientGoneError, the work cancelled, if the client leaves."""
+    task = asyncio.create_task(work)
+    try:
+        await _attended(task, http)
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def own(http: Request, session: str) -> str:

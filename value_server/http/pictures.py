@@ -1,6 +1,6 @@
 """Pictures that clients send: bytes, pixels, and what the model makes of them.
 
-    body ──▶ a worker decodes it ──▶ the engine's thread looks at it ──▶ the store
+    body ──▶ the looker decodes it, and the model looks at it ──▶ the store
 
 What a picture shows is nowhere logged.
 """
@@ -16,13 +16,12 @@ from starlette.concurrency import run_in_threadpool
 
 from value_server.engine.batcher import Batcher
 from value_server.engine.errors import BlindModelError, BusyError, RequestError
-from value_server.engine.pictures import MOST_PIXELS, read
+from value_server.engine.pictures import MOST_PIXELS
 from value_server.engine.showing import Showing
 
 DIGEST = re.compile("[0-9a-f]{64}")
 # Families in whose prompts nothing but its placeholders is told of a picture by its size.
 PLAIN = ("llava", "qwen2_5_vl", "qwen3_vl")
-AT_A_TIME = 2  # that are decoded; large ones take much memory
 MOST_WAITING = 64
 MOST_GIVEN = 64  # of one text request
 
@@ -31,12 +30,9 @@ class Intake:
     """Of one model. most_pixels: of a picture, checked before it is decoded."""
 
     def __init__(self, batcher: Batcher, most_pixels: int = MOST_PIXELS) -> None:
-        self._batcher = batcher
-        self._showing = batcher.engine.showing
+        self._looker, self._showing = batcher.looker, batcher.engine.showing
         self._most_pixels = most_pixels
-        self._waiting = 0
         self._coming: dict[str, asyncio.Future[None]] = {}
-        self._places = asyncio.Semaphore(AT_A_TIME)
 
     def has(self, digest: str) -> bool:
         """Whether the picture is here. Raises BlindModelError."""
@@ -44,23 +40,22 @@ class Intake:
 
     async def take(self, digest: str, body: bytes) -> None:
         """Hold the picture; at once, if it is here. One that comes twice at a time is looked at
-        once. Raises RequestError."""
-        showing = self._sees()
+        once. Raises RequestError. To cancel it drops a picture whose turn has not come."""
+        store = self._sees().store
         while coming := self._coming.get(digest):
             await asyncio.wait([coming])
-        if showing.store.has(digest):
+        if store.has(digest):
             return
-        if self._waiting >= MOST_WAITING:
-            raise BusyError(f"{self._waiting} pictures wait already")
-        self._waiting += 1
+        if problem := store.problem(digest):
+            raise RequestError(problem, "body")
+        if len(self._coming) >= MOST_WAITING:
+            raise BusyError(f"{MOST_WAITING} pictures wait already")
+        assert self._looker is not None
+        look = self._looker.look(digest, body, self._most_pixels)
         self._coming[digest] = asyncio.get_running_loop().create_future()
         try:
-            async with self._places:
-                given = (showing.sight, showing.store, digest, body, self._most_pixels)
-                pixels = await run_in_threadpool(read, *given)
-                await asyncio.wrap_future(self._batcher.look(digest, pixels))
+            await asyncio.wrap_future(look)
         finally:
-            self._waiting -= 1
             self._coming.pop(digest).set_result(None)
 
     async def take_all(self, given: Sequence[str]) -> list[str]:

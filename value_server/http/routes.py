@@ -18,8 +18,8 @@ from value_server.http.text import Prediction, TextRequest
 
 router = APIRouter()
 
-# A message that waits for no values is answered by then, its texts taken or not: while the model
-# looks at a picture none are taken, and the plugin would think that the server is lost.
+# A message that waits for no values is answered by then, its texts taken or not: none are taken in
+# a pass, and behind a long one the plugin would think that the server is lost.
 UNTAKEN_S = 0.5
 
 
@@ -103,7 +103,7 @@ async def put_picture(digest: str, http: Request) -> None:
 
     Steps name it by that. 409 where the model reads text alone.
     """
-    await asked(http).intake.take(digest, await http.body())
+    await asked(http).take(digest, http)
 
 
 @router.head(wire.PICTURES_PATH + "/{digest}", status_code=204)

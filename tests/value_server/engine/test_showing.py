@@ -1,19 +1,17 @@
 """What becomes of a row whose pictures are late, lost, of another number or not to be seen."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.blocked import SECONDS
 from tests.support.seeing import Seer, digest, digests
 from tests.support.tiny_vision import PLACEHOLDER
 from value_server.contract.checkpoint import CheckpointError
-from value_server.engine.batcher import Batcher
+from value_server.engine.cache import ACTIVE_S
 from value_server.engine.engine import Engine
-from value_server.engine.errors import BusyError, RequestError
+from value_server.engine.errors import BusyError
 from value_server.engine.job import Job, Row
 from value_server.engine.pictures import PictureStore
 from value_server.engine.shown import Shown
@@ -120,28 +118,57 @@ def test_the_store_holds_so_many_bytes() -> None:
         store.add("large", Seen(torch.zeros(25, 1)))
 
 
-def test_the_batcher_looks_between_passes(tmp_path: Path) -> None:
-    seer = Seer.of("llava", tmp_path)
-    batcher = Batcher(Engine(seer.value, slots=512))
-    looks = [batcher.look(digest(n), seer.pixels(n)) for n in range(2)]
-    broken: Any = batcher.look(digest(2), {"pixel_values": torch.zeros(1, 3)})
-    text = seer.text([0, 1])
-    batcher.start()
-    for look in looks:
-        look.result(SECONDS)
-    with pytest.raises(RequestError, match="cannot see it"):
-        broken.result(SECONDS)
-    row = Row("a", 0, text, [1, 2], pictures=digests([0, 1]))
-    batcher.submit(Job([row])).result(SECONDS)
-    np.testing.assert_allclose(row.logits, [seer.z([*text, c], [0, 1]) for c in (1, 2)], atol=1e-4)
-    row = Row("b", 0, seer.text([2]), [1], pictures=digests([2]))
-    assert batcher.submit(Job([row])).result(SECONDS).refused
-    job = Job([Row("t", 0, seer.text([0]))], texts=True)
-    with pytest.raises(RequestError, match="none of its 0 pictures"):
-        batcher.submit(job).result(SECONDS)
-    batcher.stop()
+def test_what_a_text_needs_stays_until_it_is_computed(seer: Seer) -> None:
+    """Also where another step takes its place before that."""
+    served, text = Engine(seer.value, slots=512), seer.text([0])
+    seer.show(served, [0])
+    assert served.showing
+    store = served.showing.store
+    store.most_bytes = store.bytes
+    first = Job([Row("a", 0, text, [1], pictures=digests([0]))])
+    served.admit(first)
+    with pytest.raises(BusyError, match=f"need {store.bytes} bytes of pictures"):
+        seer.show(served, [3])
+    served.drop(first, {"a"})
+    row = ask(served, "a", [2], start=len(text))
+    expected = [seer.z([*text, 2, c], [0]) for c in (1, 2)]
+    np.testing.assert_allclose(row.logits, expected, atol=1e-4)
+    seer.show(served, [3])
+    assert (store.has(digest(0)), store.has(digest(3))) == (False, True)
+    assert served.showing.missing == 0
+
+
+def test_what_the_rest_of_a_text_needs_stays(seer: Seer) -> None:
+    """A text that is told in pieces has all pictures from its first piece on, or none of it."""
+    served, text = Engine(seer.value, slots=512), seer.text([0, 3])
+    seer.show(served, [0, 3])
+    assert served.showing
+    store, places = served.showing.store, np.flatnonzero(np.array(text) == PLACEHOLDER)
+    cut = int(places[seer.rows(0)])  # before the second one
+    store.most_bytes = store.bytes
+    assert ask(served, "a", text[:cut], 0, 3).held == cut
     with pytest.raises(BusyError):
-        batcher.look(digest(3), {})
+        seer.show(served, [6])  # whose size is the same
+    row = ask(served, "a", text[cut:], start=cut)
+    np.testing.assert_allclose(row.logits, [seer.z([*text, c], [0, 3]) for c in (1, 2)], atol=1e-4)
+    seer.show(served, [6])
+    assert [store.has(digest(n)) for n in (0, 3, 6)] == [False, True, True]
+    assert ask(served, "b", text[:2], 3, 0).held == 0  # before its pictures, and one is missing
+
+
+def test_an_idle_text_keeps_no_picture(seer: Seer) -> None:
+    """Its client may never come back."""
+    now = [0.0]
+    served, text = Engine(seer.value, slots=512, now=lambda: now[0]), seer.text([0])
+    seer.show(served, [0])
+    assert served.showing
+    store = served.showing.store
+    store.most_bytes = store.bytes
+    assert ask(served, "a", text[:1], 0).held == 1
+    now[0] += ACTIVE_S + 1
+    served.cache.expire()
+    seer.show(served, [3])
+    assert ask(served, "a", text[1:], start=1).held == 0
 
 
 @pytest.mark.parametrize("broken", ["rows", "blocks", "positions"])

@@ -164,7 +164,7 @@ def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
 def test_a_message_that_waits_for_no_values_is_answered_though_nothing_is_taken(
     served: Served,
 ) -> None:
-    """Else its client would think that the server is lost, while the model looks at a picture."""
+    """Else its client would think that the server is lost, behind a long pass."""
     ask, text = partial(step, served.client), [i % 200 for i in range(100)]
     ask(("a", 0, [1, 2, 3], []), budget_ms=0.0)
     served.engine.wait_for_pass()

@@ -9,21 +9,22 @@ import pytest
 import torch
 
 from value_server.engine.errors import BusyError, RequestError
-from value_server.engine.pictures import PictureStore
+from value_server.engine.pictures import MOST_FAILURES, PictureStore
 from value_server.http import pictures
 from value_server.http.pictures import MOST_GIVEN, Intake
 from value_server.model.sight import Seen
 
 
 class Looks:
-    """In the place of a batcher. asked: what is to be looked at."""
+    """In the place of a batcher and its looker. asked: what is to be looked at."""
 
     def __init__(self) -> None:
         self.store = PictureStore(1 << 20)
         self.engine = SimpleNamespace(showing=SimpleNamespace(sight=None, store=self.store))
+        self.looker = self
         self.asked: list[tuple[str, Future[None]]] = []
 
-    def look(self, digest: str, pixels: Any) -> "Future[None]":
+    def look(self, digest: str, body: bytes, most_pixels: int) -> "Future[None]":
         future: Future[None] = Future()
         self.asked.append((digest, future))
         return future
@@ -40,8 +41,7 @@ class Looks:
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    monkeypatch.setattr(pictures, "read", lambda *_: {})
+def looks() -> Looks:
     return Looks()
 
 
@@ -78,6 +78,28 @@ def test_what_fails_for_one_is_tried_for_the_next(looks: Looks) -> None:
             await first
 
     asyncio.run(twice())
+
+
+def test_one_whose_client_leaves_is_dropped_and_the_next_ones_is_not(looks: Looks) -> None:
+    async def leaves() -> None:
+        taking = intake(looks)
+        first, second = (asyncio.create_task(taking.take("a", b"")) for _ in range(2))
+        await looks.wait_for(1)
+        first.cancel()
+        await looks.wait_for(2)
+        assert looks.asked[0][1].cancelled()
+        looks.see(1)
+        await second
+
+    asyncio.run(leaves())
+
+
+def test_what_failed_a_few_times_is_not_looked_at_again(looks: Looks) -> None:
+    for number in range(1, MOST_FAILURES + 1):
+        assert looks.store.refuse("a", "body: broken") == number
+    with pytest.raises(RequestError, match="body: broken"):
+        asyncio.run(intake(looks).take("a", b""))
+    assert not looks.asked
 
 
 def test_how_many_may_wait(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> None:

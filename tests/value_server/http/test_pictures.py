@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.support import tiny
-from tests.support.seeing import Seer
-from tests.support.tiny_vision import MORE, PLACEHOLDER, SIZES, png
+from tests.support.seeing import Seer, file_of
+from tests.support.tiny_vision import MORE, PLACEHOLDER, png
 from tests.support.value_servers import as_client, served, step, step_body
 from value_server.contract import wire
 from value_server.contract.values import length_from_logit
@@ -53,10 +53,6 @@ def seeing(seer: Seer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
 def client(seeing: tuple[str, Path]) -> Iterator[httpx.Client]:
     with as_client(seeing[0]) as client:
         yield client
-
-
-def file_of(number: int) -> bytes:
-    return png(number, *SIZES[number % len(SIZES)])
 
 
 def digest_of(body: bytes) -> str:
