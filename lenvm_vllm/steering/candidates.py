@@ -6,6 +6,7 @@ Legend: V vocabulary, B guided rows, K candidates, M written entries.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -40,6 +41,11 @@ class Cut:
     @cached_property
     def numbers(self) -> list[float]:
         return [float(getattr(self, name)) for name in _NUMBERS]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """`eos_ids`, each once and in order."""
+        return sorted({*self.eos_ids})
 
     @cached_property
     def limit(self) -> int:
@@ -120,18 +126,19 @@ class Writes:
         """logits: (batch, V)."""
         rows, ids = self.rows.to(logits.device), self.ids.to(logits.device)
         kept = logits[rows, ids] + self.deltas.to(logits.device, logits.dtype)
-        steered = self.rows.unique().tolist()
-        if steered and steered[-1] - steered[0] + 1 == len(steered):
-            logits[steered[0] : steered[-1] + 1] = -torch.inf  # twice as fast as by index
+        steered = self.rows.unique()
+        if logits.device.type == "cpu":  # row by row, which is twice as fast
+            for row in steered.tolist():
+                logits[row] = -torch.inf
         else:
-            logits[steered] = -torch.inf
+            logits[steered.to(logits.device)] = -torch.inf
         logits[rows, ids] = kept
 
 
 def eos_index(eos: Sequence[Sequence[int]], size: int) -> tuple[Tensor, Tensor]:
     """(M,) row and (M,) token of every end token in the vocabulary of every row."""
     rows = np.repeat(np.arange(len(eos)), np.fromiter(map(len, eos), np.int64, len(eos)))
-    ids = np.fromiter((token for own in eos for token in own), np.int64, len(rows))
+    ids = np.fromiter(chain.from_iterable(eos), np.int64, len(rows))
     known = (ids >= 0) & (ids < size)
     return torch.from_numpy(rows[known]), torch.from_numpy(ids[known])
 
@@ -141,9 +148,9 @@ def cut_candidates(
 ) -> Candidates:
     """Cut each row as its request says, the end apart from the rest.
 
-    logits: (batch, V), not changed. rows: B of them; None: all. width: K at most. A token at -inf
-    is never a candidate. The end counts against no limit of the others, so an end that must not
-    come leaves them.
+    logits: (batch, V), after it as before. rows: B of them; None: all. width: K at most. A token at
+    -inf is never a candidate. The end counts against no limit of the others, so an end that must
+    not come leaves them.
     """
     size, device = logits.shape[-1], logits.device
     rows = range(len(logits)) if rows is None else rows
@@ -151,31 +158,32 @@ def cut_candidates(
     columns = _columns(cuts)
     temperature = columns["temperature"].float().to(device)
     widths = np.minimum([cut.limit or width for cut in cuts], min(width, size))
-    end_ids = _sorted_ends([cut.eos_ids for cut in cuts], size).to(device)
+    row, token = eos_index([cut.ends for cut in cuts], size)
+    place = torch.arange(len(row)) - torch.searchsorted(row, row)
+    ends = temperature.new_full((len(rows), 1 + max(place.tolist(), default=0)), -torch.inf)
+    row, token, place = row.to(device), token.to(device), place.to(device)
+    own = logits[index[row, 0], token]
+    ends[row, place] = own.float()
 
-    ends = logits[index, end_ids.clamp(max=size - 1)].float() / temperature
-    ends = ends.masked_fill(end_ids == size, -torch.inf)
-    # With room for the ends among them, which saves a copy of the logits without them.
-    top, ids = _top(logits, rows, np.minimum(widths + end_ids.shape[1], size))
-    place = torch.searchsorted(end_ids, ids).clamp(max=end_ids.shape[1] - 1)
-    top = (top.float() / temperature).masked_fill(end_ids.gather(1, place) == ids, -torch.inf)
     full = torch.full_like(temperature, torch.nan)
-    if whole := [i for i, cut in enumerate(cuts) if cut.top_p < 1 and not cut.top_k]:
-        x = logits[index[whole, 0]].float() / temperature[whole]
-        at, tokens = eos_index([cuts[i].eos_ids for i in whole], size)
-        x[at.to(device), tokens.to(device)] = -torch.inf
-        full[whole] = x.logsumexp(-1, keepdim=True)
+    logits[index[row, 0], token] = -torch.inf  # for a while: a copy without them would cost more
+    try:
+        top, ids = _top(logits, rows, widths)
+        if whole := [i for i, cut in enumerate(cuts) if cut.top_p < 1 and not cut.top_k]:
+            x = logits[index[whole, 0]].float() / temperature[whole]
+            full[whole] = x.logsumexp(-1, keepdim=True)
+    finally:
+        logits[index[row, 0], token] = own
+    top, ends = top.float() / temperature, ends / temperature
 
     # One copy from the device; float32 holds every id below 2^24.
     end = ends.logsumexp(-1, keepdim=True)
     here = torch.cat([top, ids.float(), end, full], dim=-1).double().cpu()
     top, ids, end, full = here.split([top.shape[-1], top.shape[-1], 1, 1], dim=-1)
-    top, order = top.sort(dim=-1, descending=True, stable=True)
-    ids, most = ids.long().gather(1, order), int(widths.max())
-    top = top.masked_fill(
-        torch.arange(top.shape[-1]) >= torch.from_numpy(widths)[:, None], -torch.inf
-    )
-    return _cut(top[:, :most], ids[:, :most], end, full, columns)
+    most = int(widths.max())
+    top, ids = top[:, :most], ids[:, :most].long()
+    top = top.masked_fill(torch.arange(most) >= torch.from_numpy(widths)[:, None], -torch.inf)
+    return _cut(top, ids, end, full, columns)
 
 
 def _top(logits: Tensor, rows: Sequence[int], counts: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -198,7 +206,7 @@ def _top(logits: Tensor, rows: Sequence[int], counts: NDArray[np.int64]) -> tupl
         group = torch.from_numpy(np.flatnonzero(counts == count)).to(index.device)
         own = index[group]
         at = peaks[own - first].topk(min(count, peaks.shape[-1])).indices
-        few = blocks[own[:, None], at].flatten(1)
+        few = _of_blocks(logits, blocks, own, at)
         if whole < size:
             few = torch.cat([few, logits[own, whole:]], dim=-1)
         top[group, :count], place = few.topk(count)
@@ -207,11 +215,16 @@ def _top(logits: Tensor, rows: Sequence[int], counts: NDArray[np.int64]) -> tupl
     return top, ids
 
 
-def _sorted_ends(eos: Sequence[Sequence[int]], size: int) -> Tensor:
-    """(B, M) the end tokens in the vocabulary of each row, ascending, padded with `size`."""
-    rows = [sorted({token for token in ids if 0 <= token < size}) for ids in eos]
-    width = max(1, *map(len, rows))
-    return torch.tensor([[*row, *[size] * (width - len(row))] for row in rows])
+def _of_blocks(logits: Tensor, blocks: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+    """(B, N * _BLOCK) the blocks `at` (B, N) of each of `rows` (B,). blocks: view of `logits`."""
+    stride, one = logits.stride()
+    if stride % _BLOCK or one != 1:
+        return blocks[rows[:, None], at].flatten(1)
+    # As rows of one table, which is several times as fast.
+    count = (len(logits) - 1) * (stride // _BLOCK) + blocks.shape[1]
+    table = logits.as_strided((count, _BLOCK), (_BLOCK, 1))
+    places = (rows[:, None] * (stride // _BLOCK) + at).flatten()
+    return table.index_select(0, places).view(len(rows), -1)
 
 
 def _columns(cuts: Sequence[Cut]) -> _Columns:

@@ -142,7 +142,7 @@ def _project(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
 def _close_sentence(given: _Given, goals: Goals) -> Tensor:
     """(B, K) q with other odds of the end of a sentence, where the text is near its own."""
     log_q, all_q, u, closes, *_ = given
-    too_long = (log_q.exp() * u).sum(-1) > goals.bounds()[1]
+    too_long = (log_q.exp() * u).sum(-1) > goals.bounds[1]
     closing = goals.closing
     before = goals.exact & (closing < 0) & goals.near_landing
     # Behind the landing, where no rail forces an end, short sentences would follow each other.
@@ -159,7 +159,7 @@ def _tilt_to_target(log_q: Tensor, u: Tensor, goals: Goals) -> Tensor:
     """(B, K) KL projection of q on the target's side of E[u] = u*, inside the trust region."""
     kept = ~log_q.isneginf()
     mean = (log_q.exp() * u).sum(-1)
-    bounds = goals.bounds()
+    bounds = goals.bounds
     direction = _direction(mean, *bounds)
     low = torch.where(kept, u, torch.inf).amin(-1)
     spread = torch.where(kept, u, -torch.inf).amax(-1) - low
@@ -189,13 +189,15 @@ def _largest_tilt(log_q: Tensor, scaled: Tensor, most: Tensor, reach: Tensor) ->
     """
     low = torch.full_like(most, SMALLEST_TILT)
     high = torch.full_like(most, LARGEST_TILT)
+    # From the largest of them on, so that no weight of a large tilt overflows.
+    last = scaled.amax(-1)
+    scaled, most = scaled - last[:, None], most - last
     for _ in range(BISECTIONS):
         size = (low * high).sqrt()
-        log_w = torch.addcmul(log_q, size[:, None], scaled)
-        log_t = log_w.log_softmax(-1)
-        reached = (log_t.exp() * scaled).sum(-1)
-        # KL of t from q, by the normaliser, which the first candidate, never a padded one, tells
-        moved = torch.addcmul(log_t[:, 0] - log_w[:, 0], size, reached)
+        weights = torch.addcmul(log_q, size[:, None], scaled).exp_()
+        total = weights.sum(-1)
+        reached = weights.mul_(scaled).sum(-1) / total
+        moved = size * reached - total.log()  # KL from q
         inside = (reached <= most) & (moved <= reach)
         low, high = torch.where(inside, size, low), torch.where(inside, high, size)
     return low
@@ -208,7 +210,7 @@ def _decide_end(log_p0: Tensor, own_p0: Tensor, mean: Tensor, goals: Goals) -> T
     """
     there, p0, landed, room = log_p0.exp(), own_p0.exp(), goals.landed, goals.landing.closes
     # The lowest mean value that is all right allows the largest p0, and the highest the smallest.
-    most, least = ((1 - u / mean.clamp(min=1e-300)).clamp(0, 1) for u in goals.bounds())
+    most, least = ((1 - u / mean.clamp(min=1e-300)).clamp(0, 1) for u in goals.bounds)
     most, least = (torch.where(p < NO_END, 0.0, p) for p in (most, least))
     most = most.masked_fill(goals.too_early | (goals.exact & (landed < 0)), 0)
     gained = torch.sigmoid(torch.logit(there) + LANDING_NATS * landed.clamp(0, 1))
@@ -232,7 +234,7 @@ def _choose(given: _Given, goals: Goals) -> tuple[Tensor, Tensor]:
     largest while below. Nor are rails, which bar an end that comes too early.
     """
     log_q, _, u, _, _, log_p0 = given
-    low, high = goals.bounds()
+    low, high = goals.bounds
     may_end = ~log_p0.isneginf() & ~goals.too_early
     # (B, K + 1): the end comes first, so that it wins a tie
     values = torch.cat([torch.zeros_like(low)[:, None], u], dim=-1)

@@ -243,11 +243,18 @@ def test_all_tokens_but_a_few_may_be_ends() -> None:
     assert_same(row_of(candidates, 0), expected)
 
 
-@pytest.mark.parametrize("size", [1280, 1300, 5000])
+@pytest.mark.parametrize(
+    ("size", "padding"), [(1280, 0), (1280, 128), (1300, 0), (1300, 44), (5000, 1)]
+)
 @pytest.mark.parametrize("top_ks", [(5, 0, 40), (3, 3, 3)])
-def test_the_top_of_a_large_vocabulary_is_that_of_a_sort(size: int, top_ks: Any) -> None:
-    """Most of it is never sorted; some rows of the batch are no one's, in any order."""
-    logits = torch.randn(6, size, generator=torch.Generator().manual_seed(size))
+def test_the_top_of_a_large_vocabulary_is_that_of_a_sort(
+    size: int, padding: int, top_ks: Any
+) -> None:
+    """Most of it is never sorted; some rows of the batch are no one's, in any order. padding: of
+    vLLM's vocabulary, likelier than all else."""
+    whole = torch.full((7, size + padding), 99.0)[1:]
+    logits = whole[:, :size]
+    logits[:] = torch.randn(6, size, generator=torch.Generator().manual_seed(size))
     logits[:, -1] = 9.0  # behind the last whole block
     rows, width = [4, 0, 3], 64
     cuts = [Cut(1.0, top_k, 1.0, 0.0, [7, size]) for top_k in top_ks]
