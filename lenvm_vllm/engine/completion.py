@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.text.parts import Markers, Parts
@@ -17,19 +17,17 @@ T = TypeVar("T")
 
 class once_a_token(Generic[T]):  # noqa: N801 - as `property`
     """A property of a text that is found once between two tokens, though a step asks for it many
-    times. Found anew when a token comes or becomes known, or when the text begins anew."""
+    times: it stays as it was found until `Completion.renew`."""
+
+    names: ClassVar[list[str]] = []
 
     def __init__(self, find: Callable[[Any], T]) -> None:
         self._find = find
-        self._name = f"_{find.__name__}_once"
+        self.names.append(find.__name__)
 
     def __get__(self, text: Any, owner: Any = None) -> T:
-        parts: Parts = text.parts
-        at = parts, parts.followed, len(text.output_ids)
-        known = text.__dict__.get(self._name)
-        if known is None or known[0] != at:
-            known = text.__dict__[self._name] = at, self._find(text)
-        found: T = known[1]
+        # Found there, it is read without this function.
+        found = text.__dict__[self._find.__name__] = self._find(text)
         return found
 
 
@@ -51,16 +49,24 @@ class Completion:
     counter: "Counter | None" = None
     max_tokens: int | None = None
     _parts: Parts | None = None
+    _renewed_at: int = -1  # tokens
     # The counter before each of the last tokens, which may turn out to be a marker: its amount
     # and what restores it.
     _before: deque[tuple[int, tuple[Any, ...]]] = field(default_factory=deque)
 
-    @property
+    def renew(self) -> None:
+        """To be called before each use of the text in which it may have another token, or know
+        one that was not known yet, or have begun anew."""
+        count = len(self.output_ids)
+        if count != self._renewed_at or (self._parts and self._parts.followed) != count:
+            self._renewed_at = count
+            for name in once_a_token.names:
+                self.__dict__.pop(name, None)
+
+    @once_a_token
     def parts(self) -> Parts:
         """The parts of the completion, as far as its tokens are known."""
         parts = self._parts
-        if parts is not None and parts.followed == len(self.output_ids):
-            return parts  # asked for many times between two tokens
         if parts is None or parts.followed > len(self.output_ids):
             self._parts = parts = Parts(self.markers, self._turn())
             self._begin_count()
@@ -182,7 +188,7 @@ class Completion:
         high = amount if self.target.mode == "at_least" else high
         return amount, min(max(amount, low), max(low, high))
 
-    @property
+    @once_a_token
     def ends(self) -> list[int]:
         """Tokens after which no more are counted."""
         if not self._thinks:
@@ -191,7 +197,7 @@ class Completion:
         whole = marker[-1:] if self.parts.closed == len(marker) - 1 else ()
         return [*whole, *self.eos_ids]
 
-    @property
+    @once_a_token
     def proper_ends(self) -> list[int]:
         """Those of them that a guard rail may force; of a marker of several the next token."""
         return self._next_of_marker() if self._thinks else self.eos_ids

@@ -48,7 +48,7 @@ def _rails_in(
         if whole and (calm := state.calm) is not None:
             held[row] = calm
             continue
-        missing = characters.missing(text)
+        missing = 0 if whole else characters.missing(text)
         block, closing = _block_of(logits[row], state, letters.sentences, missing > 0)
         room = state.text_left
         held[row], due[row] = state.held, state.force(missing > 0, closing)
@@ -95,7 +95,7 @@ def _block_of(
     if in_character:
         return block, []
     if counter is not None:
-        state.reserved = counter.amount_of(block)
+        state.reserved = counter.amount_of(block) if block else 0
     closing = _closing(state, blocks) if block and blocks is not None else []
     return block, [token for token in closing if _may_come(own, token)]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lenvm_vllm.engine.closing import Closing, Landings
-from lenvm_vllm.engine.goals import cut_of, goals_of, landing_in_tokens, shares_of
+from lenvm_vllm.engine.closing import Closing
+from lenvm_vllm.engine.goals import cut_of, goals_of, shares_of
 from lenvm_vllm.engine.messages import NOBODY, Question
 from lenvm_vllm.engine.pace import Pace
 from lenvm_vllm.engine.sessions import Sessions
@@ -23,6 +23,7 @@ from lenvm_vllm.steering.candidates import (
     eos_index,
     plan_writes,
 )
+from lenvm_vllm.steering.goals import Goals
 from lenvm_vllm.steering.policies import expected_rest, steer
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.text.sentences import Sentences
@@ -36,17 +37,21 @@ class Step:
     rows: list[int]
     states: list[RequestState]
     cuts: list[Cut]
+    goals: Goals
     candidates: Candidates
     scored: Tensor
     exactly: Tensor
 
     def pick(self, keep: Tensor) -> "Step":
         """Those of its rows that `keep` (B,) bool marks."""
+        if keep.all():
+            return self
         at = keep.nonzero()[:, 0].tolist()
         return Step(
             [self.rows[i] for i in at],
             [self.states[i] for i in at],
             [self.cuts[i] for i in at],
+            self.goals.pick(keep),
             self.candidates.pick(keep),
             self.scored[keep],
             self.exactly[keep],
@@ -83,8 +88,8 @@ class Guide:
         info = self._model(turns.values()) if turns else NOBODY
         # Ids that the value model does not know are the padding of vLLM's vocabulary.
         logits = logits[:, : info.vocab_size]
-        landings = {row: landing_in_tokens(state) for row, state in turns.items()}
-        step = self._undecided(logits, turns, info, landings) if turns else None
+        goals = goals_of(list(turns.values()), info.gamma, self._settings.max_kl)
+        step = self._undecided(logits, turns, info, goals) if turns else None
         z = None
         if step is None:
             self.sessions.tell_closed()
@@ -92,15 +97,10 @@ class Guide:
             self._pace.goes_on()
         else:
             z = self._values(step, info)
-        known = {row: s for row, s in turns.items() if s.valued is not None and s.is_known}
-        last = {
-            row: self._closing.behind_whole(s, landings[row], logits[row])
-            for row, s in known.items()
-        }
-        last = {row: tokens for row, tokens in last.items() if tokens}
+        last = self._closing.behind_whole(turns, goals.landed, logits)
         plans = [self._end(last, turns, logits.shape[-1])] if last else []
         if step is not None and z is not None:
-            plans += self._steer(step, z, info.gamma, last.keys(), logits.shape[-1])
+            plans += self._steer(step, z, last.keys(), logits.shape[-1])
         return Writes.together(plans) if plans else None
 
     def _model(self, states: Iterable[RequestState]) -> wire.ModelInfo:
@@ -114,19 +114,19 @@ class Guide:
         logits: Tensor,
         turns: dict[int, RequestState],
         info: wire.ModelInfo,
-        landings: Landings,
+        goals: Goals,
     ) -> Step | None:
         """The rows whose next token is not too certain; None: no row."""
         rows, asking = list(turns), list(turns.values())
         cuts = [cut_of(state, self._settings) for state in asking]
         candidates = cut_candidates(logits, cuts, self._settings.max_candidates, rows)
-        candidates = self._closing.widened(candidates, logits, turns, landings)
+        candidates = self._closing.widened(candidates, logits, turns, goals.closing)
         scored = candidates.scored(*shares_of(asking, self._settings, info.max_candidates))
-        in_landing = self._settings.scoring == "landing"
-        exactly = torch.tensor([in_landing and landings[row].share(0) >= 0 for row in rows])
-        least = torch.tensor([s.target.min_entropy for s in asking], dtype=torch.float64)
-        undecided = scored.any(-1) & (candidates.entropy() >= least)
-        step = Step(rows, asking, cuts, candidates, scored, exactly).pick(undecided)
+        exactly = (goals.landed >= 0) & (self._settings.scoring == "landing")
+        undecided, least = scored.any(-1), [s.target.min_entropy for s in asking]
+        if any(least):
+            undecided &= candidates.entropy() >= torch.tensor(least, dtype=torch.float64)
+        step = Step(rows, asking, cuts, goals, candidates, scored, exactly).pick(undecided)
         return step if step.rows else None
 
     def _values(self, step: Step, info: wire.ModelInfo) -> Tensor:
@@ -145,27 +145,23 @@ class Guide:
         self._counters.add("fallback_steps", wanting > 0 and not any(known))
         return z
 
-    def _steer(
-        self, step: Step, z: Tensor, gamma: float, ended: Container[int], size: int
-    ) -> list[Writes]:
+    def _steer(self, step: Step, z: Tensor, ended: Container[int], size: int) -> list[Writes]:
         """z: (B, K) value logits. ended: rows that are not steered any more. size: of the
         vocabulary."""
-        goals = goals_of(step.states, gamma, self._settings.max_kl)
         known = (~z.isnan()).any(-1)
         goes_on = torch.tensor([row not in ended for row in step.rows])
-        steered = (known | goals.lead_alone) & goes_on
+        steered = (known | step.goals.lead_alone) & goes_on
         if not steered.any():
             return []
-        if not steered.all():
-            step, z, known = step.pick(steered), z[steered], known[steered]
-            goals = goals_of(step.states, gamma, self._settings.max_kl)
-        before, heeded = step.candidates, goals.without_values(~known).heeds_sentences
+        step, z, known = step.pick(steered), z[steered], known[steered]
+        goals, before = step.goals, step.candidates
+        heeded = goals.without_values(~known).heeds_sentences
         heeded &= torch.tensor([state.is_known for state in step.states])
         closes = self._closing.among(before, step.states, heeded, goals.closing >= 0)
         log_q, log_p0 = steer(
             before.log_q, before.log_p0, before.own_end, z, closes, goals, before.own
         )
-        rest = expected_rest(log_q, log_p0, z, gamma).masked_fill(~known, torch.nan)
+        rest = expected_rest(log_q, log_p0, z, goals.gamma).masked_fill(~known, torch.nan)
         told = zip(
             step.states,
             (goals.landed >= 0).tolist(),

@@ -123,12 +123,11 @@ def open_rows(
     states: Sequence[RequestState], question: Question, in_vain: Container[int], z: Tensor
 ) -> list[int]:
     """Rows that have no values yet, or none that are exact where they should be. z: (B, K)."""
-    open_ = z.isnan().all(-1).tolist()
+    open_, exactly = z.isnan().all(-1).tolist(), question.exactly.tolist()
     return [
         row
         for row in question.rows
-        if states[row].refused is None
-        and ((open_[row] and row not in in_vain) or question.exactly[row])
+        if states[row].refused is None and ((open_[row] and row not in in_vain) or exactly[row])
     ]
 
 

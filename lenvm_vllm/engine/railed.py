@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from lenvm_vllm.engine.completion import Completion, once_a_token
 from lenvm_vllm.steering.constants import ANSWER_PART, LEAST
@@ -10,34 +11,36 @@ from lenvm_vllm.target.rails import Aim, Rails, aim_in_tokens, aim_of, bounds_of
 from lenvm_vllm.text.blocks import LONGEST_CLOSING
 from lenvm_vllm.text.characters import LONGEST
 
+if TYPE_CHECKING:
+    from lenvm_vllm.text.counter import Counter
+
 # Tokens that a character and the end of a code block take: further from a rail a text is free.
 NEAR = LONGEST + LONGEST_CLOSING
 
 
 @dataclass
 class RailedText(Completion):
-    _aim: tuple[tuple[int | None, int], Aim] | None = None
+    _aim: tuple[int | None, Aim] | None = None  # of a target in tokens, before this wall
     _forced: tuple[int, list[int]] | None = None
     _gave_way: bool = False
     reserved: int = 0  # words or characters that what is open needs to be closed
     # Tokens of the completion from which on and up to which it is calm, and what is held there.
     _calm: tuple[int, float, list[int]] | None = None
 
-    @property
+    @once_a_token
     def aim(self) -> Aim:
         """What the text is led to, before the wall of `max_tokens`."""
         left = None if self.max_tokens is None else self.max_tokens - len(self.output_ids)
         # A thinking leaves an answer its room.
         wall = None if left is None else self.generated + left - LEAST * self._thinks
-        known = wall, 0 if self.counter is None else self.generated
-        if self._aim is None or self._aim[0] != known:
-            self._aim = known, self._find_aim(wall)
+        if self.counter is not None:
+            return self._aim_by_text(wall, self.counter)
+        if self._aim is None or self._aim[0] != wall:  # most texts have one wall
+            self._aim = wall, aim_of(self.target, wall)
         return self._aim[1]
 
-    def _find_aim(self, wall: int | None) -> Aim:
-        if self.counter is None:
-            return aim_of(self.target, wall)
-        so_far, amount, ratio = self.generated, self.amount, self.counter.ratio
+    def _aim_by_text(self, wall: int | None, counter: "Counter") -> Aim:
+        so_far, amount, ratio = self.generated, self.amount, counter.ratio
         return aim_in_tokens(
             self.target,
             self._limits,
@@ -71,12 +74,12 @@ class RailedText(Completion):
             return None  # `in_text` has followed the text
         return last - self.counter.amount - self.reserved
 
-    @property
+    @once_a_token
     def is_limited(self) -> bool:
         """Whether the next token has to keep to what words or characters may come."""
         return self.counter is not None and self.is_railed and self.in_text
 
-    @property
+    @once_a_token
     def has_last_word(self) -> bool:
         """Whether no other word may begin: it could not be ended before the upper rail."""
         room = self.room
@@ -84,11 +87,11 @@ class RailedText(Completion):
             return False
         return self.counter.has_last_word(room)
 
-    @property
+    @once_a_token
     def in_text(self) -> bool:
         return self.counts and not self._is_open
 
-    @property
+    @once_a_token
     def is_steered(self) -> bool:
         """Whether values may move the next token: not in a tool call, nor once one is whole,
         for then the model may well be done, and not where they would decide on a thinking."""

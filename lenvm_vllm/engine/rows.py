@@ -109,6 +109,7 @@ class EngineRows:
         """This request is over."""
         if state is None:
             return
+        state.renew()
         self._sessions.close(state)
         self._progress.close(state.row)
         if ranks.leads():
@@ -122,7 +123,7 @@ class EngineRows:
     def tell(self, states: Iterable[RequestState]) -> None:
         """Before vLLM's own forward pass: what of these texts the value server can begin with."""
         if ranks.leads():
-            self._plans.tell(states)
+            self._plans.tell(_renewed(states))
 
     def _count(self, state: RequestState) -> None:
         """How a request ended, for the metrics."""
@@ -139,6 +140,7 @@ class EngineRows:
         """logits: (batch, V) float32. Other rows stay as they are."""
         if not states:
             return
+        _renewed(states.values())
         _penalise_inplace(logits, states)
         told = {row: s for row, s in states.items() if s.row is not None and s.counts}
         p_end = telling.end_probabilities(logits, told)
@@ -159,6 +161,14 @@ class EngineRows:
         if not self._ranks_share_rows:
             return self._plans.plan(logits, steered)
         return ranks.made_once(lambda: self._plans.plan(logits, steered))
+
+
+def _renewed(states: Iterable[RequestState]) -> list[RequestState]:
+    """With the tokens that have come: what a part of the step finds stays for the others."""
+    known = list(states)
+    for state in known:
+        state.renew()
+    return known
 
 
 def _penalise_inplace(logits: Tensor, states: Rows) -> None:

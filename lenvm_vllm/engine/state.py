@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lenvm_vllm.engine.completion import once_a_token
 from lenvm_vllm.engine.railed import RailedText
 from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.target.request import MEDIA, REQUEST_ID, UNSEEN
@@ -71,12 +72,12 @@ class RequestState(RailedText):
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     _searched: int = 0  # tokens of its prompt, for placeholders
 
-    @property
+    @once_a_token
     def is_known(self) -> bool:
         """Whether all of its tokens are known; of the last one that may be open for a while."""
         return not self.output_ids or self.output_ids[-1] != -1
 
-    @property
+    @once_a_token
     def has_turn(self) -> bool:
         """Whether its next token may be led: each `every` tokens it is."""
         led = self.is_steered and self.target.policy != "rails"

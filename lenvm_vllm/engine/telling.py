@@ -23,12 +23,19 @@ def end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> list[f
     found = dict.fromkeys(ends, 0.0)
     if rows:
         index, ids = eos_index([ends[row] for row in rows], logits.shape[-1])
-        own = logits[rows]  # (B, V)
-        log_p = own[index.to(own.device), ids.to(own.device)].double()
-        log_p -= own.logsumexp(-1).double()[index.to(own.device)]
+        at = torch.tensor(rows)[index].to(logits.device), ids.to(logits.device)
+        log_p = logits[at].double() - _totals(logits, rows).double()[index.to(logits.device)]
         known = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, index, log_p.exp().cpu())
         found |= dict(zip(rows, known.tolist(), strict=True))
     return [found.get(row, math.nan) for row in states]
+
+
+def _totals(logits: Tensor, rows: list[int]) -> Tensor:
+    """(B,) logsumexp of `rows`. On a CPU one by one, which is several times as fast: a row and all
+    that is made of it fit into its cache."""
+    if logits.device.type == "cpu":
+        return torch.stack([logits[row].logsumexp(-1) for row in rows])
+    return logits[rows].logsumexp(-1)
 
 
 def _likely_to_end(logits: Tensor, ends: dict[int, list[int]]) -> list[int]:

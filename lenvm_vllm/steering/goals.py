@@ -4,6 +4,7 @@ Legend: B rows; all tensors float64 or bool, on the CPU. u as in policies.py.
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,38 +43,39 @@ class Goals:
         landing = Landing(*(x[rows] for x in vars(self.landing).values()))
         return Goals(**mine, landing=landing, gamma=self.gamma)
 
+    @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """(B,) lowest and highest mean value that is all right."""
         low, high = (r.clamp(min=0) for r in (self.lowest, self.landing.target))
         return value_from_length(low, self.gamma), value_from_length(high, self.gamma)
 
-    @property
+    @cached_property
     def landed(self) -> Tensor:
         """(B,) share of the landing that is behind with the next token."""
         return self.landing.share(0)
 
-    @property
+    @cached_property
     def closing(self) -> Tensor:
         """(B,) as `landed`, of the token behind it: the next one may end the last sentence."""
         return self.landing.share(1)
 
-    @property
+    @cached_property
     def near_landing(self) -> Tensor:
         """(B,) bool: it opens within a sentence, or is open."""
         return self.landing.opens <= SENTENCE
 
-    @property
+    @cached_property
     def heeds_sentences(self) -> Tensor:
         """(B,) bool: whether the end of a sentence may be more or less likely than by itself."""
         return self.near_landing & (self.closing <= 1) & ~self.greedy
 
-    @property
+    @cached_property
     def reach(self) -> Tensor:
         """(B,) nats that the values may move the text in this step."""
         inside = self.exact & (self.landed >= 0) & (self.landed <= 1)
         return torch.where(inside, LANDING_REACH * self.max_kl, self.max_kl)
 
-    @property
+    @cached_property
     def lead_alone(self) -> Tensor:
         """(B,) bool: whether a row without values is steered, too: from near its landing on, and
         where an end would come too early."""
@@ -86,12 +88,12 @@ class Goals:
         lowest = torch.where(any_end, self.lowest.clamp(max=0), self.lowest)
         return replace(self, lowest=lowest, greedy=self.greedy & ~alone)
 
-    @property
+    @cached_property
     def short(self) -> Tensor:
         """(B,) bool: an end now would be below the fewest of a limit or a range."""
         return ~self.exact & (self.lowest > 0)
 
-    @property
+    @cached_property
     def too_early(self) -> Tensor:
         """(B,) bool: the lower rail bars an end, whatever its value."""
         return self.short & self.railed

@@ -45,6 +45,9 @@ class Rails:
         return Rails(max(1, self.first - tokens), self.last and self.last - tokens)
 
 
+_NO_RAILS = Rails()
+
+
 @dataclass(frozen=True)
 class Aim:
     """What a text is led to: its target, or as much of it as stands before a wall.
@@ -171,9 +174,10 @@ def aim_in_tokens(
     as of `aim_of`.
     """
     low, high = map(tokens, limits)
-    aim = _aim(target.mode, low, high, target.tolerance, Rails(), wall)
+    aim = _aim(target.mode, low, high, target.tolerance, _NO_RAILS, wall)
     walled = target.tolerance is not None and wall is not None and wall >= LEAST
-    return replace(aim, rails=Rails(last=wall if walled else None))
+    rails = Rails(last=wall) if walled else _NO_RAILS
+    return Aim(aim.mode, aim.low, aim.high, aim.width, rails)
 
 
 def landing_before(target: LengthTarget, wall: int | None) -> Landing[float]:

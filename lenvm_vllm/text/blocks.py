@@ -23,7 +23,7 @@ class Blocks:
         self.fences = frozenset(fences.union(tokenizer.encode("```", add_special_tokens=False)))
         self.closing = _closing(tokenizer, texts)
         # A step asks a few times for each text. Of this object: one of the class would keep it.
-        self.text_of = lru_cache(maxsize=256)(self._decoded)
+        self.text_of = lru_cache(maxsize=1024)(self._decoded)
 
     def _decoded(self, text: tuple[int, ...]) -> str:
         return decoded(self._tokenizer, list(text))

@@ -6,6 +6,7 @@ marker is not known, a text that has not closed its thinking yet is one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 # Of the models that mark a call by tokens of their own: start and end; "" where only the end of
@@ -33,7 +34,7 @@ class Markers:
     think_end: tuple[int, ...] = ()
     calls: dict[int, int | None] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Tokens of a marker of a thinking, at least one."""
         return max(len(self.think_start), len(self.think_end), 1)

@@ -1,6 +1,7 @@
 """Where a sentence, a line or a code block ends: the places to end a text at."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import regex
@@ -103,6 +104,8 @@ class Sentences:
         self.breaks = sorted(i for i in self._spaces if "\n" in texts[i])
         self.line = next((i for i in self.breaks if texts[i] == "\n"), None)
         self._marks = [i for i, text in texts.items() if _BEGINS.fullmatch(text)]
+        # As `Blocks.text_of`.
+        self._decoded = lru_cache(maxsize=1024)(lambda ids: decoded(tokenizer, list(ids)))
 
     def is_whole(self, text: Sequence[int]) -> bool:
         """As of the text that these tokens are."""
@@ -151,4 +154,4 @@ class Sentences:
         return [*fences, *self._marks] if begins else fences
 
     def _tail(self, text: Sequence[int]) -> str:
-        return decoded(self._tokenizer, list(text[-_TAIL:]))
+        return self._decoded(tuple(text[-_TAIL:]))

@@ -8,7 +8,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
 from typing import Any
 
@@ -160,6 +160,7 @@ def guide_of(client: Any, sentences: Any = None, **fields: Any) -> Guide:
 
 def values(sessions: Sessions, states: Sequence[RequestState], wait_s: float = SECONDS) -> Tensor:
     """(B, 4) value logits of one step that waits so long, NaN in rows without."""
+    renew(states)
     info = sessions.model(time.perf_counter() + wait_s)
     tokens = torch.tensor([[10, 20, 40, 80]]).expand(len(states), -1)
     none = torch.zeros(len(states), dtype=torch.bool)
@@ -176,6 +177,7 @@ def tell(sessions: Sessions, states: Sequence[RequestState], step_s: float = 0.0
     """Before a step of vLLM's that takes so long; 0: it is not known yet."""
     pace = Pace(0.0, SECONDS, SECONDS)
     pace.step_s = step_s
+    renew(states)
     sessions.tell(states, pace)
 
 
@@ -198,6 +200,12 @@ def request(
     )
 
 
+def renew(states: Iterable[RequestState]) -> None:
+    """As `EngineRows` does at the beginning of each step."""
+    for state in states:
+        state.renew()
+
+
 def flat_logits(rows: int, tokens: Any = (EOS, 10, 20, 40, 80)) -> Tensor:
     logits = torch.full((rows, V), -math.inf)
     logits[:, list(tokens)] = 0.0
@@ -206,6 +214,7 @@ def flat_logits(rows: int, tokens: Any = (EOS, 10, 20, 40, 80)) -> Tensor:
 
 def steered(guide: Guide, logits: Tensor, states: dict[int, RequestState]) -> Tensor:
     logits = logits.clone()
+    renew(states.values())
     if (writes := guide.plan(logits, states)) is not None:
         writes.apply_inplace(logits)
     return logits

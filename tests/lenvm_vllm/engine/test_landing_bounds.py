@@ -40,6 +40,7 @@ def after(state: RequestState, *closed: int) -> list[int]:
     """Tokens of which one has to come; those that are `closed` have been removed."""
     logits = torch.zeros(1, len(TOKENIZER))
     logits[0, list(closed)] = -math.inf
+    state.renew()
     enforce_inplace(logits, {0: state}, LETTERS)
     assert logits[0, list(closed)].isneginf().all()
     open_ = logits[0].isfinite().nonzero()[:, 0].tolist()
@@ -59,6 +60,7 @@ def test_a_text_begins_behind_its_last_thinking_or_call() -> None:
         (ids("d"), ids("d")),
     ]:
         state.output_ids += more
+        state.renew()
         assert state.written == written
     prefixed = text_of({"tokens": 50}, ids("b"), "Code:\n```\n")
     assert prefixed.written == ids("Code:\n```\n") + ids("b")
@@ -109,6 +111,7 @@ def test_a_closed_block_is_no_rail_that_gave_way() -> None:
     for token in (LINE, FENCED, END):
         assert after(state) == [token]
         state.output_ids.append(token)
+    state.renew()
     assert not state.gave_way
 
 

@@ -17,6 +17,7 @@ from tests.support.toy import (
     flat_logits,
     guide_of,
     looking,
+    renew,
     request,
     sessions_of,
     settle,
@@ -44,6 +45,7 @@ def states_of() -> dict[int, RequestState]:
 def tell_ahead(guide: Guide, states: Iterable[RequestState]) -> None:
     """Before a step of vLLM's whose length is known."""
     guide._pace.step_s = 1.0
+    renew(states)
     guide.tell(states)
     settle(guide.sessions)
 

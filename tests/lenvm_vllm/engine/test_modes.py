@@ -163,6 +163,7 @@ def test_a_prefix_counts() -> None:
     state = wanted({"tokens": 9, "prefix_tokens": 4}, prompt=[7, 5, 5, 5, 5], output=[5, 5])
     assert (state.generated, state.length) == (6, 7)
     state.output_ids.append(EOS)
+    state.renew()
     assert state.outcome() == (7, 9)
 
 
@@ -171,6 +172,7 @@ def test_a_marker_that_is_not_known_yet() -> None:
     assert not state.counts
     state.output_ids[-1] = MARK
     state.output_ids.append(-1)
+    state.renew()
     assert (state.counts, state.generated) == (True, 1)
 
 

@@ -33,6 +33,7 @@ def test_a_calm_text_has_nothing_that_its_rails_do() -> None:
         state = request({"tolerance": 0.1} | target, max_tokens=36)
         for length in [*range(40), 3, 20, 12, 29]:  # a text may also begin anew
             state.output_ids[:] = [50] * length
+            state.renew()
             if (held := state.calm) is not None:
                 calm += 1
                 fresh = request({"tolerance": 0.1} | target, output=[50] * length, max_tokens=36)

@@ -19,6 +19,7 @@ from tests.support.toy import (
     Server,
     flat_logits,
     guide_of,
+    renew,
     request,
     sessions_of,
     settle,
@@ -219,6 +220,7 @@ def test_a_guided_step_survives_the_loss_of_its_server() -> None:
     for output in ([], [50], [50, 60]):
         for state in states:
             state.output_ids = list(output)
+        renew(states)
         guide.plan(torch.zeros(20, 400), rows)
         assert all(state.valued for state in states)
         a.failures = [Unreachable("gone")] * (output == [])

@@ -47,6 +47,7 @@ def test_a_marker_is_no_text_and_what_looks_like_it_is(
     state = request(unit, scope, ids("Say"), [])
     for token in text:
         state.output_ids.append(token)
+        state.renew()
         _ = state.amount  # token by token, and all at once
     whole = request(unit, scope, ids("Say"), text)
     assert state.amount == whole.amount == sum(count(part, unit) for part in parts)

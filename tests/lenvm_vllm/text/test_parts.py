@@ -278,11 +278,14 @@ def test_a_grammar_has_the_last_word_and_it_is_known() -> None:
     assert open_tokens(at_most, closed=[EOS, 6]) == sorted(set(range(V)) - {EOS, 6})
     assert not at_most.gave_way  # not known yet
     at_most.output_ids.append(-1)
+    at_most.renew()
     assert not at_most.gave_way
     at_most.output_ids[-1] = 9
+    at_most.renew()
     assert at_most.gave_way
     open_tokens(at_most, closed=[6])
     at_most.output_ids.append(EOS)
+    at_most.renew()
     assert at_most.gave_way
     done = request({"mode": "at_least", "tokens": 40}, [5, 5, 5])
     assert open_tokens(done, closed=range(1, V)) == [EOS]
