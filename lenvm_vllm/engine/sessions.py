@@ -133,9 +133,8 @@ class Sessions:
 
     def _is_seen(self, state: RequestState) -> bool:
         """Whether the server of a text sees all of its prompt."""
-        if not state.has_media:
-            return True
-        return UNSEEN not in state.media and self._client.sees(state.session)
+        sees = self._client.sees
+        return not state.has_media or (UNSEEN not in state.media and sees(state.session))
 
     def values(self, states: Sequence[RequestState], question: Question, pace: Pace) -> Tensor:
         """(B, K) float64 value logits, NaN in rows that have none in time, and where a token was
