@@ -13,6 +13,8 @@ showing.py           from placeholders of a row to slots of its pictures, and in
 cache.py             which texts have slots
 line.py              who may come in where not all have room
 engine.py            a pass: rows → backbone → head → logits
+shares.py            what the rows have of a pass, as arrays
+heads.py             what the heads made of each slot, and rows that read theirs
 attention.py         attention of a pass over the slots, in groups of rows
 triton_attention.py  the same on a GPU, by kernels of ours
 graphs.py            passes as CUDA graphs

@@ -133,12 +133,7 @@ class Batcher:
         torch.set_num_threads(self._threads)  # else those of a looker that began before
         while not self._stopped and not self.pace.broken:
             try:
-                self._receive()
-                self._forsake()
-                self.engine.cache.expire()
-                self._admit()
-                if self._active:
-                    self._advance()
+                self.turn()
             except Exception:
                 # Not the model (that is handled below): a bug of ours. Serve on without the jobs.
                 log.exception("%s: unexpected error", self._name)
@@ -153,6 +148,15 @@ class Batcher:
         self._receive()
         for job in [*self._active, *self._waiting]:
             self._end(job, BusyError("the server is shutting down"))
+
+    def turn(self) -> None:
+        """What the thread does again and again; at most one pass."""
+        self._receive()
+        self._forsake()
+        self.engine.cache.expire()
+        self._admit()
+        if self._active:
+            self._advance()
 
     def _receive(self) -> None:
         """Take everything out of the inbox; wait for something if there is nothing to do."""
@@ -181,17 +185,18 @@ class Batcher:
         """
         touched = {name for job in self._active if not job.left for name in job.touched}
         for job in list(self._waiting):
-            if touched.isdisjoint(job.touched):
-                self._try_admit(job)
+            names = job.touched
+            if touched.isdisjoint(names):
+                self._try_admit(job, names)
             if not job.left:
-                touched |= job.touched
+                touched |= names
         self._answer()
 
-    def _try_admit(self, job: Job) -> None:
-        """Waiting → active, unless a text has to wait for the slots of others."""
+    def _try_admit(self, job: Job, names: set[str]) -> None:
+        """Waiting → active, unless a text has to wait for slots. names: those it touches."""
         for other in self._earlier(job):
             if other.left:
-                self.engine.drop(other, job.touched)
+                self.engine.drop(other, names)
         try:
             self.engine.admit(job)
         except Exception:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from value_server.engine.line import Line, Room
 from value_server.engine.session import Session
-from value_server.engine.tree import SlotTree
+from value_server.engine.tree import ROOT, SlotTree
 
 ACTIVE_S = 5.0  # a session that was asked for within so many seconds is in use
 
@@ -91,13 +91,12 @@ class SlotCache(SlotTree):
         held as far as `start`: `held` then tells from where to go on. waits: whether it has a
         place in the line until it comes in.
         """
-        if start > self.held(name):
-            return None
         session = self.sessions.get(name)
+        if start > (len(session.path) if session else self.held(name)):
+            return None
+        session = session or self._enter(name, start, tokens, candidates, client, waits)
         if session is None:
-            session = self._enter(name, start, tokens, candidates, client, waits)
-            if session is None:
-                return None
+            return None
         self._touch(session)
         try:
             self._move(session, start, tokens, candidates)
@@ -159,7 +158,7 @@ class SlotCache(SlotTree):
         """A session that was not in use, in use from now on; None if it has no room."""
         idle = self.idle.get(name)
         path = idle.path[:start] if idle else array("i")
-        known, scored = self._known(path, tokens, candidates)
+        known, scored = self._known(path[-1] if path else ROOT, tokens, candidates)
         found = [*path, *known, *scored]
         slots = start + len(tokens) + len(set(candidates)) - len(found) + self._unowned(found)
         size = start + len(tokens) + len(candidates)
@@ -174,8 +173,7 @@ class SlotCache(SlotTree):
         if not let_in:
             return None
         if idle:
-            for slot in idle.path:
-                self._owned(slot)
+            self._own_again(idle.path)
             self._let_go(self.idle.pop(name).path)
         elif len(self.sessions) + len(self.idle) >= self.max_sessions:
             self._evict(client)
@@ -192,33 +190,38 @@ class SlotCache(SlotTree):
         """Raises CacheFullError; the session then has its first `start` tokens, nothing else."""
         # Keep what is known already, release the rest, and only then ask for new slots.
         #   path:  [0, start) as it was | [start, start + known) found | [.., end) new
-        path = session.path[:start]
-        known, scored = self._known(path, tokens, candidates)
-        held = [self._owned(slot) for slot in (*known, *scored)]
-        old = [*session.path[start:], *session.candidates]
-        session.path, session.candidates = path, []
-        self._release(old)
+        path = session.path
+        known, scored = self._known(path[start - 1] if start else ROOT, tokens, candidates)
+        held = [*known, *scored]
+        self._own_again(held)
+        if old := [*path[start:], *session.candidates]:
+            del path[start:]
+            session.candidates = []
+            self._release(old)
         try:
             missing = len(tokens) + len(set(candidates)) - len(held)
             self._make_room(session, missing, start + len(tokens) + len(candidates))
-            for token in tokens:
-                path.append(self._own(path, token))
-            for token in candidates:
-                session.candidates.append(self._own(path, token))
-        finally:
+        except CacheFullError:
             self._release(held)
+            raise
+        path.extend(known)
+        path.extend(self._own(path[-1] if path else ROOT, tokens[len(known) :]))
+        if candidates:
+            end = path[-1] if path else ROOT
+            session.candidates = self._own(end, candidates, siblings=True)
+            self._release(scored)  # each entry among the candidates owns it now
         if start == 0:
             self.prefix_tokens += len(tokens)
             self.prefix_hits += len(known)
 
     def _known(
-        self, path: Sequence[int], tokens: Sequence[int], candidates: Sequence[int]
+        self, end: int, tokens: Sequence[int], candidates: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Slots that are there already: of the first tokens behind `path`, and of candidates."""
-        known = self._find(path, tokens)
-        if len(known) < len(tokens):
+        """Slots that are there already: of the first tokens behind `end`, and of candidates."""
+        known = self._find(end, tokens)
+        end = known[-1] if known else end
+        if len(known) < len(tokens) or not self._children[end]:
             return known, []
-        end = known[-1:] or path[-1:]
         return known, [slot for token in set(candidates) for slot in self._find(end, [token])]
 
     def _make_room(self, session: Session, slots: int, size: int) -> None:

@@ -26,6 +26,7 @@ from value_server.engine import selfcheck
 from value_server.engine.attention import NAME, Kind, Pass, fastest, planned
 from value_server.engine.cache import SlotCache
 from value_server.engine.errors import ModelError, PassFailedError
+from value_server.engine.heads import Heads
 from value_server.engine.job import Job, JobResult, Row
 from value_server.engine.limits import Limits
 from value_server.engine.linear import compile_inplace, pack_inplace
@@ -34,6 +35,7 @@ from value_server.engine.pace import Pace
 from value_server.engine.picturecheck import PictureCheck
 from value_server.engine.scheduler import SHORT, is_done, missing, next_pass
 from value_server.engine.session import Session
+from value_server.engine.shares import Shares, written_by
 from value_server.engine.showing import Placed, Showing
 from value_server.engine.shown import Ids
 from value_server.model.lookahead import Lookahead
@@ -100,9 +102,7 @@ class Engine:
         # Tokens and candidates that went through the model, or were answered from slots.
         self.forwarded = self.saved = 0
         self._windows: dict[int, int | None] = {}  # see attention.Pass
-        width = 2 + self.lookahead_rank if self.lookahead else 1
-        self._heads = np.zeros((slots, width), dtype=np.float32)  # of each slot: z, then b and q
-        self._z, self._queries = self._heads[:, 0], self._heads[:, 1:]
+        self._heads = Heads(slots, self.lookahead_rank)
         self._token = np.frombuffer(self.cache.token, dtype=np.int32)
         self._ready = np.frombuffer(self.cache.ready, dtype=np.uint8)
 
@@ -156,14 +156,22 @@ class Engine:
 
     def settle(self, job: Job) -> bool:
         """Give the rows that are done their values; whether all rows of the job are settled."""
+        done, left = [], 0
         for row in job.rows:
-            if row.settled or row.session is None:
+            session = row.session
+            if session is None or row.z is not None:
                 continue
-            if row.session.lost:
+            if session.lost:
                 row.held, row.session = 0, None
-            elif is_done(self.cache, row.session):
-                self._read(row, row.session, job)
-        return all(row.settled for row in job.rows)
+            elif is_done(self.cache, session):
+                if not row.lacks:
+                    session.hold = None  # all of its pictures are computed
+                done.append((row, session))
+            else:
+                left += 1
+        for row in self._heads.read(done, job.texts) if done else ():
+            self.refuse(row, "the model gave a logit that is not a finite number")
+        return not left
 
     def only_prefills(self, job: Job) -> bool:
         """Whether all that is left of the job are texts that need more than a pass: those who have
@@ -171,21 +179,6 @@ class Engine:
         most = max(SHORT, self.pace.limits().prefill)
         left = (row.session for row in job.rows if row.session and not row.settled)
         return all(missing(self.cache, session) > most for session in left)
-
-    def _read(self, row: Row, session: Session, job: Job) -> None:
-        if row.lacks:  # its candidates are not asked for yet
-            row.z = np.full(len(row.candidates), np.nan, dtype=np.float32)
-            return
-        session.hold = None  # all of its pictures are computed
-        z = self._z[np.array(session.candidates, dtype=np.int64)]
-        text_z = self._z[np.array(session.path, dtype=np.int64)] if job.texts else z
-        query = self._queries[session.path[-1]].copy() if row.lookahead_rank else z
-        if all(np.isfinite(numbers).all() for numbers in (z, text_z, query)):
-            row.text_z = text_z if job.texts else None
-            row.query = query if row.lookahead_rank else None
-            row.z = z
-        else:
-            self.refuse(row, "the model gave a logit that is not a finite number")
 
     def refuse(self, row: Row, why: str) -> None:
         """The row never gets values, and its text goes."""
@@ -203,9 +196,9 @@ class Engine:
         rows = next_pass(self.cache, waiting, self.pace.limits())
         if not rows:
             return 0
-        written = np.concatenate([row.slots(row.begin) for row in rows])
+        written = written_by(rows)
         try:
-            self._heads[written] = self._forward(rows, self._token[written], written)
+            self._heads.write(written, self._forward(rows, self._token[written], written))
         except Exception as error:
             raise PassFailedError(rows, len(written), error) from error
         self._ready[written] = 1
@@ -238,9 +231,10 @@ class Engine:
         return numbers
 
     def _read_text(self, rows: Sequence[Row], tokens: NDArray[Any], written: Ids) -> Tensor:
-        positions = np.concatenate([row.positions for row in rows])
+        shares = Shares.of(rows)
+        positions = shares.positions
         if self.graphs and self.attention == "triton":
-            heads = self._graphs.run(rows, self._per_key, tokens, positions, written)
+            heads = self._graphs.run(shares, self._per_key, tokens, positions, written)
             if heads is not None:
                 return heads
         given = np.stack([tokens, positions, written]).astype(np.int64)

@@ -20,15 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from value_server.engine.attention import Pass
-from value_server.engine.job import Row
 from value_server.engine.memory import KVPool
-from value_server.engine.triton_attention import (
-    FIELDS,
-    Tiles,
-    slots_of,
-    tile_queries,
-    tiles_of,
-)
+from value_server.engine.shares import Shares
+from value_server.engine.triton_attention import FIELDS, Tiles, tile_queries, tiles_of
 
 log = logging.getLogger(__name__)
 
@@ -67,37 +61,31 @@ class Graphs:
         self._memory: Any = None
         self._works = True
 
-    def run(
-        self,
-        rows: Sequence[Row],
-        per_key: int,
-        *given: NDArray[Any],
-    ) -> Tensor | None:
+    def run(self, shares: Shares, per_key: int, *given: NDArray[Any]) -> Tensor | None:
         """(Q, n), until the next pass; None for a pass that has no graph, or not yet.
 
         given: tokens, positions and written, (Q,) each.
         """
-        queries = tile_queries(rows, per_key)
-        tiles = tiles_of(rows, queries)
+        queries = tile_queries(shares, per_key)
+        tiles = tiles_of(shares, queries)
         count = len(given[0])
         key = (rounded(count), rounded(len(tiles)), queries)
-        slots = sum(row.end + len(row.scored) for row in rows)
+        slots = int(shares.sizes.sum())
         self._seen[key] += 1
         if not self._works or count > MOST_QUERIES or slots > MOST_SLOTS:
             return None
         if key not in self._graphs and (self._seen[key] < 2 or len(self._graphs) >= MOST_GRAPHS):
             return None  # the first pass of a kind compiles what it needs
-        self._fill(rows, tiles, given, slots)
+        self._fill(tiles, given, shares.slots)
         if key not in self._graphs and not self._add(key, count):
             return None
         return self._graphs[key]()[:count]
 
     def _fill(
         self,
-        rows: Sequence[Row],
         tiles: NDArray[np.int32],
         given: Sequence[NDArray[Any]],
-        slots: int,
+        slots: NDArray[np.int32],
     ) -> None:
         columns = self._host[: 3 * MOST_QUERIES].reshape(3, MOST_QUERIES)
         for column, numbers, filling in zip(columns, given, (0, 0, self._pool.spare), strict=True):
@@ -106,8 +94,8 @@ class Graphs:
         table = self._host[3 * MOST_QUERIES : HEADER]
         table[: tiles.size] = tiles.reshape(-1)
         table[tiles.size :] = 0
-        np.concatenate(slots_of(rows), out=self._host[HEADER : HEADER + slots])
-        end = HEADER + slots
+        end = HEADER + len(slots)
+        self._host[HEADER:end] = slots
         self._there[:end].copy_(self._here[:end], non_blocking=True)
 
     def _add(self, key: tuple[int, int, int], count: int) -> bool:

@@ -177,7 +177,7 @@ class Job:
     def answer(self) -> JobResult:
         """What there is now. Any thread may ask."""
         logits = [row.logits for row in self.rows]  # before `held`: the engine's thread goes on
-        queries = [row.lookahead for row in self.rows]
+        queries = [row.lookahead for row in self.rows if row.lookahead_rank]
         return JobResult(
             _joined(logits),
             _joined(queries),

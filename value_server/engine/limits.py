@@ -31,7 +31,9 @@ class Limits:
         if row.pictures and not self.sees:
             return RequestError("pictures: the value model reads text alone", "pictures")
         for field, ids in (("tokens", row.tokens), ("candidates", row.candidates)):
-            wrong = None if good_ids else next((i for i in ids if not self._is_known(i)), None)
+            if good_ids:
+                break
+            wrong = next((i for i in ids if not self._is_known(i)), None)
             if wrong is not None:
                 what = f"id {wrong} is outside the vocabulary of {self.vocab_size}"
                 return RequestError(f"{field}: {what}", field)

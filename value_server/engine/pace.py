@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 
 RECENT_S = 1.0  # a budget counts for so long
 SHARE = 0.5  # of the smallest budget, for a pass
@@ -50,12 +51,18 @@ class Pace:
         self._tokens, self._prefill, self._now = tokens, prefill, now
         self._most, self._alone, self._worked = tokens, False, 0
         self._seconds = self._queries = 0.0
-        self._budgets: deque[tuple[float, float]] = deque(maxlen=1024)
+        # (when, budget), ever larger ones: one that is larger than a later one is the smallest of
+        # no second to come.
+        self._budgets: deque[tuple[float, float]] = deque()
+        self._lock = Lock()
 
     def asked(self, budget: float | None) -> None:
         """A step has come that waits `budget` seconds; None and 0 wait for no pass."""
         if budget:
-            self._budgets.append((self._now(), budget))
+            with self._lock:
+                while self._budgets and self._budgets[-1][1] >= budget:
+                    self._budgets.pop()
+                self._budgets.append((self._now(), budget))
 
     def limits(self) -> Limits:
         tokens = min(self._most, self._tokens)
@@ -91,10 +98,11 @@ class Pace:
     def _in_time(self) -> int | None:
         """Tokens that fit into a share of the smallest recent budget; None where there is none."""
         recent = self._now() - RECENT_S
-        while self._budgets and self._budgets[0][0] < recent:
-            self._budgets.popleft()
-        if not (self._budgets and self._queries):
+        with self._lock:
+            while self._budgets and self._budgets[0][0] < recent:
+                self._budgets.popleft()
+            smallest = self._budgets[0][1] if self._budgets else None
+        if smallest is None or not self._queries:
             return None
-        smallest = min(budget for _, budget in list(self._budgets))
         fitting = SHARE * smallest * self._queries / max(self._seconds, 1e-9)
         return min(self._prefill, int(fitting))

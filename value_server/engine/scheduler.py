@@ -5,6 +5,7 @@ first, and a long prompt, spread over several passes, mostly goes into passes of
 nobody's step by more than one of these.
 """
 
+from array import array
 from collections.abc import Iterable
 
 from value_server.engine.cache import SlotCache
@@ -17,7 +18,9 @@ SHORT = 32  # new tokens up to which a row is a step, not a prompt
 
 def is_done(cache: SlotCache, session: Session) -> bool:
     """Whether the session's text and candidates have their values."""
-    return missing(cache, session) == 0 and all(cache.ready[slot] for slot in session.candidates)
+    path, ready = session.path, cache.ready
+    text = not path or ready[path[-1]] == 1
+    return text and all(map(ready.__getitem__, session.candidates))
 
 
 def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row]:
@@ -25,14 +28,19 @@ def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row
 
     No slot occurs twice; at least one token does, if any row is not done.
     """
-    known = [(row, row.session) for row in rows if row.session and not row.settled]
-    known.sort(key=lambda pair: missing(cache, pair[1]) > SHORT)  # stable: first come first
-    taken: set[int] = set()
+    short: list[tuple[Row, Session]] = []
+    long: list[tuple[Row, Session]] = []
+    for row in rows:
+        session = row.session
+        if session is not None and row.z is None:
+            count = missing(cache, session)
+            row.begin = len(session.path) - count
+            (long if count > SHORT else short).append((row, session))
+    ready, taken = cache.ready, set[int]()
     chosen: list[Row] = []
     room, long_room = limits.tokens, limits.prefill
-    for row, session in known:
+    for row, session in (*short, *long):  # in each the first come first
         path = session.path
-        row.begin = len(path) - missing(cache, session)
         while row.begin < len(path) and path[row.begin] in taken:
             row.begin += 1  # another row of this pass computes it
         count = len(path) - row.begin
@@ -42,14 +50,15 @@ def next_pass(cache: SlotCache, rows: Iterable[Row], limits: Limits) -> list[Row
         row.end = row.begin + min(count, room)
         if session.shown:
             row.end = session.shown.whole_to(row.begin, row.end)
-        row.scored = []
-        if row.end == len(path):
-            new = (s for s in session.candidates if not cache.ready[s] and s not in taken)
-            row.scored = list(dict.fromkeys(new))[: max(0, room - (row.end - row.begin))]
+        row.scored = ()
+        if session.candidates and row.end == len(path):
+            new = [s for s in session.candidates if not ready[s] and s not in taken]
+            row.scored = array("i", dict.fromkeys(new))[: max(0, room - (row.end - row.begin))]
         taken.update(path[row.begin : row.end], row.scored)
         row.first = limits.tokens - room
-        room -= row.queries
-        if row.queries:
+        queries = row.queries
+        room -= queries
+        if queries:
             chosen.append(row)
         if room <= 0 or len(chosen) == limits.rows:
             break

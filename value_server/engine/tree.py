@@ -32,10 +32,10 @@ class SlotTree:
         self.created = 0
         self.ready = bytearray(slots)
         self.token = array("i", bytes(4 * slots))
-        self._parent = array("i", bytes(4 * slots))
-        self._owners = array("i", bytes(4 * slots))  # an owner counts each time it has the slot
-        self._children = array("i", bytes(4 * slots))
-        self._ends = array("i", bytes(4 * slots))  # texts that are held by this slot
+        self._parent = [ROOT] * slots
+        self._owners = [0] * slots  # an owner counts each time it has the slot
+        self._children = [0] * (slots + 1)  # the last is ROOT's
+        self._ends = [0] * slots  # texts that are held by this slot
         self._child: dict[tuple[int, int], int] = {}
         self._free = list(range(slots - 1, -1, -1))
 
@@ -44,9 +44,9 @@ class SlotTree:
         """Slots without an owner that are not free."""
         return self.size - len(self._free) - self.used
 
-    def _find(self, path: Sequence[int], tokens: Iterable[int]) -> list[int]:
-        """Slots of `tokens` behind `path`, up to the first that has none."""
-        end, found = path[-1] if path else ROOT, []
+    def _find(self, end: int, tokens: Iterable[int]) -> list[int]:
+        """Slots of the text `tokens` behind the slot `end`, up to the first that has none."""
+        found = []
         for token in tokens:
             slot = self._child.get((end, token))
             if slot is None:
@@ -58,32 +58,38 @@ class SlotTree:
     def _unowned(self, slots: Iterable[int]) -> int:
         return sum(not self._owners[slot] for slot in slots)
 
-    def _own(self, path: Sequence[int], token: int) -> int:
-        """The slot of `token` behind `path`, with one more owner; a free one if it has none."""
-        parent = path[-1] if path else ROOT
-        slot = self._child.get((parent, token))
-        if slot is None:
-            slot = self._free.pop()
-            self._child[parent, token] = slot
-            self._parent[slot] = parent
-            if parent != ROOT:
-                self._children[parent] += 1
-            self.token[slot] = token
-            self.ready[slot] = 0
-            self.created += 1
-        return self._owned(slot)
+    def _own(self, end: int, tokens: Iterable[int], siblings: bool = False) -> list[int]:
+        """Slots of the text `tokens` behind the slot `end`, or of texts of one token each, if they
+        are `siblings`; each with one more owner. What has none gets a free one."""
+        child, owners, free, slots = self._child, self._owners, self._free, []
+        for token in tokens:
+            slot = child.get((end, token))
+            if slot is None:
+                slot = child[end, token] = free.pop()
+                self._parent[slot] = end
+                self._children[end] += 1
+                self.token[slot] = token
+                self.ready[slot] = 0
+                self.created += 1
+            self.used += not owners[slot]
+            owners[slot] += 1
+            slots.append(slot)
+            if not siblings:
+                end = slot
+        return slots
 
-    def _owned(self, slot: int) -> int:
-        """The slot, with one more owner."""
-        self.used += not self._owners[slot]
-        self._owners[slot] += 1
-        return slot
+    def _own_again(self, slots: Iterable[int]) -> None:
+        """One more owner of each."""
+        for slot in slots:
+            self.used += not self._owners[slot]
+            self._owners[slot] += 1
 
     def _release(self, slots: Sequence[int]) -> None:
         for slot in reversed(slots):
             self._owners[slot] -= 1
-            self.used -= not self._owners[slot]
-            self._free_from(slot)
+            if not self._owners[slot]:
+                self.used -= 1
+                self._free_from(slot)
 
     def _hold(self, path: Sequence[int]) -> None:
         """Hold the text by its end; an empty one needs no hold."""
@@ -103,6 +109,5 @@ class SlotTree:
             parent = self._parent[slot]
             del self._child[parent, self.token[slot]]
             self._free.append(slot)
-            if parent != ROOT:
-                self._children[parent] -= 1
+            self._children[parent] -= 1
             slot = parent

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from value_server.engine.job import Row
 from value_server.engine.memory import on_device
+from value_server.engine.shares import Shares
 
 FIELDS: tl.constexpr = tl.constexpr(5)  # of a tile, see `tiles_of`
 LINES = (16, 64)  # M; no matrix unit takes fewer than 16
@@ -47,9 +48,10 @@ class Tiles:
     @classmethod
     def of(cls, rows: Sequence[Row], per_key: int, device: torch.device) -> "Tiles":
         """per_key: G, or about what it is; it decides how large a tile is, nothing else."""
-        queries = tile_queries(rows, per_key)
-        table = tiles_of(rows, queries)
-        packed = np.concatenate([table.reshape(-1), *slots_of(rows)])  # one way to the device
+        shares = Shares.of(rows)
+        queries = tile_queries(shares, per_key)
+        table = tiles_of(shares, queries)
+        packed = np.concatenate([table.reshape(-1), shares.slots])  # one way to the device
         there = on_device(packed, device)
         return cls(there[: table.size].view(-1, FIELDS.value), there[table.size :], queries)
 
@@ -105,37 +107,24 @@ class Tiles:
             )
 
 
-def tile_queries(rows: Sequence[Row], per_key: int) -> int:
+def tile_queries(shares: Shares, per_key: int) -> int:
     """How many queries of a row a tile takes: the longest row's, as far as the lines go."""
-    lines = triton.next_power_of_2(per_key * max(row.queries for row in rows))
+    lines = triton.next_power_of_2(per_key * int(shares.queries.max()))
     return max(1, min(max(lines, LINES[0]), LINES[1]) // per_key)
 
 
-def tiles_of(rows: Sequence[Row], queries: int) -> NDArray[np.int32]:
+def tiles_of(shares: Shares, queries: int) -> NDArray[np.int32]:
     """(T, FIELDS): where the row's slots begin, a of the tile's first query, the text's end, the
     query's place in the pass, and how many queries the tile has."""
-    facts = np.array([(r.begin, r.end, len(r.scored), r.first) for r in rows], dtype=np.int64)
-    begin, end, scored, first = facts.T
-    sizes = end + scored
-    counts = sizes - begin
+    begin, end, first, counts = shares.begin, shares.end, shares.first, shares.queries
+    sizes = shares.sizes
     parts = -(-counts // queries)
-    row = np.repeat(np.arange(len(rows)), parts)
+    row = np.repeat(np.arange(len(counts)), parts)
     done = queries * (np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts))
     starts = np.cumsum(sizes) - sizes
     left = np.minimum(counts[row] - done, queries)
     table = np.stack([starts[row], begin[row] + done, end[row], first[row] + done, left], axis=1)
     return table.astype(np.int32)
-
-
-def slots_of(rows: Sequence[Row]) -> list[NDArray[np.int32]]:
-    """The slots of the rows' texts and candidates; views, to be copied before a text goes on."""
-    parts = []
-    for row in rows:
-        assert row.session is not None
-        parts.append(np.frombuffer(row.session.path, dtype=np.int32, count=row.end))
-        if row.scored:
-            parts.append(np.array(row.scored, dtype=np.int32))
-    return parts
 
 
 @cache

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from value_server.contract import wire
 from value_server.engine.errors import BusyError, RequestError, UnknownSessionError
-from value_server.engine.job import Job, Row
+from value_server.engine.job import Job, JobResult, Row
 from value_server.http.models import Models, ServedModel, own
 from value_server.http.telemetry import log_refusal
 from value_server.http.text import Prediction, TextRequest
@@ -45,7 +45,7 @@ async def step(http: Request) -> Response:
     check_rank(message, server.info)
     budget = None if message.budget_ms is None else message.budget_ms / 1e3
     job = Job(
-        list(rows_of(message, http)),
+        list(rows_of(message, own(http, ""))),
         [own(http, name) for name in message.closed],
         client=http.state.client,
         budget=budget,
@@ -55,14 +55,7 @@ async def step(http: Request) -> Response:
     end = None if budget is None else begin + (budget or UNTAKEN_S)
     result = await server.run(job, http, end)
     answered = time.perf_counter()
-    reply = wire.StepReply(
-        model_id=server.info.model_id,
-        logits=wire.pack_logits(result.logits),
-        queries=wire.pack_queries(result.queries),
-        held=result.held,
-        refused={row: str(why)[: wire.LONGEST_REASON] for row, why in result.refused.items()},
-    )
-    content = wire.encode(reply)
+    content = wire.encode(reply_of(result, server.info.model_id))
     end = time.perf_counter()
     for row, why in result.refused.items():
         log_refusal(http, why, message.sessions[row])
@@ -177,15 +170,15 @@ def error_response(status: int, kind: str, message: str, field: str | None) -> R
     return JSONResponse(content, status, headers)
 
 
-def rows_of(message: wire.StepRequest, http: Request) -> Iterator[Row]:
-    """The message's flat arrays, cut up."""
+def rows_of(message: wire.StepRequest, client: str) -> Iterator[Row]:
+    """The message's flat arrays, cut up. client: what the names of its sessions begin with."""
     tokens = wire.unpack_ids(message.tokens).tolist()
     candidates = wire.unpack_ids(message.candidates).tolist()
     t = k = 0
     counts = zip(message.starts, message.token_counts, message.candidate_counts, strict=True)
     for row, (name, (start, n, m)) in enumerate(zip(message.sessions, counts, strict=True)):
         yield Row(
-            own(http, name),
+            client + name,
             start,
             tokens[t : t + n],
             candidates[k : k + m],
@@ -193,3 +186,13 @@ def rows_of(message: wire.StepRequest, http: Request) -> Iterator[Row]:
             message.pictures.get(row, ()),
         )
         t, k = t + n, k + m
+
+
+def reply_of(result: JobResult, model_id: str) -> wire.StepReply:
+    return wire.StepReply(
+        model_id=model_id,
+        logits=wire.pack_logits(result.logits),
+        queries=wire.pack_queries(result.queries),
+        held=result.held,
+        refused={row: str(why)[: wire.LONGEST_REASON] for row, why in result.refused.items()},
+    )
