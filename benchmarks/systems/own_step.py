@@ -16,15 +16,11 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import cache
 from itertools import count, cycle
-from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.provenance import end
-from benchmarks.systems.timing import times_ms
+from benchmarks.systems.timing import Watch, times_ms
 from lenvm_vllm.commands.demo import MODEL
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
 from lenvm_vllm.host.names import BatchUpdate, SamplingParams
@@ -63,7 +59,7 @@ TARGETS = (
 MAX_TOKENS = LENGTH * 5 // 4
 PROMPT = list(range(1000, 1200))
 QUESTION = "Explain how a bicycle stays upright."
-# part → what does it, for `patch`. One that another calls is taken off the other.
+# part → what does it, see Watch
 PARTS = {
     "telling": (
         "lenvm_vllm.engine.telling.end_probabilities",
@@ -76,37 +72,6 @@ PARTS = {
     "wait": ("lenvm_vllm.values.replicas.Call.is_there",),
     "writes": ("lenvm_vllm.steering.candidates.Writes.apply_inplace",),
 }
-
-
-class Watch:
-    """Seconds spent in each part, those of a part inside another one not counted twice."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._running: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self._turn()
-        self._running.append(name)
-        yield
-        self._turn()
-        self._running.pop()
-
-    def _turn(self) -> None:
-        now = time.perf_counter()
-        if self._running:
-            part = self._running[-1]
-            self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
-        self._since = now
-
-    def watched(self, part: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self.part(part):
-                return run(*args, **kwargs)
-
-        return watched
 
 
 class Values:
@@ -238,10 +203,7 @@ def written(tokenizer: Any) -> tuple[list[int], Tensor]:
 def measured(rows: int, steps: int, warm: int, rank: int) -> dict[str, float]:
     """Milliseconds of a step."""
     batch = Batch(rows, rank)
-    with ExitStack() as patches:
-        for part, paths in PARTS.items():
-            for path in paths:
-                patches.enter_context(patch(path, batch.watch.watched(part, resolve_name(path))))
+    with batch.watch.over(PARTS):
         for _ in range(warm):
             batch.step()
         batch.watch.seconds.clear()
