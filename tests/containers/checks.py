@@ -10,7 +10,6 @@ from tests.containers.stack import Stack
 TOKENS = 60
 AT_A_TIME = 4
 LONG = 160  # tokens of a request that a fault finds on its way
-UNDER_WAY_S = 1.5  # from the start of a load to the fault
 PATIENCE_S = 60
 FOLDER = "~/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M-Instruct"
 
@@ -65,7 +64,7 @@ def value_server_stops(stack: Stack, client: Client, tally: Tally) -> None:
     """Under load: requests end inside their rails, and steering comes back."""
     say("docker stop of the value server, under load")
     before = stack.counters()["fallback_steps"]
-    with client.load(AT_A_TIME, LONG, after=UNDER_WAY_S) as running:
+    with client.load(AT_A_TIME, LONG) as running:
         tally.check(not all(request.done() for request in running), "no load on the value server")
         stack.stop("values-cpu")
     client.length({"tokens": TOKENS, "tolerance": 0}, TOKENS, TOKENS)
@@ -78,7 +77,7 @@ def value_server_stops(stack: Stack, client: Client, tally: Tally) -> None:
 def vllm_stops(stack: Stack, client: Client, tally: Tally) -> None:
     """Under load: what runs is answered."""
     say("docker stop of vLLM, under load")
-    with client.load(AT_A_TIME, LONG, after=UNDER_WAY_S) as running:
+    with client.load(AT_A_TIME, LONG) as running:
         tally.check(not all(request.done() for request in running), "no load on vLLM")
         stack.stop("vllm-cpu")
 

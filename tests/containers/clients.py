@@ -16,6 +16,7 @@ from tests.containers.shell import say
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "Explain in simple words how a bicycle stays upright."
 LONGEST_S = 120
+RUNNING = "vllm:num_requests_running"
 
 
 @dataclass
@@ -75,15 +76,22 @@ class Client:
         self.tally.count(right, f"stream of {target}: {tokens} tokens in {pieces} pieces")
 
     @contextmanager
-    def load(self, count: int, tokens: int, after: float) -> Iterator[list["Future[None]"]]:
-        """`count` requests at a time, begun `after` seconds before the block; then all answered."""
+    def load(self, count: int, tokens: int) -> Iterator[list["Future[None]"]]:
+        """`count` requests at a time, in vLLM's engine when the block begins; then all answered."""
         low, high = round(tokens * 0.9), round(tokens * 1.1)
         with ThreadPoolExecutor(count) as pool:
             futures = [pool.submit(self.length, tokens, low, high) for _ in range(count)]
-            time.sleep(after)
+            limit = time.monotonic() + LONGEST_S
+            while self._running() < count and time.monotonic() < limit:
+                time.sleep(0.1)
             yield futures
         for future in futures:
             future.result()
+
+    def _running(self) -> float:
+        """Requests that vLLM computes, as it tells."""
+        lines = httpx.get(f"{self.url}/metrics", trust_env=False).text.splitlines()
+        return sum(float(one.split()[-1]) for one in lines if one.startswith(RUNNING))
 
     def _post(self, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status, 0 for none at all, and body."""
