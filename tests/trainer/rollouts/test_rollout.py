@@ -45,8 +45,11 @@ def test_tokens_and_finish_reasons_are_kept(vllm: FakeVllm, tmp_path: Path) -> N
     assert [r.finished for r in read] == [True] * 2 + [False] * 4
 
 
-def test_the_models_own_distribution_is_sampled(vllm: FakeVllm, tmp_path: Path) -> None:
+def test_the_models_own_distribution_is_sampled(
+    vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another temperature or a cut tail would teach the lengths of another model."""
+    monkeypatch.setattr("trainer.rollouts.samplers.has_bfloat16", lambda: True)
     rollout(
         write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", model="org/m", max_tokens=9, seed=3
     )
