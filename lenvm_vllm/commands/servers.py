@@ -55,9 +55,10 @@ def vllm_serve(
         *(*VLLM, "serve", model, "--host", HOST, "--port", port, "--enforce-eager"),
         *("--dtype", native_dtype(), "--max-model-len", 2048, "--max-num-seqs", 16),
     ]
-    # vLLM ends a connection that was idle for 5 s, as httpx does; a request may come just then.
-    kept = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
-    env = kept | (env or {})
+    # By default vLLM ends a connection that was idle for 5 s, as httpx does: a request may come
+    # just then.
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
+    env = own | (env or {})
     if values_url:
         command += ["--logits-processors", "lenvm_vllm"]
         env = {"LENVM_URL": values_url} | env
