@@ -1,12 +1,40 @@
 """A guided vLLM and its value server for a benchmark, on loopback, with the ramp beside it."""
 
 import hashlib
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
+from cyclopts import Parameter
+
 from benchmarks.endpoint import Endpoint
+from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from lenvm_vllm.commands.servers import lenvm_serve, native_dtype, vllm_serve
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What a benchmark of systems serves."""
+
+    model: Path = MODEL
+    """Folder of the model that vLLM serves, under the folder's name."""
+    checkpoint: Path = CHECKPOINT
+    """Its value model."""
+    vllm_flags: str = ""
+    """More of `vllm serve`, in one text: `--vllm-flags="--gpu-memory-utilization 0.3"`."""
+
+    @property
+    def name(self) -> str:
+        """That the model is served under."""
+        return self.model.name
+
+    @property
+    def flags(self) -> list[str]:
+        """Of `vllm serve`; the last ones count."""
+        return ["--served-model-name", self.name, *shlex.split(self.vllm_flags)]
 
 
 @contextmanager
@@ -30,16 +58,18 @@ def served(
     max_model_len: int = 4096,
     dtype: str | None = None,
     seed: int = 0,
+    more: Sequence[str] = (),
 ) -> Iterator[Endpoint]:
     """Both, until the block ends. model: hub name or folder, also the name it is served under.
 
     dtype: of both; by default what the device multiplies natively. seed: of vLLM; a request's own
-    stops its CPU build where the prompt is prefilled in chunks.
+    stops its CPU build where the prompt is prefilled in chunks. more: flags of `vllm serve`.
     """
     flags = (
         *("--max-model-len", max_model_len, "--max-num-seqs", concurrency, "--seed", seed),
         *(("--dtype", dtype) if dtype else ()),
         *("--logits-processors", "benchmarks.ramp:Ramp", "lenvm_vllm"),
+        *more,
     )
     env = {"LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
     log = logs / "vllm.log"

@@ -90,8 +90,10 @@ class Plan:
     """Ways to get the length, see benchmarks/evidence/arms.py; prompt is no target at all."""
     modes: tuple[str, ...] = ("equal_to",)
     """equal_to, at_most, at_least."""
+    unit: str = UNITS[0]
+    """Of the targets: tokens, words or characters. The arms limits and ramp are of tokens only."""
     targets: tuple[int, ...] = (40, 80, 160, 320, 640)
-    """Tokens to ask for."""
+    """Lengths to ask for."""
     limit: int = 24
     """Prompts, the same number of each file and language."""
     skip: int = 0
@@ -107,6 +109,7 @@ class Plan:
         check(0 <= self.skip < self.limit, "skip", self.skip, f"0 to {self.limit - 1}")
         for mode in self.modes:
             check_choice("modes", mode, MODES)
+        check_choice("unit", self.unit, UNITS)
         check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")
 
     def prompts(self, tokenizer: Any, seed: int) -> list[Prompt]:
@@ -131,7 +134,7 @@ class Plan:
                 for arm in self.arms:
                     names = {"language": prompt.language, "kind": prompt.source, "id": prompt.id}
                     facts = {"arm": arm, "mode": mode, "target": target, **names}
-                    if job := job_of(facts, prompt.text, body, UNITS[0], tokenizer):
+                    if job := job_of(facts, prompt.text, body, self.unit, tokenizer):
                         yield job
 
 
@@ -153,13 +156,14 @@ def main(
     plan.check()
     tokenizer = AutoTokenizer.from_pretrained(served.files)
     prompts = plan.prompts(tokenizer, served.seed)
-    shape = {**SAMPLING, "max_tokens": plan.max_tokens, "stated": False}
+    unit = {} if plan.unit == UNITS[0] else {"unit": plan.unit}
+    shape = {**unit, **SAMPLING, "max_tokens": plan.max_tokens, "stated": False}
     keep_settings(output, served.settings() | shape)
-    answers = served.answers(list(plan.jobs(prompts, tokenizer)), output, plan.arms)
+    answers = served.answers(list(plan.jobs(prompts, tokenizer)), output, plan.arms, plan.unit)
     scores = score_rows(answers, served.files, Rows(output / "scores.jsonl"))
-    rows = [judged(answer, score) for answer, score in zip(answers, scores, strict=True)]
+    rows = [judged(a, score, plan.unit) for a, score in zip(answers, scores, strict=True)]
     found = cells(rows)
-    result = summary(found)
+    result = {"unit": plan.unit, **summary(found)}
     write_figures(output, {"cells": found, **result})
     text = (f"### {caption}\n\n{table(lines)}\n" for caption, lines in tables(found).items())
     end(result, "\n".join(text), only_json)

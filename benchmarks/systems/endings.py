@@ -11,6 +11,7 @@ themselves: the plugin's own yardstick, by which it also chooses.
 
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -28,8 +29,7 @@ from cyclopts import App
 from benchmarks.endpoint import Endpoint
 from benchmarks.evidence.arms import CHOSEN
 from benchmarks.provenance import end
-from benchmarks.servers import served
-from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
+from benchmarks.servers import Models, served
 from lenvm_vllm.commands.demo.questions import PROMPTS
 from trainer.output import table
 
@@ -144,6 +144,7 @@ def most_of(times: Sequence[float]) -> float:
 @app.default
 def main(
     *,
+    models: Models = Models(),
     concurrency: tuple[int, ...] = (1, 8, 32),
     endings: tuple[int, ...] = (1, 4, 8, 16),
     streams: tuple[bool, ...] = (False, True),
@@ -165,10 +166,13 @@ def main(
     requests
         Of each cell, but no fewer than twice the concurrency; of one at a time half as many.
     """
-    rows = []
+    rows, most_open = [], max(32, *concurrency)
+    name, given = str(models.model), shlex.split(models.vllm_flags)
     with (
         tempfile.TemporaryDirectory() as folder,
-        served(str(MODEL), CHECKPOINT, Path(folder), concurrency=max(32, *concurrency)) as endpoint,
+        served(
+            name, models.checkpoint, Path(folder), concurrency=most_open, more=given
+        ) as endpoint,
     ):
         for size in concurrency:
             count = max(requests // 2 if size == 1 else requests, 2 * size)

@@ -16,8 +16,8 @@ from cyclopts import App
 
 from benchmarks.metrics import metrics
 from benchmarks.provenance import end
+from benchmarks.servers import Models
 from benchmarks.systems.streams import Load
-from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.processes import Server
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 
@@ -25,9 +25,12 @@ app = App(help=__doc__)
 SETTLE_S = 5.0  # until all streams run
 
 
-def gaps_ms(vllm: Server, clients: int, guided: bool, hold_s: float) -> list[float]:
-    """Between two tokens of unguided streams, beside `clients` others that are guided or not."""
-    load = Load(vllm)
+def gaps_ms(vllm: Server, model: str, clients: int, guided: bool, hold_s: float) -> list[float]:
+    """Between two tokens of unguided streams, beside `clients` others that are guided or not.
+
+    model: as it is served.
+    """
+    load = Load(vllm, model)
     with load.running(clients, guided):
         time.sleep(SETTLE_S)
         start = time.perf_counter()
@@ -39,6 +42,7 @@ def gaps_ms(vllm: Server, clients: int, guided: bool, hold_s: float) -> list[flo
 @app.default
 def main(
     *,
+    models: Models = Models(),
     clients: int = 8,
     hold_s: float = 30.0,
     rounds: int = 3,
@@ -60,15 +64,15 @@ def main(
     found: dict[bool, list[np.ndarray]] = {False: [], True: []}  # median and 99th percentile
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        values = lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL, threads=threads)
-        flags = ("--served-model-name", NAME, "--max-num-seqs", 2 * clients)
-        log = folder / "vllm.log"
-        vllm = vllm_serve(MODEL, log, *flags, values_url=values.url)
+        model, logs = models.model, (folder / "values.log", folder / "vllm.log")
+        values = lenvm_serve(models.checkpoint, logs[0], base_model=model, threads=threads)
+        flags = ("--max-num-seqs", 2 * clients, *models.flags)
+        vllm = vllm_serve(model, logs[1], *flags, values_url=values.url)
         with values, vllm:
-            gaps_ms(vllm, clients, True, SETTLE_S)  # a first one warms up
+            gaps_ms(vllm, models.name, clients, True, SETTLE_S)  # a first one warms up
             for number in range(2 * rounds):
                 guided = number % 2 == 1
-                gaps = gaps_ms(vllm, clients, guided, hold_s)
+                gaps = gaps_ms(vllm, models.name, clients, guided, hold_s)
                 median, tail = np.percentile(gaps, (50, 99))
                 found[guided].append(np.array((median, tail)))
                 line = f"{median:.1f} ms, p99 {tail:.1f} (n {len(gaps)})"

@@ -21,9 +21,9 @@ from cyclopts import App
 
 from benchmarks.metrics import metrics
 from benchmarks.provenance import end
+from benchmarks.servers import Models
 from benchmarks.systems.disturb import awake, paused
 from benchmarks.systems.load import bench, write_prompts
-from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.demo.questions import PROMPTS
 from lenvm_vllm.commands.processes import Server
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
@@ -44,12 +44,13 @@ def arms(tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
 
 
 @contextmanager
-def servers(folder: Path, threads: int) -> Iterator[tuple[Server, Server]]:
+def servers(models: Models, folder: Path, threads: int) -> Iterator[tuple[Server, Server]]:
     """vLLM without and with the plugin, both stopped. threads: of the value server."""
-    values = lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL, threads=threads)
-    flags = ("--served-model-name", NAME, "--max-num-seqs", 32)
+    log, model = folder / "values.log", models.model
+    values = lenvm_serve(models.checkpoint, log, base_model=model, threads=threads)
+    flags = ("--max-num-seqs", 32, *models.flags)
     plain, plugin = (
-        vllm_serve(MODEL, folder / log, *flags, values_url=url)
+        vllm_serve(model, folder / log, *flags, values_url=url)
         for log, url in (("plain.log", None), ("plugin.log", values.url))
     )
     with values, plain, paused(plain), plugin, paused(plugin):
@@ -57,7 +58,12 @@ def servers(folder: Path, threads: int) -> Iterator[tuple[Server, Server]]:
 
 
 def rates_of(
-    both: tuple[Server, Server], size: int, tokens: int, rounds: int, folder: Path
+    both: tuple[Server, Server],
+    models: Models,
+    size: int,
+    tokens: int,
+    rounds: int,
+    folder: Path,
 ) -> dict[str, list[float]]:
     """Tokens a second of each arm in each round, `size` requests at a time; and of each steered
     arm the share of its rows that had values in time, 0 to 1, as `valued` and its name."""
@@ -73,7 +79,7 @@ def rates_of(
         for arm, (plugin, fields) in arms(tokens).items():
             with awake(both[plugin]) as server:
                 before = Counter(metrics(server.url))
-                report = bench(server.url, (NAME, MODEL), prompts, fields, *flags)
+                report = bench(server.url, (models.name, models.model), prompts, fields, *flags)
                 spent = Counter(metrics(server.url)) - before
             assert report["total_output_tokens"] == count * tokens, arm
             rates[arm].append(report["output_throughput"])
@@ -102,6 +108,7 @@ def told(report: dict[str, Any], spent: Counter[str]) -> str:
 @app.default
 def main(
     *,
+    models: Models = Models(),
     concurrency: tuple[int, ...] = (1, 8, 32),
     tokens: int = 128,
     rounds: int = 3,
@@ -122,9 +129,9 @@ def main(
     """
     ratios: dict[str, dict[str, float]] = {"idle": {}, "guided": {}, "tilt": {}}
     valued: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as name, servers(Path(name), threads) as both:
+    with tempfile.TemporaryDirectory() as name, servers(models, Path(name), threads) as both:
         for size in concurrency:
-            rates = rates_of(both, size, tokens, rounds, Path(name))
+            rates = rates_of(both, models, size, tokens, rounds, Path(name))
             for arm, ratio in ratios.items():
                 pairs = zip(rates[arm], rates["plain"], strict=True)
                 ratio[str(size)] = round(statistics.median(a / b for a, b in pairs), 3)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from benchmarks.estimates import Sample, estimate
 from benchmarks.provenance import end
+from benchmarks.servers import Models
 from benchmarks.systems.load import bench, write_prompts
-from lenvm_vllm.commands.demo import CHECKPOINT, MODEL, NAME
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 from trainer.checks import check_positive
 from trainer.output import OnlyJson, table
@@ -72,6 +72,7 @@ def figures(runs: list[dict[str, dict[str, float]]], requests: int) -> list[dict
 def main(
     *,
     data: Path,
+    models: Models = Models(),
     limit: int = 300,
     rate: float = 1.0,
     max_tokens: int = 512,
@@ -100,14 +101,17 @@ def main(
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with lenvm_serve(CHECKPOINT, folder / "values.log", base_model=MODEL) as values:
+        log, model = folder / "values.log", models.model
+        with lenvm_serve(models.checkpoint, log, base_model=model) as values:
             for seed in tqdm(range(seeds), file=sys.stderr):
                 prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
                 load = (
                     *("--num-prompts", limit, "--custom-output-len", max_tokens),
                     *("--request-rate", rate, "--seed", seed),
                 )
-                measure = partial(_run, folder, values.url, max_num_seqs, prompts, load, seed)
+                measure = partial(
+                    _run, models, folder, values.url, max_num_seqs, prompts, load, seed
+                )
                 runs.append({arm: measure(arm) for arm in ARMS})
     rows = figures(runs, limit)
     asked = {"requests": limit, "rate": rate, "max_tokens": max_tokens}
@@ -115,6 +119,7 @@ def main(
 
 
 def _run(
+    models: Models,
     folder: Path,
     values: str,
     max_num_seqs: int,
@@ -126,12 +131,13 @@ def _run(
     """What `seconds` says of one arm, and the tokens of its answers."""
     policy, asks = ARMS[arm]
     flags = (
-        *("--served-model-name", NAME, "--max-num-seqs", max_num_seqs),
-        *("--max-num-batched-tokens", 16384, "--scheduling-policy", policy),
+        *("--max-num-seqs", max_num_seqs, "--max-num-batched-tokens", 16384),
+        *("--scheduling-policy", policy, *models.flags),
     )
     env = {"LENVM_FORECAST": str(asks).lower()}
-    with vllm_serve(MODEL, folder / f"{arm}.log", *flags, values_url=values, env=env) as vllm:
-        report = bench(vllm.url, (NAME, MODEL), prompts, {"seed": seed}, *load)
+    log = folder / f"{arm}.log"
+    with vllm_serve(models.model, log, *flags, values_url=values, env=env) as vllm:
+        report = bench(vllm.url, (models.name, models.model), prompts, {"seed": seed}, *load)
     return seconds(report) | {"tokens": report["total_output_tokens"]}
 
 

@@ -100,14 +100,16 @@ class Answer:
 class Load:
     """Requests to a vLLM, each client's one after the other, and what became of all of them.
 
-    gaps: the times between two tokens of a stream, of guided streams and of unguided ones.
+    model: as it is served. gaps: the times between two tokens of a stream, of guided streams and of
+    unguided ones.
     """
 
-    def __init__(self, vllm: Server) -> None:
+    def __init__(self, vllm: Server, model: str = NAME) -> None:
         self.gaps: dict[bool, list[Span]] = {True: [], False: []}
         self.answers: list[Answer] = []
         self.counts: Counter[str] = Counter()
         self._vllm = vllm
+        self._model = model
         self._stop = threading.Event()
 
     @contextlib.contextmanager
@@ -141,7 +143,7 @@ class Load:
         extra: as of `Answer`; its tokens are not timed.
         """
         body = {
-            "model": NAME,
+            "model": self._model,
             "messages": [{"role": "user", "content": content}],
             "stream": True,
             "stream_options": {"include_usage": True},

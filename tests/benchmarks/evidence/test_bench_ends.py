@@ -55,6 +55,13 @@ def test_the_clause_that_says_the_length_goes(task: str, left: str) -> None:
     assert without_length(task) == left
 
 
+def test_lengths_can_be_words(tmp_path: Path) -> None:
+    file = write(tmp_path / "x" / "a.jsonl", {"question": "One?"})
+    plan = Plan(data=(file,), arms=("limits", "ramp", "single"), unit="words", targets=(30,))
+    (job,) = plan.jobs(list(read_prompts(file)))  # the others are of tokens only
+    assert job.body["length_target"] == {"mode": "equal_to", "words": 30, "endings": 1}
+
+
 def test_every_arm_of_a_prompt_comes_before_the_next(tmp_path: Path) -> None:
     file = write(tmp_path / "x" / "a.jsonl", {"question": "One?"}, {"question": "Two?"})
     plan = Plan(data=(file,), arms=("prompt", "single"), targets=(40, 80))
