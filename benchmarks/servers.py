@@ -23,6 +23,8 @@ class Models:
     """Folder of the model that vLLM serves, under the folder's name."""
     checkpoint: Path = CHECKPOINT
     """Its value model."""
+    base_model: Path | None = None
+    """Folder of the value model's backbone, where that is another than `model`."""
     vllm_flags: str = ""
     """More of `vllm serve`, in one text: `--vllm-flags="--gpu-memory-utilization 0.3"`."""
 
@@ -30,6 +32,11 @@ class Models:
     def name(self) -> str:
         """That the model is served under."""
         return self.model.name
+
+    @property
+    def backbone(self) -> Path:
+        """Of the value model."""
+        return self.base_model or self.model
 
     @property
     def flags(self) -> list[str]:

@@ -65,7 +65,9 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, logs = models.model, (folder / "values.log", folder / "vllm.log")
-        values = lenvm_serve(models.checkpoint, logs[0], base_model=model, threads=threads)
+        values = lenvm_serve(
+            models.checkpoint, logs[0], base_model=models.backbone, threads=threads
+        )
         flags = ("--max-num-seqs", 2 * clients, *models.flags)
         vllm = vllm_serve(model, logs[1], *flags, values_url=values.url)
         with values, vllm:

@@ -47,7 +47,7 @@ def arms(tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
 def servers(models: Models, folder: Path, threads: int) -> Iterator[tuple[Server, Server]]:
     """vLLM without and with the plugin, both stopped. threads: of the value server."""
     log, model = folder / "values.log", models.model
-    values = lenvm_serve(models.checkpoint, log, base_model=model, threads=threads)
+    values = lenvm_serve(models.checkpoint, log, base_model=models.backbone, threads=threads)
     flags = ("--max-num-seqs", 32, *models.flags)
     plain, plugin = (
         vllm_serve(model, folder / log, *flags, values_url=url)

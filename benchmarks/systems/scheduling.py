@@ -101,8 +101,8 @@ def main(
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        log, model = folder / "values.log", models.model
-        with lenvm_serve(models.checkpoint, log, base_model=model) as values:
+        log = folder / "values.log"
+        with lenvm_serve(models.checkpoint, log, base_model=models.backbone) as values:
             for seed in tqdm(range(seeds), file=sys.stderr):
                 prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
                 load = (
