@@ -13,6 +13,7 @@ from lenvm_vllm.engine.railed import NEAR
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.candidates import eos_index
 from lenvm_vllm.steering.constants import CLOSES, GOES_ON, NATURAL
+from lenvm_vllm.steering.devices import uploaded
 from lenvm_vllm.text.blocks import Blocks
 from lenvm_vllm.text.characters import LONGEST
 from lenvm_vllm.text.counter import Closed
@@ -161,18 +162,19 @@ def _closed_in_last_word(own: Tensor, state: RequestState) -> Closed | None:
 def _close_inplace(logits: Tensor, rows: list[int], closed: Closed, ends: list[list[int]]) -> None:
     """Close these tokens of `rows`, but not their ends, where another one is left."""
     if closed.few is not None and not closed.few_ids & {end for own in ends for end in own}:
-        at = torch.tensor(rows, device=logits.device)[:, None]
+        (at,) = uploaded(logits.device, torch.tensor(rows)[:, None])
         few = closed.few[closed.few < logits.shape[-1]]
         own = logits[at, few]
         logits[at, few] = -torch.inf
         empty = _are_empty(logits, at[:, 0])[:, None]
         logits[at, few] = torch.where(empty, own, -torch.inf)
         return
-    own = logits[rows]  # a copy
+    (at,) = uploaded(logits.device, torch.tensor(rows))
+    own = logits[at]  # a copy
     size = min(len(closed.mask), logits.shape[-1])
     railed = torch.full_like(own, -torch.inf)  # also what no text is known of
     railed[:, :size] = own[:, :size].masked_fill(closed.mask[:size], -torch.inf)
-    _replace_inplace(logits, rows, own, railed, ends)
+    _replace_inplace(logits, at, own, railed, ends)
 
 
 def _hold_inplace(logits: Tensor, held: Tokens) -> None:
@@ -180,12 +182,12 @@ def _hold_inplace(logits: Tensor, held: Tokens) -> None:
     if not held:
         return
     index, ids = eos_index(list(held.values()), logits.shape[-1])
-    index, ids = index.to(logits.device), ids.to(logits.device)
-    rows = torch.tensor(list(held), device=logits.device)
-    own = logits[rows[index], ids]
-    logits[rows[index], ids] = -torch.inf
+    rows, index, ids = uploaded(logits.device, torch.tensor(list(held)), index, ids)
+    at = rows[index]
+    own = logits[at, ids]
+    logits[at, ids] = -torch.inf
     empty = _are_empty(logits, rows)[index]
-    logits[rows[index], ids] = torch.where(empty, own, -torch.inf)
+    logits[at, ids] = torch.where(empty, own, -torch.inf)
 
 
 def _are_empty(logits: Tensor, rows: Tensor) -> Tensor:
@@ -202,17 +204,18 @@ def _are_empty(logits: Tensor, rows: Tensor) -> Tensor:
 def _force_inplace(logits: Tensor, due: Tokens) -> None:
     """Close all but these tokens, where one of them is open."""
     if due:
-        own = logits[list(due)]  # a copy
+        (at,) = uploaded(logits.device, torch.tensor(list(due)))
+        own = logits[at]  # a copy
         railed = torch.full_like(own, -torch.inf)
-        _replace_inplace(logits, list(due), own, railed, list(due.values()))
+        _replace_inplace(logits, at, own, railed, list(due.values()))
 
 
 def _replace_inplace(
-    logits: Tensor, rows: list[int], own: Tensor, railed: Tensor, kept: list[list[int]]
+    logits: Tensor, rows: Tensor, own: Tensor, railed: Tensor, kept: list[list[int]]
 ) -> None:
-    """`railed` (B, V) in place of `rows`, with the tokens `kept` of each as in `own` (B, V), which
+    """`railed` (B, V) in place of `rows` (B,), with the tokens `kept` of each as in `own` (B, V), which
     are those rows; a row that would be empty stays."""
-    index, ids = (x.to(logits.device) for x in eos_index(kept, logits.shape[-1]))
+    index, ids = uploaded(logits.device, *eos_index(kept, logits.shape[-1]))
     railed[index, ids] = own[index, ids]
     empty = railed.isneginf().all(-1, keepdim=True)
     logits[rows] = torch.where(empty, own, railed)

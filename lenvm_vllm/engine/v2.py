@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
+from lenvm_vllm.steering.devices import Fetched, uploaded
 
 
 class V2Slots:
@@ -91,6 +92,8 @@ class V2Slots:
 
     def _gather(self, index: NDArray[np.int64]) -> Any:
         """Iterator over the tokens at (slot, position)."""
+        if not len(index):
+            return iter(())
         texts = self._slots.all_token_ids.gpu
-        at = torch.from_numpy(index).to(texts.device)
-        return iter(texts[at[:, 0], at[:, 1]].tolist())
+        (at,) = uploaded(texts.device, torch.from_numpy(index))
+        return iter(Fetched(texts[at[:, 0], at[:, 1]]).here().tolist())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lenvm_vllm.steering.devices import Fetched, uploaded
 from lenvm_vllm.steering.largest import largest
 from lenvm_vllm.steering.policies import log1mexp
 
@@ -122,14 +123,14 @@ class Writes:
 
     def apply_inplace(self, logits: Tensor) -> None:
         """logits: (batch, V)."""
-        rows, ids = self.rows.to(logits.device), self.ids.to(logits.device)
-        kept = logits[rows, ids] + self.deltas.to(logits.device, logits.dtype)
-        steered = self.rows.unique()
+        parts = self.rows, self.ids, self.deltas, self.rows.unique()
+        rows, ids, deltas, steered = uploaded(logits.device, *parts)
+        kept = logits[rows, ids] + deltas.to(logits.dtype)
         if logits.device.type == "cpu":  # row by row, which is twice as fast
             for row in steered.tolist():
                 logits[row] = -torch.inf
         else:
-            logits[steered.to(logits.device)] = -torch.inf
+            logits[steered] = -torch.inf
         logits[rows, ids] = kept
 
 
@@ -152,31 +153,35 @@ def cut_candidates(
     """
     size, device = logits.shape[-1], logits.device
     rows = range(len(logits)) if rows is None else rows
-    index = torch.tensor(rows, device=device)[:, None]
     columns = _columns(cuts)
-    temperature = columns["temperature"].float().to(device)
     widths = np.minimum([cut.limit or width for cut in cuts], min(width, size))
     row, token = eos_index([cut.ends for cut in cuts], size)
     place = torch.arange(len(row)) - torch.searchsorted(row, row)
-    ends = temperature.new_full((len(rows), 1 + max(place.tolist(), default=0)), -torch.inf)
-    row, token, place = row.to(device), token.to(device), place.to(device)
-    own = logits[index[row, 0], token]
+    most_ends = 1 + max(place.tolist(), default=0)
+    far = [i for i, cut in enumerate(cuts) if cut.top_p < 1 and not cut.top_k]
+    whole = torch.tensor(far, dtype=torch.long)
+    parts = torch.tensor(rows), columns["temperature"], row, token, place, whole
+    index, exact, row, token, place, whole = uploaded(device, *parts)
+    temperature = exact.float()
+    ends = temperature.new_full((len(rows), most_ends), -torch.inf)
+    own = logits[index[row], token]
     ends[row, place] = own.float()
 
     full = torch.full_like(temperature, torch.nan)
-    logits[index[row, 0], token] = -torch.inf  # for a while: a copy without them would cost more
+    logits[index[row], token] = -torch.inf  # for a while: a copy without them would cost more
     try:
         top, ids = largest(logits, rows, widths)
-        if whole := [i for i, cut in enumerate(cuts) if cut.top_p < 1 and not cut.top_k]:
-            x = logits[index[whole, 0]].float() / temperature[whole]
+        if len(whole):
+            x = logits[index[whole]].float() / temperature[whole]
             full[whole] = x.logsumexp(-1, keepdim=True)
     finally:
-        logits[index[row, 0], token] = own
+        logits[index[row], token] = own
     top, ends = top.float() / temperature, ends / temperature
 
     # One copy from the device; float32 holds every id below 2^24.
     end = ends.logsumexp(-1, keepdim=True)
-    here = torch.cat([top, ids.float(), end, full], dim=-1).double().cpu()
+    here = torch.cat([top, ids.float(), end, full], dim=-1).double()
+    here = Fetched(here).here()
     top, ids, end, full = here.split([top.shape[-1], top.shape[-1], 1, 1], dim=-1)
     most = int(widths.max())
     top, ids = top[:, :most], ids[:, :most].long()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lenvm_vllm.steering.candidates import Candidates
 from lenvm_vllm.steering.constants import LEAST_CLOSER, MORE_CLOSERS
+from lenvm_vllm.steering.devices import Fetched, uploaded
 from lenvm_vllm.steering.landing import sentence_gain
 
 
@@ -29,11 +30,12 @@ def likely_closers(
     logits: (batch, V). rows: those that land, and found: their candidates. temperature: (L,).
     ids: on the device of the logits. closing: (L,) as of `sentence_gain`.
     """
-    at = torch.tensor(rows, device=logits.device)[:, None]
+    at, own = uploaded(logits.device, torch.tensor(rows)[:, None], found.ids[:, :1].contiguous())
     top, place = logits[at, ids].topk(min(MORE_CLOSERS, len(ids)))
-    first = logits[at, found.ids[:, :1].to(logits.device)]
+    first = logits[at, own]
     # One copy from the device; float32 holds every id below 2^24.
-    here = torch.cat([first.float(), top.float(), ids[place].float()], dim=-1).double().cpu()
+    here = torch.cat([first.float(), top.float(), ids[place].float()], dim=-1).double()
+    here = Fetched(here).here()
     first, top, tokens = here.split([1, top.shape[-1], top.shape[-1]], dim=-1)
     tokens = tokens.long()
     log_q = (top - first) / temperature[:, None] + found.log_q[:, :1]

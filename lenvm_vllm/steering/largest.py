@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lenvm_vllm.steering.devices import uploaded
+
 _BLOCK = 64  # tokens of which only the likeliest is looked at first
 _STEP = 16  # numbers of logits are rounded up to a multiple of it, so that rows go together
 
@@ -23,17 +25,19 @@ def largest(
     The largest n of a row are in the n blocks with the largest maxima, or in the rest behind the
     blocks: so most of the vocabulary is read once, and never sorted.
     """
-    size, index = logits.shape[-1], torch.tensor(rows, device=logits.device)
+    size = logits.shape[-1]
     counts = np.minimum(-(-counts // _STEP) * _STEP, size)
     whole = size // _BLOCK * _BLOCK
     blocks = logits[:, :whole].unflatten(1, (-1, _BLOCK))
+    kinds = np.unique(counts).tolist()
+    groups = [torch.from_numpy(np.flatnonzero(counts == count)) for count in kinds]
+    index, *groups = uploaded(logits.device, torch.tensor(rows), *groups)
     first = min(rows)
     peaks = blocks[first : max(rows) + 1].amax(-1)  # without a copy, which costs more
     most = int(counts.max())
     top = logits.new_full((len(rows), most), -torch.inf)
     ids = index.new_zeros((len(rows), most))
-    for count in np.unique(counts).tolist():
-        group = torch.from_numpy(np.flatnonzero(counts == count)).to(index.device)
+    for count, group in zip(kinds, groups, strict=True):
         own = index[group]
         at = peaks[own - first].topk(min(count, peaks.shape[-1])).indices
         few = _of_blocks(logits, blocks, own, at)

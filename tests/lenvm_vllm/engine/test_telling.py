@@ -18,7 +18,7 @@ def test_an_end_is_told_with_its_probability_in_six_digits() -> None:
     logits[5], logits[6, EOS] = -math.inf, -math.inf
     logits[5, EOS] = 1.0
     states = {row: request(50, eos_ids=[EOS, 7, size]) for row in range(39, -1, -1)}
-    told = dict(zip(states, end_probabilities(logits, states), strict=True))
+    told = dict(zip(states, end_probabilities(logits, states).here(), strict=True))
     p = logits.double().softmax(-1)[:, [EOS, 7]].sum(-1)
     for row, p_end in told.items():
         assert p_end == pytest.approx(float(p[row]), abs=4e-7, rel=1e-5)

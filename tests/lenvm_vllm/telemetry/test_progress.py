@@ -126,7 +126,7 @@ def state_of(tokens: int, output: list[int], **rest: Any) -> RequestState:
 def test_the_probability_of_the_end_is_that_of_all_end_tokens() -> None:
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
     states = {2: state_of(2, [5]), 0: state_of(100, [5])}
-    found = end_probabilities(logits, states)
+    found = end_probabilities(logits, states).here()
     naive = logits[2].double().softmax(-1)
     assert found[0] == pytest.approx(float(naive[0] + naive[2]), rel=1e-5)
     assert math.isnan(found[1])  # the rail allows none yet
