@@ -213,8 +213,8 @@ def _force_inplace(logits: Tensor, due: Tokens) -> None:
 def _replace_inplace(
     logits: Tensor, rows: Tensor, own: Tensor, railed: Tensor, kept: list[list[int]]
 ) -> None:
-    """`railed` (B, V) in place of `rows` (B,), with the tokens `kept` of each as in `own` (B, V), which
-    are those rows; a row that would be empty stays."""
+    """`railed` (B, V) in place of `rows` (B,), with the tokens `kept` of each as in `own` (B, V),
+    which are those rows; a row that would be empty stays."""
     index, ids = uploaded(logits.device, *eos_index(kept, logits.shape[-1]))
     railed[index, ids] = own[index, ids]
     empty = railed.isneginf().all(-1, keepdim=True)

@@ -55,8 +55,8 @@ def end_probabilities(logits: Tensor, states: dict[int, RequestState]) -> EndPro
 
 
 def _totals(logits: Tensor, rows: Tensor) -> Tensor:
-    """(B,) logsumexp of `rows` (B,). On a CPU one by one, which is several times as fast: a row and all
-    that is made of it fit into its cache."""
+    """(B,) logsumexp of `rows` (B,). On a CPU one by one, which is several times as fast: a row
+    and all that is made of it fit into its cache."""
     if logits.device.type == "cpu":
         return torch.stack([logits[row].logsumexp(-1) for row in rows.tolist()])
     return logits[rows].logsumexp(-1)
