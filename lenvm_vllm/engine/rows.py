@@ -15,7 +15,6 @@ from lenvm_vllm.engine.plans import Plans
 from lenvm_vllm.engine.sessions import Sessions
 from lenvm_vllm.engine.state import RequestState, media_of, session_of
 from lenvm_vllm.host.media import placeholder_ids
-from lenvm_vllm.host.own_cut import cut_inplace, penalise_inplace
 from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.steering.candidates import Writes
@@ -39,6 +38,12 @@ class EngineRows:
 
     def __init__(self, vllm_config: Any, client: Replicas | None = None) -> None:
         """Connects to nothing; the first request with a target does."""
+        # Not with this file: vLLM's front end loads the class while it hides the GPU from what is
+        # loaded, and the sampling functions bring much of vLLM along. Here a name that is missing
+        # still keeps the engine from starting.
+        from lenvm_vllm.host import own_cut
+
+        self._own_cut = own_cut
         settings = load_settings(vllm_config.additional_config)
         tokenizer = tokenizer_of(vllm_config)
         self._config = vllm_config
@@ -141,7 +146,7 @@ class EngineRows:
         if not states:
             return
         _renewed(states.values())
-        _penalise_inplace(logits, states)
+        self._penalise_inplace(logits, states)
         told = {row: s for row, s in states.items() if s.row is not None and s.counts}
         p_end = telling.end_probabilities(logits, told)
         forced = enforce_inplace(logits, states, self._letters)
@@ -151,7 +156,7 @@ class EngineRows:
             writes.apply_inplace(logits)
             steered = set(writes.rows.tolist())
             free = {row: s for row, s in free.items() if row not in steered}
-        _cut_inplace(logits, free)
+        self._cut_inplace(logits, free)
         ended = {row for row, tokens in forced.items() if tokens == states[row].proper_ends}
         telling.tell(self._progress, told, ended, p_end)
 
@@ -162,6 +167,20 @@ class EngineRows:
             return self._plans.plan(logits, steered)
         return ranks.made_once(lambda: self._plans.plan(logits, steered))
 
+    def _penalise_inplace(self, logits: Tensor, states: Rows) -> None:
+        """The penalties that vLLM leaves to the plugin."""
+        asked = {row: s for row, s in states.items() if s.own.penalises}
+        texts = [(s.prompt_ids or [], s.output_ids) for s in asked.values()]
+        self._own_cut.penalise_inplace(logits, list(asked), texts, [s.own for s in asked.values()])
+
+    def _cut_inplace(self, logits: Tensor, states: Rows) -> None:
+        """The cut of rows that were not steered, and so not cut, in this step."""
+        asked = {row: s for row, s in states.items() if s.own.cuts}
+        temperatures = [s.temperature for s in asked.values()]
+        self._own_cut.cut_inplace(
+            logits, list(asked), temperatures, [s.own for s in asked.values()]
+        )
+
 
 def _renewed(states: Iterable[RequestState]) -> list[RequestState]:
     """With the tokens that have come: what a part of the step finds stays for the others."""
@@ -169,17 +188,3 @@ def _renewed(states: Iterable[RequestState]) -> list[RequestState]:
     for state in known:
         state.renew()
     return known
-
-
-def _penalise_inplace(logits: Tensor, states: Rows) -> None:
-    """The penalties that vLLM leaves to the plugin."""
-    asked = {row: s for row, s in states.items() if s.own.penalises}
-    texts = [(s.prompt_ids or [], s.output_ids) for s in asked.values()]
-    penalise_inplace(logits, list(asked), texts, [s.own for s in asked.values()])
-
-
-def _cut_inplace(logits: Tensor, states: Rows) -> None:
-    """The cut of rows that were not steered, and so not cut, in this step."""
-    asked = {row: s for row, s in states.items() if s.own.cuts}
-    temperatures = [s.temperature for s in asked.values()]
-    cut_inplace(logits, list(asked), temperatures, [s.own for s in asked.values()])
