@@ -13,8 +13,8 @@ _streams: dict[torch.device, Any] = {}  # for copies to the host, one of each de
 
 def uploaded(device: torch.device, *parts: Tensor) -> list[Tensor]:
     """int64 and float64 tensors of the host on `device`, all of them by one copy."""
-    if device.type == "cpu":
-        return list(parts)
+    if device.type != "cuda":
+        return [part.to(device) for part in parts]
     flat = torch.cat([part.reshape(-1).view(torch.int64) for part in parts])
     there = flat.pin_memory().to(device, non_blocking=True)
     own = zip(there.split([part.numel() for part in parts]), parts, strict=True)
