@@ -29,7 +29,6 @@ class Fetched:
 
     def __init__(self, there: Tensor) -> None:
         """there: on any device; nobody writes to it any more."""
-        self._there = there
         self._event: torch.cuda.Event | None = None
         if there.device.type != "cuda":
             self._here = there.cpu()
