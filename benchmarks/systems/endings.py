@@ -166,6 +166,8 @@ def main(
     requests
         Of each cell, but no fewer than twice the concurrency; of one at a time half as many.
     """
+    if models.base_model:
+        raise ValueError(f"base_model {models.base_model}: not taken here, the backbone is `model`")
     rows, most_open = [], max(32, *concurrency)
     name, given = str(models.model), shlex.split(models.vllm_flags)
     with (
