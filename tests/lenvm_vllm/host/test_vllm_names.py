@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
 import inspect
 import sys
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from lenvm_vllm import host
+from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.host import names as vllm_names
 from lenvm_vllm.host.names import FIELDS, METHODS, WHERE
+from tests.support.fakes import Server, config, replicas_of
 
 PLUGIN = Path(vllm_names.__file__).parents[1]
 
@@ -34,12 +36,12 @@ def test_one_that_has_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["apply_top_k_top_p", "apply_all_penalties"])
 def test_the_engine_does_not_start_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step it would end all requests."""
-    importlib.import_module("lenvm_vllm.engine.rows")
-    for module in ("host.own_cut", "engine.rows"):
-        monkeypatch.delitem(sys.modules, f"lenvm_vllm.{module}")
+    EngineRows(config(), replicas_of(Server()))
+    monkeypatch.delitem(sys.modules, "lenvm_vllm.host.own_cut")
+    monkeypatch.delattr(host, "own_cut")
     monkeypatch.setitem(WHERE, name, f"vllm.gone:{name}")
     with pytest.raises(ImportError, match=rf"no vllm\.gone\.{name}"):
-        importlib.import_module("lenvm_vllm.engine.rows")
+        EngineRows(config(), replicas_of(Server()))
 
 
 @pytest.mark.parametrize(
