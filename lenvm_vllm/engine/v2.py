@@ -15,6 +15,8 @@ from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.devices import Fetched, uploaded
 
+NEWEST = 4  # tokens of a text that are read ahead of a step; there is one, or there are drafts, too
+
 
 class V2Slots:
     def __init__(self, rows: EngineRows, req_states: Any) -> None:
@@ -24,12 +26,16 @@ class V2Slots:
         self._states: dict[int, RequestState] = {}
         self._running: set[int] = set()  # slots of the last step, if it steered
         self._new: set[int] = set()  # of requests that had none yet
+        # On their way to the host: of each text, how many tokens are new, and NEWEST of them.
+        self._coming: tuple[list[RequestState], Fetched] | None = None
 
     def add(self, req_idx: int, sampling_params: Any) -> bool:
         """Whether this request is guided. The slot may still hold one that has ended."""
-        if (ended := self._states.pop(req_idx, None)) is not None:
-            self._read_last(req_idx, ended)
-            self.rows.close(ended)
+        if req_idx in self._states:
+            # The token after which no step asked for more; it stands until the slot is written.
+            self._ask([req_idx])
+            self._arrive()
+            self.rows.close(self._states.pop(req_idx))
         if (state := self.rows.open(sampling_params, [], [])) is not None:
             self._states[req_idx] = state
             self._new.add(req_idx)
@@ -37,16 +43,16 @@ class V2Slots:
 
     def tell(self) -> None:
         """Before vLLM's forward pass. What the device has of new requests is read, which takes no
-        longer than the sampling of the step before: its logits were waited for. So is the newest
-        token of the others, where the value server can tell what comes after it."""
+        longer than the sampling of the step before: its logits were waited for. Of the others the
+        newest token is sent for, and waited for if the value server can tell what comes after."""
         new = [slot for slot in self._new if slot in self._states]
         if new:
             self._read_tokens([(slot, int(self._slots.prefill_len.np[slot])) for slot in new])
         # Used once: a step without guided rows does not steer, so does not say who runs.
         running, self._running = self._running & self._states.keys(), set()
-        if running and self.rows.looks_ahead:
-            slots = sorted(running)
-            self._read_tokens(list(zip(slots, self._lengths(slots), strict=True)))
+        self._ask(sorted(running))
+        if self.rows.looks_ahead:
+            self._arrive()
         states = (self._states[slot] for slot in sorted(running.union(new)))
         self.rows.tell(state for state in states if not state.is_over)
 
@@ -54,6 +60,7 @@ class V2Slots:
         """logits: (rows, V) float32, one row a request. ctx: vLLM's LogitsContext."""
         # The host knows how long a text is before the device has its last token. A prompt of
         # which only a part is computed has a row, too, but no token comes of it.
+        self._arrive()
         self._running, self._new = set(ctx.idx_mapping_np.tolist()), set()
         batch = zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=False)
         lengths = {
@@ -78,17 +85,29 @@ class V2Slots:
             state.prompt_ids += own[:split]
             state.output_ids += own[split:]
 
-    def _read_last(self, slot: int, state: RequestState) -> None:
-        """The token after which no step asked for more; it stands until the slot is written."""
-        (length,) = self._lengths([slot])
-        if 0 < state.length < length:
-            places = [(slot, position) for position in range(state.length, length)]
-            state.output_ids += self._gather(np.array(places))
+    def _ask(self, slots: list[int]) -> None:
+        """Send for what the device has of these texts and their states have not."""
+        self._arrive()
+        slots = [slot for slot in slots if self._states[slot].length]
+        if not slots:
+            return
+        states = [self._states[slot] for slot in slots]
+        texts, lengths = self._slots.all_token_ids.gpu, self._slots.total_len.gpu
+        known = [state.length for state in states]
+        slot, have = uploaded(
+            texts.device, torch.tensor(slots)[:, None], torch.tensor(known)[:, None]
+        )
+        places = have + torch.arange(NEWEST, device=texts.device)
+        newest = texts[slot, places.clamp(max=texts.shape[1] - 1)]
+        self._coming = states, Fetched(torch.cat([lengths[slot] - have, newest], 1))
 
-    def _lengths(self, slots: list[int]) -> list[int]:
-        """Tokens of prompt and output that the device has of each."""
-        lengths: list[int] = self._slots.total_len.gpu[slots].tolist()
-        return lengths
+    def _arrive(self) -> None:
+        """What was sent for is in the states."""
+        if self._coming is None:
+            return
+        (states, news), self._coming = self._coming, None
+        for state, (new, *tokens) in zip(states, news.here().tolist(), strict=True):
+            state.output_ids += tokens[: max(0, new)]
 
     def _gather(self, index: NDArray[np.int64]) -> Any:
         """Iterator over the tokens at (slot, position)."""

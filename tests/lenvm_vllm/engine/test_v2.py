@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 
 from lenvm_vllm.api.intake import take_in
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
+from lenvm_vllm.engine.v2 import NEWEST
 from lenvm_vllm.plugin import PROCESSOR
 from lenvm_vllm.values.client import TimedOut
 from tests.support.fakes import EOS, Server, V, config, entering, exactly, free, params, same_bits
@@ -118,6 +119,36 @@ def test_with_lookahead_the_newest_token_is_told_before_the_forward_pass() -> No
     (state,) = (s for s in runner.served.batch._states.values() if s.prompt_ids == [1])
     runner.add(1, params())
     assert state.output_ids == [21, 22, 30]
+
+
+def test_with_exact_scoring_the_newest_token_is_sent_for_before_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is launched after the forward pass comes after it."""
+    runner = Runner(server := Server())
+    runner.add(1, params(free(20)))
+    runner.step(1)
+    runner.append(1, 11)
+    batch = runner.served.batch
+    runner.served.apply_staged_writes()
+    monkeypatch.setattr(runner.served, "apply_staged_writes", lambda: None)
+    batch._slots.all_token_ids.gpu = batch._slots.total_len.gpu = None  # nobody reads it
+    runner.step(1)
+    assert told(server) == [[11]]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_text_that_grew_by_many_tokens(rank: int) -> None:
+    runner = Runner(server := Server(lookahead_rank=rank))
+    runner.add(1, params(free(40)))
+    runner.step(1)
+    (state,) = runner.served.batch._states.values()
+    for tokens in ([11, 12], list(range(13, 13 + 2 * NEWEST))):
+        for token in tokens:
+            runner.append(1, token)
+        runner.step(1)
+        assert state.output_ids[-len(tokens) :] == tokens
+    assert server.calls
 
 
 def test_steps_without_guided_rows_read_the_device_once_and_tell_nothing_twice() -> None:
