@@ -15,7 +15,8 @@ from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.devices import Fetched, uploaded
 
-NEWEST = 4  # tokens of a text that are read ahead of a step; there is one, or there are drafts, too
+# Tokens of a text that are fetched ahead of a step, where one is usual; the step reads what is left.
+NEWEST = 4
 
 
 class V2Slots:
@@ -33,8 +34,8 @@ class V2Slots:
         """Whether this request is guided. The slot may still hold one that has ended."""
         if req_idx in self._states:
             # The token after which no step asked for more; it stands until the slot is written.
-            self._ask([req_idx])
-            self._arrive()
+            self._fetch_newest([req_idx])
+            self._take_newest()
             self.rows.close(self._states.pop(req_idx))
         if (state := self.rows.open(sampling_params, [], [])) is not None:
             self._states[req_idx] = state
@@ -44,15 +45,15 @@ class V2Slots:
     def tell(self) -> None:
         """Before vLLM's forward pass. What the device has of new requests is read, which takes no
         longer than the sampling of the step before: its logits were waited for. Of the others the
-        newest token is sent for, and waited for if the value server can tell what comes after."""
+        newest token is fetched, and waited for if the value server can tell what comes after."""
         new = [slot for slot in self._new if slot in self._states]
         if new:
             self._read_tokens([(slot, int(self._slots.prefill_len.np[slot])) for slot in new])
         # Used once: a step without guided rows does not steer, so does not say who runs.
         running, self._running = self._running & self._states.keys(), set()
-        self._ask(sorted(running))
+        self._fetch_newest(sorted(running))
         if self.rows.looks_ahead:
-            self._arrive()
+            self._take_newest()
         states = (self._states[slot] for slot in sorted(running.union(new)))
         self.rows.tell(state for state in states if not state.is_over)
 
@@ -60,7 +61,7 @@ class V2Slots:
         """logits: (rows, V) float32, one row a request. ctx: vLLM's LogitsContext."""
         # The host knows how long a text is before the device has its last token. A prompt of
         # which only a part is computed has a row, too, but no token comes of it.
-        self._arrive()
+        self._take_newest()
         self._running, self._new = set(ctx.idx_mapping_np.tolist()), set()
         batch = zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=False)
         lengths = {
@@ -85,9 +86,9 @@ class V2Slots:
             state.prompt_ids += own[:split]
             state.output_ids += own[split:]
 
-    def _ask(self, slots: list[int]) -> None:
-        """Send for what the device has of these texts and their states have not."""
-        self._arrive()
+    def _fetch_newest(self, slots: list[int]) -> None:
+        """Begin to fetch what the device has of these texts and their states have not."""
+        self._take_newest()
         slots = [slot for slot in slots if self._states[slot].length]
         if not slots:
             return
@@ -101,8 +102,8 @@ class V2Slots:
         newest = texts[slot, places.clamp(max=texts.shape[1] - 1)]
         self._coming = states, Fetched(torch.cat([lengths[slot] - have, newest], 1))
 
-    def _arrive(self) -> None:
-        """What was sent for is in the states."""
+    def _take_newest(self) -> None:
+        """Wait for what is being fetched, and bring it into the states."""
         if self._coming is None:
             return
         (states, news), self._coming = self._coming, None
