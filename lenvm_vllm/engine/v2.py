@@ -15,7 +15,7 @@ from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.steering.devices import Fetched, uploaded
 
-# Tokens of a text that are fetched ahead of a step, where one is usual; the step reads what is left.
+# Tokens of a text that are fetched ahead of a step. One is usual; the step reads what is left.
 NEWEST = 4
 
 
