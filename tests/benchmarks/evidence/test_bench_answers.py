@@ -13,7 +13,7 @@ from benchmarks.endpoint import Endpoint
 from benchmarks.evidence.arms import USUAL
 from benchmarks.evidence.judge import Judge
 from benchmarks.evidence.lifebench import Plan
-from benchmarks.evidence.likelihood import batches, score_rows
+from benchmarks.evidence.likelihood import EVEN, batches, score_rows
 from benchmarks.evidence.tasks import OWN, Task, read_tasks, stratified
 from tests.support.tiny_llm import tiny_llm
 from trainer.resume import keep_settings
@@ -151,25 +151,30 @@ def test_scores_are_the_naive_ones_and_are_kept(llm: Path, tmp_path: Path) -> No
         {"key": "a", "prompt_ids": [1, 2, 3], "ids": [4, 5, 6, 256], "finish": "stop"},
         {"key": "b", "prompt_ids": [9], "ids": list(range(40)), "finish": "length"},
         {"key": "c", "prompt_ids": [7, 8], "ids": [256], "finish": "stop"},
+        {"key": "d", "prompt_ids": [1, 2, 3], "ids": list(range(9, 60)), "finish": "length"},
+        {"key": "e", "prompt_ids": [1, 2, 3], "ids": list(range(60, 20, -1)), "finish": "length"},
     ]
     path = tmp_path / "scores.jsonl"
     scores = score_rows(answers, str(llm), Rows(path))
     model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
-    for score, a in zip(scores[:2], answers[:2], strict=True):
+    for score, a in zip(scores, answers, strict=True):
+        if a["key"] == "c":  # nothing but the end
+            assert score["nll"] is None
+            continue
         nll, p_end = naive(model, a["prompt_ids"], a["ids"], a["finish"] == "stop")
         assert score["nll"] == pytest.approx(nll, rel=0.01)
         assert score["p_end"] == pytest.approx(p_end, rel=0.05)
-    assert scores[2]["nll"] is None  # nothing but the end
     assert score_rows(answers, "nowhere", Rows(path)) == scores
 
 
 def test_batches_hold_all_within_their_capacity() -> None:
-    answers = [{"prompt_ids": [0] * 3, "ids": [0] * n} for n in (5, 90, 1, 40, 7, 7, 200)]
+    answers = [{"ids": [0] * n} for n in (5, 90, 1, 40, 7, 7, 200)]
     found = list(batches(answers, 100))
     assert sorted(len(a["ids"]) for batch in found for a in batch) == [1, 5, 7, 7, 40, 90, 200]
     for batch in found:
-        longest = max(3 + len(a["ids"]) for a in batch)
-        assert len(batch) == 1 or longest * len(batch) <= 100
+        sizes = [len(a["ids"]) for a in batch]
+        assert len(batch) == 1 or max(sizes) * len(batch) <= 100
+        assert min(sizes) >= EVEN * max(sizes)
 
 
 # ---- judge
