@@ -8,7 +8,7 @@ texts, tells its own perplexity, how often it gives an end at least 0.05 after a
 it says that the text comes to a proper end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from cyclopts import App
 
 from benchmarks.estimates import Sample, estimate
 from benchmarks.evidence.arms import chosen_by
-from benchmarks.evidence.lifebench_table import judged, measure
+from benchmarks.evidence.lifebench_table import CUTS, judged, measure
 from benchmarks.evidence.second import opinions
 from benchmarks.figures import write_figures
 from benchmarks.provenance import end
 from lenvm_vllm.steering.constants import NATURAL
+from trainer.checks import check_choice
 from trainer.output import OnlyJson, table
 from trainer.rows import Rows
 from value_server.contract.units import UNITS
@@ -38,10 +39,11 @@ def main(
     *arms: str,
     second: str | None = None,
     unit: str = UNITS[0],
+    by: str | None = None,
     output: Path = Path("runs/compare"),
     only_json: OnlyJson = False,
 ) -> None:
-    """Print a row for each arm and mode and, as the last line, one JSON object.
+    """Print a row for each mode and arm and, as the last line, one JSON object.
 
     Parameters
     ----------
@@ -51,9 +53,13 @@ def main(
         Hub name or folder of another instruct model.
     unit
         Of the lengths that were asked for.
+    by
+        target, kind or language: a row for each of its values too.
     output
         Folder of the figures.
     """
+    if by is not None:
+        check_choice("by", by, CUTS)
     texts = {arm: read(arm, unit) for arm in arms}
     shared = set.intersection(*(set(own) for own in texts.values()))
     if not shared:
@@ -63,14 +69,17 @@ def main(
         for arm, own in rows.items():
             found = opinions(own, second, Path(folder_of(arm)))
             rows[arm] = [_with(row, opinion) for row, opinion in zip(own, found, strict=True)]
-    lines = [
-        {"arm": arm, "mode": mode, **figures(_of(own, mode), _of(rows[arms[0]], mode))}
-        for mode in sorted({row["mode"] for own in rows.values() for row in own})
+    parts = [{"mode": mode} for mode in values_of("mode", rows)]
+    if by is not None:
+        parts += [{**part, by: value} for part in parts for value in values_of(by, rows)]
+    named = {
+        " ".join([arm, *map(str, part.values())]): figures(_of(own, part), _of(rows[arms[0]], part))
+        for part in parts
         for arm, own in rows.items()
-    ]
-    result = {"unit": unit, "second": second, "arms": lines}
+    }
+    result = {"unit": unit, "second": second, "arms": named}
     write_figures(output, result)
-    end(result, table(lines), only_json)
+    end(result, table([{"arm": name, **line} for name, line in named.items()]), only_json)
 
 
 def read(arm: str, unit: str) -> dict[tuple[str, int, str], dict[str, Any]]:
@@ -123,8 +132,13 @@ def _sample(rows: Sequence[dict[str, Any]], name: str) -> Sample:
     return Sample([row[name] for row in known], [row["id"] for row in known])
 
 
-def _of(rows: Sequence[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["mode"] == mode]
+def values_of(name: str, rows: Mapping[str, Sequence[dict[str, Any]]]) -> list[Any]:
+    """Of a fact of the answers, in order."""
+    return sorted({row[name] for own in rows.values() for row in own})
+
+
+def _of(rows: Sequence[dict[str, Any]], part: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in rows if part.items() <= row.items()]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_only_what_all_have_counts(tmp_path: Path, capsys: pytest.CaptureFixture
     b = run(tmp_path / "b", "railed", {"1": "It also breaks off a", "3": "Not in the other."}, 2.0)
     main(f"{a}:single", f"{b}:railed", output=tmp_path / "out", only_json=True)
     result = json.loads(capsys.readouterr().out)
-    first, second = result["arms"]
+    first, second = (result["arms"][f"{name} equal_to"] for name in (f"{a}:single", f"{b}:railed"))
     assert [line["n"] for line in (first, second)] == [1, 1]
     assert first["sentence_share"]["value"] == 100.0
     assert second["sentence_share"]["value"] == 0.0
@@ -40,11 +40,20 @@ def test_only_what_all_have_counts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((tmp_path / "out" / "figures.json").read_text()) == result
 
 
+def test_a_row_for_each_language_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = run(tmp_path / "a", "single", {"1": "A whole sentence ok.", "2": "It breaks off he"}, 1.0)
+    main(f"{a}:single", by="language", output=tmp_path / "out", only_json=True)
+    arms = json.loads(capsys.readouterr().out)["arms"]
+    assert list(arms) == [f"{a}:single equal_to", f"{a}:single equal_to en"]
+    with pytest.raises(ValueError, match="by: 'mode', must be one of target, kind, language"):
+        main(f"{a}:single", by="mode")
+
+
 def test_a_second_model_reads_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = run(tmp_path / "a", "single", {"1": "A whole sentence ok.", "2": "It breaks off he"}, 1.0)
     model = str(tiny_llm(tmp_path / "llm"))
     main(f"{a}:single", second=model, output=tmp_path / "out", only_json=True)
-    (line,) = json.loads(capsys.readouterr().out)["arms"]
+    (line,) = json.loads(capsys.readouterr().out)["arms"].values()
     assert line["second_ppl_ratio"]["value"] == 1.0
     # One of the two is a sentence: a model that says the same of both agrees with one of them.
     same = line["second_ends"]["value"] != 50
