@@ -13,6 +13,7 @@ samples of one request have the same key: they are told apart by their last toke
 import contextlib
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ ROWS = 4096  # texts that an engine process knows, ended ones included, until th
 RING = 64  # steps
 FORCED, LANDING, VALUED, GAVE_WAY, UNSEEN = 1, 2, 4, 8, 16  # flags of a step
 
+_KEY = re.compile("[0-9a-fA-F]{32}")
 _PREFIX = "progress-"
 _INTS, _FLOATS = ["index", "counted", "token"], ["p_end", "expected"]
 _STEP = np.dtype([(n, "i4") for n in _INTS] + [(n, "f4") for n in _FLOATS] + [("flags", "u1")])
@@ -188,9 +190,8 @@ def _is_of(ring: Any, ids: Sequence[int] | None) -> bool:
 
 def _halves(key: Any) -> tuple[int, int] | None:
     """A key as two numbers; None for what is none."""
-    if not isinstance(key, str) or len(key) != 32:
+    # A client can name one where no API server does; what `int` reads besides digits, as a sign,
+    # the table cannot hold.
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
         return None
-    try:
-        return int(key[:16], 16), int(key[16:], 16)
-    except ValueError:
-        return None
+    return int(key[:16], 16), int(key[16:], 16)

@@ -89,7 +89,7 @@ def test_what_is_not_told_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.step("no key", None, 3) is None
     assert known.step(KEY, None, 3) is not None
     assert known.step(KEY, None, None) == known.step(KEY, None, 3)
-    for key in (None, 7, "zz" * 16, KEY[1:]):
+    for key in (None, 7, "zz" * 16, KEY[1:], "-" + KEY[1:], "1_" * 15 + "11", KEY + "\n"):
         assert engine.open(key) is None
     monkeypatch.delenv(FOLDER)
     assert Progress().open(KEY) is None
