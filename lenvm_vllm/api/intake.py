@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from lenvm_vllm.api.errors import check_context
+from lenvm_vllm.api.errors import check_context, check_prefix
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
@@ -40,6 +40,7 @@ def take_in(config: Any, request: Any) -> None:
     known = {ADAPTER: adapter, MEDIA: _media(request)}
     params.extra_args = {**params.extra_args, **target.to_xargs(), **known}
     prompt = len(request.prompt_token_ids or ())
+    check_prefix(target.prefix_tokens, prompt)
     room = config.model_config.max_model_len - prompt
     if not only_prefills(config):
         check_context(needed_by(target).behind(target.prefix_tokens).first, prompt, room)
