@@ -42,7 +42,8 @@ def texts_of(answer: dict[str, Any]) -> Iterator[Text]:
         yield of_message(answer, answer["usage"], content)
     elif answer.get("object") == "response" and answer.get("usage"):
         parts = [part for item in answer.get("output") or () for part in item.get("content") or ()]
-        content = "".join(part.get("text") or "" for part in parts)
+        said = (part.get("text") for part in parts if part.get("type") == "output_text")
+        content = "".join(text or "" for text in said)  # and not what was thought
         limited = answer.get("status") != "completed"
         yield Text(answer, None, answer["usage"]["output_tokens"], content, limited, False)
 
