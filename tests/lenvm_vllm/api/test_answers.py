@@ -220,6 +220,16 @@ def test_token_ids_that_the_client_asked_for_stay() -> None:
     assert {} in [choice["delta"] for choice in choices]
 
 
+def test_logprobs_of_a_token_that_shows_nothing_stay() -> None:
+    """vLLM has a chunk for those of a marker."""
+    hidden = part([7], {})
+    hidden["choices"][0]["logprobs"] = {"content": [{"token": "</think>", "logprob": -0.1}]}
+    parts = [*events(hidden), *stream(CUT)]
+    first = choices_of(ask(Saying(b"text/event-stream", parts, CUT), CHAT, stream=True))[0]
+    assert first["logprobs"] == hidden["choices"][0]["logprobs"]
+    assert first["token_ids"] is None
+
+
 @pytest.mark.parametrize(
     ("said", "whether"), [(1, True), ("true", True), ("no", False), (2, False)]
 )
