@@ -179,7 +179,7 @@ def test_rails_that_are_off_stay_off() -> None:
 
 
 class Refusing(App):
-    """Refuses all rounds, as for a seed that is too large, and as vLLM does with nobody there."""
+    """Refuses all rounds, as vLLM does where one field of them is wrong."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if not self.asked:
@@ -192,7 +192,9 @@ class Refusing(App):
 
 
 @pytest.mark.parametrize("policy", ["project", "landing", "rails"])
-def test_a_round_without_an_ending_is_the_last(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+def test_a_round_without_an_ending_is_the_last(
+    monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
     monkeypatch.setenv("LENVM_ENDINGS_PATIENCE", "1000")
     app = Refusing([Told(100, BAD)])
     post(app, {"tokens": 100, "policy": policy})
