@@ -23,6 +23,7 @@ from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.host import served
 from lenvm_vllm.host.sampling import KEY
 from lenvm_vllm.plugin import BARE, PROCESSOR, register
+from lenvm_vllm.target.request import HAS_CALLS
 from lenvm_vllm.values.client import TimedOut
 from tests.support.fakes import EOS, Server, V, config, entering, free, params, replicas_of
 from tests.support.tiny_llm import tiny_llm
@@ -133,6 +134,11 @@ def test_a_stop_string_is_held_back_to_the_lower_rail(target: Any, held: int) ->
     assert taken(params(target, stop=stop), prompt).min_tokens == held
     assert taken(params(target), prompt).min_tokens == 0
     assert taken(params(target, stop=stop, min_tokens=25), prompt).min_tokens == max(held, 25)
+
+
+def test_a_stop_string_does_not_hold_a_tool_call_open() -> None:
+    """vLLM keeps the end away, too, before so many tokens."""
+    assert taken(params({"length_target": 80, HAS_CALLS: 1}, stop=["x"])).min_tokens == 0
 
 
 # ---- what vLLM samples from
