@@ -88,11 +88,11 @@ def test_each_choice_has_its_own() -> None:
     assert (ends, reasons) == (["cut", "natural", "whole"], ["length", "stop", "stop"])
 
 
-def test_an_echo_is_not_counted() -> None:
-    told = Told(4, content="two words and three")
-    answer = json.loads(ask(App([told]), "/v1/completions", echo=True, prompt="two words"))
-    result = answer["choices"][0]["length_result"]
-    assert (result["words"], result["characters"]) == (2, len(" and three"))
+@pytest.mark.parametrize(("prompt", "n"), [("a b", 2), (["a b"], 2), (["a b", "a"], 1)])
+def test_an_echo_is_not_counted(prompt: Any, n: int) -> None:
+    texts = [Told(4, content="a b three"), Told(4, content="a b c d" if n == 2 else "a c d")]
+    answer = json.loads(ask(App(texts), TEXT, echo=True, prompt=prompt, n=n))
+    assert [choice["length_result"]["words"] for choice in answer["choices"]] == [1, 2]
 
 
 def test_an_echo_keeps_its_prompt() -> None:
