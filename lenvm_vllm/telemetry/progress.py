@@ -52,7 +52,7 @@ class Step:
     valued: whether the values were there when they were last asked for.
     gave_way: whether a grammar kept the end from its rail.
     unseen: whether the prompt has pictures, sound or video that the value model does not see.
-    steps, steered: steps of the text up to the last one known, and those that values steered.
+    steps, steered: steps of the text up to this token, and those that values steered.
     """
 
     counted: int
@@ -164,6 +164,9 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | N
     if count < 1 or step["index"] != count - 1 or not _is_of(row["ring"], ids):
         return None
     flags = int(step["flags"])
+    # Of a sample that began alike and is longer, or behind the end.
+    beyond = int((row["ring"]["index"] >= count).sum())
+    steps = int(row["steps"]) - beyond
     return Step(
         counted=int(step["counted"]),
         p_end=float(step["p_end"]),
@@ -173,8 +176,8 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | N
         valued=bool(flags & VALUED),
         gave_way=bool(flags & GAVE_WAY),
         unseen=bool(flags & UNSEEN),
-        steps=int(row["steps"]),
-        steered=int(row["steered"]),
+        steps=steps,
+        steered=min(int(row["steered"]), steps),
     )
 
 
