@@ -8,7 +8,7 @@ from typing import Any
 
 from lenvm_vllm.api.asgi import Reply, Upstream
 from lenvm_vllm.api.outcome import Outcome, Report
-from lenvm_vllm.api.routes import streams
+from lenvm_vllm.api.routes import streams, whole
 from lenvm_vllm.api.streams import Stream, hide_ids
 from lenvm_vllm.api.texts import texts_of
 from lenvm_vllm.host import served
@@ -51,8 +51,10 @@ class Answers:
         """Answer the request of `vllm`, whose target has been moved to where the engine reads."""
         key, prompt = uuid.uuid4().hex, request.get("prompt")
         echoes, wants_ids = bool(request.get("echo")), request.get("return_token_ids") is True
-        echo = prompt if echoes and isinstance(prompt, str) else ""
-        report = Report(self.target, self.known, key, self.predicted, echo)
+        prompts = (prompt if isinstance(prompt, list) else [prompt]) if echoes else []
+        texts = [text if isinstance(text, str) else "" for text in prompts]
+        each = whole(request, "n") or 1
+        report = Report(self.target, self.known, key, self.predicted, texts, each)
         asked = keyed(request, key)
         # With token ids vLLM would leave the prompt out of an echo.
         if not echoes and not vllm.scope["path"].rstrip("/").endswith(_WITHOUT_IDS):

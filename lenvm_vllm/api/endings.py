@@ -161,8 +161,8 @@ class Endings(Answers):
                     return
                 wall = self._wall(len(draft.prompt_ids))
                 wish = continuation(request, self.target, draft, begin, n, wall)
-                valued = await self._round(vllm, wish, report, draft, begin)
-            if not valued:
+                goes_on = await self._round(vllm, wish, report, draft, begin)
+            if not goes_on:
                 return  # the next ones will be no better
             cut -= SENTENCE
 
@@ -171,7 +171,7 @@ class Endings(Answers):
     ) -> bool:
         """Endings behind the draft's first `cut` tokens, up to a good one; the best is the draft's.
 
-        Whether one of them had values.
+        Whether there were any, and one had the values that it wants.
         """
         report = replace(report, key=uuid.uuid4().hex)
 
@@ -189,7 +189,7 @@ class Endings(Answers):
         finally:
             if heard.tokens:
                 self._count(heard.tokens, draft)
-        return heard.valued or not self.target.wants_values
+        return bool(heard.tokens) and (heard.valued or not self.target.wants_values)
 
     def _count(self, tokens: list[int], draft: Draft) -> None:
         """What a round has cost. tokens: of each ending."""

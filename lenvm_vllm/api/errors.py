@@ -72,6 +72,14 @@ def _check_best_of(name: str, request: dict[str, Any], best_of: int, route: Rout
         raise LengthTargetError(f"n: {n!r}, must be from 1 to {name}")
 
 
+def check_prefix(prefix: int, prompt: int) -> None:
+    """For a prompt that has fewer tokens than are to count as the completion's."""
+    if prefix > prompt:
+        raise LengthTargetError(
+            f"{FIELD}.prefix_tokens: {prefix}, of a prompt that has {prompt} tokens"
+        )
+
+
 def check_context(least: int, prompt: int, room: int) -> None:
     """For a prompt behind which the fewest tokens of the text have no room."""
     if least > room:

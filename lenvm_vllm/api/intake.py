@@ -9,11 +9,11 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from lenvm_vllm.api.errors import check_context
+from lenvm_vllm.api.errors import check_context, check_prefix
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
 from lenvm_vllm.target.rails import needed_by, rails_of
-from lenvm_vllm.target.request import ADAPTER, MEDIA, UNSEEN, LengthTarget
+from lenvm_vllm.target.request import ADAPTER, HAS_CALLS, MEDIA, UNSEEN, LengthTarget
 
 _SECRET = secrets.token_bytes(32)
 
@@ -40,6 +40,7 @@ def take_in(config: Any, request: Any) -> None:
     known = {ADAPTER: adapter, MEDIA: _media(request)}
     params.extra_args = {**params.extra_args, **target.to_xargs(), **known}
     prompt = len(request.prompt_token_ids or ())
+    check_prefix(target.prefix_tokens, prompt)
     room = config.model_config.max_model_len - prompt
     if not only_prefills(config):
         check_context(needed_by(target).behind(target.prefix_tokens).first, prompt, room)
@@ -68,7 +69,8 @@ def _hold_stop_strings(params: Any, target: LengthTarget) -> None:
     """No stop string before the lower rail: vLLM looks for them behind `min_tokens` tokens.
 
     Of an answer whose thinking is still to come it holds them as long as the answer would have.
+    With tools it holds none: before so many tokens vLLM would not end a text whose call is whole.
     """
-    if params.stop:
+    if params.stop and not params.extra_args.get(HAS_CALLS):
         least = rails_of(target).behind(target.prefix_tokens).first - 1
         params.min_tokens = min(max(params.min_tokens, least), params.max_tokens)

@@ -5,6 +5,7 @@ string. A whole one stands where a sentence or a block of code does. Any other i
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,21 +62,23 @@ class Outcome:
 class Report:
     """Of the texts of one request.
 
-    key: by which the engine knows them. predicted: tokens that were forecast. echo: the prompt,
-    where the answer repeats it; it is none of the text.
+    key: by which the engine knows them. predicted: tokens that were forecast. echoes: the prompts,
+    where the answer repeats them before their `each` texts; they are none of the text.
     """
 
     target: LengthTarget
     known: Known
     key: str
     predicted: int | None = None
-    echo: str = ""
+    echoes: Sequence[str] = ()
+    each: int = 1
 
     def outcome(self, text: Text) -> Outcome:
         """With what the engine knows of the last of its tokens."""
         step = self.known.step(self.key, text.ids, text.count)
         length = text.count or (step.counted if step else 0)
-        own = text.text.removeprefix(self.echo)
+        prompt = text.body.get("index", 0) // self.each if self.echoes else 0
+        own = text.text.removeprefix("".join(self.echoes[prompt : prompt + 1]))
         return Outcome(length, own, text.limited, text.stopped, step)
 
     def put(self, text: Text, outcome: Outcome, sampled: int = 0, endings: int = 1) -> None:

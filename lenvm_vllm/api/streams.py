@@ -117,7 +117,8 @@ class Stream:
 
 
 def _is_hollow(choice: Any) -> bool:
-    return choice.get("delta", choice) == {} and not choice.keys() & {RESULT, PROGRESS}
+    says = choice.get("logprobs") or choice.keys() & {RESULT, PROGRESS}
+    return choice.get("delta", choice) == {} and not says
 
 
 def hide_ids(answer: dict[str, Any]) -> None:

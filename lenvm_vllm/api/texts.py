@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+_CALLS = {"tool_calls", "tool_use"}  # why a text ended, of OpenAI and of Anthropic
+
 
 @dataclass
 class Text:
@@ -23,7 +25,10 @@ class Text:
     stopped: bool
 
     def call_cut(self) -> None:
-        """Say, in the words of its route, that a limit ended it."""
+        """Say, in the words of its route, that a limit ended it. Not of one with a call, which is
+        whole and would not be made."""
+        if {self.body.get("finish_reason"), self.body.get("stop_reason")} & _CALLS:
+            return
         if "finish_reason" in self.body:
             self.body["finish_reason"] = "length"
         elif "stop_reason" in self.body:
@@ -42,7 +47,8 @@ def texts_of(answer: dict[str, Any]) -> Iterator[Text]:
         yield of_message(answer, answer["usage"], content)
     elif answer.get("object") == "response" and answer.get("usage"):
         parts = [part for item in answer.get("output") or () for part in item.get("content") or ()]
-        content = "".join(part.get("text") or "" for part in parts)
+        said = (part.get("text") for part in parts if part.get("type") == "output_text")
+        content = "".join(text or "" for text in said)  # and not what was thought
         limited = answer.get("status") != "completed"
         yield Text(answer, None, answer["usage"]["output_tokens"], content, limited, False)
 

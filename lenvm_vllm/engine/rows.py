@@ -147,7 +147,9 @@ class EngineRows:
             return
         _renewed(states.values())
         self._penalise_inplace(logits, states)
+        # vLLM may run a text that has ended for a step more, of which there is nothing to tell.
         told = {row: s for row, s in states.items() if s.row is not None and s.counts}
+        told = {row: s for row, s in told.items() if not s.is_over}
         p_end = telling.end_probabilities(logits, told)
         forced = enforce_inplace(logits, states, self._letters)
         free = {row: s for row, s in states.items() if row not in forced}

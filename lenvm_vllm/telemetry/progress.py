@@ -13,6 +13,7 @@ samples of one request have the same key: they are told apart by their last toke
 import contextlib
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ ROWS = 4096  # texts that an engine process knows, ended ones included, until th
 RING = 64  # steps
 FORCED, LANDING, VALUED, GAVE_WAY, UNSEEN = 1, 2, 4, 8, 16  # flags of a step
 
+_KEY = re.compile("[0-9a-fA-F]{32}")
 _PREFIX = "progress-"
 _INTS, _FLOATS = ["index", "counted", "token"], ["p_end", "expected"]
 _STEP = np.dtype([(n, "i4") for n in _INTS] + [(n, "f4") for n in _FLOATS] + [("flags", "u1")])
@@ -50,7 +52,7 @@ class Step:
     valued: whether the values were there when they were last asked for.
     gave_way: whether a grammar kept the end from its rail.
     unseen: whether the prompt has pictures, sound or video that the value model does not see.
-    steps, steered: steps of the text up to the last one known, and those that values steered.
+    steps, steered: steps of the text up to this token, and those that values steered.
     """
 
     counted: int
@@ -162,6 +164,9 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | N
     if count < 1 or step["index"] != count - 1 or not _is_of(row["ring"], ids):
         return None
     flags = int(step["flags"])
+    # Of a sample that began alike and is longer, or behind the end.
+    beyond = int((row["ring"]["index"] >= count).sum())
+    steps = int(row["steps"]) - beyond
     return Step(
         counted=int(step["counted"]),
         p_end=float(step["p_end"]),
@@ -171,8 +176,8 @@ def _step_of(row: Any, ids: Sequence[int] | None, count: int | None) -> Step | N
         valued=bool(flags & VALUED),
         gave_way=bool(flags & GAVE_WAY),
         unseen=bool(flags & UNSEEN),
-        steps=int(row["steps"]),
-        steered=int(row["steered"]),
+        steps=steps,
+        steered=min(int(row["steered"]), steps),
     )
 
 
@@ -188,9 +193,8 @@ def _is_of(ring: Any, ids: Sequence[int] | None) -> bool:
 
 def _halves(key: Any) -> tuple[int, int] | None:
     """A key as two numbers; None for what is none."""
-    if not isinstance(key, str) or len(key) != 32:
+    # A client can name one where no API server does; what `int` reads besides digits, as a sign,
+    # the table cannot hold.
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
         return None
-    try:
-        return int(key[:16], 16), int(key[16:], 16)
-    except ValueError:
-        return None
+    return int(key[:16], 16), int(key[16:], 16)

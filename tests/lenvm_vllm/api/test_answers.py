@@ -88,11 +88,11 @@ def test_each_choice_has_its_own() -> None:
     assert (ends, reasons) == (["cut", "natural", "whole"], ["length", "stop", "stop"])
 
 
-def test_an_echo_is_not_counted() -> None:
-    told = Told(4, content="two words and three")
-    answer = json.loads(ask(App([told]), "/v1/completions", echo=True, prompt="two words"))
-    result = answer["choices"][0]["length_result"]
-    assert (result["words"], result["characters"]) == (2, len(" and three"))
+@pytest.mark.parametrize(("prompt", "n"), [("a b", 2), (["a b"], 2), (["a b", "a"], 1)])
+def test_an_echo_is_not_counted(prompt: Any, n: int) -> None:
+    texts = [Told(4, content="a b three"), Told(4, content="a b c d" if n == 2 else "a c d")]
+    answer = json.loads(ask(App(texts), TEXT, echo=True, prompt=prompt, n=n))
+    assert [choice["length_result"]["words"] for choice in answer["choices"]] == [1, 2]
 
 
 def test_an_echo_keeps_its_prompt() -> None:
@@ -218,6 +218,16 @@ def test_token_ids_that_the_client_asked_for_stay() -> None:
     assert [i for choice in choices for i in choice["token_ids"]] == Told(10).ids
     assert choices[-1]["length_result"]["end"] == "natural"
     assert {} in [choice["delta"] for choice in choices]
+
+
+def test_logprobs_of_a_token_that_shows_nothing_stay() -> None:
+    """vLLM has a chunk for those of a marker."""
+    hidden = part([7], {})
+    hidden["choices"][0]["logprobs"] = {"content": [{"token": "</think>", "logprob": -0.1}]}
+    parts = [*events(hidden), *stream(CUT)]
+    first = choices_of(ask(Saying(b"text/event-stream", parts, CUT), CHAT, stream=True))[0]
+    assert first["logprobs"] == hidden["choices"][0]["logprobs"]
+    assert first["token_ids"] is None
 
 
 @pytest.mark.parametrize(

@@ -176,3 +176,26 @@ def test_rails_that_are_off_stay_off() -> None:
     app = App([Told(100, BAD)])
     post(app, {"tokens": 100, "tolerance": None})
     assert len(app.asked) == 1
+
+
+class Refusing(App):
+    """Refuses all rounds, as vLLM does where one field of them is wrong."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not self.asked:
+            await super().__call__(scope, receive, send)
+            return
+        self.asked.append((scope["path"], None))
+        await asyncio.sleep(0)
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+@pytest.mark.parametrize("policy", ["project", "landing", "rails"])
+def test_a_round_without_an_ending_is_the_last(
+    monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    monkeypatch.setenv("LENVM_ENDINGS_PATIENCE", "1000")
+    app = Refusing([Told(100, BAD)])
+    post(app, {"tokens": 100, "policy": policy})
+    assert len(app.asked) == 2

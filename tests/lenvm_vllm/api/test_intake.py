@@ -23,6 +23,7 @@ from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.host import served
 from lenvm_vllm.host.sampling import KEY
 from lenvm_vllm.plugin import BARE, PROCESSOR, register
+from lenvm_vllm.target.request import HAS_CALLS
 from lenvm_vllm.values.client import TimedOut
 from tests.support.fakes import EOS, Server, V, config, entering, free, params, replicas_of
 from tests.support.tiny_llm import tiny_llm
@@ -87,6 +88,15 @@ def test_each_model_of_a_process_has_its_own_limits(doors: list[InputProcessor])
         enter(doors[1], params(50, max_tokens=None), prompt=40)
 
 
+@pytest.mark.parametrize("prefix", [3, 2**31 - 1])
+def test_no_more_of_a_prompt_counts_than_there_is(prefix: int) -> None:
+    """The engine's step ended where they and the tokens so far were more than 2^31 - 1."""
+    rest = {"length_target": 9, "length_mode": "at_least"}
+    assert taken(params(rest | {"length_prefix_tokens": 2})).min_tokens == 0
+    with pytest.raises(ValueError, match=rf"prefix_tokens: {prefix}, .* has 2 tokens"):
+        taken(params(rest | {"length_prefix_tokens": prefix}))
+
+
 def test_others_pass_as_they_are(doors: list[InputProcessor]) -> None:
     wanted = params(stop=["x"], **OWN)
     assert {name: getattr(enter(doors[0], wanted), name) for name in OWN} == OWN
@@ -120,9 +130,15 @@ def test_the_prefill_of_a_pair_is_let_through() -> None:
     ],
 )
 def test_a_stop_string_is_held_back_to_the_lower_rail(target: Any, held: int) -> None:
-    assert taken(params(target, stop=["\n\n"])).min_tokens == held
-    assert taken(params(target)).min_tokens == 0
-    assert taken(params(target, stop=["\n\n"], min_tokens=25)).min_tokens == max(held, 25)
+    prompt, stop = [7] * 50, ["\n\n"]
+    assert taken(params(target, stop=stop), prompt).min_tokens == held
+    assert taken(params(target), prompt).min_tokens == 0
+    assert taken(params(target, stop=stop, min_tokens=25), prompt).min_tokens == max(held, 25)
+
+
+def test_a_stop_string_does_not_hold_a_tool_call_open() -> None:
+    """vLLM keeps the end away, too, before so many tokens."""
+    assert taken(params({"length_target": 80, HAS_CALLS: 1}, stop=["x"])).min_tokens == 0
 
 
 # ---- what vLLM samples from

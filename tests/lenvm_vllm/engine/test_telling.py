@@ -1,12 +1,17 @@
 """What is told of each step, against the plain sum over the vocabulary."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from lenvm_vllm.engine.telling import end_probabilities
+from lenvm_vllm.telemetry.metrics import FOLDER
+from lenvm_vllm.telemetry.progress import KEY, Known
+from tests.support.fakes import Server, params
 from tests.support.toy import EOS, request
+from tests.support.v1_batch import added, processor_with, suppressed, update
 
 
 def test_an_end_is_told_with_its_probability_in_six_digits() -> None:
@@ -42,3 +47,22 @@ def test_a_calm_text_has_nothing_that_its_rails_do() -> None:
                 assert not fresh.force()
                 assert room is None or room >= 4
     assert calm > 60
+
+
+@pytest.mark.parametrize(("last", "most"), [(EOS, 99), (9, 3)])
+def test_a_step_behind_the_end_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: int, most: int
+) -> None:
+    """Where token ids are hidden, the last step that was told is how long a text is known to be."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    key, output = "a" * 32, list[int]()
+    served = processor_with(Server())
+    wish = {"length_target": 3, "length_mode": "at_least", KEY: key}
+    served.update_state(update(added=[added(0, params(wish, max_tokens=most), output)]))
+    for token in (9, 9, last, 9, 9):
+        suppressed(served, 1)
+        output.append(token)
+        served.update_state(None)
+    step = Known().step(key, None, None)
+    assert step is not None
+    assert (step.counted, step.steps) == (3, 3)

@@ -65,6 +65,16 @@ def test_a_step_too_many_does_not_hide_the_last_one() -> None:
     step = Known().step(KEY, ids, len(ids))
     assert step is not None
     assert (step.expected, step.landing) == (1, True)
+    assert (step.steps, step.steered) == (100, 100)
+
+
+def test_the_steps_of_a_sample_are_not_those_of_a_longer_one_that_began_alike() -> None:
+    engine = Progress()
+    for ids in ([7, 8, 9, 9, 9], [7, 0]):
+        write(engine, opened(engine), ids)
+    step = Known().step(KEY, [7, 0], 2)
+    assert step is not None
+    assert (step.steps, step.steered) == (2, 2)
 
 
 def test_samples_with_one_key_are_told_apart_by_their_tokens() -> None:
@@ -89,7 +99,7 @@ def test_what_is_not_told_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.step("no key", None, 3) is None
     assert known.step(KEY, None, 3) is not None
     assert known.step(KEY, None, None) == known.step(KEY, None, 3)
-    for key in (None, 7, "zz" * 16, KEY[1:]):
+    for key in (None, 7, "zz" * 16, KEY[1:], "-" + KEY[1:], "1_" * 15 + "11", KEY + "\n"):
         assert engine.open(key) is None
     monkeypatch.delenv(FOLDER)
     assert Progress().open(KEY) is None
