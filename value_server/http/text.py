@@ -1,6 +1,7 @@
 """From what a person sends (messages, text or ids) to token ids, and from tokens to words."""
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from value_server.contract.units import CHARACTERS, WORDS, count, tokens_per_uni
 from value_server.engine.errors import RequestError
 
 log = logging.getLogger(__name__)
+
+HALF = re.compile("[\ud800-\udfff]")  # of a character: JSON can tell it, no tokenizer reads it
 
 
 class TextRequest(BaseModel):
@@ -105,6 +108,8 @@ class Texts:
         name = request.given
         if request.token_ids is not None:
             ids = request.token_ids
+        elif HALF.search(self._own_text(request)):
+            raise RequestError(f"{name}: has half a character (a surrogate alone)", name)
         elif self._tokenizer is None:
             raise RequestError(f"{name}: this server has no tokenizer, send token_ids", name)
         elif request.messages is not None:

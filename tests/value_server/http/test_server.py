@@ -141,6 +141,13 @@ def test_bad_rows_are_refused_and_the_others_served(client: httpx.Client) -> Non
         ('{"token_ids": [99999999999999999999]}', 422, "token_ids"),
         ('{"messages": [{"role": 1}]}', 422, "messages"),
         ('{"promt": "a"}', 422, "promt"),
+        ('{"prompt": "\\ud83d"}', 422, "prompt"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', 422, "messages"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "\\ud83d"}]}]}',
+            422,
+            "messages",
+        ),
         (json.dumps({"token_ids": [1] * 600}), 422, "token_ids"),
     ],
 )
