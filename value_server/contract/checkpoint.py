@@ -24,6 +24,7 @@ from value_server.contract.values import check_gamma
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "lenvm"
 HEAD_FILE = "value_head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 LOOKAHEAD_FILE = "lookahead.safetensors"
 PROCESSOR_FILE = "preprocessor_config.json"
 

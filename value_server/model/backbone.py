@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import get_logger
 
-from value_server.contract.checkpoint import CheckpointError
+from value_server.contract.checkpoint import ADAPTER_FILE, CheckpointError
 from value_server.model.sight import Sight, check_family
 from value_server.model.text_part import text_part
 
@@ -37,6 +37,8 @@ def load_adapter(backbone: PreTrainedModel, checkpoint: Path, trains: bool = Fal
     """The peft model of `backbone` with a checkpoint's adapter. Raises CheckpointError."""
     from peft import PeftModel
 
+    if not (checkpoint / ADAPTER_FILE).exists():  # peft would read a pickle in its place
+        raise CheckpointError(f"{checkpoint}: no {ADAPTER_FILE}")
     with naming(checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return PeftModel.from_pretrained(backbone, checkpoint, is_trainable=trains)

@@ -276,6 +276,16 @@ def test_pickled_backbone_is_not_read(tmp_path: Path) -> None:
         load_backbone(str(tmp_path))
 
 
+def test_pickled_adapter_is_not_read(tmp_path: Path) -> None:
+    base, out = write_base(tmp_path / "base"), tmp_path / "out"
+    build(base, "lora").save(out)
+    path = out / "adapter_model.safetensors"
+    torch.save(load_file(path), out / "adapter_model.bin")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):
+        ValueModel.load(out, str(base))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
