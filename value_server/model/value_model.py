@@ -28,7 +28,7 @@ from value_server.contract.checkpoint import (
     read_config,
 )
 from value_server.contract.targets import Readout
-from value_server.contract.weights import are_other_weights, weights_fingerprint
+from value_server.contract.weights import weights_fingerprint
 from value_server.model.backbone import load_adapter, load_backbone, load_sight, naming
 from value_server.model.inputs import Pictures, decoder_inputs, with_axes
 from value_server.model.lookahead import Lookahead, logits_after
@@ -204,7 +204,8 @@ class ValueModel(nn.Module):
         model = cls(backbone.to(dtype), head, lenvm, sight)
         model.load_heads(checkpoint)
         takes_base = lenvm.weights != "full" or lenvm.pictures
-        if takes_base and are_other_weights(lenvm.base_fingerprint, weights_fingerprint(base)):
+        known = ("", lenvm.base_fingerprint)
+        if takes_base and known[1] and weights_fingerprint(base) not in known:
             log.warning("%s: was trained on other weights than those of %s", checkpoint, base)
         return model.eval()
 

@@ -95,9 +95,11 @@ def test_a_head_on_other_weights_is_told_when_it_loads(
     with caplog.at_level(logging.WARNING):
         ValueModel.load(checkpoint, str(model))
         assert "other weights" not in caplog.text
-        other = tiny_llm(tmp_path / "other", seed=1)
-        ValueModel.load(checkpoint, str(other))
-    assert f"{checkpoint}: was trained on other weights than those of {other}" in caplog.text
+        others = [tiny_llm(tmp_path / "other", seed=1), tiny_llm(tmp_path / "larger", more=("x",))]
+        for other in others:
+            ValueModel.load(checkpoint, str(other))
+            told = f"{checkpoint}: was trained on other weights than those of {other}"
+            assert told in caplog.text
 
 
 def test_the_shipped_checkpoint_names_the_weights_that_the_set_up_makes() -> None:
