@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from fastapi import FastAPI
 
 from value_server.contract.checkpoint import read_config
-from value_server.contract.listen import check_port, check_socket
+from value_server.contract.listen import check_certificate, check_port, check_socket
 from value_server.engine.engine import Engine
 from value_server.engine.linear import compute_dtype, weight_dtype
 from value_server.engine.memory import keep_freed_memory
@@ -61,6 +61,8 @@ def serve(
         check_socket(settings.uds)
     else:
         check_port(settings.host, settings.port)
+    if settings.tls_cert and settings.tls_key:
+        check_certificate(settings.tls_cert, settings.tls_key)
     try:
         app = build_app(checkpoints, settings)
         trace(app)

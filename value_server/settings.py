@@ -127,6 +127,12 @@ class ServerSettings(BaseSettings):
             raise ValueError("tls_cert and tls_key: give both or none")
         return self
 
+    @model_validator(mode="after")
+    def _two_ports(self) -> "ServerSettings":
+        if self.metrics_port and self.metrics_port == self.port and self.uds is None:
+            raise ValueError(f"metrics_port: {self.metrics_port}, must be another than port")
+        return self
+
     @property
     def tokens(self) -> list[str]:
         """Of clients; none at all where everybody may ask.

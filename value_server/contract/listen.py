@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import ssl
 from pathlib import Path
 
 
@@ -28,10 +29,24 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_socket(path: Path) -> None:
-    """Raises OSError where a server listens on a Unix socket; a file that is left over is none."""
+    """Raises OSError where nobody could listen on a Unix socket; one that is left over is free."""
+    there = path.is_socket()
     with socket.socket(socket.AF_UNIX) as probe:
         try:
-            probe.connect(str(path))
-        except OSError:
-            return
-    raise OSError(f"socket {path}: a server listens there")
+            (probe.connect if there else probe.bind)(str(path))
+        except OSError as error:
+            if there:
+                return
+            raise OSError(f"socket {path}: {error.strerror or error}") from error
+    if there:
+        raise OSError(f"socket {path}: a server listens there")
+    path.unlink()
+
+
+def check_certificate(cert: Path, key: Path) -> None:
+    """Raises OSError where a certificate and its private key cannot be read, or do not fit."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"tls_cert {cert} and tls_key {key}: {why}") from error

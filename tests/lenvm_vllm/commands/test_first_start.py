@@ -88,6 +88,21 @@ def test_value_server_on_a_socket_that_is_in_use(tmp_path: Path) -> None:
     check_socket(path)
 
 
+def test_sockets_that_nobody_can_have(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for path, why in (
+        (tmp_path / "none" / "s", "No such file or directory"),
+        (tmp_path / ("s" * 120), "AF_UNIX path too long"),
+        (file, "Address already in use"),
+    ):
+        with pytest.raises(OSError, match=f"^socket {path}: {why}$"):
+            check_socket(path)
+    check_socket(tmp_path / "s")
+    assert [*tmp_path.iterdir()] == [file]
+    assert file.read_text() == "precious"
+
+
 def test_ports_that_nobody_can_have() -> None:
     for port in (-1, 0, 65536):
         with pytest.raises(ValueError, match=f"value_port: {port}, must be from 1 to 65535"):

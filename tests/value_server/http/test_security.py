@@ -14,6 +14,7 @@ from lenvm_vllm.settings import Settings, load_settings
 from lenvm_vllm.values.client import Refused, Unreachable, ValueClient
 from tests.support.value_servers import Server, as_client, served, step, step_body
 from value_server.contract import wire
+from value_server.contract.listen import check_certificate
 from value_server.http.metrics import Figures
 from value_server.settings import ServerSettings
 
@@ -73,6 +74,22 @@ def test_half_of_tls_is_refused(
         main()
     told = capsys.readouterr()
     assert "tls_cert and tls_key" in f"{ended.value} {told.out} {told.err}"
+
+
+def test_a_certificate_that_does_not_load_is_named(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    named = f"^tls_cert {cert} and tls_key {key}: "
+    with pytest.raises(OSError, match=f"{named}No such file"):
+        check_certificate(cert, key)
+    for file in (cert, key):
+        file.write_text("rubbish")
+    with pytest.raises(OSError, match=named):
+        check_certificate(cert, key)
+
+
+def test_metrics_on_the_port_of_the_server() -> None:
+    with pytest.raises(ValueError, match="metrics_port: 8100, must be another than port"):
+        ServerSettings(port=8100, metrics_port=8100)
 
 
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
