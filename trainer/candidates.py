@@ -79,10 +79,14 @@ def write_candidates(
 
 
 def is_written(path: Path, settings: Mapping[str, Any]) -> bool:
-    """Raises ValueError naming the first setting that the file was made otherwise with."""
+    """Raises ValueError naming a file that is broken, or made with another setting."""
     if not path.exists():
         return False
-    check_same(path, _settings(pq.read_schema(path)), settings)
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    check_same(path, _settings(schema), settings)
     return True
 
 
@@ -107,6 +111,8 @@ def read_candidates(folder: Path, gamma: float) -> dict[str, Candidates]:
                 np.asarray(row["p"], np.float32).reshape(shape),
                 z.numpy().astype(np.float32).reshape(shape),
             )
+    if not found:
+        raise ValueError(f"{folder}: holds no candidates")
     if len({c.ids.shape[1] for c in found.values()}) != 1:
         raise ValueError(f"{folder}: expected positions with equally many candidates")
     return found

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ SHOWN = 80  # characters of a bad value in a message
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Of a file, plain or gzip: where each line stands, for messages, and the line."""
+    """Of a file, plain or gzip: where each line stands, for messages, and the line.
+
+    Raises ValueError where the file is called gzip and is none, or not a whole one.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            yield f"{path}: line {number}", line
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield f"{path}: line {number}", line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file: {error}") from error
 
 
 def row_of(place: str, line: bytes) -> dict[str, Any]:

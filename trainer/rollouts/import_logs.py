@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.checks import check
-from trainer.columns import SCHEMA
+from trainer.columns import SCHEMA, schema_of
 from trainer.output import table
 from trainer.plots import check_picture
 from trainer.resume import check_same
@@ -133,7 +133,7 @@ def is_there(path: Path, settings: Mapping[str, Any]) -> bool:
     """Raises ValueError naming the first setting that the file was made otherwise with."""
     if not path.exists():
         return False
-    found = (pq.read_schema(path).metadata or {}).get(SETTINGS_KEY, b"{}")
+    found = (schema_of(path).metadata or {}).get(SETTINGS_KEY, b"{}")
     check_same(path, json.loads(found), settings)
     return True
 

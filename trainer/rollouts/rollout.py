@@ -114,7 +114,7 @@ def show_lengths(
     rollouts = read_rollouts(output)
     statistics = length_statistics(rollouts)
     if plot:
-        lengths: dict[str, list[int]] = {name: [] for name in statistics if name != "all"}
+        lengths: dict[str, list[int]] = {name: [] for name in sorted({r.domain for r in rollouts})}
         for sampled in rollouts:
             lengths[sampled.domain].append(len(sampled.completion_ids))
         plot_lengths(lengths, plot)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.columns import SCHEMA
+from trainer.columns import SCHEMA, schema_of
 from trainer.pictures import with_bytes
 from trainer.resume import check_same
 from trainer.rollout_files import TokenizerOf
@@ -33,7 +33,7 @@ class Shard:
         """Raises ValueError naming the first setting that the file was sampled otherwise with."""
         if not self.path.exists():
             return False
-        metadata = pq.read_schema(self.path).metadata or {}
+        metadata = schema_of(self.path).metadata or {}
         if SETTINGS_KEY in metadata:
             check_same(self.path, json.loads(metadata[SETTINGS_KEY]), self.settings)
         return True

@@ -1,5 +1,6 @@
 """What cannot be imported, by name; and what a hook takes out of logs."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -109,6 +110,27 @@ def test_a_line_that_is_no_utf_8_is_named(
     shown = capsys.readouterr()
     assert {"bad": 1, "turns": 1}.items() <= figures(shown.out).items()
     assert re.search(r"skipped: .*log\.jsonl: line 1: 'utf-8'", shown.err)
+
+
+@pytest.mark.parametrize("size", [-9, 5, None], ids=["cut", "cut early", "not gzip"])
+def test_a_log_that_is_not_a_whole_gzip_file_is_named(
+    size: int | None, base: Path, tmp_path: Path
+) -> None:
+    """As one that is still being written."""
+    log = tmp_path / "log.jsonl.gz"
+    line = json.dumps(CHAT).encode() + b"\n"
+    log.write_bytes(line if size is None else gzip.compress(line)[:size])
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match=r"log\.jsonl\.gz: not a whole gzip file"):
+            import_logs(log, tmp_path / "out", model=str(base), skip_bad=skip_bad)
+    assert not [*tmp_path.glob("out/*")]
+
+
+def test_a_broken_file_is_named(base: Path, tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", CHAT)
+    (tmp_path / "log.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"log\.parquet: not a readable Parquet file"):
+        import_logs(log, tmp_path, model=str(base))
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,21 @@ def test_shards_of_other_prompts_are_not_taken_for_these(vllm: FakeVllm, tmp_pat
             rollout(many(tmp_path), tmp_path / "out", model="m", **{"shard_size": 4} | change)
 
 
+def test_a_broken_shard_is_named(vllm: FakeVllm, tmp_path: Path) -> None:
+    rollout(many(tmp_path), tmp_path / "out", model="m", shard_size=4)
+    (tmp_path / "out" / "part-00001.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"part-00001\.parquet: not a readable Parquet file"):
+        rollout(many(tmp_path), tmp_path / "out", model="m", shard_size=4)
+
+
+def test_a_domain_may_be_called_all(vllm: FakeVllm, tmp_path: Path) -> None:
+    """As all domains together are in the table."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "one", "domain": "all"}) + "\n")
+    rollout(prompts, tmp_path / "out", model="m", plot=tmp_path / "p.svg")
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
 def test_shards_are_a_data_set(vllm: FakeVllm, tmp_path: Path) -> None:
     rollout(many(tmp_path), tmp_path / "out", model="m", n=2, shard_size=4)
     files = [str(file) for file in sorted((tmp_path / "out").iterdir())]
