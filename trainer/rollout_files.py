@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +130,13 @@ def check_tokenizer(path: Path, ours: TokenizerOf) -> None:
         )
 
 
+def check_ids(rollouts: Sequence[Rollout], size: int, model: object) -> None:
+    """Raises ValueError where a model with a vocabulary of `size` does not know all tokens."""
+    parts = (ids for r in rollouts for ids in (r.prompt_ids, r.completion_ids))
+    largest = max((int(ids.max()) for ids in parts), default=0)
+    check(largest < size, "token id", largest, f"below {model}'s vocab_size {size}")
+
+
 def read_rollouts(path: Path, tokenizer: TokenizerOf | None = None) -> list[Rollout]:
     """All rollouts of one or several sources (`sources_of`), which must be of `tokenizer`.
 
@@ -212,7 +219,7 @@ def _read_file(file: Path, pictures: PicturesOf) -> Iterator[Rollout]:
 
 def _rollouts_of(file: Path, batch: pa.RecordBatch, pictures: PicturesOf) -> Iterator[Rollout]:
     """Those that have tokens; their ids are parts of Arrow's own buffers."""
-    prompts, completions = (_lists(batch[name]) for name in ID_COLUMNS)
+    prompts, completions = (_lists(file, name, batch[name]) for name in ID_COLUMNS)
     rows = batch.drop_columns(ID_COLUMNS).to_pylist()
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
         own = pictures.take(file, row)
@@ -233,8 +240,10 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _lists(column: pa.Array) -> list[NDArray[np.int32]]:
-    """Of each row its ids, none where it has none."""
+def _lists(file: Path, name: str, column: pa.Array) -> list[NDArray[np.int32]]:
+    """Of each row its ids, none where it has none. Raises ValueError for a number that is none."""
     lists = column.cast(pa.large_list(pa.int32()))
     ids, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
+    least = ids.min(initial=0)
+    check(least >= 0, f"{file}: {name}", int(least), "a token id, at least 0")
     return [ids[start:end] for start, end in pairwise(ends.tolist())]

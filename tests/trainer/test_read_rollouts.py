@@ -187,6 +187,14 @@ def test_column_of_another_type(column: str, value: Any, tmp_path: Path) -> None
         read_rollouts(path)
 
 
+@pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
+def test_a_number_that_is_no_token_id_is_named(column: str, tmp_path: Path) -> None:
+    """As -100, which marks tokens without a loss elsewhere."""
+    path = write(tmp_path / "a.parquet", ROW, ROW | {column: [1, -100]})
+    with pytest.raises(ValueError, match=rf"a\.parquet: {column}: -100, must be a token id"):
+        read_rollouts(path)
+
+
 def test_several_sources_have_weights(tmp_path: Path) -> None:
     """Read as one: what both have counts as in the first, and ids do not collide."""
     (tmp_path / "b").mkdir()

@@ -62,6 +62,8 @@ def agreement(
     number, longest = asked.lookahead_positions, reading.max_length
     teacher = reading.load(asked.teacher) if asked.teacher else model
     check_branches(teacher)
+    same = teacher.lenvm.tokenizer_fingerprint == model.lenvm.tokenizer_fingerprint
+    check(same, "teacher", str(asked.teacher), "one with the tokenizer of the checkpoint")
     pictured = any(r.pictures for r in rollouts)
     check(not pictured, "lookahead_positions", number, "0 for rollouts with pictures")
     texts = [r for r in rollouts if r.finished and len(r.prompt_ids) <= longest]

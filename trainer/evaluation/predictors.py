@@ -46,6 +46,9 @@ def predictors(
     check(len(paths) == len(names), "checkpoint", names, "of different names")
     models = {name: reading.load(path) for name, path in paths.items()}
     config, longest = models[checkpoints[0].name].lenvm, reading.max_length
+    for name, model in models.items():
+        same = model.lenvm.tokenizer_fingerprint == config.tokenizer_fingerprint
+        check(same, "compare", str(paths[name]), f"one with the tokenizer of {checkpoints[0]}")
     end = config.training.get(THINKING_END)
     known, held_out = split_as_trained(read_rollouts(rollouts), config, holdout)
     if not any(r.finished and len(r.prompt_ids) <= longest for r in held_out):

@@ -18,7 +18,7 @@ from trainer.lookahead.exact import check_branches, exact_logits
 from trainer.lookahead.served import ServedModel
 from trainer.reading import Reading
 from trainer.resume import fingerprint
-from trainer.rollout_files import TokenizerOf, read_rollouts
+from trainer.rollout_files import TokenizerOf, check_ids, read_rollouts
 from value_server.contract.checkpoint import CONFIG_FILE, read_config
 from value_server.model.value_model import ValueModel
 
@@ -50,9 +50,12 @@ class Scoring:
         return self.model or reading.base_model or teacher.lenvm.base_model
 
     def served(self, teacher: ValueModel, reading: Reading) -> ServedModel:
-        """The model whose candidates are scored."""
-        place = next(teacher.backbone.parameters())
-        return ServedModel(self.source(teacher, reading), place.dtype, place.device)
+        """The model whose candidates are scored. Raises ValueError for one of other tokens."""
+        place, source = next(teacher.backbone.parameters()), self.source(teacher, reading)
+        model = ServedModel(source, place.dtype, place.device)
+        same = TokenizerOf.load(source).fingerprint == teacher.lenvm.tokenizer_fingerprint
+        check(same, "model", source, "one with the tokenizer of the value model")
+        return model
 
 
 def distil(
@@ -89,6 +92,7 @@ def distil(
     texts = [r for r in ending_at(whole, config.training.get(THINKING_END)) if r.finished]
     model = reading.load(teacher)
     check_branches(model)
+    check_ids(whole, model.backbone.get_input_embeddings().num_embeddings, teacher)
     texts = [r for r in texts if len(r.prompt_ids) <= reading.max_length]
     check(bool(texts), "rollouts", str(rollouts), "with finished completions")
     settings: dict[str, Any] = {"gamma": model.lenvm.gamma, "share": share, **asdict(scoring)}

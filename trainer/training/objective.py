@@ -78,7 +78,10 @@ class Objective:
         if self.gamma is not None:
             return self.gamma
         if not lengths:
-            raise ValueError("gamma: the rollouts have no finished completion to take it from")
+            raise ValueError(
+                "gamma: the rollouts to learn from have no finished completion to take it from, "
+                "one with the finish_reason 'stop'"
+            )
         return gamma_from_length(float(np.percentile(lengths, self.gamma_percentile or PERCENTILE)))
 
     def scale(self, longest: float) -> float:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support import training as support
-from tests.support.tiny import GAMMA, tiny_checkpoint
+from tests.support.tiny import GAMMA, THINKING, tiny_checkpoint
 from tests.support.training import grouped, row
 from trainer.data import Rollout, make_example
 from trainer.digests import prompt_hashes
@@ -153,6 +153,19 @@ def test_another_checkpoint_in_the_same_table(checkpoint: Path, tmp_path: Path) 
     write(data, 1)
     one = evaluate(checkpoint, data, compare=[tmp_path / "twin"], dtype="float32", only_json=True)
     assert one["baselines"]["twin"]["mre"] == pytest.approx(expected["mre"])
+
+
+def test_another_tokenizer_is_not_in_the_same_table(checkpoint: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.parquet", 9)
+    other = tiny_checkpoint(tmp_path / "other", more=THINKING)
+    with pytest.raises(ValueError, match=f"^compare: '{other}', must be one with the tokenizer"):
+        evaluate(checkpoint, data, compare=[other], only_json=True)
+
+
+def test_a_token_that_the_model_does_not_know_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    data = support.write(tmp_path / "a.parquet", [row(0, [1, 2], [258, 256])])
+    with pytest.raises(ValueError, match=r"^token id: 258, must be below .*'s vocab_size 258"):
+        evaluate(checkpoint, data, only_json=True)
 
 
 def test_table_picture_and_card(

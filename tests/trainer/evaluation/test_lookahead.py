@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import THINKING, tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.support.training import grouped, row, write
 from trainer.evaluation import evaluate as command
 from trainer.evaluation.lookahead import NATS, Agreement, compare, tilted
@@ -101,6 +101,16 @@ def test_the_command_compares_with_the_same_checkpoint(
     assert again["lookahead"] == found
     assert "R² within a step" in (own / "README.md").read_text()
     assert "lookahead" not in evaluate(own, rollouts)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(
+    base: Path, rollouts: Path, tmp_path: Path
+) -> None:
+    own = checkpoint(tmp_path / "own", 5)
+    teacher = tiny_checkpoint(tmp_path / "teacher", more=THINKING)
+    options = {"model": str(base), "lookahead_positions": 10, "candidates": 4}
+    with pytest.raises(ValueError, match=f"^teacher: '{teacher}', must be one with the tokenizer"):
+        evaluate(own, rollouts, teacher=teacher, **options)
 
 
 def test_a_checkpoint_without_the_head_is_refused(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny import GAMMA, tiny_checkpoint
+from tests.support.tiny import GAMMA, THINKING, tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
 from tests.support.training import contents, grouped, rollout, row, write
 from trainer.candidates import read_candidates, text_key
@@ -136,3 +136,30 @@ def test_cut_texts_alone_teach_nothing(teacher: Path, base: Path, tmp_path: Path
     cut = write(tmp_path / "a.parquet", [row(0, [1], [2], "length")])
     with pytest.raises(ValueError, match=r"^rollouts: .*with finished completions"):
         distil(teacher, cut, tmp_path / "out", base)
+
+
+def test_another_tokenizer_is_refused(teacher: Path, rollouts: Path, tmp_path: Path) -> None:
+    """Its candidates would be other words to the teacher."""
+    served = tiny_llm(tmp_path / "served", more=THINKING)
+    with pytest.raises(ValueError, match=f"^model: '{served}', must be one with the tokenizer"):
+        distil(teacher, rollouts, tmp_path / "out", served)
+
+
+def test_a_token_that_the_teacher_does_not_know(teacher: Path, base: Path, tmp_path: Path) -> None:
+    rollouts = write(tmp_path / "a.parquet", [row(0, [1, 2], [258, 256])])
+    with pytest.raises(ValueError, match=r"^token id: 258, must be below .*'s vocab_size 258"):
+        distil(teacher, rollouts, tmp_path / "out", base)
+
+
+def test_a_broken_file_is_named(teacher: Path, rollouts: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"part-00000\.parquet: not a readable Parquet file"):
+        distil(teacher, rollouts, tmp_path, base)
+
+
+def test_no_position_at_all_is_no_candidates(
+    teacher: Path, rollouts: Path, base: Path, tmp_path: Path
+) -> None:
+    distil(teacher, rollouts, tmp_path, base, share=1e-9)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: holds no candidates"):
+        read_candidates(tmp_path, GAMMA)
