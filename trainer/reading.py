@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from cyclopts import Parameter
 
-from trainer.checks import check, check_choice
+from trainer.checks import check, check_choice, check_positions
 from trainer.output import OnlyJson
 from value_server.model.value_model import ValueModel, default_dtype
 
@@ -33,7 +33,9 @@ class Reading:
         check_choice("dtype", self.dtype, get_args(Precision))
 
     def load(self, checkpoint: Path) -> ValueModel:
-        """On a GPU if there is one."""
+        """On a GPU if there is one. Raises ValueError where it reads less far than max_length."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = default_dtype(device) if self.dtype == "auto" else getattr(torch, self.dtype)
-        return ValueModel.load(checkpoint, self.base_model, dtype).to(device)
+        model = ValueModel.load(checkpoint, self.base_model, dtype)
+        check_positions(self.max_length, model.config, checkpoint)
+        return model.to(device)

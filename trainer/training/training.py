@@ -9,11 +9,11 @@ import torch
 from cyclopts import Parameter
 from transformers import AutoTokenizer
 
-from trainer.checks import check
+from trainer.checks import check, check_positions
 from trainer.data import THINKING_END, Rollout, ending_at, finished_lengths, split
 from trainer.rollout_files import read_rollouts
 from trainer.training.ahead import Ahead
-from trainer.training.backbone import Backbone
+from trainer.training.backbone import Backbone, load_config
 from trainer.training.objective import Objective
 from trainer.training.recipe import Recipe
 from value_server.contract.checkpoint import LenvmConfig
@@ -44,6 +44,8 @@ class Training:
         judged = self.recipe.eval_steps
         check(judged is None or self.holdout > 0, "eval_steps", judged, "left out with holdout 0")
         self.backbone.check()
+        model = self.backbone.model
+        check_positions(self.recipe.max_length, load_config(model), model)
         half = self.recipe.mixed or self.recipe.fp16 or self.backbone.attention != "flash"
         check(half, "attention", self.backbone.attention, "sdpa or flex without bf16 or fp16")
         self.thinking_end_id()

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, GPT2Model
 
+from tests.support.tiny import tiny_tokenizer
 from tests.support.training import contents, run, toy_rows, write
+from trainer.reading import Reading
 from trainer.training.backbone import LoraShape
 
 
@@ -66,6 +69,22 @@ def test_no_such_model(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model: .*nothing' does not load"):
         run(data, tmp_path / "out", tmp_path / "nothing")
     assert not list(tmp_path.iterdir())
+
+
+def test_positions_that_are_looked_up_are_not_passed(base: Path, tmp_path: Path) -> None:
+    """In training, and by what reads a checkpoint afterwards; rope has positions for all."""
+    data = write(tmp_path / "a.parquet", toy_rows(3))
+    shape = GPT2Config(vocab_size=258, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    GPT2Model(shape).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    names = {"base_model": str(tmp_path / "gpt2"), "max_steps": 1}
+    with pytest.raises(ValueError, match=r"^max_length: 64, must be at most 32, the positions of "):
+        run(data, tmp_path / "out", tmp_path / "gpt2", **names)
+    run(data, tmp_path / "out", tmp_path / "gpt2", max_length=32, **names)
+    with pytest.raises(ValueError, match=r"^max_length: 33, must be at most 32, the positions of "):
+        Reading(max_length=33).load(tmp_path / "out")
+    Reading(max_length=32).load(tmp_path / "out")
+    run(data, tmp_path / "rope", base, max_length=1000, max_steps=1)
 
 
 def test_the_backbone_is_not_written_over(base: Path, data: Path) -> None:
