@@ -70,8 +70,15 @@ def plot_clouds(weights: Mapping[str, Mapping[str, float]], path: Path) -> None:
 
 
 def _two_axes() -> tuple[Any, Any, Any]:
+    """Left, right, and what saves both, in a folder that need not be there."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    return left, right, figure.savefig
+
+    def save(place: Any, **options: Any) -> None:
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(place, **options)
+
+    return left, right, save

@@ -185,8 +185,9 @@ def test_a_domain_may_be_called_all(vllm: FakeVllm, tmp_path: Path) -> None:
     """As all domains together are in the table."""
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"prompt": "one", "domain": "all"}) + "\n")
-    rollout(prompts, tmp_path / "out", model="m", plot=tmp_path / "p.svg")
-    assert "<svg" in (tmp_path / "p.svg").read_text()
+    plot = tmp_path / "none" / "p.svg"  # in a folder that is not there yet
+    rollout(prompts, tmp_path / "out", model="m", plot=plot)
+    assert "<svg" in plot.read_text()
 
 
 def test_shards_are_a_data_set(vllm: FakeVllm, tmp_path: Path) -> None:
