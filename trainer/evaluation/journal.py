@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.data import Rollout, make_example
 from trainer.digests import digest
 from trainer.resume import fingerprint
+from trainer.rollout_files import check_ids
 from trainer.rows import Rows
 from value_server.model.value_model import ValueModel
 
@@ -14,7 +15,11 @@ from value_server.model.value_model import ValueModel
 def open_journal(
     checkpoint: Path, model: ValueModel, rollouts: Sequence[Rollout], max_length: int
 ) -> Rows:
-    """Of this model's values of these texts, in `checkpoint` if that can be written to."""
+    """Of this model's values of these texts, in `checkpoint` if that can be written to.
+
+    Raises ValueError for a token that the model does not know.
+    """
+    check_ids(rollouts, model.backbone.get_input_embeddings().num_embeddings, checkpoint)
     if not os.access(checkpoint, os.W_OK):
         return Rows(None)
     weights = [

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from trainer.data import Rollout, make_example
 from trainer.reading import Reading
-from trainer.rollout_files import check_ids
 from trainer.rows import Rows
 from trainer.seen import pictures_of_text
 from value_server.model.value_model import ValueModel
@@ -21,9 +20,8 @@ def predict_all(
 ) -> list[NDArray[np.float32]]:
     """Of each rollout the logits of `predict`; what is in the journal already is not repeated.
 
-    name: of the model. Raises ValueError for a token that it does not know.
+    name: for the progress bar.
     """
-    check_ids(rollouts, model.backbone.get_input_embeddings().num_embeddings, name)
     left = [index for index in range(len(rollouts)) if str(index) not in journal]
     bar = {"desc": name, "unit": "text", "total": len(rollouts), "disable": reading.only_json}
     for index in tqdm(left, initial=len(journal), **bar):

@@ -166,6 +166,7 @@ def test_a_token_that_the_model_does_not_know_is_named(checkpoint: Path, tmp_pat
     data = support.write(tmp_path / "a.parquet", [row(0, [1, 2], [258, 256])])
     with pytest.raises(ValueError, match=r"^token id: 258, must be below .*'s vocab_size 258"):
         evaluate(checkpoint, data, only_json=True)
+    assert not [*checkpoint.glob("predictions-*")]
 
 
 def test_table_picture_and_card(
