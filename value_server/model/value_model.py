@@ -203,9 +203,9 @@ class ValueModel(nn.Module):
         sight = read_sight(checkpoint, lenvm, base, dtype)
         model = cls(backbone.to(dtype), head, lenvm, sight)
         model.load_heads(checkpoint)
-        takes_base = lenvm.weights != "full" or lenvm.pictures
-        known = ("", lenvm.base_fingerprint)
-        if takes_base and known[1] and weights_fingerprint(base) not in known:
+        ours = lenvm.base_fingerprint if lenvm.weights != "full" or lenvm.pictures else ""
+        theirs = weights_fingerprint(base) if ours else ""
+        if theirs and theirs != ours:
             log.warning("%s: was trained on other weights than those of %s", checkpoint, base)
         return model.eval()
 
