@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -120,6 +121,7 @@ class Weather:
 
 def row_of(script: str, answers: Sequence[Answer]) -> dict[str, Any]:
     most = [answer for answer in answers if answer.asked["mode"] == "at_most"]
+    used = [len(answer.text) / answer.asked["characters"] for answer in most]
     characters = "".join(answer.text for answer in answers)
     return {
         "script": script,
@@ -128,9 +130,7 @@ def row_of(script: str, answers: Sequence[Answer]) -> dict[str, Any]:
         "tokens steered %": 100 * sum(answer.steered for answer in answers) / len(answers),
         "above": sum(answer.is_above for answer in answers),
         "inexact": sum(answer.is_inexact for answer in answers),
-        "of at_most used %": 100
-        * sum(len(answer.text) / answer.asked["characters"] for answer in most)
-        / len(most),
+        "of at_most used %": 100 * fmean(used) if used else None,
     }
 
 

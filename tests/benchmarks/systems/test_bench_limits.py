@@ -23,3 +23,5 @@ def test_what_is_above_and_what_is_inexact() -> None:
     ]
     row = row_of("Latin", answers)
     assert (row["n"], row["above"], row["inexact"]) == (4, 2, 2)
+    (few,) = [a for a in answers if a.asked is exact and a.text == "ab"]
+    assert row_of("Latin", [few])["of at_most used %"] is None
