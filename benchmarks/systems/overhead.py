@@ -66,7 +66,10 @@ def rates_of(
     folder: Path,
 ) -> dict[str, list[float]]:
     """Tokens a second of each arm in each round, `size` requests at a time; and of each steered
-    arm the share of its rows that had values in time, 0 to 1, as `valued` and its name."""
+    arm the share of its rows that had values in time, 0 to 1, as `valued` and its name.
+
+    The round before them is not among them: in it the first arms find cold servers.
+    """
     count = max(2 * size, 4)
     texts = [f"{PROMPTS[number % len(PROMPTS)]} ({number})" for number in range(count)]
     prompts = write_prompts(texts, folder / "prompts.jsonl")
@@ -75,7 +78,7 @@ def rates_of(
         *("--max-concurrency", size, "--custom-output-len", tokens),
     )
     rates: dict[str, list[float]] = {arm: [] for arm in arms(tokens)}
-    for _ in range(rounds):
+    for _ in range(1 + rounds):
         for arm, (plugin, fields) in arms(tokens).items():
             with awake(both[plugin]) as server:
                 before = Counter(metrics(server.url))
@@ -87,7 +90,7 @@ def rates_of(
                 valued = rates.setdefault(f"valued {arm}", [])
                 valued.append(spent["lenvm_valued_rows_total"] / rows)
             print(f"{size:3} {arm:7} {told(report, spent)}", file=sys.stderr, flush=True)
-    return rates
+    return {name: own[1:] for name, own in rates.items()}
 
 
 def told(report: dict[str, Any], spent: Counter[str]) -> str:
@@ -123,7 +126,8 @@ def main(
     tokens
         Of each answer.
     rounds
-        Of all arms one after the other; the ratios are medians over rounds.
+        Of all arms one after the other, behind one that does not count; the ratios are medians over
+        rounds.
     threads
         Of the value server.
     """
