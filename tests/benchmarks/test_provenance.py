@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,23 @@ def test_the_final_line(
     assert str(tmp_path) not in line
     end({"figure": 1})  # a run without a table
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_what_a_run_began_with_is_told() -> None:
+    """Not what the checkout is at its end, nor the cores that it kept to."""
+    run = """if True:
+        import os, sys
+        from types import SimpleNamespace
+        from benchmarks import provenance
+        sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 0))
+        provenance._git = lambda *_: "another"
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cores)})
+        told = provenance.provenance()
+        assert told["commit"] != "another+", told
+        assert told["machine"]["cores"] == len(cores), told
+    """
+    subprocess.run([sys.executable, "-c", run], check=True, cwd=ROOT)
 
 
 def test_servers_of_this_process_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
