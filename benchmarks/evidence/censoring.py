@@ -26,13 +26,14 @@ app = App(help=__doc__)
 
 def cut_rollouts(rollouts: Path, share: float, output: Path) -> int:
     """Write the rollouts cut so that `share` of them is unfinished; returns the limit in tokens."""
-    rows = pq.read_table(rollouts).to_pylist()
+    table = pq.read_table(rollouts)
+    rows = table.to_pylist()
     limit = int(np.quantile([len(row["completion_ids"]) for row in rows], 1 - share))
     for row in rows:
         if len(row["completion_ids"]) > limit:
             row |= {"completion_ids": row["completion_ids"][:limit], "finish_reason": "length"}
     output.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), output)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), output)
     return limit
 
 

@@ -8,6 +8,7 @@ texts, tells its own perplexity, how often it gives an end at least 0.05 after a
 it says that the text comes to a proper end.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from cyclopts import App
 
 from benchmarks.estimates import Sample, estimate
 from benchmarks.evidence.arms import chosen_by
+from benchmarks.evidence.lifebench import SETTINGS
 from benchmarks.evidence.lifebench_table import CUTS, judged, measure
 from benchmarks.evidence.second import opinions
-from benchmarks.figures import write_figures
-from benchmarks.provenance import end
+from benchmarks.figures import FIGURES_FILE, read_figures, write_figures
+from benchmarks.provenance import KEY, end
 from lenvm_vllm.steering.constants import NATURAL
-from trainer.checks import check_choice
+from trainer.checks import check, check_choice
 from trainer.output import OnlyJson, table
+from trainer.resume import SETTINGS_FILE
 from trainer.rows import Rows
 from value_server.contract.units import UNITS
 
@@ -60,6 +63,7 @@ def main(
     """
     if by is not None:
         check_choice("by", by, CUTS)
+    runs = {folder_of(arm): made(Path(folder_of(arm)), unit) for arm in arms}
     texts = {arm: read(arm, unit) for arm in arms}
     shared = set.intersection(*(set(own) for own in texts.values()))
     if not shared:
@@ -73,22 +77,36 @@ def main(
     if by is not None:
         parts += [{**part, by: value} for part in parts for value in values_of(by, rows)]
     named = {
-        " ".join([arm, *map(str, part.values())]): figures(_of(own, part), _of(rows[arms[0]], part))
+        " ".join([arm, *map(str, part.values())]): figures(mine, _of(rows[arms[0]], part))
         for part in parts
         for arm, own in rows.items()
+        if (mine := _of(own, part))
     }
-    result = {"unit": unit, "second": second, "arms": named}
+    result = {"unit": unit, "second": second, "runs": runs, "arms": named}
     write_figures(output, result)
     end(result, table([{"arm": name, **line} for name, line in named.items()]), only_json)
 
 
-def read(arm: str, unit: str) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """The judged answers of FOLDER:ARM by mode, target and task. Raises ValueError for one that
-    its folder has none of."""
+def made(folder: Path, unit: str) -> dict[str, Any]:
+    """How a run's answers came, as far as its folder tells: its settings, and its provenance once
+    it has ended. Raises ValueError where its lengths are in another unit."""
+    found: dict[str, Any] = {}
+    if (folder / SETTINGS_FILE).exists():
+        found["settings"] = own = json.loads((folder / SETTINGS_FILE).read_text())
+        asked = SETTINGS.get(own.get("unit", UNITS[0]), own.get("unit"))
+        check(unit == asked, "unit", unit, f"{asked} for {folder}")
+    if (folder / FIGURES_FILE).exists():
+        found[KEY] = read_figures(folder).get(KEY)
+    return found
+
+
+def read(arm: str, unit: str) -> dict[tuple[str, int, str, str], dict[str, Any]]:
+    """The judged answers of FOLDER:ARM by mode, target, task and prompt. Raises ValueError for one
+    that its folder has none of."""
     folder, name = Path(folder_of(arm)), arm[len(folder_of(arm)) + 1 :]
     answers, scores = Rows(folder / "answers.jsonl"), Rows(folder / "scores.jsonl")
     found = {
-        (row["mode"], row["target"], row["id"]): judged(row, scores.get(key), unit)
+        (row["mode"], row["target"], row["id"], row["request"]): judged(row, scores.get(key), unit)
         for key, row in answers.items()
         if row["arm"] == name
     }

@@ -29,10 +29,11 @@ def opinions(answers: Sequence[dict[str, Any]], model: str, folder: Path) -> lis
     """For each answer `nll` and `p_end` as of `score_rows`, here after the whole text, in the
     tokens of this model; and `ends`, whether it says that the answer comes to a proper end.
 
-    model: hub name or folder of an instruct model. Those that `folder` holds stay.
+    model: hub name or folder of an instruct model. Those of it that `folder` holds stay.
     """
-    scores = score_rows(_read_by(model, answers), model, Rows(folder / "second.jsonl"))
-    verdicts = _verdicts(answers, model, Rows(folder / "second_verdicts.jsonl"))
+    name = Path(model).name
+    scores = score_rows(_read_by(model, answers), model, Rows(folder / f"second-{name}.jsonl"))
+    verdicts = _verdicts(answers, model, Rows(folder / f"second-verdicts-{name}.jsonl"))
     return [score | verdict for score, verdict in zip(scores, verdicts, strict=True)]
 
 

@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence.compare import main
+from benchmarks.figures import write_figures
 from tests.support.tiny_llm import tiny_llm
+from trainer.resume import keep_settings
 from trainer.rows import Rows
 
 
-def run(folder: Path, arm: str, texts: dict[str, str], nll: float) -> Path:
-    """A folder as `ends` leaves it, of texts by task."""
+def run(folder: Path, arm: str, texts: dict[str, str], nll: float, **other: Any) -> Path:
+    """A folder as `ends` leaves it, of texts by task. other: facts that are not the usual ones."""
     answers, scores = Rows(folder / "answers.jsonl"), Rows(folder / "scores.jsonl")
     for task, text in texts.items():
         facts: dict[str, Any] = {"arm": arm, "mode": "equal_to", "target": 20, "id": task}
         facts |= {"language": "en", "kind": "qa", "request": "Do it."}
+        facts |= other
         ids = list(text.encode())
         own = {"text": text, "ids": ids, "prompt_ids": [1], "finish": "stop"}
         key = f"{arm}/{task}"
@@ -58,7 +61,60 @@ def test_a_second_model_reads_them_too(tmp_path: Path, capsys: pytest.CaptureFix
     # One of the two is a sentence: a model that says the same of both agrees with one of them.
     same = line["second_ends"]["value"] != 50
     assert (line["second_agrees"]["value"] == 50) == same
-    assert len(Rows(a / "second.jsonl")) == len(Rows(a / "second_verdicts.jsonl")) == 2
+    assert len(Rows(a / "second-llm.jsonl")) == len(Rows(a / "second-verdicts-llm.jsonl")) == 2
+
+
+def test_each_second_model_has_opinions_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"1": "A whole sentence ok.", "2": "It breaks off he"}
+    a, b = (run(tmp_path / name, "single", texts, 1.0) for name in "ab")
+    for model, folder in (("one", a), ("two", a), ("two", b)):
+        scores = Rows(folder / f"second-{model}.jsonl")
+        verdicts = Rows(folder / f"second-verdicts-{model}.jsonl")
+        for task in texts:
+            scores.add({"key": f"single/{task}", "nll": 1.0, "p_end": float(model == "two")})
+            verdicts.add({"key": f"single/{task}", "ends": model == "two"})
+    for name, ends in (("one", 0.0), ("two", 100.0)):  # all is kept, no model reads anything
+        model = str(tiny_llm(tmp_path / name))
+        main(f"{a}:single", second=model, output=tmp_path / "out", only_json=True)
+        (line,) = json.loads(capsys.readouterr().out)["arms"].values()
+        assert line["second_ends"]["value"] == line["second_natural"]["value"] == ends
+
+
+def test_how_the_runs_were_made_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = run(tmp_path / "a", "single", {"1": "A whole sentence ok."}, 1.0)
+    b = run(tmp_path / "b", "railed", {"1": "A whole sentence ok."}, 1.0)
+    keep_settings(a, {"model": "m", "unit": "own"})
+    write_figures(a, {"cells": []})
+    arms = (f"{a}:single", f"{b}:railed")
+    with pytest.raises(ValueError, match=r"unit: 'tokens', must be words for .*a"):
+        main(*arms)
+    main(*arms, unit="words", output=tmp_path / "out", only_json=True)
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert runs[str(a)]["settings"] == {"model": "m", "unit": "own"}
+    assert runs[str(a)]["provenance"]["machine"]["cores"] >= 1
+    assert runs[str(b)] == {}  # it was stopped
+
+
+def test_only_answers_to_the_same_prompt_are_a_pair(tmp_path: Path) -> None:
+    a = run(tmp_path / "a", "single", {"1": "One."}, 1.0)
+    b = run(tmp_path / "b", "single", {"1": "One."}, 1.0, request="Do something else.")
+    with pytest.raises(ValueError, match="have no request in common"):
+        main(f"{a}:single", f"{b}:single")
+
+
+def test_a_part_that_no_answer_is_of_has_no_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a run that was stopped before its longer texts of one mode."""
+    a = run(tmp_path / "a", "single", {"1": "A whole sentence ok."}, 1.0)
+    run(a, "single", {"2": "A whole sentence ok."}, 1.0, mode="at_most", target=40)
+    main(f"{a}:single", by="target", output=tmp_path / "out", only_json=True)
+    named = [
+        name.removeprefix(f"{a}:single ") for name in json.loads(capsys.readouterr().out)["arms"]
+    ]
+    assert named == ["at_most", "equal_to", "at_most 40", "equal_to 20"]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,8 @@ def test_settings_that_cannot_be(folder: Path, tmp_path: Path) -> None:
 def test_a_third_is_cut_and_the_rest_is_as_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "a.parquet", [row(i, [7, i], [*range(i), 256]) for i in range(30)])
     limit = censoring.cut_rollouts(source, 1 / 3, tmp_path / "cut.parquet")
+    schemas = [pq.read_schema(path) for path in (source, tmp_path / "cut.parquet")]
+    assert schemas[0].equals(schemas[1], check_metadata=True)  # whose token ids they are, too
     pairs = zip(read_rollouts(source), read_rollouts(tmp_path / "cut.parquet"), strict=True)
     assert limit == 20
     for before, after in pairs:
