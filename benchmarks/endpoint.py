@@ -47,6 +47,18 @@ class Job:
         return "".join(parts)
 
 
+def without_row(jobs: Sequence[Job], rows: Rows) -> list[Job]:
+    """The jobs that are still to be asked. Raises ValueError where a row or another job of the same
+    name has another text to answer."""
+    asked: dict[str, str] = {}
+    for job in jobs:
+        row = rows.get(job.key, {})
+        if asked.setdefault(job.key, row.get("request", job.request)) != job.request:
+            where = rows.path.parent if rows.path else "the data"
+            raise ValueError(f"data: another prompt is named {job.key} in {where}")
+    return [job for job in jobs if job.key not in rows]
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """url: with its /v1. model: as it is served. concurrency: requests open at once.
@@ -90,9 +102,9 @@ class Endpoint:
         A row: key, facts, request, text, length in tokens, sampled (tokens with those that were
         dropped for it), finish (stop or length) and, with ids, prompt_ids and ids.
 
-        Raises ValueError where the endpoint refuses a request.
+        Raises ValueError where the endpoint refuses a request, and as `without_row`.
         """
-        missing = [job for job in jobs if job.key not in rows]
+        missing = without_row(jobs, rows)
         steps, blind = self._steps()
         asyncio.run(self._fill(missing, rows, len(jobs), measured))
         more, lost = (now - then for now, then in zip(self._steps(), (steps, blind), strict=True))

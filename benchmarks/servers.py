@@ -1,4 +1,4 @@
-"""A guided vLLM and its value server for a benchmark, on loopback, with the ramp beside it."""
+"""A guided vLLM and its value server for a benchmark, on loopback."""
 
 import hashlib
 import shlex
@@ -65,20 +65,24 @@ def served(
     max_model_len: int = 4096,
     dtype: str | None = None,
     seed: int = 0,
+    ramp: bool = False,
     more: Sequence[str] = (),
 ) -> Iterator[Endpoint]:
     """Both, until the block ends. model: hub name or folder, also the name it is served under.
 
     dtype: of both; by default what the device multiplies natively. seed: of vLLM; a request's own
-    stops its CPU build where the prompt is prefilled in chunks. more: flags of `vllm serve`.
+    stops its CPU build where the prompt is prefilled in chunks. ramp: with the ramp beside the
+    plugin, for which vLLM takes Model Runner V1; V2 does not start with it. more: flags of
+    `vllm serve`.
     """
     flags = (
         *("--max-model-len", max_model_len, "--max-num-seqs", concurrency, "--seed", seed),
         *(("--dtype", dtype) if dtype else ()),
-        *("--logits-processors", "benchmarks.ramp:Ramp", "lenvm_vllm"),
+        *(("--logits-processors", "benchmarks.ramp:Ramp", "lenvm_vllm") if ramp else ()),
         *more,
     )
     env = {"LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    env |= {"VLLM_USE_V2_MODEL_RUNNER": "0"} if ramp else {}
     log = logs / "vllm.log"
     with (
         value_served(model, checkpoint, logs, dtype) as values,
@@ -97,6 +101,7 @@ def endpoint_at(
     max_model_len: int,
     dtype: str | None,
     seed: int,
+    ramp: bool,
 ) -> AbstractContextManager[Endpoint]:
     """The one at `url`, else servers of our own for as long as the block."""
     if url:
@@ -109,6 +114,7 @@ def endpoint_at(
         max_model_len=max_model_len,
         dtype=dtype,
         seed=seed,
+        ramp=ramp,
     )
 
 

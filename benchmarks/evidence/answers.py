@@ -1,5 +1,6 @@
 """Answers of a guided model that is served somewhere, or by servers of our own."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +9,14 @@ from typing import Any
 from cyclopts import Parameter
 from transformers import AutoTokenizer
 
-from benchmarks.endpoint import Job
+from benchmarks.endpoint import Job, without_row
 from benchmarks.evidence import countdown
-from benchmarks.evidence.arms import check_arms
+from benchmarks.evidence.arms import RAMP, check_served
+from benchmarks.provenance import settings
 from benchmarks.servers import digest, endpoint_at
 from lenvm_vllm.commands.demo import CHECKPOINT, MODEL
 from trainer.checks import check_positive
 from trainer.rows import Rows
-from value_server.contract.units import UNITS
 
 
 @Parameter(name="*")
@@ -47,20 +48,26 @@ class Served:
         return self.weights or self.model
 
     def settings(self) -> dict[str, Any]:
-        """What shapes the answers."""
+        """What shapes the answers; of our own servers also what the environment tells them."""
         value_model = digest(self.checkpoint)
-        return {"model": Path(self.model).name, "value_model": value_model, "seed": self.seed}
+        own = {"model": Path(self.model).name, "value_model": value_model, "seed": self.seed}
+        if self.url:
+            return own
+        told = settings(os.environ).items()
+        dtype = {"dtype": self.dtype} if self.dtype else {}
+        return own | dtype | {name: value for name, value in told if name.startswith("LENVM_")}
 
     def answers(
-        self, jobs: Sequence[Job], output: Path, arms: tuple[str, ...], unit: str = UNITS[0]
+        self, jobs: Sequence[Job], output: Path, arms: tuple[str, ...]
     ) -> list[dict[str, Any]]:
         """A row for each job; those that `output` holds are not asked for again.
 
-        arms: that the server has to know. Raises ValueError for one that it does not.
+        arms: that the server has to know. Raises ValueError for one that it does not, and as
+        `without_row`.
         """
         check_positive(concurrency=self.concurrency, max_model_len=self.max_model_len)
         stored = Rows(output / "answers.jsonl")
-        if any(job.key not in stored for job in jobs):
+        if without_row(jobs, stored):
             with endpoint_at(
                 self.url,
                 self.model,
@@ -70,8 +77,9 @@ class Served:
                 max_model_len=self.max_model_len,
                 dtype=self.dtype,
                 seed=self.seed,
+                ramp=any(arm.startswith(RAMP) for arm in arms),
             ) as endpoint:
-                check_arms(arms, endpoint, unit)
+                check_served(arms, endpoint)
                 endpoint.answer(jobs, stored, self._measured(arms))
         return [stored[job.key] for job in jobs]
 

@@ -32,6 +32,7 @@ from lenvm_vllm.target.request import LengthTarget, LengthTargetError
 from value_server.contract.units import UNITS, WORDS
 
 WITHOUT_RAILS = {"tolerance": None}
+RAMP = "ramp"  # how the names of the arms begin that need benchmarks/ramp.py
 TARGETED: dict[str, dict[str, Any]] = {
     "greedy": {**WITHOUT_RAILS, "policy": "greedy"},
     "project": {**WITHOUT_RAILS, "policy": "project"},
@@ -44,7 +45,7 @@ TARGETED: dict[str, dict[str, Any]] = {
     "landing": {"policy": "landing", "endings": 1},
     "landing+endings": {"policy": "landing"},
 }
-ARMS = ("prompt", "limits", "ramp", countdown.ARM, *TARGETED)
+ARMS = ("prompt", "limits", RAMP, countdown.ARM, *TARGETED)
 CHOSEN = "end, length"
 USUAL = ARMS[: ARMS.index("railed") + 1]  # those of a run that names none
 # What an arm needs of its server, and a request that only such a server refuses.
@@ -124,18 +125,23 @@ def _options(text: str) -> dict[str, Any]:
     return found
 
 
-def check_arms(arms: tuple[str, ...], endpoint: Endpoint, unit: str = UNITS[0]) -> None:
-    """Raises ValueError for an arm that is unknown or that the server cannot do."""
+def check_arms(arms: tuple[str, ...], unit: str = UNITS[0]) -> None:
+    """Raises ValueError for an arm that is unknown, or whose options are."""
     for arm in arms:
         name, colon, _ = arm.partition(":")
         if name not in ARMS or (colon and name not in TARGETED):
             raise ValueError(f"arms: {arm!r}, must be one of {', '.join(ARMS)}")
-        if colon:
+        if wish := (fields(arm, "equal_to", 100, unit) or {}).get("length_target"):
             try:
-                LengthTarget.parse((fields(arm, "equal_to", 100, unit) or {})["length_target"])
+                LengthTarget.parse(wish)
             except LengthTargetError as error:
                 raise ValueError(f"arms: {arm!r}: {error}") from error
-        probe, processor = PROBES.get(name, (None, ""))
+
+
+def check_served(arms: tuple[str, ...], endpoint: Endpoint) -> None:
+    """Raises ValueError for an arm that the server cannot do."""
+    for arm in arms:
+        probe, processor = PROBES.get(arm.partition(":")[0], (None, ""))
         if probe and not endpoint.refuses(probe):
             raise ValueError(
                 f"arms: {arm!r} needs a vLLM started with --logits-processors {processor}, which "

@@ -1,10 +1,10 @@
 """How do texts end whose prompt does not say how long they should be?
 
-    python -m benchmarks.evidence.ends --data question.jsonl lifebench.jsonl [--url http://host:8000/v1]
+    python -m benchmarks.evidence.ends --data question.jsonl --data lifebench.jsonl
 
 Only the field `length_target` asks for a length, and the rule of the arm countdown. The prompts
-are those of MT-bench, self-instruct,
-GSM8K, or LIFEBench without the sentence that tells the length; T = 1, top_p 0.999, top_k 15.
+are those of MT-bench, self-instruct, GSM8K, or LIFEBench without the sentence that tells the
+length; T = 1, top_p 0.999, top_k 15. --url http://host:8000/v1 asks a vLLM that runs already.
 Perplexities are under the served model, over those of texts that it wrote without any target (the
 arm prompt). Every answer is kept in --output: the same command goes on from there.
 """
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.endpoint import Job
 from benchmarks.evidence.answers import Served
-from benchmarks.evidence.arms import job_of
+from benchmarks.evidence.arms import check_arms, job_of
 from benchmarks.evidence.lifebench_table import cells, judged, summary, tables
 from benchmarks.evidence.likelihood import score_rows
 from benchmarks.evidence.measures import MODES
@@ -43,7 +43,7 @@ LENGTH = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """source: the name of its file, or of the folder that names the data."""
+    """source: see `sources_of`."""
 
     id: str
     source: str
@@ -51,15 +51,27 @@ class Prompt:
     text: str
 
 
-def read_prompts(path: Path) -> Iterator[Prompt]:
+def sources_of(paths: Sequence[Path]) -> list[str]:
+    """What names the data of each file: its folder, and its own name where others share that.
+
+    Raises ValueError where two are named alike: a prompt's id is its source and line.
+    """
+    folders = [path.resolve().parent.name for path in paths]
+    alone = [folders.count(folder) == 1 for folder in folders]
+    both = zip(folders, paths, alone, strict=True)
+    names = [folder if one else f"{folder}-{path.stem}" for folder, path, one in both]
+    check(len({*names}) == len(paths), "data", names, "of different names")
+    return names
+
+
+def read_prompts(path: Path, source: str) -> Iterator[Prompt]:
     """Of JSON lines in any of the four forms. Raises ValueError naming the line."""
     for number, row in enumerate(read_rows(path), 1):
         text = _text(row)
         if text is None:
             known = "turns, instruction, question or task"
             raise ValueError(f"{path}: line {number}: none of {known}")
-        source, language = path.resolve().parent.name, row.get("lang", "en")
-        yield Prompt(f"{source}-{number}", source, language, text)
+        yield Prompt(f"{source}-{number}", source, row.get("lang", "en"), text)
 
 
 def _text(row: Mapping[str, Any]) -> str | None:
@@ -110,14 +122,15 @@ class Plan:
         for mode in self.modes:
             check_choice("modes", mode, MODES)
         check_choice("unit", self.unit, UNITS)
+        check_arms(self.arms, self.unit)
         check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")
 
     def prompts(self, tokenizer: Any, seed: int) -> list[Prompt]:
         """tokenizer: that tells what is too long."""
         fit = [
             prompt
-            for path in self.data
-            for prompt in read_prompts(path)
+            for path, source in zip(self.data, sources_of(self.data), strict=True)
+            for prompt in read_prompts(path, source)
             if len(tokenizer.encode(prompt.text)) <= self.max_prompt
         ]
         kinds = stratified(fit, lambda prompt: (prompt.source, prompt.language), self.limit, seed)
@@ -159,7 +172,7 @@ def main(
     unit = {} if plan.unit == UNITS[0] else {"unit": plan.unit}
     shape = {**unit, **SAMPLING, "max_tokens": plan.max_tokens, "stated": False}
     keep_settings(output, served.settings() | shape)
-    answers = served.answers(list(plan.jobs(prompts, tokenizer)), output, plan.arms, plan.unit)
+    answers = served.answers(list(plan.jobs(prompts, tokenizer)), output, plan.arms)
     scores = score_rows(answers, served.files, Rows(output / "scores.jsonl"))
     rows = [judged(a, score, plan.unit) for a, score in zip(answers, scores, strict=True)]
     found = cells(rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint, Job
@@ -40,11 +41,12 @@ class Judge:
     url: str
     model: str
 
-    def compare(self, rows: Sequence[dict[str, Any]], verdicts: Rows) -> dict[str, Any]:
+    def compare(self, rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
         """By arm the share, in percent, of comparisons with `prompt` that it wins; a tie is half.
 
-        rows: with their `request`, text and facts.
+        rows: with their `request`, text and facts. Verdicts of this judge that `folder` holds stay.
         """
+        verdicts = Rows(folder / f"verdicts-{Path(self.model).name}.jsonl")
         base = {_place(row): row for row in rows if row["arm"] == "prompt"}
         pairs = [r for r in rows if r["arm"] != "prompt" and _place(r) in base]
         jobs = [_job(row, base[_place(row)], first) for row in pairs for first in (True, False)]

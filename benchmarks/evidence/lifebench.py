@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.endpoint import Job
 from benchmarks.evidence.answers import Served
-from benchmarks.evidence.arms import USUAL, job_of
+from benchmarks.evidence.arms import USUAL, check_arms, job_of
 from benchmarks.evidence.judge import Judge
 from benchmarks.evidence.lifebench_table import cells, judged, summary, tables
 from benchmarks.evidence.likelihood import score_rows
@@ -74,6 +74,7 @@ class Plan:
             check_choice("modes", mode, MODES)
         check(all(n > 1 for n in self.targets), "targets", self.targets, "above 1")
         check_choice("unit", self.unit, SETTINGS)
+        check_arms(self.arms, self.counted)
 
     @property
     def counted(self) -> str:
@@ -140,7 +141,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(served.files)
     tasks = plan.tasks(tokenizer, served.seed)
     keep_settings(output, served.settings() | plan.settings())
-    answers = served.answers(plan.jobs(tasks, tokenizer), output, plan.arms, plan.counted)
+    answers = served.answers(plan.jobs(tasks, tokenizer), output, plan.arms)
     scores: Sequence[Any] = [None] * len(answers)
     if quality:
         scores = score_rows(answers, served.files, Rows(output / "scores.jsonl"))
@@ -148,7 +149,7 @@ def main(
     found = cells(rows)
     result = {"unit": plan.counted, **summary(found)}
     if judge:
-        result["judge"] = judge.compare(rows, Rows(output / "verdicts.jsonl"))
+        result["judge"] = judge.compare(rows, output)
     write_figures(output, {"cells": found, **result})
     text = (f"### {caption}\n\n{table(lines)}\n" for caption, lines in tables(found).items())
     end(result, "\n".join(text), only_json)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.endpoint import Endpoint
+from benchmarks.endpoint import Endpoint, Job, without_row
+from benchmarks.evidence import ends
+from benchmarks.evidence.answers import Served
 from benchmarks.evidence.arms import USUAL
 from benchmarks.evidence.judge import Judge
 from benchmarks.evidence.lifebench import Plan
@@ -66,6 +68,29 @@ def test_steps_without_values_are_told(
     assert "warning" not in capsys.readouterr().err
 
 
+def test_a_kept_answer_to_another_prompt_is_none(tmp_path: Path) -> None:
+    """As of other data whose tasks have the same ids."""
+    rows = Rows(tmp_path / "answers.jsonl")
+    old, new = (
+        Job({"id": 1}, [{"role": "user", "content": text}], {}) for text in ("Old?", "New?")
+    )
+    rows.add({"key": "1", "request": "Old?"})
+    assert without_row([old], rows) == []
+    with pytest.raises(ValueError, match=f"data: another prompt is named 1 in {tmp_path}"):
+        without_row([new], rows)
+    with pytest.raises(ValueError, match="data: another prompt is named 1"):
+        without_row([old, new], Rows(None))
+
+
+def test_what_shapes_the_answers_of_our_own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENVM_SCORING", "exact")
+    monkeypatch.setenv("LENVM_TOKEN", "secret")
+    own = Served(dtype="float32").settings()
+    assert (own["LENVM_SCORING"], own["dtype"]) == ("exact", "float32")
+    assert "LENVM_TOKEN" not in own
+    assert Served(url="http://host/v1").settings().keys() == {"model", "value_model", "seed"}
+
+
 # ---- tasks
 
 
@@ -115,6 +140,23 @@ def test_jobs_are_all_different() -> None:
     jobs = plan.jobs(tasks)
     assert len({job.key for job in jobs}) == len(jobs) == 2 * (2 * 2 + 2)  # no ramp at least
     assert {job.body["max_tokens"] for job in jobs} == {99}
+
+
+@pytest.mark.parametrize("kind", [Plan, ends.Plan])
+@pytest.mark.parametrize(
+    ("arm", "complaint"),
+    [
+        ("fast", "arms: 'fast', must be one of prompt"),
+        ("limits:tolerance=0", "arms: 'limits:tolerance=0', must be one of"),
+        ("railed:tolerence=0", "arms: 'railed:tolerence=0': length_target.tolerence"),
+    ],
+)
+def test_an_arm_that_is_none_is_named(kind: Any, arm: str, complaint: str) -> None:
+    """Before a server is started for it."""
+    data = Path() if kind is Plan else (Path(),)
+    kind(data=data).check()
+    with pytest.raises(ValueError, match=complaint):
+        kind(data=data, arms=("prompt", arm)).check()
 
 
 def test_jobs_in_words_ask_for_words_in_every_arm() -> None:
@@ -184,11 +226,11 @@ def test_a_judge_sees_both_orders(tmp_path: Path) -> None:
     """All verdicts are in the file already: the first answer always wins, so nobody does."""
     facts = {"mode": "equal_to", "target": 32, "id": "7", "request": "?", "text": "!"}
     rows = [{"arm": arm, **facts} for arm in ("prompt", "railed")]
-    verdicts = Rows(tmp_path / "verdicts.jsonl")
+    verdicts = Rows(tmp_path / "verdicts-none.jsonl")
     for first in (True, False):
         key = f"railed/equal_to/32/7/{first}"
         verdicts.add({"key": key, "arm": "railed", "id": "7", "first": first, "text": "A"})
-    judge = Judge(url="http://nowhere/v1", model="none")
-    assert judge.compare(rows, verdicts)["railed"].value == 50.0
-    lines = (tmp_path / "verdicts.jsonl").read_text().splitlines()
+    judge = Judge(url="http://nowhere/v1", model="hub/none")
+    assert judge.compare(rows, tmp_path)["railed"].value == 50.0
+    lines = (tmp_path / "verdicts-none.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["A", "A"]

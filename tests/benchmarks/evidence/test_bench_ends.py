@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evidence.ends import Plan, read_prompts, without_length
+from benchmarks.evidence.ends import Plan, read_prompts, sources_of, without_length
+from tests.support.tiny import tiny_tokenizer
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -23,7 +24,7 @@ def test_four_forms_of_data_are_read(tmp_path: Path) -> None:
         {"question": "How many?", "answer": "#### 4"},
         {"task": "做。字数必须{word_count_type} {word_count}字。", "lang": "cn"},
     )
-    prompts = list(read_prompts(file))
+    prompts = list(read_prompts(file, "mixed"))
     assert [p.text for p in prompts] == [
         "Write a poem.",
         "Rewrite it.\n\nA text.",
@@ -37,7 +38,22 @@ def test_four_forms_of_data_are_read(tmp_path: Path) -> None:
 def test_another_form_names_the_line(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"question": "?"}, {"text": "?"})
     with pytest.raises(ValueError, match="line 2: none of turns, instruction, question or task"):
-        list(read_prompts(file))
+        list(read_prompts(file, "a"))
+
+
+def test_files_of_one_folder_are_data_of_their_own(tmp_path: Path) -> None:
+    """Named by the folder alone, their first lines were one prompt, and its answers both's."""
+    here = [tmp_path / "here" / name for name in ("question.jsonl", "lifebench.jsonl")]
+    for path in here:
+        write(path, {"question": f"{path.stem}, one?"}, {"question": f"{path.stem}, two?"})
+    there = write(tmp_path / "there" / "dev.jsonl", {"question": "Another?"})
+    plan = Plan(data=(*here, there), arms=("single",), targets=(40,), limit=3)
+    prompts = plan.prompts(tiny_tokenizer(), seed=0)
+    assert [p.source for p in prompts] == ["here-question", "here-lifebench", "there"]
+    jobs = list(plan.jobs(prompts))
+    assert len({job.key for job in jobs}) == len(jobs) == 3
+    with pytest.raises(ValueError, match=r"data: \['here-question', 'here-question'\], must be of"):
+        sources_of((here[0], here[0]))
 
 
 @pytest.mark.parametrize(
@@ -58,14 +74,14 @@ def test_the_clause_that_says_the_length_goes(task: str, left: str) -> None:
 def test_lengths_can_be_words(tmp_path: Path) -> None:
     file = write(tmp_path / "x" / "a.jsonl", {"question": "One?"})
     plan = Plan(data=(file,), arms=("limits", "ramp", "single"), unit="words", targets=(30,))
-    (job,) = plan.jobs(list(read_prompts(file)))  # the others are of tokens only
+    (job,) = plan.jobs(list(read_prompts(file, "x")))  # the others are of tokens only
     assert job.body["length_target"] == {"mode": "equal_to", "words": 30, "endings": 1}
 
 
 def test_every_arm_of_a_prompt_comes_before_the_next(tmp_path: Path) -> None:
     file = write(tmp_path / "x" / "a.jsonl", {"question": "One?"}, {"question": "Two?"})
     plan = Plan(data=(file,), arms=("prompt", "single"), targets=(40, 80))
-    jobs = list(plan.jobs(list(read_prompts(file))))
+    jobs = list(plan.jobs(list(read_prompts(file, "x"))))
     assert [job.facts["id"] for job in jobs] == ["x-1"] * 4 + ["x-2"] * 4
     assert [job.facts["arm"] for job in jobs[:2]] == ["prompt", "single"]
     assert "length_target" not in jobs[0].body
