@@ -125,7 +125,7 @@ class Closing:
         waits = bool(state.held) and not fills
         if not may_come or waits or early or in_pieces or by_value:
             return []
-        if self._sentences is None or not self._sentences.is_whole(state.written):
+        if self._sentences is None or not self._sentences.is_whole(state.written, own):
             return []
         tokens = self.lines if state.held else state.proper_ends
         tokens = [token for token in tokens if token < len(own) and own[token] > -torch.inf]

@@ -59,7 +59,8 @@ def _rails_in(
         if not due[row] and free is not None and free < LONGEST:
             broken[row] = characters.unfinished(text, free)
             due[row] = characters.continuing(text, free) if missing > free else []
-        if not due[row] and state.has_last_word and letters.ends_sentence(state.written):
+        ends = not due[row] and state.has_last_word
+        if ends and letters.ends_sentence(state.written, logits[row]):
             due[row] = state.proper_ends
         if not missing and letters.sentences is not None and _is_near(state):
             last = min(x for x in (room, state.room) if x is not None) < LONGEST

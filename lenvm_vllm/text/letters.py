@@ -6,6 +6,8 @@ import logging
 import re
 from typing import Any
 
+from torch import Tensor
+
 from lenvm_vllm.text.characters import Characters
 from lenvm_vllm.text.counter import Counter, TokenUnits
 from lenvm_vllm.text.parts import Markers
@@ -42,11 +44,11 @@ class Letters:
                 why,
             )
 
-    def ends_sentence(self, text: list[int]) -> bool:
+    def ends_sentence(self, text: list[int], own: Tensor | None = None) -> bool:
         """Whether a sentence, or a line, ends where this text does. Not where its last token is not
-        known yet, a -1, which no tokenizer decodes."""
+        known yet, a -1, which no tokenizer decodes. own: as of `Sentences.is_whole`."""
         known = self.sentences if text and text[-1] != -1 else None
-        return known is not None and known.is_whole(text)
+        return known is not None and known.is_whole(text, own)
 
     def counter(self, unit: str, specials: bool, calls: bool = True) -> Counter | None:
         """Of one text; None where its unit is tokens, or nothing is known of their texts.

@@ -5,7 +5,10 @@ from functools import lru_cache
 from typing import Any
 
 import regex
+import torch
+from torch import Tensor
 
+from lenvm_vllm.steering.constants import GOES_ON
 from lenvm_vllm.text.blocks import FENCE, Blocks
 from lenvm_vllm.text.tokenizer import decoded
 
@@ -28,6 +31,8 @@ _ENDS = regex.compile(
     rf"[[\p{{Sentence_Terminal}}…]--[!-~]]{_CLOSERS}|[.!?]{_CLOSERS}(?=\s|$)|\n", regex.V1
 )
 _SAYS = regex.compile(r"[\p{L}\p{N}]")
+# Right behind a full stop they make it the point of 3.14, of example.com or of an abbreviation.
+_INSIDE = regex.compile(r"[\p{Lu}\p{Ll}\p{N}]")
 _MARK = r"(?:[-*+•‣–—]|\(?(?:\d{1,3}|\p{L})[.)])"  # noqa: RUF001
 _ITEM = regex.compile(rf"^[ \t>]*{_MARK}[ \t]+[^\s].*")
 # A line that something follows, or that says nothing yet: a heading, a bare mark of a list.
@@ -104,17 +109,27 @@ class Sentences:
         self.breaks = sorted(i for i in self._spaces if "\n" in texts[i])
         self.line = next((i for i in self.breaks if texts[i] == "\n"), None)
         self._marks = [i for i, text in texts.items() if _BEGINS.fullmatch(text)]
+        inside = [i for i, text in texts.items() if _INSIDE.match(text)]
+        self._inside = torch.tensor(inside, dtype=torch.long)
         # As `Blocks.text_of`.
         self._decoded = lru_cache(maxsize=1024)(lambda ids: decoded(tokenizer, list(ids)))
 
-    def is_whole(self, text: Sequence[int]) -> bool:
-        """As of the text that these tokens are."""
+    def is_whole(self, text: Sequence[int], own: Tensor | None = None) -> bool:
+        """As of the text that these tokens are.
+
+        own: (V,) logits of the next token, which tell a full stop from a point.
+        """
         if self.blocks.is_open(text):
             return False
         _, fence, tail = self._tail(text).rpartition("```")
         if fence and not tail.strip():  # that of a block which it closes
             return bool(_SAYS.search(self.blocks.text_of(tuple(text))))
-        return is_whole(tail)
+        return is_whole(tail) and not (own is not None and tail[-1] == "." and self._goes_on(own))
+
+    def _goes_on(self, own: Tensor) -> bool:
+        """Whether what stands right behind a full stop is most likely none of another sentence."""
+        inside = self._inside[self._inside < len(own)].to(own.device)
+        return bool(own.softmax(-1)[inside].sum() > GOES_ON)
 
     def tokens_a_sentence(self, text: Sequence[int]) -> float:
         """Of its last sentences, or lines; all of it where it has none."""

@@ -201,7 +201,7 @@ def test_tokens_that_end_a_sentence_are_led_to_in_the_landing() -> None:
         def ends(self, text: Any, tokens: Any) -> list[bool]:
             return [len(text) == 28 and token == 20 for token in tokens]  # there, and not elsewhere
 
-        def is_whole(self, text: Any) -> bool:
+        def is_whole(self, text: Any, own: Any) -> bool:
             return False
 
     guide = guide_of(Server(), Ends())

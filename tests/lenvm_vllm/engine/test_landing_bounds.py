@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lenvm_vllm.engine.enforce import enforce_inplace
 from lenvm_vllm.engine.state import RequestState
@@ -160,7 +161,7 @@ class Whole:
 
     ids, breaks, line = (20,), (20,), 20
 
-    def is_whole(self, text: list[int]) -> bool:
+    def is_whole(self, text: list[int], own: Tensor) -> bool:
         return True
 
     def tokens_a_sentence(self, text: list[int]) -> float:
@@ -212,7 +213,7 @@ def test_an_end_is_no_end_of_a_sentence_besides() -> None:
     """A step would write it twice, or here raise it though it is none of the cut."""
     state = toy.request({"tokens": 30}, output=[50] * 28, eos_ids=[toy.EOS, 20])
     whole = Whole()
-    whole.is_whole = lambda text: False  # type: ignore[method-assign]
+    whole.is_whole = lambda text, own: False  # type: ignore[method-assign]
     logits = toy.flat_logits(1, (toy.EOS, 10, 20, 40, 80))
     logits[:, [toy.EOS, 20]] = torch.tensor([-9.0, -7.0])
     writes = toy.guide_of(toy.Server(), whole).plan(logits, {0: state})

@@ -132,7 +132,7 @@ class Whole:
 
     def __init__(self, whole: bool = True, stops: tuple[int, ...] = ()) -> None:
         self.ids = stops
-        self.is_whole = lambda text: whole
+        self.is_whole = lambda text, own: whole
         self.tokens_a_sentence = lambda text: 10.0
 
     def ends(self, text: list[int], tokens: list[int]) -> list[bool]:

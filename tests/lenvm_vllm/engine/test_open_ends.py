@@ -1,8 +1,9 @@
-"""No text ends in an open code block or in a bare number of a list, and its limits hold all the
-same. The model writes at random, and no values come."""
+"""No text ends in an open code block, in a bare number of a list or at the point of a number, and
+its limits hold all the same. The model writes at random, and no values come."""
 
 import math
 import random
+import re
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ def ids(text: str) -> list[int]:
 
 LINE, FENCED = ids("\n")[0], ids("```")[0]
 CODE = [token for text in (" x", " =", " 10", "()", ".", "：", "变", "\n\n") for token in ids(text)]  # noqa: RUF001
+DIGIT, POINT = ids("0123456789"), ids(".")
 LIST = [token for text in (" one", " two", " the", " of", "y") for token in ids(text)]
 
 
@@ -63,6 +65,18 @@ def list_logits(text: list[int], rng: random.Random) -> Tensor:
         logits[ids(".")] = 9.0
     elif text[-1] in ids("."):
         logits[LINE] = -20.0
+    return logits
+
+
+def number_logits(text: list[int], rng: random.Random) -> Tensor:
+    """Sentences of some words with numbers of two digits and a point, which no end stands behind."""
+    logits = torch.full((len(TOKENIZER),), -20.0)
+    if text and text[-1] in POINT:
+        logits[DIGIT if len(text) > 1 and text[-2] in DIGIT else LIST] = 0.0
+    elif text and text[-1] in DIGIT:
+        logits[POINT if len(text) < 2 or text[-2] not in POINT else LIST] = 0.0
+    else:
+        logits[LIST], logits[DIGIT], logits[POINT] = 0.0, -1.0, -2.0
     return logits
 
 
@@ -136,6 +150,23 @@ def test_no_text_ends_in_a_bare_number(target: dict[str, Any]) -> None:
     assert not {*lines} & {"7", "7."}
     if target.get("tolerance") != 0:  # a whole item is the end
         assert sum(text.endswith("\n") for text in texts) >= 0.8 * TEXTS
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"tokens": 60},
+        {"tokens": 40, "tolerance": 0},
+        {"tokens": 50, "mode": "at_most"},
+        {"mode": "range", "min_tokens": 30, "max_tokens": 50},
+        {"words": 30},
+        {"characters": 120, "mode": "at_most"},
+    ],
+)
+def test_no_text_ends_at_the_point_of_a_number(target: dict[str, Any]) -> None:
+    texts = [text.rstrip("\n") for text in write(target, number_logits)]
+    assert not [text for text in texts if re.search(r"\d\.$", text)]
+    assert sum(text.endswith(".") for text in texts) >= 0.6 * TEXTS
 
 
 def test_a_grammar_goes_before_the_end_of_a_block() -> None:
