@@ -30,13 +30,19 @@ _ABBREVIATION = regex.compile(
 _ENDS = regex.compile(
     rf"[[\p{{Sentence_Terminal}}…]--[!-~]]{_CLOSERS}|[.!?]{_CLOSERS}(?=\s|$)|\n", regex.V1
 )
+# Of formulas in LaTeX: the brackets around one, and a line above and below one.
+_BRACKETS = regex.compile(r"(?<!\\)\\([\[\]()])")
+_DOLLARS = regex.compile(r"^[ \t>]*\$\$[ \t]*$", regex.MULTILINE)
 _SAYS = regex.compile(r"[\p{L}\p{N}]")
 # Right behind a full stop they make it the point of 3.14, of example.com or of an abbreviation.
 _INSIDE = regex.compile(r"[\p{Lu}\p{Ll}\p{N}]")
 _MARK = r"(?:[-*+•‣–—]|\(?(?:\d{1,3}|\p{L})[.)])"  # noqa: RUF001
 _ITEM = regex.compile(rf"^[ \t>]*{_MARK}[ \t]+[^\s].*")
-# A line that something follows, or that says nothing yet: a heading, a bare mark of a list.
-_LEADS_ON = regex.compile(rf"^[ \t>]*(?:#{{1,6}}\s.*|{_MARK}?)[ \t]*$|[,:;(（，、：；–—-][*_\s]*$")  # noqa: RUF001
+# A line that something follows, or that says nothing yet: a heading, a bare mark of a list, the
+# rule below the head of a table.
+_LEADS_ON = regex.compile(
+    rf"^[ \t>]*+(?:#{{1,6}}\s.*|{_MARK}?)[ \t]*$|^[\s>|:-]*$|[,:;(（，、：；–—-][*_\s]*$"  # noqa: RUF001
+)
 # A token that begins one of a list, or a heading, and says nothing yet.
 _BEGINS = regex.compile(r"\s*(?:[-*+•‣#>–—]+|\(?\d{1,3}[.)]?)\s*")  # noqa: RUF001
 # What ends a sentence behind the right text: a fence, a Greek semicolon, a space. Not a quote
@@ -68,6 +74,13 @@ def may_end_sentence(token: str) -> bool:
     return bool(_MAY_END.search(token))
 
 
+def in_formula(text: str) -> bool:
+    """Whether its last paragraph stops in a formula of LaTeX, where nothing is whole."""
+    here = text.rstrip().rpartition("\n\n")[2]
+    last = _BRACKETS.findall(here)[-1:]
+    return last in (["["], ["("]) or len(_DOLLARS.findall(here)) % 2 == 1
+
+
 def is_item(line: str) -> bool:
     """Whether it is one of a list, and says something."""
     return bool(_ITEM.match(line))
@@ -75,8 +88,8 @@ def is_item(line: str) -> bool:
 
 def is_whole(text: str) -> bool:
     """Whether it stops at the end of a sentence, of a line or of a code block, outside of any
-    other."""
-    if len(FENCE.findall(text)) % 2 or not _SAYS.search(text):
+    other and of a formula."""
+    if len(FENCE.findall(text)) % 2 or not _SAYS.search(text) or in_formula(text):
         return False
     if not text.endswith("\n"):
         return ends_sentence(text) and not _NUMBERED.search(text)
@@ -143,7 +156,7 @@ class Sentences:
             fences = self.blocks.fences
             return [i in (self.breaks if line else fences) for i in tokens]
         before = self._tail(text)
-        if before.endswith("\ufffd"):  # a character that is not whole
+        if before.endswith("\ufffd") or in_formula(before):  # \ufffd: a character is not whole
             return [False] * len(tokens)
         ended = ends_sentence(before)
         return [self._ends(before, ended, self._texts.get(token, ""), token) for token in tokens]

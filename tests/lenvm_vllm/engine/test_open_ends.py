@@ -69,7 +69,7 @@ def list_logits(text: list[int], rng: random.Random) -> Tensor:
 
 
 def number_logits(text: list[int], rng: random.Random) -> Tensor:
-    """Sentences of some words with numbers of two digits and a point, which no end stands behind."""
+    """Sentences of some words, with numbers that have a point in their middle."""
     logits = torch.full((len(TOKENIZER),), -20.0)
     if text and text[-1] in POINT:
         logits[DIGIT if len(text) > 1 and text[-2] in DIGIT else LIST] = 0.0

@@ -90,6 +90,8 @@ def test_tokens_that_may_end_a_sentence() -> None:
         ("```\nx\n\n", False),
         ("```\nx\n`", True),  # what closes the block, or begins to
         ("x\n`", False),
+        ("It is \\( 3.", False),  # in a formula
+        ("It is \\( 3 \\).", True),
     ],
 )
 def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
@@ -123,6 +125,16 @@ def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
         ("# Title\n", False),
         ("**These are:**\n", False),
         ("这些是：\n", False),  # noqa: RUF001
+        ("So it is:\n\\[\n", False),  # in a formula
+        ("So it is:\n$$\n", False),
+        ("It is \\( 3.", False),
+        ("\\[\nx = 3.\n", False),
+        ("\\[\nx = 3\n\\]\n", True),
+        ("$$\nx = 3\n$$\n", True),
+        ("It is \\( 3 \\).", True),
+        ("A `\\[` opens one.\n\nIt ends.", True),
+        ("| a | b |\n|---|:-:|\n", False),
+        ("| a | b |\n|---|---|\n| 1 | 2 |\n", True),
     ],
 )
 def test_a_whole_text(text: str, whole: bool) -> None:
