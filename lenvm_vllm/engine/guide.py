@@ -171,7 +171,9 @@ class Guide:
         )
         for state, lands, ends, expected in told:
             state.landing, state.forced, state.expected = lands, ends, expected
-            state.steered += bool(state.valued)
+            # V1 samples for a part of a prompt, too, and drops the token.
+            if state.valued and state.steered_at != len(state.output_ids):
+                state.steered, state.steered_at = state.steered + 1, len(state.output_ids)
         return [plan_writes(step.rows, step.cuts, before, log_q, log_p0, size)]
 
     def _end(

@@ -48,7 +48,7 @@ class RequestState(RailedText):
         were not.
     landing, forced, expected: of the last step that had values: whether ends were raised in it,
         whether it was made the end, and the tokens that were to come behind its token.
-    steps, steered: so far, and those that values steered.
+    steered: steps so far that values steered, the last of them at `steered_at` tokens.
     """
 
     temperature: float = 1.0
@@ -67,8 +67,8 @@ class RequestState(RailedText):
     landing: bool = False
     forced: bool = False
     expected: float = math.nan
-    steps: int = 0
     steered: int = 0
+    steered_at: int = -1
     session: str = field(default_factory=lambda: uuid.uuid4().hex)
     _searched: int = 0  # tokens of its prompt, for placeholders
 

@@ -80,8 +80,6 @@ def tell(
 ) -> None:
     """ended: rows that a rail ends. p_end: as of `end_probabilities`, of the same states."""
     told, forced = list(states.values()), [s.forced or row in ended for row, s in states.items()]
-    for state in told:
-        state.steps += 1
     progress.tell(
         rows=[s.row for s in told if s.row is not None],
         index=[len(s.output_ids) for s in told],
@@ -97,6 +95,6 @@ def tell(
             | UNSEEN * s.unseen
             for s, f in zip(told, forced, strict=True)
         ],
-        steps=[s.steps for s in told],
+        steps=[s.generated + 1 - s.target.prefix_tokens for s in told],
         steered=[s.steered for s in told],
     )

@@ -66,3 +66,27 @@ def test_a_step_behind_the_end_is_not_told(
     step = Known().step(key, None, None)
     assert step is not None
     assert (step.counted, step.steps) == (3, 3)
+
+
+def test_only_what_is_kept_of_a_text_is_a_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of each part of a prompt V1 samples a token that it drops, and a text may be preempted."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    key, output = "a" * 32, list[int]()
+    served = processor_with(Server())
+    wish = params({"length_target": 20, KEY: key})
+    served.update_state(update(added=[added(0, wish, output)]))
+    for token in (None, None, None, 9, 9):
+        suppressed(served, 1)
+        output += [token] if token else []
+        served.update_state(None)
+    step = Known().step(key, output, 2)
+    assert step is not None
+    assert (step.steps, step.steered) == (2, 2)
+    served.update_state(update(removed=[0]))
+    served.update_state(update(added=[added(0, wish, output)]))
+    suppressed(served, 1)
+    step = Known().step(key, [*output, 9], 3)
+    assert step is not None
+    assert step.steps == 3
