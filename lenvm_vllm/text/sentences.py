@@ -162,13 +162,14 @@ class Sentences:
         return [self._ends(before, ended, self._texts.get(token, ""), token) for token in tokens]
 
     def _ends(self, before: str, ended: bool, text: str, token: int) -> bool:
+        line = before.rpartition("\n")[2]
         if token not in self._spaces:
-            goes_on = not ended or bool(_SAYS.search(text))  # a second mark ends nothing
-            return goes_on and token not in self.blocks.fences and ends_sentence(before + text)
+            # A second mark ends nothing, nor does one behind a colon or where a line says nothing.
+            says = bool(_SAYS.search(text)) or not (ended or _LEADS_ON.search(line))
+            return says and token not in self.blocks.fences and ends_sentence(before + text)
         if "\n" not in text or ended:
             # Behind a full stop a space begins what follows.
             return bool(_SPACE.search(before + text))
-        line = before.rpartition("\n")[2]
         return bool(_SPACE.search(before + text)) or (is_item(line) and not _LEADS_ON.search(line))
 
     def begun_too_late(self, text: Sequence[int], last: bool) -> list[int]:

@@ -74,6 +74,10 @@ def test_tokens_that_may_end_a_sentence() -> None:
         ('He said "no."', False),  # it has before the quote
         ('He said "', False),
         ("It ends!!", False),
+        ("These are:\n.", False),  # nothing has been said behind the colon
+        ("- one\n6. !", False),
+        ("However,.", False),
+        ("It is (so.", True),
         ("wait...", False),
         ("It ends.\n", False),  # the next one begins
         ("เสร็จแล้ว ", True),
