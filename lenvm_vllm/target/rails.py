@@ -132,7 +132,10 @@ def aim_of(target: LengthTarget, wall: int | None = None) -> Aim:
     The end comes before it, and so does the whole landing: equal_to aims at the same place
     between its lower rail and the wall as between its rails, at_least becomes a range.
     """
-    return _aim(target.mode, *target.limits, target.tolerance, rails_of(target), wall)
+    mode, tolerance, (low, high) = target.mode, target.tolerance, target.limits
+    if mode == "range" and low == high:  # one length, as of equal_to with no tolerance
+        mode, tolerance = "equal_to", None if tolerance is None else 0.0
+    return _aim(mode, low, high, tolerance, rails_of(target), wall)
 
 
 def _aim(
