@@ -13,6 +13,7 @@ from lenvm_vllm.steering.candidates import Candidates
 from lenvm_vllm.steering.closers import likely_closers, with_more
 from lenvm_vllm.steering.constants import FITS
 from lenvm_vllm.text.sentences import Sentences
+from value_server.contract.units import CHARACTERS
 
 
 class Closing:
@@ -41,7 +42,7 @@ class Closing:
         """
         ids, rows = self._ids[self._ids < logits.shape[-1]], list(states)
         lands = ((closing >= 0) & (closing <= 1)).nonzero()[:, 0].tolist()
-        at = [i for i in lands if states[rows[i]].is_known]
+        at = [i for i in lands if states[rows[i]].is_known and _leads_to_end(states[rows[i]])]
         if not at or not len(ids):
             return found
         rows = [rows[i] for i in at]
@@ -84,7 +85,9 @@ class Closing:
         heeded: (B,) bool, as of `Goals.heeds_sentences`. lands: (B,) bool, texts in their landing:
         before it lines may end, though no sentences.
         """
-        some = found.kept & heeded[:, None]
+        # No landing does where the next sentence would have to follow.
+        leads = torch.tensor([_leads_to_end(state) for state in states])
+        some = found.kept & (heeded & (leads | ~lands))[:, None]
         may = _in(self._is_end, found.ids) & some & found.own
         may &= lands[:, None] | ~_in(self._is_break, found.ids)
         return self._closes(found.ids, may, [s.written for s in states]) | (some & ~found.own)
@@ -140,6 +143,16 @@ class Closing:
             return landing.closes >= FITS * sentence
         near = landing.behind > 0 and landing.target < sentence / 2
         return not near and landing.closes >= sentence
+
+
+def _leads_to_end(state: RequestState) -> bool:
+    """Whether the end of the text may stand behind the next token, or behind empty lines."""
+    if not state.is_railed:
+        return True
+    if state.counter is not None:
+        return state.amount + (state.target.unit == CHARACTERS) >= state.bounds.first
+    is_filled = state.aim.mode == "equal_to" and not state.has_grammar
+    return is_filled or not state.rails.suppresses(state.generated + 1)
 
 
 def _table(ids: Sequence[int]) -> Tensor:

@@ -132,10 +132,16 @@ def aim_of(target: LengthTarget, wall: int | None = None) -> Aim:
     The end comes before it, and so does the whole landing: equal_to aims at the same place
     between its lower rail and the wall as between its rails, at_least becomes a range.
     """
-    mode, tolerance, (low, high) = target.mode, target.tolerance, target.limits
-    if mode == "range" and low == high:  # one length, as of equal_to with no tolerance
-        mode, tolerance = "equal_to", None if tolerance is None else 0.0
-    return _aim(mode, low, high, tolerance, rails_of(target), wall)
+    mode, tolerance = _mode_of(target)
+    return _aim(mode, *target.limits, tolerance, rails_of(target), wall)
+
+
+def _mode_of(target: LengthTarget) -> tuple[str, float | None]:
+    """Mode and tolerance; a range of one length is as `equal_to` without a tolerance."""
+    low, high = target.limits
+    if target.mode == "range" and low == high:
+        return "equal_to", None if target.tolerance is None else 0.0
+    return target.mode, target.tolerance
 
 
 def _aim(
@@ -176,8 +182,8 @@ def aim_in_tokens(
     limits: of the target. tokens: of a text that has so much of its unit, the end included. wall:
     as of `aim_of`.
     """
-    low, high = map(tokens, limits)
-    aim = _aim(target.mode, low, high, target.tolerance, _NO_RAILS, wall)
+    (low, high), (mode, tolerance) = map(tokens, limits), _mode_of(target)
+    aim = _aim(mode, low, high, tolerance, _NO_RAILS, wall)
     walled = target.tolerance is not None and wall is not None and wall >= LEAST
     rails = Rails(last=wall) if walled else _NO_RAILS
     return Aim(aim.mode, aim.low, aim.high, aim.width, rails)

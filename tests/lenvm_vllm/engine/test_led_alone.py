@@ -100,6 +100,18 @@ def test_texts_without_values_end_with_a_sentence(
 
 @pytest.mark.parametrize(
     "target",
+    [{"words": 60, "tolerance": 0}, {"mode": "range", "min_words": 60, "max_words": 60}],
+)
+def test_no_sentence_is_ended_where_another_word_has_to_follow(target: dict[str, Any]) -> None:
+    """It would stand alone at the end, and most sentences here have six words."""
+    states = write(target, fakes.Server(TimedOut("slow")))
+    texts = [TOKENIZER.decode(state.output_ids[:-1]) for state in states]
+    assert {count(text, "words") for text in texts} == {60}
+    assert sum(text.endswith(".") for text in texts) >= 0.75 * TEXTS
+
+
+@pytest.mark.parametrize(
+    "target",
     [
         {"tokens": 60},
         {"tokens": 60, "tolerance": 0},
