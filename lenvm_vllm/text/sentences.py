@@ -30,8 +30,8 @@ _ABBREVIATION = regex.compile(
 _ENDS = regex.compile(
     rf"[[\p{{Sentence_Terminal}}…]--[!-~]]{_CLOSERS}|[.!?]{_CLOSERS}(?=\s|$)|\n", regex.V1
 )
-# Of formulas in LaTeX: the brackets around one, and a line above and below one.
-_BRACKETS = regex.compile(r"(?<!\\)\\([\[\]()])")
+# Of formulas in LaTeX: the brackets around one, but in code, and a line above and below one.
+_BRACKETS = regex.compile(r"`[^`\n]*`|(?<!\\)\\([\[\]()])")
 _DOLLARS = regex.compile(r"^[ \t>]*\$\$[ \t]*$", regex.MULTILINE)
 _SAYS = regex.compile(r"[\p{L}\p{N}]")
 # Right behind a full stop they make it the point of 3.14, of example.com or of an abbreviation.
@@ -76,9 +76,9 @@ def may_end_sentence(token: str) -> bool:
 
 def in_formula(text: str) -> bool:
     """Whether its last paragraph stops in a formula of LaTeX, where nothing is whole."""
-    here = text.rstrip().rpartition("\n\n")[2]
-    last = _BRACKETS.findall(here)[-1:]
-    return last in (["["], ["("]) or len(_DOLLARS.findall(here)) % 2 == 1
+    here = text.rstrip().rpartition("```")[2].rpartition("\n\n")[2]
+    last = "".join(_BRACKETS.findall(here))[-1:]
+    return last in ("[", "(") or len(_DOLLARS.findall(here)) % 2 == 1
 
 
 def is_item(line: str) -> bool:
