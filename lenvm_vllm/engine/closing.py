@@ -85,7 +85,7 @@ class Closing:
         heeded: (B,) bool, as of `Goals.heeds_sentences`. lands: (B,) bool, texts in their landing:
         before it lines may end, though no sentences.
         """
-        # No landing does where the next sentence would have to follow.
+        # In a landing none does behind which another sentence would have to follow.
         leads = torch.tensor([_leads_to_end(state) for state in states])
         some = found.kept & (heeded & (leads | ~lands))[:, None]
         may = _in(self._is_end, found.ids) & some & found.own
