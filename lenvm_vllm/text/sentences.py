@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regex
-import torch
-from torch import Tensor
 
 from lenvm_vllm.steering.constants import GOES_ON
 from lenvm_vllm.text.blocks import FENCE, Blocks
 from lenvm_vllm.text.tokenizer import decoded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TAIL = 32  # tokens that tell what stands before one, a line or so
 _RECENT = 160  # tokens whose sentences tell how long the next one will be
@@ -114,6 +115,8 @@ class Sentences:
 
     def __init__(self, tokenizer: Any, texts: dict[int, str]) -> None:
         """texts: of each token in the middle of a text."""
+        import torch  # the API server, which reads whole texts, does without
+
         self._tokenizer, self._texts = tokenizer, texts
         self.blocks = Blocks(tokenizer, texts)
         self._spaces = {i for i, text in texts.items() if text.isspace()}
@@ -127,7 +130,7 @@ class Sentences:
         # As `Blocks.text_of`.
         self._decoded = lru_cache(maxsize=1024)(lambda ids: decoded(tokenizer, list(ids)))
 
-    def is_whole(self, text: Sequence[int], own: Tensor | None = None) -> bool:
+    def is_whole(self, text: Sequence[int], own: "Tensor | None" = None) -> bool:
         """As of the text that these tokens are.
 
         own: (V,) logits of the next token, which tell a full stop from a point.
@@ -139,7 +142,7 @@ class Sentences:
             return bool(_SAYS.search(self.blocks.text_of(tuple(text))))
         return is_whole(tail) and not (own is not None and tail[-1] == "." and self._goes_on(own))
 
-    def _goes_on(self, own: Tensor) -> bool:
+    def _goes_on(self, own: "Tensor") -> bool:
         """Whether what stands right behind a full stop is most likely none of another sentence."""
         inside = self._inside[self._inside < len(own)].to(own.device)
         return bool(own.softmax(-1)[inside].sum() > GOES_ON)
