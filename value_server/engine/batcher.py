@@ -31,6 +31,8 @@ STUCK_S = 300.0  # a forward pass that takes longer will not end
 class Batcher:
     """Runs jobs on `engine`, of which it holds `max_waiting` at most, finished ones not counted.
 
+    Those that only close sessions are taken beyond that: they need no pass, and make room.
+
     `on_pass(queries, jobs, seconds)` is told of every forward pass. name: of the model, to log.
     """
 
@@ -110,11 +112,13 @@ class Batcher:
         with self._lock:  # else two callers could share the last place
             if self.draining:
                 raise BusyError("the server is shutting down")
-            if self.depth < self.max_waiting:
+            if self.depth < self.max_waiting or not job.rows:
                 self._put(job)
             elif job.texts:
                 raise BusyError(f"{self.max_waiting} requests wait already")
             else:
+                if job.closed:  # nobody tells them a second time
+                    self._put(Job([], job.closed))
                 job.future.set_result(job.answer())
         return job.future
 

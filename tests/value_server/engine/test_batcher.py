@@ -120,6 +120,25 @@ def test_queue_never_holds_more_than_it_may(engine: BlockedEngine, batcher: Batc
     assert batcher.depth == 0
 
 
+def test_sessions_are_closed_where_the_queue_is_full(
+    engine: BlockedEngine, batcher: Batcher
+) -> None:
+    """By themselves, and beside a step that has no place: else they would stay until their time is
+    over."""
+    engine.allow(1)
+    rows = [Row(name, 0, [3]) for name in ("a", "b")]
+    batcher.submit(Job(rows)).result(SECONDS)
+    futures = [batcher.submit(step(f"s{i}", [3])) for i in range(8)]
+    closing = batcher.submit(Job([], ["a", "unknown"]))
+    more = Job([Row("more", 0, [3], [1])], ["b"])
+    assert batcher.submit(more).result(0).pending == 1
+    engine.allow()
+    for future in (closing, *futures):
+        future.result(SECONDS)
+    wait_until(lambda: batcher.depth == 0)
+    assert engine.cache.sessions.keys() == {f"s{i}" for i in range(8)}
+
+
 def test_who_is_gone_takes_no_place(engine: BlockedEngine, batcher: Batcher) -> None:
     futures = [batcher.submit(step(f"s{i}", [3])) for i in range(8)]
     assert batcher.submit(step("more", [3])).result(0).pending == 1
