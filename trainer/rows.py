@@ -46,7 +46,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 class Rows(dict[str, dict[str, Any]]):
     """The rows of a file by their `key`; `add` appends one. A last line that was cut off goes.
 
-    Without a file they are in memory alone.
+    Without a file they are in memory alone. Raises ValueError naming a line that holds no row.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -57,10 +57,12 @@ class Rows(dict[str, dict[str, Any]]):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        for place, line in read_lines(path) if path.exists() else ():
             if not line.endswith(b"\n"):
                 break
-            row = json.loads(line)
+            row = row_of(place, line)
+            if "key" not in row:
+                raise ValueError(f"{place}: key: missing")
             self[row["key"]] = row
             whole += len(line)
         self._file = path.open("a")
