@@ -160,7 +160,7 @@ def _of_rows(
         place = f"{source}: {what} {number + 1}"
         if not isinstance(system := row.get("system") or "", str):
             raise ValueError(f"{place}: system: {system!r}, must be a text")
-        own = (str(row.get("id", number)), str(row.get("domain", "")))
+        own = (_text(row.get("id"), number), _text(row.get("domain"), ""))
         if column not in row and "messages" in row:
             turns = turns_of(place, row["messages"], folder)
             text = "\n".join(part for part in turns[-1][1] if isinstance(part, str))
@@ -170,6 +170,10 @@ def _of_rows(
             raise ValueError(f"{place}: {column}: missing or not a text")
         shown = pictures_in(place, pictures, row.get(pictures), folder)
         yield Prompt(*own, row[column], system, shown)
+
+
+def _text(value: Any, missing: object) -> str:
+    return str(missing if value is None else value)
 
 
 def hub_rows(source: str, hub: Hub) -> Iterable[Any]:

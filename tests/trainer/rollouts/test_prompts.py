@@ -15,6 +15,13 @@ def test_read_prompts(name: str, tmp_path: Path) -> None:
     assert list(Selection().read(write_prompts(tmp_path / name))) == PROMPTS
 
 
+def test_what_is_null_is_missing(tmp_path: Path) -> None:
+    """As tables have it where they are written as JSON; 0 is an id."""
+    rows = [{"prompt": "a", "id": None, "domain": None, "system": None}, {"prompt": "b", "id": 0}]
+    found = list(Selection().read(write_prompts(tmp_path / "p.jsonl", rows)))
+    assert found == [Prompt("0", "", "a"), Prompt("0", "", "b")]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
