@@ -19,7 +19,7 @@ ended() {
 }
 trap ended EXIT
 
-if [ ! -x "$VENV/bin/python" ]; then
+if ! quiet "$VENV/bin/python" -m pip --version; then # not there, or only half made
   say "virtual environment in $VENV"
   quiet "${PYTHON:-python3}" -m venv "$VENV"
 fi

@@ -8,6 +8,7 @@ never imported. Needs no model hub.
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,11 @@ def main() -> None:
     if (out / "model.safetensors").exists():
         make_readable(out)  # one that an earlier set-up wrote is its owner's only
         return
-    with tempfile.TemporaryDirectory() as folder:
-        convert(download(Path(folder)), out, [END_OF_TURN])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # whole, or not there
+        convert(download(Path(folder)), made := Path(folder) / out.name, [END_OF_TURN])
+        shutil.rmtree(out, ignore_errors=True)
+        made.rename(out)
     print(json.dumps({"model": str(out), "base_model": BASE_MODEL}))
 
 

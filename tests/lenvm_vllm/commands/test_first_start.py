@@ -1,6 +1,7 @@
 """The first start of our commands: what they cannot do they say at once, in one line."""
 
 import http.server
+import importlib
 import os
 import signal
 import socket
@@ -144,6 +145,52 @@ def load(*_):
 value_server.serve.build_app = load
 main()
 """
+
+
+def test_setup_mends_an_environment_that_is_half_made(tmp_path: Path) -> None:
+    """It was interrupted between Python and pip."""
+    python, maker = tmp_path / "bin" / "python", tmp_path / "python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\ncase "$*" in "-m pip"*) test -e "$0-pip";; esac\n')
+    maker.write_text('#!/bin/sh\ntouch "$3/bin/python-pip"\n')
+    for program in (python, maker):
+        program.chmod(0o755)
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "setup.sh")],
+        env=os.environ | {"VENV": str(tmp_path), "PYTHON": str(maker)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(f"setup: virtual environment in {tmp_path}\n")
+
+
+def test_a_small_model_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was begun would be taken for done."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    small_model = importlib.import_module("small_model")
+    out = tmp_path / "share" / "model"
+    out.mkdir(parents=True)
+
+    def convert(_file: Path, folder: Path, _ends: list[str]) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        (folder / "tokenizer.json").write_text(next(content))
+
+    content = iter(())
+    monkeypatch.setattr(small_model, "convert", convert)
+    monkeypatch.setattr(small_model, "download", lambda folder: folder / "file")
+    monkeypatch.setattr(sys, "argv", ["small_model.py", str(out)])
+    with pytest.raises(StopIteration):
+        small_model.main()
+    assert not (out / "model.safetensors").exists()
+    content = iter(["{}"])
+    small_model.main()
+    assert (out / "tokenizer.json").exists()
+    assert [*out.parent.iterdir()] == [out]
 
 
 @pytest.mark.parametrize("fails", [False, True])
