@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lenvm_vllm.steering import constants
+from value_server.contract.tokens import read_tokens
 
 _SCHEMES = ("http://", "https://", "unix:")
 
@@ -115,10 +116,15 @@ class Settings(BaseSettings):
 
     @property
     def connection(self) -> dict[str, Any]:
-        """Options of `endpoint.http_client`. Raises OSError for an unreadable token_file."""
+        """Options of `endpoint.http_client`.
+
+        Raises OSError or ValueError for a token_file that cannot be read or has not one token.
+        """
         token = self.token.get_secret_value() if self.token else None
         if self.token_file is not None:
-            token = self.token_file.read_text().strip()
+            token, *more = read_tokens(self.token_file)
+            if more:  # it would be no header
+                raise ValueError(f"token_file: {self.token_file}, must have one token for a client")
         return {"token": token, "timeout_s": self.timeout_s, "tls_ca": self.tls_ca}
 
 

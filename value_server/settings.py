@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from value_server.contract.tokens import read_tokens
+
 # The plugin reads the same ones.
 TOKEN_VARIABLE = "LENVM_TOKEN"
 TOKEN_FILE_VARIABLE = "LENVM_TOKEN_FILE"
@@ -141,8 +143,6 @@ class ServerSettings(BaseSettings):
         """
         file = self.token_file or os.environ.get(TOKEN_FILE_VARIABLE)
         if file is not None:
-            if tokens := Path(file).read_text().split():
-                return tokens
-            raise ValueError(f"token_file: no token in {file}")
+            return read_tokens(file)
         given = self.token.get_secret_value() if self.token else os.environ.get(TOKEN_VARIABLE)
         return [given] if given else []

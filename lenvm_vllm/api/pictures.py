@@ -101,7 +101,7 @@ class Pictures:
         """servers: in place of those of the settings, for tests."""
         self._settings = settings
         self._servers = servers
-        self._told = False  # of files that cannot be read
+        self._told = False  # of files that cannot be used
 
     async def take(self, request: dict[str, Any], route: Route, path: str) -> None:
         """Tell the engine of a guided request's pictures, and begin to give them to the value
@@ -144,7 +144,7 @@ class Pictures:
         if self._servers is None:  # not before it is wanted
             try:
                 self._servers = PictureServers(self._settings, Counters().add)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 if not self._told:
                     logger.warning("no value server is shown pictures: %s", error)
                 self._told = True

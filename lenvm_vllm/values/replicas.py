@@ -44,7 +44,8 @@ Build = Callable[[list[int], list[str], float, int], wire.StepRequest]
 
 
 def connect(settings: Settings) -> "Replicas":
-    """Connects to nothing yet. Raises OSError for a file of the settings that cannot be read."""
+    """Connects to nothing yet. Raises OSError or ValueError for a file of the settings that cannot
+    be used."""
     options = settings.connection
     clients = {url: ValueClient(url, **options) for url in settings.servers}
     return Replicas(clients, settings.scoring != "exact", {**settings.adapters, "": settings.url})

@@ -7,4 +7,5 @@ weights.py      whether two copies of a model have the same weights
 wire.py         messages between plugin and server
 units.py        what a word and a character are
 listen.py       whether a server can listen at an address
+tokens.py       bearer tokens in a file
 """

@@ -254,9 +254,12 @@ def test_a_text_only_model_is_shown_nothing() -> None:
 
 
 @pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("content", [None, ""])
 def test_a_token_that_cannot_be_read_costs_values_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if content is not None:
+        (tmp_path / "token").write_text(content)
     told: list[Any] = []
     monkeypatch.setattr(logger, "warning", lambda *words: told.append(words))
     pictures = Pictures(Settings(token_file=tmp_path / "token"))

@@ -211,7 +211,8 @@ def test_how_a_server_is_started(url: str, command: str) -> None:
         ("LENVM_TIMEOUT_S", "-1", "LENVM_TIMEOUT_S=-1: Input should be greater than 0"),
         ("LENVM_URL", "values:8100", "LENVM_URL=values:8100: Value error, expected http://host"),
         ("LENVM_ADAPTERS", "{sql", "LENVM_ADAPTERS={sql: Expecting property name"),
-        ("LENVM_TOKEN_FILE", "/none", "No such file or directory: '/none'"),
+        ("LENVM_TOKEN_FILE", "/none", "token_file: '/none': No such file or directory"),
+        ("LENVM_TOKEN_FILE", "/dev/null", "token_file: no token in /dev/null"),
     ],
 )
 def test_wrong_settings(name: str, value: str, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,10 +101,18 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty.write_text("\n")
     with pytest.raises(ValueError, match="token_file: no token in"):
         _ = ServerSettings(token_file=empty).tokens
-    with pytest.raises(OSError, match="missing"):
-        _ = ServerSettings(token_file=tmp_path / "missing").tokens
-    with pytest.raises(OSError, match="missing"):
-        _ = Settings(token_file=tmp_path / "missing").connection
+    with pytest.raises(ValueError, match="token_file: no token in"):
+        _ = Settings(token_file=empty).connection
+    for where in ("missing", "."):
+        named = rf"^token_file: '{tmp_path / where}': (No such file|Is a directory)"
+        with pytest.raises(OSError, match=named):
+            _ = ServerSettings(token_file=tmp_path / where).tokens
+        with pytest.raises(OSError, match=named):
+            _ = Settings(token_file=tmp_path / where).connection
+    (several := tmp_path / "several").write_text("one\ntwo\n")
+    assert ServerSettings(token_file=several).tokens == ["one", "two"]
+    with pytest.raises(ValueError, match=r"token_file: .*several, must have one token"):
+        _ = Settings(token_file=several).connection
     assert "hunter2" not in repr(Settings()) + repr(ServerSettings(token="hunter2"))
 
 
