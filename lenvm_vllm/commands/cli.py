@@ -2,6 +2,7 @@
 
 import sys
 from argparse import ArgumentParser
+from pathlib import Path
 
 from cyclopts import App
 from cyclopts.config import Yaml
@@ -55,11 +56,26 @@ def main() -> None:
     files = [config.config] if config.config else []
     app.config = [Yaml(file, must_exist=True, use_commands_as_keys=False) for file in files]
     try:
+        for file in files:
+            _check_yaml(Path(file))
         app(arguments, result_action="return_none")
     except ImportError as error:
         sys.exit(_missing(error, arguments[0]))
     except (OSError, ValueError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
+
+
+def _check_yaml(file: Path) -> None:
+    """Raises ValueError with the place of what is no YAML: cyclopts tells neither file nor line."""
+    import yaml
+
+    if not file.is_file():  # cyclopts says so
+        return
+    with file.open("rb") as opened:
+        try:
+            yaml.safe_load(opened)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config: {error}") from error
 
 
 def _missing(error: ImportError, command: str) -> str:

@@ -96,6 +96,17 @@ def test_options_from_a_file(
     assert 'Unknown option: "[holdin]"' in capsys.readouterr().err
 
 
+def test_what_is_no_yaml_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "config", app.config)  # which `main` sets
+    config = tmp_path / "run.yaml"
+    config.write_text("model: m\nlora: [1\n")
+    monkeypatch.setattr(sys, "argv", ["lenvm", "train", "x", "y", "--config", str(config)])
+    with pytest.raises(SystemExit, match=rf'^error: config: .* "{config}", line 2, column 7 '):
+        main()
+
+
 def test_a_message_of_several_lines_becomes_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_arguments: list[str], **_options: object) -> None:
         raise ValueError("first\n  second")
