@@ -21,8 +21,10 @@ from value_server.model.value_model import default_dtype
 ATTEMPTS = 4
 TIMEOUT = httpx.Timeout(30, read=3600)
 Chat = list[dict[str, Any]]
-TOO_LONG = "maximum context length"  # in vLLM's refusal
-LONGER = (TOO_LONG, "maximum model length")  # the same offline: of the text, of the whole
+# In vLLM's refusals: of a server, the second where the prompt leaves room for no token; offline, of
+# the text and of the whole.
+TOO_LONG = ("maximum context length", "max_tokens must be at least 1")
+LONGER = ("maximum context length", "maximum model length")
 # vLLM's server would take these from the model's generation_config.json.
 NO_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -146,7 +148,7 @@ class OfflineSampler:
         from vllm import SamplingParams
 
         chats = [prompt.messages() for prompt in prompts]
-        fits = [self._fits(chat) for chat in chats]
+        fits = [self._fits(*own) for own in zip(prompts, chats, strict=True)]
         fitting = [chat for chat, fit in zip(chats, fits, strict=True) if fit]
         params = SamplingParams(**asdict(sampling))
         sampled = iter(self._sample(fitting, params))
@@ -174,13 +176,17 @@ class OfflineSampler:
     def tokenizer(self) -> TokenizerOf:
         return TokenizerOf(self.model, tokenizer_fingerprint(self.llm.get_tokenizer()))
 
-    def _fits(self, chat: Chat) -> bool:
+    def _fits(self, prompt: Prompt, chat: Chat) -> bool:
         """Whether the prompt leaves room for a token; vLLM would refuse all of its shard. Of a
         prompt with pictures only vLLM knows the length."""
         if _has_pictures(chat):
             return True
         tokenizer = self.llm.get_tokenizer()
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        try:
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # templates raise what they like
+            what = f"the chat template of {self.model} refuses it"
+            raise ValueError(f"prompt {prompt.id}: {what}: {error}") from error
         return len(ids["input_ids"]) < int(self.llm.model_config.max_model_len)
 
 
@@ -274,7 +280,7 @@ class ServerSampler:
             else:
                 if answer.is_success:
                     return dict(answer.json())
-                if answer.status_code == 400 and TOO_LONG in answer.text:
+                if answer.status_code == 400 and any(told in answer.text for told in TOO_LONG):
                     return None
                 passing = answer.status_code >= 500 or answer.status_code == 429
                 if last or not passing:

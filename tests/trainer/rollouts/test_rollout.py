@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 import pytest
+from jinja2 import TemplateError
 
 from tests.support.fake_vllm import FakeVllm, KilledError, answer, rollout
 from tests.support.prompts import LINES, PROMPTS, many, write_prompts
@@ -207,6 +208,22 @@ def test_prompts_that_are_too_long_are_left_out_and_told(
     assert vllm.chats == [["one"]]
     assert {r.prompt_id for r in read_rollouts(tmp_path / "out")} == {"7"}
     assert "part-00000.parquet: 2 prompts are too long for m, left out" in capsys.readouterr().out
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(
+    vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some take no system prompt, others want user and assistant by turns."""
+
+    def refuse(_self: FakeVllm, chat: list[dict[str, str]], **_options: bool) -> dict[str, Any]:
+        if chat[0]["role"] == "system":
+            raise TemplateError("System role not supported")
+        return {"input_ids": [1]}
+
+    monkeypatch.setattr(FakeVllm, "apply_chat_template", refuse)
+    rows = [{"prompt": "a"}, {"prompt": "b", "id": "x", "system": "Be kind."}]
+    with pytest.raises(ValueError, match=r"^prompt x: the chat template of m refuses it: System"):
+        rollout(write_prompts(tmp_path / "p.jsonl", rows), tmp_path / "out", model="m")
 
 
 def test_a_template_stands_around_each_prompt(vllm: FakeVllm, tmp_path: Path) -> None:

@@ -72,8 +72,14 @@ def test_passing_failures_are_repeated() -> None:
     assert len(requests) == 4
 
 
-def test_a_server_that_finds_a_prompt_too_long() -> None:
-    text = "This model's maximum context length is 9 tokens. However, your prompt ..."
+@pytest.mark.parametrize(
+    "text",
+    [
+        "This model's maximum context length is 9 tokens. However, your prompt ...",
+        "max_tokens must be at least 1, got 0.",  # to a prompt of just as many
+    ],
+)
+def test_a_server_that_finds_a_prompt_too_long(text: str) -> None:
     sampler, requests = server(httpx.Response(400, text=text))
     sampler.concurrency = 1
     first, second = sampler.sample(PROMPTS[:2], SAMPLING)
