@@ -93,10 +93,10 @@ def squared_errors(texts: Sequence[Predicted]) -> tuple[Floats, Floats]:
     return squared(np.concatenate([text.guess for text in texts])), squared(np.full_like(u, best))
 
 
-def explained(error: Floats, spread: Floats) -> float:
-    """R² of `squared_errors`, all places together."""
+def explained(error: Floats, spread: Floats) -> float | None:
+    """R² of `squared_errors`, all places together; None where all values are the same."""
     total = spread.sum()
-    return float(1 - error.sum() / total) if total else float("nan")
+    return float(1 - error.sum() / total) if total else None
 
 
 def length_errors(texts: Sequence[Predicted], gamma: float) -> dict[str, float]:

@@ -53,8 +53,9 @@ def predictors(
     known, held_out = split_as_trained(read_rollouts(rollouts), config, holdout)
     if not any(r.finished and len(r.prompt_ids) <= longest for r in held_out):
         raise ValueError(
-            f"holdout: {rollouts} has no finished completion to evaluate with holdout {holdout} "
-            f"and max_length {longest}"
+            f"holdout: {rollouts} has no finished completion to evaluate: {len(held_out)} of "
+            f"{len(known) + len(held_out)} are held out, with {sum(r.finished for r in held_out)} "
+            f"finished, and max_length is {longest}; --holdout 1 takes all"
         )
     if training:
         known = ending_at(read_rollouts(training), end)
@@ -64,7 +65,8 @@ def predictors(
         own = predict_all(model, held_out, reading, name, journals[name])
         logits[name] = [with_gamma(z, model.lenvm.gamma, gamma) for z in own]
     fitted = None if training else config.training.get("baselines")
-    fitted = fitted or fit_baselines(known or held_out, config.gamma, longest)
+    fitted = fitted or fit_baselines(known, config.gamma, longest)  # nothing of cut ones alone
+    fitted = fitted or fit_baselines(held_out, config.gamma, longest)
     for name, line in fitted.items():
         guesses = (baseline_logits(line, rollout, longest) for rollout in held_out)
         logits[name] = [with_gamma(z, config.gamma, gamma) for z in guesses]

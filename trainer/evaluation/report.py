@@ -98,8 +98,8 @@ def _by_domain(
             "forecast": f"{np.median(own.errors):.0%}",
         }
         row |= {name: "" if error is None else f"{error:.0%}" for name, error in at.items()}
-        r2 = explained(*squared_errors(finished)) if finished else float("nan")
-        rows.append(row | {"R²": "" if np.isnan(r2) else f"{r2:.2f}"})
+        r2 = explained(*squared_errors(finished)) if finished else None
+        rows.append(row | {"R²": "" if r2 is None else f"{r2:.2f}"})
     return rows
 
 

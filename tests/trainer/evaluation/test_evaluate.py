@@ -82,6 +82,31 @@ def test_nothing_to_evaluate_with(
         evaluate(checkpoint, path, only_json=True, **options)
 
 
+def test_too_few_prompts_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 5)
+    with pytest.raises(ValueError, match=r"^holdout: .*: 0 of 5 are held out, with 0 finished"):
+        evaluate(checkpoint, path, holdout=1e-9, only_json=True)
+
+
+def test_answers_of_one_token_have_no_r2(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All their values are the same. The last line is JSON, which knows no NaN."""
+    path = support.write(tmp_path / "a.parquet", [row(0, [1, 2], [256])])
+    page = tmp_path / "page.html"
+    result = evaluate(checkpoint, path, html=page, plot=tmp_path / "plot.svg")
+    assert (result["r2"], result["r2_with_bounds"]) == (None, None)
+    assert "NaN" not in capsys.readouterr().out
+    assert page.exists()
+
+
+def test_baselines_of_a_training_that_was_cut_throughout(checkpoint: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 5)
+    cut = write(tmp_path / "cut.parquet", 5, reason="length", prompt=4)
+    result = evaluate(checkpoint, path, training=cut, only_json=True)
+    assert result["baselines"] == evaluate(checkpoint, path, only_json=True)["baselines"]
+
+
 def trained(checkpoint: Path, out: Path, **facts: Any) -> Path:
     """`checkpoint` with other facts of its training."""
     model = ValueModel.load(checkpoint)
