@@ -166,6 +166,7 @@ class Recipe:
             bf16=self.mixed,
             fp16=self.fp16,
             logging_steps=1,
+            logging_nan_inf_filter=self.fp16,  # whose steps without a finite gradient are left out
             save_steps=self.eval_steps or self.save_steps,
             save_total_limit=1,
             eval_strategy="steps" if self.eval_steps else "no",

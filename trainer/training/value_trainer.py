@@ -4,6 +4,7 @@ Loss: the weighted mean of the token losses over a global batch; with equal weig
 Eq. 9. That of a lookahead head is added (ahead.py).
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 
+from trainer.checks import check
 from trainer.seen import pictures_of
 from trainer.training.ahead import Ahead, Places, candidate_losses, places_of, sampled_loss
 from trainer.training.even import make_even
@@ -110,6 +112,17 @@ class ValueTrainer(Trainer):
         rows = (inputs["labels"], inputs["is_cut"], inputs["position_ids"])
         losses = token_losses(raw, *rows, self.objective.judged, self.readout)
         return None, (losses * inputs["weights"]).sum(-1), inputs["weights"].sum(-1)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError where a step's loss or gradient is no number: nothing is learnt from
+        there on. In float16 such steps are left out."""
+        super().log(logs, *args, **kwargs)
+        if self.args.fp16:
+            return
+        for name in ("loss", "grad_norm"):
+            told = f"a smaller one: the {name} of step {self.state.global_step} is {logs.get(name)}"
+            rate = self.args.learning_rate
+            check(math.isfinite(logs.get(name, 0)), "learning_rate", rate, told)
 
     def _forward(
         self, model: Any, inputs: dict[str, Tensor], places: Sequence[Places] = ()

@@ -97,6 +97,15 @@ def test_each_choice_learns_the_toy_task(
     torch.testing.assert_close(lengths, torch.tensor(LENGTHS).float(), rtol=0.5, atol=3)
 
 
+def test_a_loss_that_is_no_number_ends_it(base: Path, data: Path, tmp_path: Path) -> None:
+    """The bug guarded against: a checkpoint of such weights, and a loss that was told as 0."""
+    with pytest.raises(
+        ValueError, match=r"^learning_rate: 1e\+30, must be a smaller one: the .+ of step 2 is nan$"
+    ):
+        run(data, tmp_path / "out", base, tune="full", learning_rate=1e30)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_gradient_checkpointing_changes_nothing_but_the_memory(
     tune: Tune, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
