@@ -26,6 +26,8 @@ from value_server.model.value_model import ValueHead, ValueModel, read_sight
 Tune = Literal["full", "lora", "head"]
 WEIGHTS: dict[Tune, str] = {"full": "full", "lora": "adapter", "head": "head"}
 
+SAME = 0.05  # of a state, that it may differ by rounding
+
 # Layers that the attention mask keeps from other texts of a row; and backbones of other layers,
 # whose configs do not all say so.
 PACKED = {"full_attention", "sliding_attention"}
@@ -182,6 +184,17 @@ class Backbone:
         if self.tune != "full":
             return adapted
         return adapted.merge_and_unload().requires_grad_(True)  # peft froze it
+
+
+@torch.no_grad()
+def check_causal(model: ValueModel, name: str) -> None:
+    """Raises ValueError where states see later tokens, as an encoder's do: there it would be
+    learnt from what is still to come. name: of the backbone."""
+    place = next(model.backbone.parameters()).device
+    texts = (torch.tensor([[0, last]], device=place) for last in (1, 2))
+    state, other = (model.hidden(text)[0, 0].float() for text in texts)
+    same = torch.linalg.norm(state - other) < SAME * torch.linalg.norm(state)
+    check(bool(same), "model", name, "a decoder, whose tokens do not see later ones")
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from trainer.digests import digest
 from trainer.evaluation.card import write_card
 from trainer.resume import ANEW, ELSEWHERE, as_before, check_same, fingerprint
 from trainer.seen import SeenPacks, collate_seen
-from trainer.training.backbone import Backbone
+from trainer.training.backbone import Backbone, check_causal
 from trainer.training.examples import Examples, read_examples
 from trainer.training.steps import FOUND, last_step, open_steps
 from trainer.training.training import Training
@@ -133,6 +133,8 @@ def training_loop(
     """A fresh model, and all that its training takes."""
     recipe = training.recipe
     model = training.fresh_model(config)
+    if training.backbone.attention == "sdpa":  # the others do not take float32, or compile first
+        check_causal(model, training.backbone.model)
     if recipe.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     dataset = packed(examples.learnt, training)

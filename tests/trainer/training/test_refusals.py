@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, GPT2Model
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from tests.support.tiny import tiny_tokenizer
 from tests.support.training import contents, run, toy_rows, write
@@ -85,6 +85,17 @@ def test_positions_that_are_looked_up_are_not_passed(base: Path, tmp_path: Path)
         Reading(max_length=33).load(tmp_path / "out")
     Reading(max_length=32).load(tmp_path / "out")
     run(data, tmp_path / "rope", base, max_length=1000, max_steps=1)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_an_encoder_is_no_backbone(tune: Any, data: Path, tmp_path: Path) -> None:
+    """It would learn from the tokens that are still to come, and forecast nothing."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=258, num_hidden_layers=1, initializer_range=0.3, **shape)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"^model: '.*bert', must be a decoder, whose tokens do"):
+        run(data, tmp_path / "out", tmp_path / "bert", tune=tune)
 
 
 def test_the_backbone_is_not_written_over(base: Path, data: Path) -> None:
