@@ -7,6 +7,7 @@ differ with the number of threads and the machine.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,15 @@ def keep_settings(
     """
     path = folder / SETTINGS_FILE
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not whole: {error}; {anew} starts anew") from error
         check_same(folder, before, as_before(before, settings, found), anew)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    unfinished = path.with_suffix(".tmp")  # a run may be killed any time
+    unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(unfinished, path)
 
 
 def as_before(

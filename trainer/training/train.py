@@ -1,6 +1,5 @@
 """`lenvm train`: from rollouts to a checkpoint."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from trainer.resume import ANEW, ELSEWHERE, as_before, check_same, fingerprint
 from trainer.seen import SeenPacks, collate_seen
 from trainer.training.backbone import Backbone, check_causal
 from trainer.training.examples import Examples, read_examples
-from trainer.training.steps import FOUND, last_step, open_steps
+from trainer.training.steps import FOUND, clear, last_step, open_steps
 from trainer.training.training import Training
 from trainer.training.value_trainer import ValueTrainer, held_out_loss
 from value_server.contract.checkpoint import (
@@ -76,7 +75,8 @@ def train(
     steps = output / "steps"
     arguments = training.recipe.arguments(steps, report_to)
     settings = settings_of(examples, config, training.backbone)
-    if resume and not steps.exists() and is_finished(output, settings):
+    if resume and last_step(steps) is None and is_finished(output, settings):
+        clear(steps)  # what is left where it was killed at its very end
         print(f"{output}: finished before; {ANEW} starts anew")
         return
     first = arguments.process_index == 0
@@ -93,7 +93,7 @@ def train(
             model = training.fresh_model(config)
             model.load_state_dict(weights)
         write_checkpoint(output, model, {**found_out(loop), "run": fingerprint(settings)})
-        shutil.rmtree(steps)
+        clear(steps)
 
 
 def check_trackers(names: Sequence[str]) -> None:

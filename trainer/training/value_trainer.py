@@ -22,6 +22,7 @@ from trainer.training.ahead import Ahead, Places, candidate_losses, places_of, s
 from trainer.training.even import make_even
 from trainer.training.losses import losses_against, token_losses, token_targets
 from trainer.training.objective import Objective
+from trainer.training.steps import reading
 from value_server.contract.targets import Readout
 
 TRAINED_FILE = "trained.safetensors"
@@ -195,8 +196,17 @@ class ValueTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Every process reads the file and keeps its own share, which may be all."""
-        set_model_state_dict(
-            self.accelerator.unwrap_model(self.model),
-            load_file(Path(resume_from_checkpoint) / TRAINED_FILE),
-            options=StateDictOptions(full_state_dict=True, strict=False),
-        )
+        with reading(resume_from_checkpoint):
+            set_model_state_dict(
+                self.accelerator.unwrap_model(self.model),
+                load_file(Path(resume_from_checkpoint) / TRAINED_FILE),
+                options=StateDictOptions(full_state_dict=True, strict=False),
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)

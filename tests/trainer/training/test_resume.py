@@ -69,10 +69,10 @@ def test_a_finished_run_is_not_repeated(
 
 def test_a_step_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
     assert last_step(tmp_path) is None
-    for step in (8, 10, 12):
+    for step in (8, 10, 12, 14):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (8, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    for step, state in ((8, "{}"), (10, "{}"), (12, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_step(tmp_path) == tmp_path / "checkpoint-10"
 
 
@@ -114,6 +114,38 @@ def test_a_setting_that_changed_is_named(
     ):
         run(data, stopped, base, **{name: value})
     assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("rest", [0, 0.5])
+@pytest.mark.parametrize(
+    "name", ["settings.json", "checkpoint-2/trained.safetensors", "checkpoint-2/optimizer.pt"]
+)
+def test_what_is_damaged_is_named(
+    name: str, rest: float, stopped: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "out")
+    damaged = out / "steps" / name
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: int(rest * len(content))])
+    named = damaged if name == "settings.json" else damaged.parent
+    with pytest.raises(ValueError, match=rf"^{named}: .+; --no-resume starts anew$"):
+        run(data, out, base)
+    assert damaged.exists()
+
+
+def test_killed_while_its_steps_are_deleted(
+    stopped: Path, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has finished, and what is left of them is not gone on from."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.training.steps.shutil.rmtree", lambda *_, **__: None)
+        run(data, out, base)
+    (out / "steps" / "settings.json").unlink()
+    capsys.readouterr()
+    run(data, out, base)
+    assert f"{out}: finished before" in capsys.readouterr().out
+    assert not (out / "steps").exists()
 
 
 def test_steps_of_unknown_settings_are_not_gone_on_from(tmp_path: Path) -> None:
