@@ -123,17 +123,14 @@ def test_queue_never_holds_more_than_it_may(engine: BlockedEngine, batcher: Batc
 def test_sessions_are_closed_where_the_queue_is_full(
     engine: BlockedEngine, batcher: Batcher
 ) -> None:
-    """By themselves, and beside a step that has no place: else they would stay until their time is
-    over."""
+    """By themselves, and beside a step that has no place: nobody would close them later."""
     engine.allow(1)
-    rows = [Row(name, 0, [3]) for name in ("a", "b")]
-    batcher.submit(Job(rows)).result(SECONDS)
+    batcher.submit(Job([Row(name, 0, [3]) for name in "ab"])).result(SECONDS)
     futures = [batcher.submit(step(f"s{i}", [3])) for i in range(8)]
-    closing = batcher.submit(Job([], ["a", "unknown"]))
-    more = Job([Row("more", 0, [3], [1])], ["b"])
-    assert batcher.submit(more).result(0).pending == 1
+    futures.append(batcher.submit(Job([], ["a", "unknown"])))
+    assert batcher.submit(Job([Row("more", 0, [3], [1])], ["b"])).result(0).pending == 1
     engine.allow()
-    for future in (closing, *futures):
+    for future in futures:
         future.result(SECONDS)
     wait_until(lambda: batcher.depth == 0)
     assert engine.cache.sessions.keys() == {f"s{i}" for i in range(8)}
@@ -298,14 +295,3 @@ def test_two_engines_with_twice_the_sessions_do_not_evict_each_other(limit: dict
     fresh = sum(10 + 3 * steps for steps in with_values.values() if steps)
     assert engine.forwarded == fresh
     check_integrity(engine.cache)
-
-
-def test_a_pass_that_does_not_end_is_noticed(
-    engine: BlockedEngine, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("value_server.engine.batcher.STUCK_S", 0.0)
-    assert batcher.works
-    batcher.submit(step("a", [1]))
-    engine.wait_for_pass()
-    wait_until(lambda: not batcher.works)
-    assert not batcher.ready

@@ -1,4 +1,4 @@
-"""Passes that fail: for want of memory, for one row, or whatever is in them."""
+"""Passes that fail: for want of memory, for one row, or whatever is in them; or that do not end."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.blocked import SECONDS, wait_until
+from tests.support.blocked import SECONDS, BlockedEngine, wait_until
 from tests.support.slots import check_integrity
 from tests.support.tiny import tiny_model
 from tests.support.value_servers import expected
@@ -80,3 +80,17 @@ def test_passes_that_fail_whatever_they_are_end_the_service() -> None:
         assert not batcher.ready
         with pytest.raises(BusyError):
             batcher.submit(step("c", [1]))
+
+
+def test_a_pass_that_does_not_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("value_server.engine.batcher.STUCK_S", 0.0)
+    engine = BlockedEngine()
+    batcher = Batcher(engine)
+    batcher.start()
+    assert batcher.works
+    batcher.submit(step("a", [1]))
+    engine.wait_for_pass()
+    wait_until(lambda: not batcher.works)
+    assert not batcher.ready
+    engine.allow()
+    batcher.stop()
