@@ -78,19 +78,21 @@ def rates_of(
         *("--max-concurrency", size, "--custom-output-len", tokens),
     )
     rates: dict[str, list[float]] = {arm: [] for arm in arms(tokens)}
-    for _ in range(1 + rounds):
+    for number in range(1 + rounds):
         for arm, (plugin, fields) in arms(tokens).items():
             with awake(both[plugin]) as server:
                 before = Counter(metrics(server.url))
                 report = bench(server.url, (models.name, models.model), prompts, fields, *flags)
                 spent = Counter(metrics(server.url)) - before
             assert report["total_output_tokens"] == count * tokens, arm
+            print(f"{size:3} {arm:7} {told(report, spent)}", file=sys.stderr, flush=True)
+            if number == 0:
+                continue
             rates[arm].append(report["output_throughput"])
             if rows := spent["lenvm_rows_total"]:
                 valued = rates.setdefault(f"valued {arm}", [])
                 valued.append(spent["lenvm_valued_rows_total"] / rows)
-            print(f"{size:3} {arm:7} {told(report, spent)}", file=sys.stderr, flush=True)
-    return {name: own[1:] for name, own in rates.items()}
+    return rates
 
 
 def told(report: dict[str, Any], spent: Counter[str]) -> str:

@@ -88,8 +88,8 @@ SCORED_MASS, MAX_SCORED = 0.9, 8
 
 # ---- words and characters
 
-# Probability with which the next token goes on with a word, from which on the word is not yet
-# whole. By hand: the likelier of the two.
+# Probability with which the next token goes on with a word, or behind a full stop without a space,
+# from which on the word or the sentence is not yet whole. By hand: the likelier of the two.
 GOES_ON = 0.5
 
 # Probability of the ends of a sentence, from which on one comes behind the last word that fits. As

@@ -137,7 +137,7 @@ def aim_of(target: LengthTarget, wall: int | None = None) -> Aim:
 
 
 def _mode_of(target: LengthTarget) -> tuple[str, float | None]:
-    """Mode and tolerance; a range of one length is as `equal_to` without a tolerance."""
+    """Mode and tolerance; a range of one length is as `equal_to` with a tolerance of 0."""
     low, high = target.limits
     if target.mode == "range" and low == high:
         return "equal_to", None if target.tolerance is None else 0.0

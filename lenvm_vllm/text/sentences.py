@@ -75,7 +75,7 @@ def may_end_sentence(token: str) -> bool:
     return bool(_MAY_END.search(token))
 
 
-def in_formula(text: str) -> bool:
+def _in_formula(text: str) -> bool:
     """Whether its last paragraph stops in a formula of LaTeX, where nothing is whole."""
     here = text.rstrip().rpartition("```")[2].rpartition("\n\n")[2]
     last = "".join(_BRACKETS.findall(here))[-1:]
@@ -90,7 +90,7 @@ def is_item(line: str) -> bool:
 def is_whole(text: str) -> bool:
     """Whether it stops at the end of a sentence, of a line or of a code block, outside of any
     other and of a formula."""
-    if len(FENCE.findall(text)) % 2 or not _SAYS.search(text) or in_formula(text):
+    if len(FENCE.findall(text)) % 2 or not _SAYS.search(text) or _in_formula(text):
         return False
     if not text.endswith("\n"):
         return ends_sentence(text) and not _NUMBERED.search(text)
@@ -159,7 +159,7 @@ class Sentences:
             fences = self.blocks.fences
             return [i in (self.breaks if line else fences) for i in tokens]
         before = self._tail(text)
-        if before.endswith("\ufffd") or in_formula(before):  # \ufffd: a character is not whole
+        if before.endswith("\ufffd") or _in_formula(before):  # \ufffd: a character is not whole
             return [False] * len(tokens)
         ended = ends_sentence(before)
         return [self._ends(before, ended, self._texts.get(token, ""), token) for token in tokens]
