@@ -61,7 +61,9 @@ class Plan:
     betas: tuple[float, ...] = (-2.0, -5.0, -10.0, -20.0, -40.0)
     """Of tilt; below 0 shortens."""
     budgets: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 192, 256, 384)
-    """Tokens of at_most and of the hard cut."""
+    """Tokens of at_most, and of the hard cut."""
+    cuts: tuple[int, ...] = ()
+    """Tokens of more hard cuts, which ask for no answer."""
     limit: int = 50
     """Questions. A larger limit goes on from a smaller one."""
     samples: int = 2
@@ -72,7 +74,8 @@ class Plan:
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_positive(limit=self.limit, samples=self.samples, max_tokens=self.max_tokens)
-        check(all(budget > 0 for budget in self.budgets), "budgets", self.budgets, "above 0")
+        for name, budgets in (("budgets", self.budgets), ("cuts", self.cuts)):
+            check(all(budget > 0 for budget in budgets), name, budgets, "above 0")
 
     def settings(self) -> dict[str, Any]:
         """What shapes the answers."""
@@ -156,7 +159,8 @@ def main(
     settings = served.settings() | plan.settings()
     keep_settings(output, settings)
     answers = served.answers(plan.jobs(questions), output, arms=("project",))
-    answers += cut(answers, plan.budgets, AutoTokenizer.from_pretrained(served.files))
+    cuts = sorted({*plan.budgets, *plan.cuts})
+    answers += cut(answers, cuts, AutoTokenizer.from_pretrained(served.files))
     points = points_of(grade(answers, questions, Rows(output / "grades.jsonl")))
     result = {"data": settings["data"], "model": settings["model"], **summary(points)}
     write_figures(output, {"measured": points, **result})

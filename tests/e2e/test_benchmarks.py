@@ -135,7 +135,9 @@ def test_tradeoff_from_data_to_the_last_line(
     data = folder / "questions.jsonl"
     row = json.dumps({"question": "How many?", "answer": "#### 7"})
     data.write_text(f"{row}\n{row}\n")
-    plan = tradeoff.Plan(data=data, betas=(-5.0,), budgets=(8,), limit=2, samples=1, max_tokens=24)
+    plan = tradeoff.Plan(
+        data=data, betas=(-5.0,), budgets=(8,), cuts=(8, 12), limit=2, samples=1, max_tokens=24
+    )
 
     def run() -> str:
         tradeoff.main(plan=plan, served=served_in(folder), output=folder / "runs" / "tradeoff")
@@ -147,6 +149,8 @@ def test_tradeoff_from_data_to_the_last_line(
     points = {(p["arm"], p["dial"]): p for p in result["points"]}
     assert points.keys() >= {("tilt", -5.0), ("at_most", 8), ("budget", 8), ("brief", "brief")}
     assert points["budget", 8]["tokens"] <= 8
+    assert points["budget", 12]["tokens"] <= 12
+    assert ("at_most", 12) not in points
     assert points["at_most", 8]["tokens"] <= 8
     assert (folder / "runs" / "tradeoff" / "tradeoff.png").exists()
     answers = folder / "runs" / "tradeoff" / "answers.jsonl"
