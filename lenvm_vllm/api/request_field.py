@@ -50,6 +50,7 @@ def _check_limits(target: LengthTarget, request: dict[str, Any], route: Route) -
     params, prefill = route.params_of(request), prefills(request)
     limits = Limits(
         max_tokens=None if prefill else route.limit_of(request),
+        max_name=route.limit_name(request),
         min_tokens=0 if prefill else whole(params, "min_tokens") or 0,
         ignore_eos=params.get("ignore_eos") is True,
         thinking_token_budget=whole(params, "thinking_token_budget"),

@@ -18,7 +18,8 @@ BATCH = f"{CHAT}/batch"
 INVOCATIONS = "/invocations"  # SageMaker's name for a chat or a text completion
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # the first one counts
+_OF_CHAT = ("max_completion_tokens", "max_tokens")
+_OF_RESPONSES = ("max_output_tokens",)
 _TEXT_LIMIT = 16  # of a text completion that sets none, since OpenAI's first
 
 
@@ -33,6 +34,7 @@ class Route:
     writes: whether a text is written here.
     tells: whether its answers have a form in which they can tell of their length.
     refusal: why no length can be asked for; empty where it can.
+    limits: its fields for the most tokens of an answer; the first one that is set counts.
     limit: the most tokens of a request that sets no limit; None: the model's context.
     """
 
@@ -43,6 +45,7 @@ class Route:
     writes: bool = True
     tells: bool = True
     refusal: str = ""
+    limits: tuple[str, ...] = ("max_tokens",)
     limit: int | None = None
 
     @property
@@ -57,10 +60,13 @@ class Route:
 
     def limit_of(self, request: dict[str, Any]) -> int | None:
         """The most tokens that the answer may have; None where only the model's context ends it."""
+        params, name = self.params_of(request), self.limit_name(request)
+        return self.limit if params.get(name) is None else whole(params, name)
+
+    def limit_name(self, request: dict[str, Any]) -> str:
+        """The field that counts of `limits`; the last one where none is set."""
         params = self.params_of(request)
-        if all(params.get(name) is None for name in _LIMITS):
-            return self.limit
-        return next((n for name in _LIMITS if (n := whole(params, name)) is not None), None)
+        return next((n for n in self.limits if params.get(n) is not None), self.limits[-1])
 
 
 def whole(params: dict[str, Any], name: str) -> int | None:
@@ -79,7 +85,7 @@ def streams(request: dict[str, Any]) -> bool:
         return False
 
 
-_CHAT = Route(choices=True)
+_CHAT = Route(choices=True, limits=_OF_CHAT)
 _TEXT = Route(choices=True, limit=_TEXT_LIMIT)
 _PREPARED = Route(writes=False, tells=False, ranked=False)
 _SCORES = Route(writes=False, refusal="it writes no text")
@@ -88,14 +94,14 @@ _COHERE = Route(refusal="vLLM passes no extra parameters on from this route")
 ROUTES = {
     CHAT: _CHAT,
     TEXT: _TEXT,
-    BATCH: Route(),
-    RESPONSES: Route(),
+    BATCH: Route(limits=_OF_CHAT),
+    RESPONSES: Route(limits=_OF_RESPONSES),
     MESSAGES: Route(ranked=False),
     GENERATE: Route(params="sampling_params", xargs="extra_args", tells=False),
     # They make requests for GENERATE of the others.
-    f"{CHAT}/render": _PREPARED,
+    f"{CHAT}/render": replace(_PREPARED, limits=_OF_CHAT),
     f"{TEXT}/render": replace(_PREPARED, limit=_TEXT_LIMIT),
-    f"{RESPONSES}/render": _PREPARED,
+    f"{RESPONSES}/render": replace(_PREPARED, limits=_OF_RESPONSES),
     f"{MESSAGES}/render": _PREPARED,
     "/generative_scoring": _SCORES,
     "/v1/systemone": _SCORES,

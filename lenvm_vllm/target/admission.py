@@ -19,7 +19,8 @@ from value_server.contract.units import UNITS
 class Limits:
     """What else a request says of its length, by vLLM's names; the defaults say nothing.
 
-    min_tokens: before the end. shows_stop: whether what ends the text is shown in it.
+    max_name: the request's own name of max_tokens. min_tokens: before the end. shows_stop: whether
+    what ends the text is shown in it.
     """
 
     max_tokens: int | None = None
@@ -27,6 +28,7 @@ class Limits:
     ignore_eos: bool = False
     thinking_token_budget: int | None = None
     shows_stop: bool = False
+    max_name: str = "max_tokens"
 
     @classmethod
     def of(cls, params: Any) -> "Limits":
@@ -129,8 +131,8 @@ def check_limits(rails: Rails, limits: Limits) -> None:
         raise LengthTargetError("ignore_eos: true contradicts length_target")
     if limits.max_tokens is not None and limits.max_tokens < rails.first:
         raise LengthTargetError(
-            f"max_tokens: {limits.max_tokens} contradicts length_target, whose completion has at "
-            f"least {rails.first} tokens"
+            f"{limits.max_name}: {limits.max_tokens} contradicts length_target, whose completion "
+            f"has at least {rails.first} tokens"
         )
     if rails.last is not None and limits.min_tokens >= max(1, rails.last):
         raise LengthTargetError(

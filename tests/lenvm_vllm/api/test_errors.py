@@ -1,10 +1,11 @@
 """HTTP 400: what is wrong is named, before vLLM gets the request, in the form of each route."""
 
+import itertools
 from typing import Any
 
 import pytest
 
-from lenvm_vllm.api.routes import CHAT, INVOCATIONS, MESSAGES, PATHS, ROUTES, TEXT
+from lenvm_vllm.api.routes import CHAT, INVOCATIONS, MESSAGES, PATHS, RESPONSES, ROUTES, TEXT
 from tests.support.through import post
 
 TAKING = [path for path in PATHS if path == INVOCATIONS or not ROUTES[path].refusal]
@@ -49,8 +50,7 @@ def test_a_400_has_the_form_of_its_door() -> None:
         ({"vllm_xargs": {"length_target": 0}}, ["length_target.tokens", "got 0"]),
         ({"vllm_xargs": {"length_goal": 5}}, ["length_goal", "got 5"]),
         ({"length_target": 50, "max_tokens": 44}, ["max_tokens: 44", "at least 45"]),
-        ({"length_target": 50, "max_completion_tokens": 44}, ["max_tokens: 44"]),
-        ({"length_target": 50, "max_output_tokens": 44}, ["max_tokens: 44"]),
+        ({"length_target": 50, "max_completion_tokens": 44}, ["max_completion_tokens: 44"]),
         ({"vllm_xargs": {"length_target": 50}, "max_tokens": 44}, ["max_tokens: 44"]),
         ({"length_target": 50, "min_tokens": 55}, ["min_tokens: 55"]),
         ({"length_target": 50, "ignore_eos": True}, ["ignore_eos: true"]),
@@ -77,6 +77,23 @@ def test_a_text_completion_has_sixteen_tokens_unless_it_says() -> None:
         assert (status, "max_tokens: 16" in answer["error"]["message"]) == (400, True)
     assert post({"length_target": 50, "max_tokens": 50}, path="/v1/completions")[1] == 200
     assert post({"length_target": 50})[1] == 200
+
+
+def test_each_door_has_its_own_name_for_the_most_tokens() -> None:
+    """A name that vLLM ignores there is no limit: of a text completion 16 is."""
+    names = {"max_completion_tokens", "max_tokens", "max_output_tokens"}
+    own = {CHAT: names - {"max_output_tokens"}, TEXT: {"max_tokens"}}
+    own |= {RESPONSES: {"max_output_tokens"}, MESSAGES: {"max_tokens"}}
+    for path, name in itertools.product(own, sorted(names)):
+        _, status, answer = post({"length_target": 50, name: 44}, path=path)
+        if name in own[path]:
+            assert (status, answer["error"]["message"].split(" ")[:2]) == (400, [f"{name}:", "44"])
+        else:
+            assert status == (400 if path == TEXT else 200)
+    _, status, answer = post({"length_target": 50, "max_completion_tokens": 80}, path=TEXT)
+    assert (status, "max_tokens: 16 " in answer["error"]["message"]) == (400, True)
+    both = {"length_target": 50, "max_tokens": 44, "max_completion_tokens": 80}
+    assert post(both)[1] == 200
 
 
 def test_best_of_is_for_answers_that_have_choices() -> None:
