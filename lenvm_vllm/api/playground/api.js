@@ -64,6 +64,7 @@ async function* events(body) {
     const parts = (rest + decoder.decode(bytes, { stream: true })).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
+      if (part.startsWith(":")) continue; // a comment that keeps the connection
       const data = part.slice(part.indexOf("data: ") + 6);
       if (data !== "[DONE]") yield JSON.parse(data);
     }

@@ -58,7 +58,8 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         request = json.loads(data)
         told = events(request["messages"][0]["content"], request.get("length_target"))
         kind = b"text/event-stream"
-        body = "".join(f"data: {json.dumps(event)}\n\n" for event in told).encode()
+        # As of a vLLM with --sse-keep-alive-interval.
+        body = "".join(f": keep-alive\n\ndata: {json.dumps(event)}\n\n" for event in told).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
     await send({"type": "http.response.body", "body": body})
 
