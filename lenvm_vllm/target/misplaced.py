@@ -14,6 +14,7 @@ PREFIX = "length_"
 _OTHERS = {"length_penalty"}  # fields of vLLM's own that start with the same letters
 _MEANT = ("lengthtarget", "targetlength", "targettokens")
 _LIKE = 0.75  # above it a name is one of these with slips; target_language has 0.69
+_LONGEST = 64  # of a name with slips; to compare a longer one takes its time
 
 # What clients wrap parameters of their own in (extra_body, model_kwargs, providerOptions, …), and
 # vLLM does not unwrap; and what it hands on to others, in which such names may be theirs.
@@ -32,6 +33,8 @@ HINT = re.compile(rb'(?i)"[a-z_ -]{0,24}(?:len|target)[a-z_ -]{0,24}"\s*:')
 
 def looks_like_target(name: str) -> bool:
     """Whether this is `length_target`, or was meant to be: lengthTarget, target_length, …"""
+    if len(name) > _LONGEST:
+        return False
     plain = re.sub("[^a-z]", "", name.lower())
     return any(SequenceMatcher(None, plain, meant).ratio() > _LIKE for meant in _MEANT)
 

@@ -57,3 +57,6 @@ def test_a_body_is_searched_in_little_time() -> None:
         assert HINT.search(hard) is None
         assert time.perf_counter() - started < 2
     assert re.search(HINT, b'{"prompt": "a", "length_target": 5}')
+    started = time.perf_counter()
+    assert not looks_like_target("lengthtarget" * 100_000)
+    assert time.perf_counter() - started < 2
