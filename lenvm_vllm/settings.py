@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import httpx
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lenvm_vllm.steering import constants
 from value_server.contract.tokens import read_tokens
 
-_SCHEMES = ("http://", "https://", "unix:")
+_UNIX = "unix:"
 
 
 def _listed(urls: Any) -> Any:
@@ -27,11 +28,21 @@ def _checked(urls: tuple[str, ...]) -> tuple[str, ...]:
     if not urls:
         raise ValueError("no server is named")
     for url in urls:
-        if not url.startswith(_SCHEMES):
+        if not _is_place(url):
             raise ValueError(f"expected http://host:port, https://… or unix:/path, got {url!r}")
     if len(set(urls)) < len(urls):
         raise ValueError(f"a server is named twice in {', '.join(urls)}")
     return urls
+
+
+def _is_place(url: str) -> bool:
+    if url.startswith(_UNIX):
+        return bool(url.removeprefix(_UNIX).partition(":/")[0])
+    try:
+        read = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return read.scheme in ("http", "https") and bool(read.host) and (read.port or 1) < 65536
 
 
 Urls = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_checked)]

@@ -24,7 +24,12 @@ def test_urls(given: Any, urls: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "given", ["", "a:1", "http://a:1,", "http://a,http://a", [], "[3]", "[", 3]
+    "given",
+    [
+        *("", "a:1", "http://a:1,", "http://a,http://a", [], "[3]", "[", 3),
+        *("http://host:port", "http://", "http://:8100", "http://a:81000"),
+        *("unix:", "unix::/models/a"),
+    ],
 )
 def test_wrong_urls_are_named(given: Any) -> None:
     with pytest.raises(ValueError, match="url"):
