@@ -43,12 +43,13 @@ def predict(
         try:
             with http_client(server, **options) as http:
                 reply = http.post(PREDICT_PATH, json=body)
-        except httpx.HTTPError as error:
+            answer = reply.json() if reply.is_success else {}
+        except (httpx.HTTPError, ValueError) as error:  # the latter where it is no JSON
             troubles.append(f"{server}: {error}")
             continue
         if not reply.is_success:
             troubles.append(f"{server}: {reply.status_code} {reply.text}")
-        elif lines := _lines(reply.json(), unit):
+        elif lines := _lines(answer, unit):
             print("\n".join(lines))
             return
         else:

@@ -84,9 +84,10 @@ def shown(answers: list[Any], monkeypatch: pytest.MonkeyPatch, **options: Any) -
 
     def reply(request: httpx.Request) -> httpx.Response:
         answer = answers.pop(0)
-        return (
-            httpx.Response(answer) if isinstance(answer, int) else httpx.Response(200, json=answer)
-        )
+        if isinstance(answer, int):
+            return httpx.Response(answer)
+        is_page = isinstance(answer, str)
+        return httpx.Response(200, text=answer) if is_page else httpx.Response(200, json=answer)
 
     def client(url: str, **how: Any) -> httpx.Client:
         return http_client(url, transport=httpx.MockTransport(reply), **how)
@@ -123,3 +124,5 @@ def test_what_is_printed(
 def test_no_server_that_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"http://one: 503 \nhttp://two: an older .* no words"):
         shown([503, {"predicted_tokens": 5.0}], monkeypatch, unit="words")
+    with pytest.raises(SystemExit, match=r"http://one: Expecting value.*\nhttp://two: 503"):
+        shown(["<html>", 503], monkeypatch)
