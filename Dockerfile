@@ -46,7 +46,7 @@ COPY checkpoints /opt/lenvm/checkpoints
 USER 10001:10001
 EXPOSE 8100 8101
 HEALTHCHECK --start-period=300s --interval=10s --timeout=5s \
-    CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8100/ready')"]
+    CMD ["python3", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8100/ready')"]
 CMD ["lenvm", "serve", "/opt/lenvm/checkpoints/smollm2-135m-instruct", "--host", "0.0.0.0"]
 
 FROM user AS cpu
@@ -61,7 +61,7 @@ ENV TORCHDYNAMO_DISABLE=1
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --start-period=600s --interval=10s --timeout=5s \
-    CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')"]
+    CMD ["python3", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8000/health')"]
 ENTRYPOINT ["python", "-m", "lenvm_vllm.vllm_cli", "serve"]
 CMD ["HuggingFaceTB/SmolLM2-135M-Instruct", "--logits-processors", "lenvm_vllm", "--enforce-eager"]
 
@@ -76,6 +76,6 @@ COPY checkpoints /opt/lenvm/checkpoints
 USER 10001:10001
 EXPOSE 8000 8100 8101
 HEALTHCHECK --start-period=600s --interval=10s --timeout=5s \
-    CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')"]
+    CMD ["python3", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8000/health')"]
 ENTRYPOINT ["vllm", "serve"]
 CMD ["HuggingFaceTB/SmolLM2-135M-Instruct", "--logits-processors", "lenvm_vllm"]
