@@ -11,7 +11,7 @@ from typing import Any
 from lenvm_vllm.api.asgi import send_whole
 from lenvm_vllm.api.routes import CHAT, MESSAGES, TEXT, Route
 from lenvm_vllm.target.misplaced import FIELD, is_meant, misplaced
-from lenvm_vllm.target.request import LengthTargetError
+from lenvm_vllm.target.request import LengthTargetError, number
 
 
 async def refuse(send: Any, message: str, path: str) -> None:
@@ -67,6 +67,8 @@ def _check_best_of(name: str, request: dict[str, Any], best_of: int, route: Rout
     for other in ("stream", "echo"):
         if request.get(other):
             raise LengthTargetError(f"{name} contradicts {other}: {request[other]!r}")
+    if number(request.get("temperature")) == 0:
+        raise LengthTargetError(f"{name} contradicts temperature: 0, at which all would be alike")
     n = request.get("n")
     if n is not None and not (type(n) is int and 1 <= n <= best_of):
         raise LengthTargetError(f"n: {n!r}, must be from 1 to {name}")

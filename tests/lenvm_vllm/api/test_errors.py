@@ -58,6 +58,7 @@ def test_a_400_has_the_form_of_its_door() -> None:
         ({"vllm_xargs": {"length_target": 5}, "use_beam_search": True}, ["use_beam_search: true"]),
         ({"length_target": 5, "prompt_embeds": "AAAA"}, ["prompt_embeds: not supported"]),
         ({"length_target": BEST_OF_3, "stream": True}, ["best_of: 3", "stream: True"]),
+        ({"length_target": BEST_OF_3, "temperature": 0}, ["best_of: 3", "temperature: 0"]),
         ({"length_target": BEST_OF_3, "n": 4}, ["n: 4", "best_of: 3"]),
         ({"length_target": BEST_OF_3, "n": "2"}, ["n: '2'"]),
     ],
