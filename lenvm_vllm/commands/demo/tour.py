@@ -1,11 +1,12 @@
 """The demo's way: what is asked after what, which answers are shown, and what stays in files."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from rich.console import Console
 
 from lenvm_vllm.commands.demo.page import console, show_answer, show_question, table
@@ -72,10 +73,16 @@ def together() -> Iterator[Question]:
         yield Question(FREE, prompt, LENGTHS)
 
 
+def client_of(url: str) -> OpenAI:
+    """Of a vLLM on this machine, which no proxy reaches; it has its key from the environment."""
+    http = DefaultHttpxClient(trust_env=False)
+    key = os.environ.get("VLLM_API_KEY") or "none"
+    return OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=http)
+
+
 def tour(url: str, model: str, page: Console, tell: Callable[..., None]) -> list[Answer]:
     """Asks all and shows some of it. url: of vLLM. Raises RuntimeError where an answer fails."""
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    create = partial(client.chat.completions.create, model=model)
+    create = partial(client_of(url).chat.completions.create, model=model)
     tell("asking")
     ask(create, Question(DEFAULT, PROMPTS[0], (Length(8),)))  # a server's first takes longer
     return asked(create, page, tell)

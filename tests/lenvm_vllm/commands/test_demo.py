@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from lenvm_vllm.commands.demo.questions import (
     ask_all,
     summary,
 )
-from lenvm_vllm.commands.demo.tour import ASKED, SHOWN, asked, end
+from lenvm_vllm.commands.demo.tour import ASKED, SHOWN, asked, client_of, end
 
 HUNDRED = Length(100)
 WALK = " ".join(["a walk through the forest"] * 40)
@@ -221,6 +222,28 @@ def test_the_tour_with_a_model_by_hand(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "demo.jsonl").read_text().splitlines()]
     assert len(rows) == len(answers)
     assert (tmp_path / "demo.txt").read_text().count("→") == len(answers)
+
+
+def test_a_vllm_beside_a_proxy_and_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the environment: vLLM takes its key from there, too."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    keys = []
+
+    class Models(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": []}')
+
+    with HTTPServer(("127.0.0.1", 0), Models) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert client_of(f"http://127.0.0.1:{server.server_port}").models.list().data == []
+        thread.join()
+    assert keys == ["Bearer secret"]
 
 
 def test_what_is_waited_for_is_told_now_and_then() -> None:
