@@ -29,7 +29,7 @@ from trainer.evaluation.forecasts import bias, forecasts_of, rank_correlation, t
 from trainer.evaluation.predictors import predictors
 from trainer.output import table
 from trainer.reading import Reading
-from value_server.contract.checkpoint import read_config
+from value_server.contract.checkpoint import read_config, tokenizer_source
 from value_server.contract.values import check_gamma
 
 app = App(help=__doc__)
@@ -141,7 +141,8 @@ def main(
     config = read_config(checkpoint[0])
     gamma = config.gamma
     gammas = tuple(sorted({gamma, *map(check_gamma, gammas)}))
-    tokenizer = AutoTokenizer.from_pretrained(reading.base_model or config.base_model)
+    base_model = reading.base_model or config.base_model
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(checkpoint[0], base_model))
     with predictors(
         checkpoint, rollouts, reading, gamma, training=training, holdout=holdout
     ) as found:

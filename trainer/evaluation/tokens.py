@@ -25,6 +25,7 @@ from trainer.output import show, table
 from trainer.plots import check_picture, plot_clouds
 from trainer.reading import Reading
 from trainer.rollout_files import TokenizerOf, read_rollouts
+from value_server.contract.checkpoint import tokenizer_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ def tokens(
     reading.check()
     check_picture("cloud", cloud)
     model = reading.load(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(reading.base_model or model.lenvm.base_model)
+    base_model = reading.base_model or model.lenvm.base_model
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(checkpoint, base_model))
     learnt = TokenizerOf(str(checkpoint), model.lenvm.tokenizer_fingerprint)
     end = model.lenvm.training.get(THINKING_END)
     _, texts = split(ending_at(read_rollouts(rollouts, learnt), end), holdout or 1.0)

@@ -107,6 +107,13 @@ def make_readable(folder: Path) -> None:
         file.chmod(mode)
 
 
+def tokenizer_source(checkpoint: Path, base_model: str) -> str:
+    """Hub name or folder of its tokenizer: the checkpoint itself, if it brings one."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    own = any((checkpoint / name).exists() for name in names)
+    return str(checkpoint) if own else base_model
+
+
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that the fingerprint needs."""
 

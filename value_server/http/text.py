@@ -10,7 +10,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from value_server.contract.checkpoint import CheckpointError, tokenizer_fingerprint
+from value_server.contract.checkpoint import (
+    CheckpointError,
+    tokenizer_fingerprint,
+    tokenizer_source,
+)
 from value_server.contract.units import CHARACTERS, WORDS, count, tokens_per_unit
 from value_server.engine.errors import RequestError
 
@@ -87,9 +91,7 @@ class Texts:
 
         Raises CheckpointError if it is not the one that the model was trained with.
         """
-        names = ("tokenizer.json", "tokenizer_config.json")
-        own = any((checkpoint / name).exists() for name in names)
-        source = str(checkpoint) if own else base_model
+        source = tokenizer_source(checkpoint, base_model)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
