@@ -93,6 +93,8 @@ class Engine:
     def check(self) -> None:
         """Raises ValueError naming the option that is wrong."""
         check_positive(concurrency=self.concurrency)
+        url = self.server is None or self.server.startswith(("http://", "https://"))
+        check(url, "server", self.server, "a URL, as http://127.0.0.1:8000/v1")
         alone = not (self.server and self.engine_arg)
         check(alone, "engine_arg", [*self.engine_arg], "left out with a server, which has its own")
         self.engine_arguments()

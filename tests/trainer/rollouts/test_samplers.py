@@ -121,6 +121,13 @@ def test_rollouts_from_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(read_rollouts(tmp_path / "out")) == 20
 
 
+def test_what_is_no_url_is_named_before_anything_is_asked() -> None:
+    for server in ("127.0.0.1:8000/v1", "host", ""):
+        with pytest.raises(ValueError, match=rf"^server: '{server}', must be a URL"):
+            Engine(server=server).check()
+    Engine(server="https://host/v1").check()
+
+
 def test_a_server_tells_its_tokenizer(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     told = TokenizerOf(str(tmp_path), tokenizer_fingerprint(tiny_tokenizer()))
