@@ -12,8 +12,18 @@ from typing import Any
 from lenvm_vllm.api.errors import check_context, check_prefix
 from lenvm_vllm.host.sampling import take_from
 from lenvm_vllm.target.admission import Limits, check_admission, only_prefills, resolved
-from lenvm_vllm.target.rails import needed_by, rails_of
-from lenvm_vllm.target.request import ADAPTER, HAS_CALLS, MEDIA, UNSEEN, LengthTarget
+from lenvm_vllm.target.rails import bounds_of, needed_by, rails_of
+from lenvm_vllm.target.request import (
+    ADAPTER,
+    FIELD,
+    HAS_CALLS,
+    MEDIA,
+    UNSEEN,
+    LengthTarget,
+    LengthTargetError,
+)
+from lenvm_vllm.text.tokenizer import decoded, tokenizer_of
+from value_server.contract.units import UNITS, count
 
 _SECRET = secrets.token_bytes(32)
 
@@ -46,10 +56,24 @@ def take_in(config: Any, request: Any) -> None:
         check_context(needed_by(target).behind(target.prefix_tokens).first, prompt, room)
     params.max_tokens = min(params.max_tokens, room)  # the context ends a text as it does
     check_admission(target, Limits.of(params), config)
+    _check_prefix_text(target, request.prompt_token_ids, config)
     if not only_prefills(config):
         _hold_stop_strings(params, target)
     # Model Runner V2 penalises before the plugin has its turn.
     take_from(params, penalties=not config.use_v2_model_runner)
+
+
+def _check_prefix_text(target: LengthTarget, prompt_ids: Sequence[int] | None, config: Any) -> None:
+    """For a prefix that has more words or characters than the whole completion may have."""
+    most = None if target.unit == UNITS[0] else bounds_of(target).last
+    if most is None or not target.prefix_tokens or prompt_ids is None:
+        return
+    text = decoded(tokenizer_of(config), list(prompt_ids)[-target.prefix_tokens :])
+    if (amount := count(text, target.unit)) > most:
+        raise LengthTargetError(
+            f"{FIELD}.prefix_tokens: {target.prefix_tokens}, whose text has {amount} "
+            f"{target.unit}, of a completion that has at most {most}"
+        )
 
 
 def _media(request: Any) -> list[str]:

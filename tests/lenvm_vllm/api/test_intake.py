@@ -26,6 +26,7 @@ from lenvm_vllm.plugin import BARE, PROCESSOR, register
 from lenvm_vllm.target.request import HAS_CALLS
 from lenvm_vllm.values.client import TimedOut
 from tests.support.fakes import EOS, Server, V, config, entering, free, params, replicas_of
+from tests.support.tiny import tiny_tokenizer
 from tests.support.tiny_llm import tiny_llm
 
 OWN = {
@@ -95,6 +96,21 @@ def test_no_more_of_a_prompt_counts_than_there_is(prefix: int) -> None:
     assert taken(params(rest | {"length_prefix_tokens": 2})).min_tokens == 0
     with pytest.raises(ValueError, match=rf"prefix_tokens: {prefix}, .* has 2 tokens"):
         taken(params(rest | {"length_prefix_tokens": prefix}))
+
+
+def test_a_prefix_has_no_more_than_the_whole_may_have(doors: list[InputProcessor]) -> None:
+    """Nothing could be written behind it that would meet the limit."""
+    prefix = {"length_mode": "at_most", "length_prefix_tokens": 8}
+    for limit, amount in (({"length_words": 2}, 4), ({"length_characters": 7}, 8)):
+        (most,) = limit.values()
+        text = {"type": "token", "prompt_token_ids": tiny_tokenizer()("so: a b c d ")["input_ids"]}
+        at_most = params(prefix | limit, max_tokens=None)
+        message = rf"prefix_tokens: 8, whose text has {amount} \w+, of .* at most {most}$"
+        with pytest.raises(ValueError, match=message):
+            doors[0].process_inputs("one", text, at_most, supported_tasks=("generate",))
+        for more in ({"length_tolerance": "off"}, dict.fromkeys(limit, amount)):
+            wanted = params(prefix | limit | more, max_tokens=None)
+            doors[0].process_inputs("one", text, wanted, supported_tasks=("generate",))
 
 
 def test_others_pass_as_they_are(doors: list[InputProcessor]) -> None:
