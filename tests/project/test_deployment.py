@@ -10,6 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,31 @@ def test_commands_of_vllm() -> None:
         assert int(words[words.index("--shutdown-timeout") + 1]) + 20 <= grace
     for words in dockerfile_list("ENTRYPOINT"):
         assert words[-1] == "serve"
+
+
+def test_health_checks_ask_past_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker gives containers the proxies of its own configuration."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("no_proxy", "127.0.0.0/8")  # which Python does not read
+    services = [
+        s["healthcheck"]["test"][1:] for s in compose()["services"].values() if "build" in s
+    ]
+    checks = {json.dumps(words) for words in (*services, *dockerfile_list("HEALTHCHECK"))}
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        for check in checks:
+            words = json.loads(
+                re.sub("127.0.0.1:8[01]00", f"127.0.0.1:{server.server_port}", check)
+            )
+            assert subprocess.run([sys.executable, *words[1:]], check=False).returncode == 0
+        server.shutdown()
+    assert len(checks) == 2
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
