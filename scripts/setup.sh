@@ -23,8 +23,12 @@ if ! quiet "$VENV/bin/python" -m pip --version; then # not there, or only half m
   say "virtual environment in $VENV"
   quiet "${PYTHON:-python3}" -m venv "$VENV"
 fi
+if ! quiet "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "$("$VENV/bin/python" --version) is too old: remove $VENV, then PYTHON=python3.11" >>"$LOG"
+  exit 1
+fi
 pip install --upgrade pip
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then
   say "vLLM for this machine's GPU and all other packages (some gigabytes, minutes)"
   pip install -e '.[vllm,server,trainer,demo,bench,dev]'
 else

@@ -166,6 +166,42 @@ def test_setup_mends_an_environment_that_is_half_made(tmp_path: Path) -> None:
     assert ended.stdout.startswith(f"setup: virtual environment in {tmp_path}\n")
 
 
+def ready_made(folder: Path, script: str) -> dict[str, str]:
+    """Environment of a set-up whose virtual environment is there, with this for its Python."""
+    for name, text in (("python", script), ("nvidia-smi", "echo GPU 0; sleep 0.2; echo GPU 1")):
+        program = folder / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+    return os.environ | {"VENV": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+
+def test_setup_tells_of_an_old_python_before_it_installs(tmp_path: Path) -> None:
+    old = 'case "$*" in -c*) exit 1;; --version) echo Python 3.10.12;; *install*) exit 3;; esac'
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "setup.sh")],
+        env=ready_made(tmp_path, old),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    told = f"Python 3.10.12 is too old: remove {tmp_path}, then PYTHON=python3.11\n"
+    assert ended.stderr.endswith(told)
+
+
+def test_setup_sees_every_gpu(tmp_path: Path) -> None:
+    """Of several, each told as it is found: nobody may hang up behind the first."""
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "setup.sh")],
+        env=ready_made(tmp_path, "true"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "vLLM for this machine's GPU" in ended.stdout
+
+
 def test_a_small_model_is_there_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
