@@ -2,8 +2,9 @@
 
     python -m benchmarks.systems.scheduling --data prompts.jsonl
 
-A vLLM for each arm and seed, and a value server on the same machine. Arrivals are a Poisson
-process, the same in all arms of a seed. (`queueing` simulates what this measures.)
+A vLLM and a value server on the same machine, new ones for each arm and seed. Arrivals are a
+Poisson process, the same in all arms of a seed. What was measured is kept in --output: the same
+command goes on from there. (`queueing` simulates what this measures.)
 
 fcfs      first come, first served; nothing is asked
 asked     the same, but the plugin asks `/v1/predict`: what a forecast costs
@@ -15,7 +16,6 @@ import json
 import random
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 from benchmarks.estimates import Sample, estimate
 from benchmarks.provenance import end
-from benchmarks.servers import Models
+from benchmarks.servers import Models, digest
 from benchmarks.systems.load import bench, write_prompts
 from lenvm_vllm.commands.servers import lenvm_serve, vllm_serve
 from trainer.checks import check_positive
 from trainer.output import OnlyJson, table
+from trainer.resume import fingerprint, keep_settings
+from trainer.rows import Rows
 
 app = App(help=__doc__)
 # Scheduling policies, and whether the plugin asks for forecasts.
@@ -78,6 +80,7 @@ def main(
     max_tokens: int = 512,
     max_num_seqs: int = 8,
     seeds: int = 3,
+    output: Path = Path("runs/scheduling"),
     only_json: OnlyJson = False,
 ) -> None:
     """Measure, print a table and, as the last line, one JSON object; latencies in seconds.
@@ -95,49 +98,58 @@ def main(
     max_num_seqs
         That vLLM runs at a time; the others wait.
     seeds
-        Runs of each arm; a seed is that of the choice, the arrivals and the answers.
+        Runs of each arm; a seed is that of the choice, the arrivals and the answers. A larger
+        number goes on from a smaller one.
+    output
+        Folder of what each run measured.
     """
     check_positive(limit=limit, rate=rate, max_tokens=max_tokens, seeds=seeds)
-    runs = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        log = folder / "values.log"
-        with lenvm_serve(models.checkpoint, log, base_model=models.backbone) as values:
-            for seed in tqdm(range(seeds), file=sys.stderr):
-                prompts = write_prompts(read_prompts(data, limit, seed), folder / "prompts.jsonl")
-                load = (
-                    *("--num-prompts", limit, "--custom-output-len", max_tokens),
-                    *("--request-rate", rate, "--seed", seed),
-                )
-                measure = partial(
-                    _run, models, folder, values.url, max_num_seqs, prompts, load, seed
-                )
-                runs.append({arm: measure(arm) for arm in ARMS})
-    rows = figures(runs, limit)
-    asked = {"requests": limit, "rate": rate, "max_tokens": max_tokens}
-    end({**asked, "max_num_seqs": max_num_seqs, "rows": rows}, table(rows), only_json)
+    load: dict[str, float] = {"requests": limit, "rate": rate, "max_tokens": max_tokens}
+    load["max_num_seqs"] = max_num_seqs
+    prompts = fingerprint(read_prompts(data, limit, seed=0))
+    made_with = {"model": models.name, "value_model": digest(models.checkpoint)}
+    keep_settings(output, {**made_with, "prompts": prompts, **load})
+    runs = Rows(output / "runs.jsonl")
+    missing = [
+        (seed, arm) for seed in range(seeds) for arm in ARMS if key_of(seed, arm) not in runs
+    ]
+    for seed, arm in tqdm(missing, file=sys.stderr):
+        found = _run(models, arm, seed, read_prompts(data, limit, seed), load)
+        runs.add({"key": key_of(seed, arm), **found})
+    rows = figures([{arm: runs[key_of(seed, arm)] for arm in ARMS} for seed in range(seeds)], limit)
+    end({**load, "rows": rows}, table(rows), only_json)
+
+
+def key_of(seed: int, arm: str) -> str:
+    """Of a run's row."""
+    return f"{seed}/{arm}"
 
 
 def _run(
-    models: Models,
-    folder: Path,
-    values: str,
-    max_num_seqs: int,
-    prompts: Path,
-    load: tuple[Any, ...],
-    seed: int,
-    arm: str,
+    models: Models, arm: str, seed: int, prompts: list[str], load: dict[str, float]
 ) -> dict[str, float]:
     """What `seconds` says of one arm, and the tokens of its answers."""
     policy, asks = ARMS[arm]
     flags = (
-        *("--max-num-seqs", max_num_seqs, "--max-num-batched-tokens", 16384),
+        *("--max-num-seqs", load["max_num_seqs"], "--max-num-batched-tokens", 16384),
         *("--scheduling-policy", policy, *models.flags),
     )
+    asked = (
+        *("--num-prompts", load["requests"], "--custom-output-len", load["max_tokens"]),
+        *("--request-rate", load["rate"], "--seed", seed),
+    )
     env = {"LENVM_FORECAST": str(asks).lower()}
-    log = folder / f"{arm}.log"
-    with vllm_serve(models.model, log, *flags, values_url=values, env=env) as vllm:
-        report = bench(vllm.url, (models.name, models.model), prompts, {"seed": seed}, *load)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        lenvm_serve(
+            models.checkpoint, Path(name) / "values.log", base_model=models.backbone
+        ) as values,
+        vllm_serve(
+            models.model, Path(name) / "vllm.log", *flags, values_url=values.url, env=env
+        ) as vllm,
+    ):
+        file = write_prompts(prompts, Path(name) / "prompts.jsonl")
+        report = bench(vllm.url, (models.name, models.model), file, {"seed": seed}, *asked)
     return seconds(report) | {"tokens": report["total_output_tokens"]}
 
 
