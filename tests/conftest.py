@@ -34,17 +34,15 @@ VLLM = "tests/e2e"
 
 
 def group_of(item: pytest.Item) -> str:
-    """Tests of a group run in one process: those of one file, but all that start vLLM, whose
-    engine keeps a core busy, are one group."""
-    path = item.nodeid.split("::")[0]
-    return VLLM if path.startswith(VLLM) else path
+    """Tests of a group run in one process: those of one file, but all that share servers."""
+    return VLLM if item.get_closest_marker("pair") else item.nodeid.split("::")[0]
 
 
 def order_of(item: pytest.Item) -> tuple[bool, bool, str, str]:
-    """Those that take minutes first, and those that share servers side by side."""
+    """Those that take minutes first, those that share servers before all and side by side."""
     group, pair = group_of(item), item.get_closest_marker("pair")
     short = item.get_closest_marker("e2e") is None
-    return group != VLLM, short, group, pair.args[0] if pair else ""
+    return not group.startswith(VLLM), short, group, pair.args[0] if pair else ""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
