@@ -100,7 +100,8 @@ class NaiveCache:
 
     def _has_turn(self, asked: Text) -> bool:
         in_use = len(prefixes(self.used))
-        if in_use + asked.slots > self.slots:
+        used = list(self.used)
+        if not fits(used, in_use, [], asked.slots, self.most, self.slots):
             return False
         ahead = [text for text in self.line.values() if text.ticket < asked.ticket]
         own = [text.size for text in self.used.values() if text.client == asked.client]
@@ -108,7 +109,6 @@ class NaiveCache:
         quota = self.client_sessions, self.client_slots
         asked.over = not fits(own, sum(own), waiting, asked.size, *quota)
         slots = [text.slots for text in ahead if not text.over]
-        used = list(self.used)
         return not asked.over and fits(used, in_use, slots, asked.slots, self.most, self.slots)
 
     def _make_room(self, name: str, asked: Text) -> bool:

@@ -5,7 +5,7 @@ in the line again. Whoever comes in needs room for everybody with an earlier tic
 a short text does not overtake a long one for ever. What is not asked for any more has no place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 HEADROOM = 32  # one of so many slots stays free beside a newcomer: who is there will grow
@@ -36,12 +36,22 @@ class Room:
     slots: int
     most_slots: int
 
-    def takes(self, slots: int, ahead: list[int]) -> bool:
-        """Whether one more with `slots` has room beside those ahead of it, with theirs."""
-        others = self.sessions + len(ahead)
+    def takes(self, slots: int, ahead: Iterable[int] = ()) -> bool:
+        """Whether one more with `slots` has room beside those ahead of it, with theirs.
+
+        No more of these are looked at than have room.
+        """
+        others, asked = self.sessions, self.slots + slots
+        fits = self._fits(others, asked)
+        for more in ahead if fits else ():
+            others, asked = others + 1, asked + more
+            if not self._fits(others, asked):
+                return False
+        return fits
+
+    def _fits(self, others: int, asked: int) -> bool:
         spare = self.most_slots // HEADROOM if others else 0
-        asked = self.slots + sum(ahead) + slots + spare
-        return others < self.most_sessions and asked <= self.most_slots
+        return others < self.most_sessions and asked + spare <= self.most_slots
 
 
 class Line:
@@ -68,13 +78,17 @@ class Line:
         asker = self.askers[name] = Asker(client, slots, size, ticket, now)
         return asker
 
-    def may_enter(self, asker: Asker, server: Room, client: Room) -> bool:
-        """Whether it is the turn of `asker`, and there is room. client: what its own has."""
-        if server.slots + asker.slots > server.most_slots:
+    def may_enter(
+        self, asker: Asker, server: Room, quota: Callable[[], Room | None] = lambda: None
+    ) -> bool:
+        """Whether it is the turn of `asker`, and there is room. quota: what its client has, where
+        that has limits of its own."""
+        if not server.takes(asker.slots):
             return False  # the usual case where many wait: none of them is looked at
-        own = [other.size for other in self._ahead(asker) if other.client == asker.client]
-        asker.over = not client.takes(asker.size, own)
-        all_ahead = [other.slots for other in self._ahead(asker) if not other.over]
+        if client := quota():
+            own = (other.size for other in self._ahead(asker) if other.client == asker.client)
+            asker.over = not client.takes(asker.size, own)
+        all_ahead = (other.slots for other in self._ahead(asker) if not other.over)
         return not asker.over and server.takes(asker.slots, all_ahead)
 
     def leave(self, name: str) -> None:
