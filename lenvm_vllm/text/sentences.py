@@ -144,8 +144,11 @@ class Sentences:
 
     def _goes_on(self, own: "Tensor") -> bool:
         """Whether what stands right behind a full stop is most likely none of another sentence."""
-        inside = self._inside[self._inside < len(own)].to(own.device)
-        return bool(own.softmax(-1)[inside].sum() > GOES_ON)
+        return bool(own.softmax(-1)[self._inside_of(len(own), own.device)].sum() > GOES_ON)
+
+    @lru_cache(maxsize=8)  # noqa: B019  # copied to a device once, not at each full stop
+    def _inside_of(self, size: int, on: Any) -> "Tensor":
+        return self._inside[self._inside < size].to(on)
 
     def tokens_a_sentence(self, text: Sequence[int]) -> float:
         """Of its last sentences, or lines; all of it where it has none."""
