@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _TAIL = 32  # tokens that tell what stands before one, a line or so
 _RECENT = 160  # tokens whose sentences tell how long the next one will be
 
-_CLOSERS = r"""(?:["'*_`\p{Pe}\p{Pf}]|</?\w+>)*"""
+# Quotes, brackets, tags and marks that cite, as in "It is so.[1]".
+_CLOSERS = r"""(?:\[\^?\d{1,3}\]|["'*_`\p{Pe}\p{Pf}]|</?\w+>)*"""
 _TERMINAL = regex.compile(rf"[\p{{Sentence_Terminal}}…]{_CLOSERS}$")
 _GREEK_QUESTION = regex.compile(rf"\p{{Greek}}\s*[;\u037e]{_CLOSERS}$")
 # Thai and Lao sentences have no mark: a space ends one.
@@ -35,8 +36,9 @@ _ENDS = regex.compile(
 _BRACKETS = regex.compile(r"`[^`\n]*`|(?<!\\)\\([\[\]()])")
 _DOLLARS = regex.compile(r"^[ \t>]*\$\$[ \t]*$", regex.MULTILINE)
 _SAYS = regex.compile(r"[\p{L}\p{N}]")
-# Right behind a full stop they make it the point of 3.14, of example.com or of an abbreviation.
-_INSIDE = regex.compile(r"[\p{Lu}\p{Ll}\p{N}]")
+# Right behind a full stop they make it the point of 3.14, of example.com or of an abbreviation, or
+# begin a mark that cites.
+_INSIDE = regex.compile(r"[\p{Lu}\p{Ll}\p{N}\[]")
 _MARK = r"(?:[-*+•‣–—]|\(?(?:\d{1,3}|\p{L})[.)])"  # noqa: RUF001
 _ITEM = regex.compile(rf"^[ \t>]*{_MARK}[ \t]+[^\s].*")
 # A line that something follows, or that says nothing yet: a heading, a bare mark of a list, the

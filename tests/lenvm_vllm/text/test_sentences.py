@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from lenvm_vllm.text.letters import texts_of
 from lenvm_vllm.text.sentences import Sentences, ends_sentence
@@ -34,6 +35,8 @@ from tests.support.tiny import tiny_tokenizer
         "1. First.",
         "- He met Dr. Who.",
         "wait...",
+        "It is so.[1]",
+        "It is so.[12][^3]",
     ],
 )
 def test_sentence_ends(text: str) -> None:
@@ -158,6 +161,7 @@ def test_a_whole_text(text: str, whole: bool) -> None:
         ("1. One.\n2. Two.\n", 8),
         ("He met Mr. Wu.", 14),
         ("完了。完了。", 9),
+        ("It is.[1] So.[2]", 8),
         ("x" * 800 + ". " + "It ends. " * 20, 160 / 18),  # what is long ago does not count
         ("", 0),
     ],
@@ -166,6 +170,15 @@ def test_tokens_a_sentence(text: str, tokens: float) -> None:
     """A token is a byte here."""
     tokenizer, found = sentences()
     assert found.tokens_a_sentence(tokenizer.encode(text, add_special_tokens=False)) == tokens
+
+
+@pytest.mark.parametrize(("after", "whole"), [("[", False), (" ", True)])
+def test_a_sentence_is_not_whole_before_a_mark_that_cites(after: str, whole: bool) -> None:
+    tokenizer, found = sentences()
+    own = torch.zeros(len(tokenizer))
+    own[tokenizer.encode(after, add_special_tokens=False)] = 20
+    text = tokenizer.encode("It is so.", add_special_tokens=False)
+    assert found.is_whole(text, own) is whole
 
 
 @pytest.mark.parametrize("name", NAMES)
