@@ -101,12 +101,13 @@ class NaiveCache:
     def _has_turn(self, asked: Text) -> bool:
         in_use = len(prefixes(self.used))
         used = list(self.used)
-        if not fits(used, in_use, [], asked.slots, self.most, self.slots):
+        own = [text.size for text in self.used.values() if text.client == asked.client]
+        quota = self.client_sessions, self.client_slots
+        asked.over = not fits(own, sum(own), [], asked.size, *quota)
+        if asked.over or not fits(used, in_use, [], asked.slots, self.most, self.slots):
             return False
         ahead = [text for text in self.line.values() if text.ticket < asked.ticket]
-        own = [text.size for text in self.used.values() if text.client == asked.client]
         waiting = [text.size for text in ahead if text.client == asked.client]
-        quota = self.client_sessions, self.client_slots
         asked.over = not fits(own, sum(own), waiting, asked.size, *quota)
         slots = [text.slots for text in ahead if not text.over]
         return not asked.over and fits(used, in_use, slots, asked.slots, self.most, self.slots)

@@ -165,7 +165,7 @@ class SlotCache(SlotTree):
         ticket = idle.ticket if idle else None
         asker = self.line.ask(name, client, slots, size, self.now(), ticket)
         server = Room(len(self.sessions), self.max_sessions, self.used, self.size)
-        let_in = self.line.may_enter(asker, server, lambda: self._quota(client))
+        let_in = self.line.may_enter(asker, server, self._quota(client))
         if let_in or not waits:
             self.line.leave(name)
         if not let_in:

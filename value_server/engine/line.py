@@ -5,7 +5,7 @@ in the line again. Whoever comes in needs room for everybody with an earlier tic
 a short text does not overtake a long one for ever. What is not asked for any more has no place.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 HEADROOM = 32  # one of so many slots stays free beside a newcomer: who is there will grow
@@ -78,14 +78,14 @@ class Line:
         asker = self.askers[name] = Asker(client, slots, size, ticket, now)
         return asker
 
-    def may_enter(
-        self, asker: Asker, server: Room, quota: Callable[[], Room | None] = lambda: None
-    ) -> bool:
-        """Whether it is the turn of `asker`, and there is room. quota: what its client has, where
-        that has limits of its own."""
-        if not server.takes(asker.slots):
+    def may_enter(self, asker: Asker, server: Room, client: Room | None) -> bool:
+        """Whether it is the turn of `asker`, and there is room. client: what its own has; None
+        where clients have no limits of their own."""
+        # Told also where the server is full: else those behind it would wait for one kept out.
+        asker.over = client is not None and not client.takes(asker.size)
+        if asker.over or not server.takes(asker.slots):
             return False  # the usual case where many wait: none of them is looked at
-        if client := quota():
+        if client:
             own = (other.size for other in self._ahead(asker) if other.client == asker.client)
             asker.over = not client.takes(asker.size, own)
         all_ahead = (other.slots for other in self._ahead(asker) if not other.over)

@@ -256,3 +256,13 @@ def test_a_client_has_so_many_slots_in_use() -> None:
     assert set(cache.sessions) == {"other", "a"}
     assert cache.largest == 12
     check_integrity(cache)
+
+
+@pytest.mark.parametrize("quota", [(1, None), (None, 64)])
+def test_nobody_waits_for_a_client_beyond_its_limits(quota: tuple[int | None, int | None]) -> None:
+    """Though the server has no room for what it asks for, either."""
+    cache = SlotCache(100, 10, 10.0, Clock(), *quota)
+    assert use(cache, "a", 0, [1] * 60, [], client="x") is not None
+    assert use(cache, "b", 0, [2] * 50, [], client="x") is None
+    assert use(cache, "c", 0, [3] * 10, [], client="y") is not None
+    check_integrity(cache)
