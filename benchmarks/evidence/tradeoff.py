@@ -61,7 +61,7 @@ class Plan:
     betas: tuple[float, ...] = (-2.0, -5.0, -10.0, -20.0, -40.0)
     """Of tilt; below 0 shortens."""
     budgets: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 192, 256, 384)
-    """Tokens of at_most, and of the hard cut."""
+    """Tokens of at_most and of the hard cut."""
     cuts: tuple[int, ...] = ()
     """Tokens of more hard cuts, which ask for no answer."""
     limit: int = 50
