@@ -61,6 +61,8 @@ def serve(
         check_socket(settings.uds)
     else:
         check_port(settings.host, settings.port)
+    if settings.metrics_port is not None:
+        check_port(settings.host, settings.metrics_port, "metrics_port")
     if settings.tls_cert and settings.tls_key:
         check_certificate(settings.tls_cert, settings.tls_key)
     try:

@@ -6,8 +6,11 @@ import ssl
 from pathlib import Path
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises OSError where nobody could listen on a TCP port, naming it; 0 is any free one."""
+def check_port(host: str, port: int, name: str = "port") -> None:
+    """Raises OSError where nobody could listen on a TCP port, naming it; 0 is any free one.
+
+    name: of the option that it comes from.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -25,7 +28,7 @@ def check_port(host: str, port: int) -> None:
             try:
                 probe.bind(address)
             except OSError as error:
-                raise OSError(f"port {port} of {host}: {error.strerror}") from error
+                raise OSError(f"{name} {port} of {host}: {error.strerror}") from error
 
 
 def check_socket(path: Path) -> None:

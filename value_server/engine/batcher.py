@@ -126,6 +126,8 @@ class Batcher:
         """What the job has now; its caller waits no longer, and its texts are computed on."""
         answer = job.answer()
         job.left = True
+        if not job.queue_seconds:  # it has waited until now
+            job.queue_seconds = time.perf_counter() - job.submitted
         return answer
 
     def _put(self, job: Job) -> None:

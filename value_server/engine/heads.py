@@ -30,10 +30,11 @@ class Heads:
     def read(self, rows: Sequence[tuple[Row, Session]], texts: bool) -> list[Row]:
         """Give the rows their values, which are all there; those that have one that is no finite
         number get none, and are returned. texts: whether the values of their texts are wanted."""
-        for row, _ in rows:
-            if row.lacks:  # its candidates are not asked for yet
+        for row, session in rows:
+            # They are not asked for yet, or were dropped because nobody waits for them.
+            if row.lacks or len(session.candidates) < len(row.candidates):
                 row.z = np.full(len(row.candidates), np.nan, dtype=np.float32)
-        rows = [(row, session) for row, session in rows if not row.lacks]
+        rows = [(row, session) for row, session in rows if row.z is None]
         slots = chain.from_iterable(session.candidates for _, session in rows)
         z = self._z[np.fromiter(slots, dtype=np.int64)]
         ends = [session.path[-1] for row, session in rows if row.lookahead_rank]

@@ -105,4 +105,4 @@ class Pace:
         if smallest is None or not self._queries:
             return None
         fitting = SHARE * smallest * self._queries / max(self._seconds, 1e-9)
-        return min(self._prefill, int(fitting))
+        return int(min(self._prefill, fitting))

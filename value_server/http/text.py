@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from value_server.contract.checkpoint import (
@@ -33,10 +33,11 @@ class TextRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    messages: list[dict[str, Any]] | None = None
+    # A list is wrong at its first wrong item: errors of all would take a hundred times its memory.
+    messages: list[dict[str, Any]] | None = Field(default=None, fail_fast=True)
     prompt: str | None = None
-    token_ids: list[int] | None = None
-    pictures: list[str] | None = None
+    token_ids: list[int] | None = Field(default=None, fail_fast=True)
+    pictures: list[str] | None = Field(default=None, fail_fast=True)
 
     @property
     def given(self) -> str:

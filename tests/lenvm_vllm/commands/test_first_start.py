@@ -70,6 +70,13 @@ def test_value_server_on_a_busy_port(busy: int, tmp_path: Path) -> None:
     assert ended.stderr == f"error: port {busy} of 127.0.0.1: Address already in use\n"
 
 
+@pytest.mark.e2e
+def test_value_server_whose_metrics_port_is_busy(busy: int, tmp_path: Path) -> None:
+    ended = lenvm("serve", str(tmp_path / "none"), "--port", "0", "--metrics-port", str(busy))
+    assert ended.returncode == 1
+    assert ended.stderr == f"error: metrics_port {busy} of 127.0.0.1: Address already in use\n"
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
 def test_a_port_is_busy_on_every_address(host: str, busy: int) -> None:
     with pytest.raises(OSError, match=f"^port {busy} of {host}: Address already in use$"):

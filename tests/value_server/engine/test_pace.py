@@ -27,7 +27,10 @@ def test_a_prefill_takes_half_of_the_smallest_budget() -> None:
     pace.asked(100.0)
     clock.time = 1.1
     assert pace.limits().prefill == 512  # what is smaller is more than a second ago
-    clock.time = 3.0
+    clock.time = 2.2
+    pace.asked(1e308)
+    assert pace.limits().prefill == 512
+    clock.time = 4.0
     assert pace.limits().prefill == 512
 
 

@@ -147,6 +147,7 @@ def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
     late = ask(("b", 0, [7], [1, 2]), budget_ms=30.0)  # the pass does not even end
     assert late.held == [0]
     assert np.isnan(wire.unpack_logits(late.logits)).all()
+    assert served.figure("lenvm_queue_seconds_sum") > 0.02
     served.engine.allow()
     expected = [naive([*t, c], max_position=1024)[-1] for t in ([7], text) for c in (1, 2)]
     z, asked = np.array([np.nan]), 0

@@ -113,6 +113,10 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ServerSettings(token_file=several).tokens == ["one", "two"]
     with pytest.raises(ValueError, match=r"token_file: .*several, must have one token"):
         _ = Settings(token_file=several).connection
+    (binary := tmp_path / "binary").write_bytes(b"\xff\xfe\x80")
+    for settings in (ServerSettings(token_file=binary), Settings(token_file=binary)):
+        with pytest.raises(ValueError, match=rf"^token_file: '{binary}': no text in UTF-8"):
+            _ = settings.tokens if isinstance(settings, ServerSettings) else settings.connection
     assert "hunter2" not in repr(Settings()) + repr(ServerSettings(token="hunter2"))
 
 

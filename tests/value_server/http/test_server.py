@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from transformers import GPTJConfig, GPTJModel
 
 from lenvm_vllm.commands.predict import predict
@@ -18,6 +19,7 @@ from tests.support.value_servers import Server, naive, step, step_body
 from value_server.contract import wire
 from value_server.contract.checkpoint import tokenizer_fingerprint
 from value_server.contract.values import length_from_logit
+from value_server.http.text import TextRequest
 from value_server.model.value_model import ValueHead, ValueModel
 from value_server.serve import serve
 from value_server.settings import ServerSettings
@@ -159,6 +161,14 @@ def test_bad_predictions(
         reply = client.post(path, content=content, headers=headers)
         assert reply.status_code == status, reply.text
         assert error_of(reply)["field"] == field
+
+
+@pytest.mark.parametrize("field", ["messages", "token_ids", "pictures"])
+def test_a_list_of_wrong_items_is_wrong_once(field: str) -> None:
+    """Each error holds its item and more: those of a large body were a hundred times its size."""
+    with pytest.raises(ValidationError) as wrong:
+        TextRequest.model_validate({"prompt": "a", field: [None] * 1000})
+    assert wrong.value.error_count() == 1
 
 
 def test_oversized_body_declared_or_streamed(client: httpx.Client) -> None:
