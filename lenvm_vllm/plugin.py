@@ -7,6 +7,7 @@ the request field through vLLM's own `--middleware`.
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from lenvm_vllm.host import served
@@ -64,17 +65,20 @@ def _read_lengths_of_batch_files() -> None:
     from lenvm_vllm.api.routes import BATCH, ROUTES
     from lenvm_vllm.host.names import ChatCompletionRequest
 
-    to_sampling_params = ChatCompletionRequest.to_sampling_params
+    beside = ("vllm_xargs", "tools", "tool_choice", "use_beam_search")
 
-    @functools.wraps(to_sampling_params)
-    def with_length(self: Any, *more: Any, **kwargs: Any) -> Any:
-        tools = {"tools": self.tools, "tool_choice": self.tool_choice}
-        request = (self.model_extra or {}) | {"vllm_xargs": self.vllm_xargs} | tools
-        take(request, ROUTES[BATCH], BATCH)
-        self.vllm_xargs = request["vllm_xargs"]
-        return to_sampling_params(self, *more, **kwargs)
+    def with_length(to_params: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(to_params)
+        def read(self: Any, *more: Any, **kwargs: Any) -> Any:
+            request = (self.model_extra or {}) | {name: getattr(self, name) for name in beside}
+            take(request, ROUTES[BATCH], BATCH)
+            self.vllm_xargs = request["vllm_xargs"]
+            return to_params(self, *more, **kwargs)
 
-    ChatCompletionRequest.to_sampling_params = with_length
+        return read
+
+    for name in ("to_sampling_params", "to_beam_search_params"):
+        setattr(ChatCompletionRequest, name, with_length(getattr(ChatCompletionRequest, name)))
 
 
 class AtTheRoutes:

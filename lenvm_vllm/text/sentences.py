@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 _TAIL = 32  # tokens that tell what stands before one, a line or so
 _RECENT = 160  # tokens whose sentences tell how long the next one will be
 
-# Quotes, brackets, tags and marks that cite, as in "It is so.[1]".
-_CLOSERS = r"""(?:\[\^?\d{1,3}\]|["'*_`\p{Pe}\p{Pf}]|</?\w+>)*"""
+_EMOJI = r"\p{Extended_Pictographic}\p{Regional_Indicator}"
+# Quotes, brackets, emoji and their joints, marks that cite, as in "It is so.[1]", and tags.
+_CLOSERS = (
+    rf"""(?:["'*_`\p{{Pe}}\p{{Pf}}{_EMOJI}\p{{Emoji_Modifier}}\u200d\ufe0f]| (?=[{_EMOJI}])"""
+    r"|\[\^?\d{1,3}\]|</?\w+>)*"
+)
 _TERMINAL = regex.compile(rf"[\p{{Sentence_Terminal}}…]{_CLOSERS}$")
 _GREEK_QUESTION = regex.compile(rf"\p{{Greek}}\s*[;\u037e]{_CLOSERS}$")
 # Thai and Lao sentences have no mark: a space ends one.

@@ -132,7 +132,6 @@ def test_value_server_killed_while_sixteen_run(small):
     pair, wish = small.pair, {"tokens": 80, "tolerance": 0.1}
     wishes = [wish] * 12 + [{"words": 60, "tolerance": 0.1}] * 4
     before, finished = small.written(), small.finished()
-    pair.said()
 
     def kill_when_all_run() -> bool:
         deadline = time.monotonic() + 120

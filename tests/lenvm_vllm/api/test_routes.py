@@ -151,9 +151,8 @@ def test_a_form_with_the_field(client: TestClient, path: str) -> None:
 
 def test_the_lengths_of_batch_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """`vllm run-batch` reads requests from a file, without a route."""
-    monkeypatch.setattr(
-        ChatCompletionRequest, "to_sampling_params", ChatCompletionRequest.to_sampling_params
-    )
+    for name in ("to_sampling_params", "to_beam_search_params"):
+        monkeypatch.setattr(ChatCompletionRequest, name, getattr(ChatCompletionRequest, name))
     register()
     args = argparse.Namespace(model="m", logits_processors=["lenvm_vllm"], input_file="x")
     for _ in range(2):
@@ -172,3 +171,8 @@ def test_the_lengths_of_batch_files(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ({"length_target": 0}, {"lengthTarget": 5}, {"vllm_xargs": {"length_bet": 5}}):
         with pytest.raises(ValueError, match="length"):
             params(**wrong)
+    beams = {"messages": [{"role": "user", "content": "hi"}], "use_beam_search": True}
+    asked = ChatCompletionRequest.model_validate(beams | {"length_target": 9})
+    with pytest.raises(ValueError, match="use_beam_search: true contradicts length_target"):
+        asked.to_beam_search_params(50, {})
+    ChatCompletionRequest.model_validate(beams).to_beam_search_params(50, {})

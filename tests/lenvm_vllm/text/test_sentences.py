@@ -82,6 +82,7 @@ def test_tokens_that_may_end_a_sentence() -> None:
         ("However,.", False),
         ("It is (so.", True),
         ("wait...", False),
+        ("It ends! 😊.", False),  # it has before the emoji
         ("It ends.\n", False),  # the next one begins
         ("เสร็จแล้ว ", True),
         ("x" * 100 + "\n3.", False),
@@ -141,6 +142,9 @@ def test_the_text_before_a_token_tells(text: str, ends: bool) -> None:
         ("It is \\( 3 \\).", True),
         ("A `\\[` opens one.", True),
         ("```\nre.match('\\(')\n```\n", True),
+        ("Have a great day! 😊", True),
+        ("Done!👍🏽👩‍🚀 🇩🇪", True),
+        ("I like it 😊", False),
         ("| a | b |\n|---|:-:|\n", False),
         ("| a | b |\n|---|---|\n| 1 | 2 |\n", True),
     ],
