@@ -198,12 +198,13 @@ class Replicas:
             self._lose(replica, error)
             return None
         if call.candidates:
-            # Where its time was up the server answered with what it had: that tells of no usual
-            # time. Without any values the time was spent in vain; an answer at once is no loss.
+            # Where its time was up the server answered with what it had, and without any values,
+            # as where no text has room, at once: neither tells how long values usually take. Only
+            # time that was spent in vain counts.
             unknown = np.isnan(wire.unpack_logits(reply.logits + reply.queries))
-            cut = call.is_cut and bool(unknown.any())
-            in_vain = cut and bool(unknown.all())
-            if in_vain or not cut:
+            in_vain = call.is_cut and bool(unknown.all())
+            usual = not (unknown.any() if call.is_cut else unknown.all())
+            if in_vain or usual:
                 self._note(call, took, in_vain or took > call.seconds)
         z = torch.tensor(wire.unpack_logits(reply.logits))
         if call.gamma != self._gamma:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lenvm_vllm.values.client import CircuitOpen, Mismatch, TimedOut, Unreachable
+from lenvm_vllm.values.patience import FEW
 from lenvm_vllm.values.replicas import Replicas, rank
 from tests.support.fakes import INFO
 from value_server.contract import wire
@@ -282,3 +283,17 @@ def test_replicas_of_different_gamma_tell_the_same_lengths() -> None:
     names = names_of(30)
     check(ask(replicas, names, gamma=gamma), names)
     assert all(server.held for server in servers.values())
+
+
+def test_answers_without_any_values_tell_nothing_of_how_long_values_take() -> None:
+    """Where no text has room they come at once. Steps then waited so shortly that hundreds went
+    without values when there was room again."""
+    replicas = Replicas({"http://a": Server()})
+    replicas.model(ours, soon())
+    patience = replicas._replicas[0].patience
+    for _ in range(2 * FEW):
+        assert ask(replicas, ["s"], start=9) == {}  # more than the server holds
+    assert patience.seconds(1, 0.0, SECONDS) == SECONDS
+    for start in range(0, 4 * FEW, 2):
+        check(ask(replicas, ["s"], start), ["s"])
+    assert patience.seconds(1, 0.0, SECONDS) < SECONDS
