@@ -53,5 +53,6 @@ def caches() -> list[tuple[str, Path]]:
 
 def is_writable(folder: Path) -> bool:
     """Whether files can be made in `folder`, which need not be there yet."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    # `Path.exists` raises below a folder that this user may not enter.
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return os.access(there, os.W_OK | os.X_OK)

@@ -1,7 +1,10 @@
 """What a bare machine lacks: seen, told, and no reason to end."""
 
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +95,26 @@ def test_doctor_on_a_bare_machine(
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     (compiler,) = engine._compiler()
     assert (compiler.state, compiler.seen[:15]) == ("off", "no C++ compiler")
+
+
+@contextmanager
+def not_as_root() -> Iterator[None]:
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_a_folder_that_this_user_may_not_enter(tmp_path: Path) -> None:
+    """As in an image of root's that runs as another user. It ended `lenvm doctor`."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    with not_as_root():
+        assert not machine.is_writable(closed / "cache" / "models")
 
 
 def test_room_in_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
