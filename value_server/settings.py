@@ -145,4 +145,4 @@ class ServerSettings(BaseSettings):
         if file is not None:
             return read_tokens(file)
         given = self.token.get_secret_value() if self.token else os.environ.get(TOKEN_VARIABLE)
-        return [given] if given else []
+        return [given.strip()] if given else []  # no header ends in a space, or in a line's end

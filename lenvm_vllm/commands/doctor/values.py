@@ -85,8 +85,9 @@ def _settings(error: Exception) -> Iterator[Finding]:
         text = f"{name}={os.environ.get(name, '')}: {one_line(error.__cause__ or error)}"
         yield Finding("settings", text, f"correct {name}, which is JSON")
         return
-    if not isinstance(error, ValidationError):  # a file that one of them names
-        yield Finding("settings", one_line(error), "correct LENVM_TOKEN_FILE, which names it")
+    if not isinstance(error, ValidationError):  # a token, or the file that one of them names
+        advice = "correct LENVM_TOKEN_FILE, or LENVM_TOKEN"
+        yield Finding("settings", one_line(error), advice)
         return
     for each in error.errors():
         name = f"LENVM_{each['loc'][0]}".upper()

@@ -97,6 +97,13 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LENVM_TOKEN", "hunter2")
     assert ServerSettings().tokens == ["hunter2"]
     assert Settings().connection["token"] == "hunter2"
+    monkeypatch.setenv("LENVM_TOKEN", "hunter2\n")  # as of a secret that was made from a file
+    assert ServerSettings().tokens == ["hunter2"]
+    assert Settings().connection["token"] == "hunter2"
+    for odd in ("hunter\x002", "h\u00fcnter"):
+        with pytest.raises(ValueError, match="token_file: a character of it") as refused:
+            _ = Settings(token=odd).connection
+        assert odd not in str(refused.value)
     empty = tmp_path / "empty"
     empty.write_text("\n")
     with pytest.raises(ValueError, match="token_file: no token in"):
