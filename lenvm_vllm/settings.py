@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     tls_ca: Path | None = None
     wait_share: float = Field(2.0, ge=0)
     wait_floor_s: float = Field(0.01, ge=0)
-    timeout_s: float = Field(2.0, gt=0)
+    timeout_s: float = Field(2.0, gt=0, allow_inf_nan=False)
     max_kl: float = Field(constants.MAX_KL, ge=0)
     endings: int = Field(8, ge=1, le=64)
     endings_at_once: int = Field(4, ge=1)
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     tilt_min_p: float = Field(constants.TILT_MIN_P, ge=0, le=1)
     thinking_end_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     forecast: bool = False
-    aging: float = Field(10.0, ge=0)
+    aging: float = Field(10.0, ge=0, allow_inf_nan=False)
     playground: bool = False
     scoring: Literal["auto", "landing", "exact"] = "auto"
     max_pictures: int = Field(8, ge=0)

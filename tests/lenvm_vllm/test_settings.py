@@ -47,7 +47,11 @@ def test_servers_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"wait_share": -0.1}, {"wait_floor_s": -1}, {"timeout_s": 0}, {"wait": 1}]
+    "wrong",
+    [
+        *({"wait_share": -0.1}, {"wait_floor_s": -1}, {"timeout_s": 0}, {"wait": 1}),
+        *({"timeout_s": "inf"}, {"aging": "inf"}),  # no socket, and no priority, takes them
+    ],
 )
 def test_wrong_waits_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
