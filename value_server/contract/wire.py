@@ -28,6 +28,7 @@ PICTURES_PATH = "/v1/pictures"
 
 # sha256 of a picture's file, in hex.
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 def model_path(name: str) -> str:
@@ -107,14 +108,14 @@ class ModelInfo(msgspec.Struct, kw_only=True):
 
     version: int = WIRE_VERSION
     model_id: str = ""
-    gamma: float
+    gamma: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     base_model: str
     base_fingerprint: str = ""
     tokenizer_fingerprint: str
-    vocab_size: int
-    max_position: int
-    max_sessions: int
-    max_candidates: int
+    vocab_size: Count
+    max_position: Count
+    max_sessions: Count
+    max_candidates: Count
     lookahead_rank: int = 0
     sees_pictures: bool = False
     picture_token: int = -1

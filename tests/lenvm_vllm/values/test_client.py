@@ -113,6 +113,8 @@ def test_no_tokenizer_to_compare() -> None:
         (info(version=wire.WIRE_VERSION + 1), Mismatch, "version: the server speaks"),
         (info(tokenizer_fingerprint="e" * 64), Mismatch, "with eeeeeeeeeeee, vLLM serves ffffffff"),
         (b"{}", BadReply, "missing required field"),
+        (info(gamma=1.0), BadReply, "gamma"),  # the first one told stays the client's own
+        (info(vocab_size=0), BadReply, "vocab_size"),
         (b"\xff\x00", BadReply, None),
         (b"<html>", BadReply, None),
         (httpx.Response(401, text="no token"), Refused, "/v1/model: HTTP 401 no token"),
