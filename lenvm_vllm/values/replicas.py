@@ -89,9 +89,10 @@ class Replicas:
                 found = partial(search, replica.client, fingerprint, self._looks_ahead)
                 replica.search = replica.thread.submit(found)
         left = until - time.perf_counter()
-        new = {replica.search for replica in lost if replica.search} - self._awaited
+        searches = {replica.search for replica in lost if replica.search}
+        new = searches - self._awaited
         if len(lost) == len(self._replicas) and new and left > 0:
-            self._awaited = new
+            self._awaited = searches
             wait(new, left)
         for replica in lost:
             self._look(replica)

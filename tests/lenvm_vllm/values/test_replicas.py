@@ -219,6 +219,26 @@ def test_where_nobody_lives_a_search_is_waited_for_once() -> None:
             replicas.model(ours)
 
 
+def test_of_several_searches_that_hang_each_is_waited_for_once() -> None:
+    """Also where they begin one after the other: steps waited for the two by turns."""
+    release = threading.Event()
+
+    class Hanging(Server):
+        def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
+            assert release.wait(SECONDS)
+            return super().model(fingerprint)
+
+    servers = {"http://a": Hanging(), "http://b": Hanging()}
+    replicas = Replicas(servers)
+    for late in (True, False):
+        servers["http://b"].rests = late
+        with pytest.raises(CircuitOpen):
+            replicas.model(ours, time.perf_counter() + 0.2)
+    with pytest.raises(CircuitOpen):
+        replicas.model(ours, time.perf_counter() + 1e6)  # would not come back
+    release.set()
+
+
 def test_all_are_asked_at_the_same_time() -> None:
     """Each answers only once both have been asked: one after the other would wait for ever."""
     both = threading.Barrier(2)
