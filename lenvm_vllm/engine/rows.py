@@ -18,7 +18,7 @@ from lenvm_vllm.host.media import placeholder_ids
 from lenvm_vllm.host.sampling import OwnSampling
 from lenvm_vllm.settings import load_settings
 from lenvm_vllm.steering.candidates import Writes
-from lenvm_vllm.target.admission import markers_of, resolved
+from lenvm_vllm.target.admission import check_engine, markers_of, resolved
 from lenvm_vllm.target.request import ADAPTER, HAS_CALLS, LengthTarget, LengthTargetError
 from lenvm_vllm.telemetry.metrics import Counters
 from lenvm_vllm.telemetry.progress import KEY, Progress
@@ -60,8 +60,6 @@ class EngineRows:
         )
         guide = Guide(self._sessions, settings, self._counters, self._letters.sentences)
         self._plans = Plans(guide, self._counters)
-        # Where each rank samples requests of its own, each asks for its own.
-        self._ranks_share_rows = not vllm_config.parallel_config.enable_batch_sharded_sampling
 
     def open(
         self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]
@@ -104,8 +102,10 @@ class EngineRows:
         """What a request asks for; a wrong wish, of a front end that does not validate, is none:
         the engine must not fall for it."""
         try:
-            target = LengthTarget.from_extra_args(params.extra_args)
-            return target and resolved(target, self._config)
+            if (target := LengthTarget.from_extra_args(params.extra_args)) is None:
+                return None
+            check_engine(self._config)
+            return resolved(target, self._config)
         except LengthTargetError as error:
             logger.error("%s; the request goes on without a length target", error)
             return None
@@ -165,8 +165,6 @@ class EngineRows:
     def _plan(self, logits: Tensor, free: Rows) -> Writes | None:
         """One rank asks and all do the same, so that all sample the same token."""
         steered = {row: s for row, s in free.items() if s.is_steered}
-        if not self._ranks_share_rows:
-            return self._plans.plan(logits, steered)
         return ranks.made_once(lambda: self._plans.plan(logits, steered))
 
     def _penalise_inplace(self, logits: Tensor, states: Rows) -> None:

@@ -79,9 +79,8 @@ def check_admission(target: LengthTarget, limits: Limits, config: Any = None) ->
     target = resolved(target, config)
     if only_prefills(config):
         limits = replace(limits, max_tokens=None, min_tokens=0)
-    if config is not None and config.speculative_config is not None:
-        # A row of a draft token belongs to a text that may never be; nothing guides it.
-        raise LengthTargetError("length_target: not available with speculative decoding")
+    if config is not None:
+        check_engine(config)
     if target.scope != "completion":
         _check_markers(target, config)
         # vLLM's min_tokens counts the whole completion, so it contradicts no part of it.
@@ -95,6 +94,17 @@ def check_admission(target: LengthTarget, limits: Limits, config: Any = None) ->
     check_limits(rails, limits)
     if target.scope == "thinking":
         _check_budget(rails, limits.thinking_token_budget)
+
+
+def check_engine(config: Any) -> None:
+    """Raises LengthTargetError where vLLM samples in a way that no target can be kept in."""
+    if config.speculative_config is not None:
+        # A row of a draft token belongs to a text that may never be; nothing guides it.
+        raise LengthTargetError("length_target: not available with speculative decoding")
+    if config.parallel_config.enable_batch_sharded_sampling:
+        # Where the model cannot do it, all ranks sample all rows after all, and nothing tells the
+        # plugin: ranks that each ask for values would go on with different tokens.
+        raise LengthTargetError("length_target: not available with batch-sharded sampling")
 
 
 def _check_markers(target: LengthTarget, config: Any) -> None:

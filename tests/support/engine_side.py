@@ -147,7 +147,7 @@ def serve(patch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
             max_model_len=1000, skip_tokenizer_init=False, override_generation_config={}
         ),
         cache_config=SimpleNamespace(enable_prefix_caching=True),
-        parallel_config=SimpleNamespace(data_parallel_size=1),
+        parallel_config=SimpleNamespace(data_parallel_size=1, enable_batch_sharded_sampling=False),
         speculative_config=None,
         additional_config={},
         scheduler_config=None,

@@ -256,7 +256,7 @@ def through(
         scheduler_config=SimpleNamespace(policy=policy or "fcfs"),
         speculative_config=None,
         cache_config=SimpleNamespace(enable_prefix_caching=True),
-        parallel_config=SimpleNamespace(data_parallel_size=1),
+        parallel_config=SimpleNamespace(data_parallel_size=1, enable_batch_sharded_sampling=False),
     )
     monkeypatch.setattr(served, "config", config)
     keeper = Keeper()

@@ -101,6 +101,7 @@ def test_a_pod_may_be_for_prefills_only(kind: str, monkeypatch: pytest.MonkeyPat
             additional_config={},
             model_config=SimpleNamespace(max_model_len=1000),
             speculative_config=None,
+            parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
             reasoning_config=None,
             **{f"{kind}_transfer_config": SimpleNamespace(**{f"{kind}_role": role})},
         )

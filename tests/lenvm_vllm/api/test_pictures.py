@@ -128,7 +128,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
         scheduler_config=None,
         speculative_config=None,
         cache_config=SimpleNamespace(enable_prefix_caching=True),
-        parallel_config=SimpleNamespace(data_parallel_size=1),
+        parallel_config=SimpleNamespace(data_parallel_size=1, enable_batch_sharded_sampling=False),
     )
     monkeypatch.setattr(served, "config", config)
     return config

@@ -1,5 +1,6 @@
 """The logits processor as vLLM's own loaders see it: construction, validation, names."""
 
+import logging
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ from vllm.v1.sample.logits_processor import (
 import lenvm_vllm
 from lenvm_vllm.api.intake import take_in
 from lenvm_vllm.engine.processor import LenvmLogitsProcessor
+from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.v1 import V1Batch
 from lenvm_vllm.plugin import PROCESSOR
 from lenvm_vllm.text.tokenizer import tokenizer_of
-from tests.support.fakes import EOS, Server, V, config, entering, free, params
+from tests.support.fakes import EOS, Server, V, config, entering, free, params, replicas_of
 from tests.support.tiny import tiny_tokenizer
 from tests.support.v1_batch import added, processor_with, suppressed, update
 from value_server.contract.checkpoint import tokenizer_fingerprint
@@ -128,6 +130,20 @@ def test_no_guidance_of_drafts(target: Any) -> None:
         if drafts is not None:
             with pytest.raises(ValueError, match=r"length_target: .* speculative decoding"):
                 take_in(made, refused)
+
+
+def test_no_guidance_where_ranks_sample_rows_of_their_own(log: list[logging.LogRecord]) -> None:
+    """vLLM falls back to all ranks sampling all rows where a model cannot do it, and the plugin is
+    not told: ranks that each ask for values would sample different tokens."""
+    made = config()
+    made.parallel_config.enable_batch_sharded_sampling = True
+    take_in(made, entering(params()))
+    with pytest.raises(ValueError, match=r"length_target: .* batch-sharded sampling"):
+        take_in(made, entering(params(9)))
+    # Of a front end that does not ask.
+    rows = EngineRows(made, replicas_of(Server()))
+    assert rows.open(params(9), [7], []) is None
+    assert "batch-sharded" in log[-1].getMessage()
 
 
 def test_the_fingerprint_is_that_of_the_served_tokenizer(tmp_path: Path) -> None:
