@@ -8,6 +8,7 @@ from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.v1 import V1Batch
 from lenvm_vllm.engine.v2 import V2Slots
 from lenvm_vllm.host.names import V1LogitsProcessor, V2LogitsProcessor
+from lenvm_vllm.host.sampling import check_unset
 from lenvm_vllm.target.admission import Limits, check_admission
 from lenvm_vllm.target.request import LengthTarget
 from lenvm_vllm.values.replicas import Replicas
@@ -55,4 +56,5 @@ class LenvmLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """
         target = LengthTarget.from_extra_args(sampling_params.extra_args)
         if target is not None:
+            check_unset(sampling_params.extra_args)
             check_admission(target, Limits.of(sampling_params))

@@ -5,6 +5,7 @@ distribution a second time, and under Model Runner V1 a penalty would change it.
 into the engine a guided request gives them to the plugin, and vLLM is told of none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -41,6 +42,13 @@ class OwnSampling:
         if taken := (params.extra_args or {}).get(KEY):
             return replace(cls(*taken), ours=True)
         return cls(top_k=max(params.top_k, 0), top_p=params.top_p, min_p=params.min_p)
+
+
+def check_unset(extra_args: Mapping[str, Any]) -> None:
+    """Raises ValueError for a client that writes what `take_from` does: where nothing takes a
+    request in, the engine would believe it, and fall for it."""
+    if KEY in extra_args:
+        raise ValueError(f"{KEY}: unknown field, got {extra_args[KEY]!r}")
 
 
 _NEUTRAL: dict[str, Any] = {

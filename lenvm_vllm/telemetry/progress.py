@@ -34,8 +34,10 @@ FORCED, LANDING, VALUED, GAVE_WAY, UNSEEN = 1, 2, 4, 8, 16  # flags of a step
 
 _KEY = re.compile("[0-9a-fA-F]{32}")
 _PREFIX = "progress-"
-_INTS, _FLOATS = ["index", "counted", "token"], ["p_end", "expected"]
-_STEP = np.dtype([(n, "i4") for n in _INTS] + [(n, "f4") for n in _FLOATS] + [("flags", "u1")])
+_INTS, _FLOATS = [("index", "i4"), ("counted", "i8"), ("token", "i4")], ["p_end", "expected"]
+# `counted` begins with `prefix_tokens`, any number of 31 bits: what a field cannot hold would end
+# the engine.
+_STEP = np.dtype([*_INTS, *((n, "f4") for n in _FLOATS), ("flags", "u1")])
 _ROW = np.dtype(
     [("key", "u8", 2), ("steps", "i4"), ("steered", "i4"), ("ring", _STEP, RING)], align=True
 )

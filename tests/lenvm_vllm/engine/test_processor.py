@@ -78,6 +78,7 @@ def test_an_unknown_setting_is_an_error() -> None:
             {"max_tokens": 24},
             "max_tokens: 24 .* at least 25",
         ),
+        ({"length_target": 9, "lenvm_sampling": ["x"]}, {}, "lenvm_sampling: unknown field"),
     ],
 )
 def test_requests_that_are_refused(length: Any, fields: Any, message: str) -> None:

@@ -90,3 +90,18 @@ def test_only_what_is_kept_of_a_text_is_a_step(
     step = Known().step(key, [*output, 9], 3)
     assert step is not None
     assert step.steps == 3
+
+
+def test_any_number_of_tokens_before_a_text_ends_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A front end that does not pass through `intake` does not compare it with the prompt."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    most, key = 2**31 - 1, "0" * 32
+    target = {"length_target": most, "length_mode": "at_least", "length_prefix_tokens": most}
+    served = processor_with(Server())
+    served.update_state(update(added=[added(0, params(target | {KEY: key}))]))
+    suppressed(served, 1)
+    step = Known().step(key, None, 1)
+    assert step is not None
+    assert step.counted == most + 1
