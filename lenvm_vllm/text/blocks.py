@@ -21,6 +21,7 @@ class Blocks:
         self._tokenizer = tokenizer
         fences = {i for i, text in texts.items() if "``" in text}
         self.fences = frozenset(fences.union(tokenizer.encode("```", add_special_tokens=False)))
+        self._ticks = frozenset(i for i, text in texts.items() if "`" in text)
         self.closing = _closing(tokenizer, texts)
         # A step asks a few times for each text. Of this object: one of the class would keep it.
         self.text_of = lru_cache(maxsize=1024)(self._decoded)
@@ -36,7 +37,10 @@ class Blocks:
         """Whether it stands in a block that is not closed."""
         if not self.may_have(text):
             return False
-        return len(FENCE.findall(self.text_of(tuple(text)))) % 2 == 1
+        # Behind its last backtick nothing opens or closes one. Without what stands there a long
+        # text is decoded, and kept, once a backtick and not once a token.
+        last = next((i for i in reversed(range(len(text))) if text[i] in self._ticks), -1)
+        return len(FENCE.findall(self.text_of(tuple(text[: last + 1])))) % 2 == 1
 
     def closing_in(self, left: int) -> list[int]:
         """The next token of an open block of which `left` tokens may come, the last of them its

@@ -1,8 +1,10 @@
 """Code blocks: whether one is open, and what closes it."""
 
+import random
+
 import pytest
 
-from lenvm_vllm.text.blocks import LONGEST_CLOSING, Blocks
+from lenvm_vllm.text.blocks import FENCE, LONGEST_CLOSING, Blocks
 from lenvm_vllm.text.tokenizer import texts_of
 from tests.support.real_tokenizers import NAMES, real
 
@@ -35,3 +37,20 @@ def test_texts_outside_of_blocks(name: str) -> None:
     tokenizer, blocks = real(name), blocks_of(name)
     for text in ("", "It ends.", "the `x` of ``y``", "```\nx\n```", "```\nx\n```\nIt"):
         assert not blocks.is_open(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_a_long_text_is_decoded_at_its_backticks_alone() -> None:
+    """A step asks of each text in its landing: once a token it was all of an engine's time."""
+    tokenizer, blocks, rng = real("byte-level"), blocks_of("byte-level"), random.Random(0)
+    some = ["`", "``", "```", "\n", "\n\n", " ", "  ", "x", "```\n", "`\n", "\n```\n", "é", ".`"]
+    pieces = [token for text in some for token in tokenizer.encode(text, add_special_tokens=False)]
+    for _ in range(20):
+        text = rng.choices(pieces, k=rng.randint(1, 60))
+        open_ = len(FENCE.findall(tokenizer.decode(text))) % 2 == 1
+        assert blocks.is_open(text) == (open_ and blocks.may_have(text))
+    text = list(tokenizer.encode("Code:\n```python\nx = 1", add_special_tokens=False))
+    before = blocks.text_of.cache_info().misses
+    for _ in range(100):
+        assert blocks.is_open(text)
+        text.append(tokenizer.encode("y", add_special_tokens=False)[0])
+    assert blocks.text_of.cache_info().misses == before + 1
