@@ -34,6 +34,8 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
         }
         for name, target in targets.items()
     ]
+    beams = {**asked[0]["body"], "use_beam_search": True}
+    asked.append({**asked[0], "custom_id": "beams", "body": beams})
     given, found = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     given.write_text("\n".join(map(json.dumps, asked)))
     command = [
@@ -52,6 +54,11 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
     assert answers["exact"]["response"]["body"]["usage"]["completion_tokens"] == 30
     text = answers["words"]["response"]["body"]["choices"][0]["message"]["content"]
     assert count(text, "words") == 9
-    for name, named in (("wrong", "length_target.tokens"), ("no unit", "length_target.sentences")):
+    refused = {
+        "wrong": "length_target.tokens",
+        "no unit": "length_target.sentences",
+        "beams": "use_beam_search",
+    }
+    for name, named in refused.items():
         assert answers[name]["response"]["status_code"] == 400
         assert named in str(answers[name]["error"])
