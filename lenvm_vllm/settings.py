@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lenvm_vllm.steering import constants
-from value_server.contract.tokens import read_tokens
+from value_server.contract.tokens import checked, read_tokens
 
 _UNIX = "unix:"
 
@@ -132,15 +132,11 @@ class Settings(BaseSettings):
         Raises OSError or ValueError for a token_file that cannot be read or has not one token, and
         for a token that no header can have.
         """
-        # Made from a file it has the file's last line end. The HTTP client would refuse that by
-        # name, and so put the token into the log.
-        token = self.token.get_secret_value().strip() if self.token else None
+        token = checked(self.token.get_secret_value()) if self.token else None
         if self.token_file is not None:
             token, *more = read_tokens(self.token_file)
             if more:  # it would be no header
                 raise ValueError(f"token_file: {self.token_file}, must have one token for a client")
-        if token and not (token.isascii() and token.isprintable()):
-            raise ValueError("token or token_file: a character of it can be in no HTTP header")
         return {"token": token, "timeout_s": self.timeout_s, "tls_ca": self.tls_ca}
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from value_server.contract.tokens import read_tokens
+from value_server.contract.tokens import checked, read_tokens
 
 # The plugin reads the same ones.
 TOKEN_VARIABLE = "LENVM_TOKEN"
@@ -139,10 +139,11 @@ class ServerSettings(BaseSettings):
     def tokens(self) -> list[str]:
         """Of clients; none at all where everybody may ask.
 
-        Raises OSError for a file that cannot be read, ValueError for one without a token.
+        Raises OSError for a file that cannot be read, ValueError for one without a token and for a
+        token that no header can have.
         """
         file = self.token_file or os.environ.get(TOKEN_FILE_VARIABLE)
         if file is not None:
             return read_tokens(file)
         given = self.token.get_secret_value() if self.token else os.environ.get(TOKEN_VARIABLE)
-        return [given.strip()] if given else []  # no header ends in a space, or in a line's end
+        return [checked(given)] if given else []

@@ -31,7 +31,7 @@ class Heads:
         """Give the rows their values, which are all there; those that have one that is no finite
         number get none, and are returned. texts: whether the values of their texts are wanted."""
         for row, session in rows:
-            # They are not asked for yet, or were dropped because nobody waits for them.
+            # Its candidates are not asked for yet, or were dropped: nobody waits for them.
             if row.lacks or len(session.candidates) < len(row.candidates):
                 row.z = np.full(len(row.candidates), np.nan, dtype=np.float32)
         rows = [(row, session) for row, session in rows if row.z is None]

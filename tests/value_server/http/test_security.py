@@ -104,6 +104,11 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="token_file: a character of it") as refused:
             _ = Settings(token=odd).connection
         assert odd not in str(refused.value)
+    for made in (ServerSettings(token="\n"), ServerSettings(token="h\u00fcnter")):
+        with pytest.raises(ValueError, match=r"^token"):  # one that anybody, or nobody, could send
+            _ = made.tokens
+    with pytest.raises(ValueError, match=r"^token: nothing but space"):
+        _ = Settings(token=" ").connection
     empty = tmp_path / "empty"
     empty.write_text("\n")
     with pytest.raises(ValueError, match="token_file: no token in"):
