@@ -19,7 +19,7 @@ from lenvm_vllm.commands.processes import free_port
 from tests.support.bare import hide_compilers
 from tests.support.collector import Collector, collecting
 from tests.support.seeing import value_checkpoint
-from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
+from tests.support.servers import BARE_FLAG, WAITS, value_serve, vllm_serve
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm, tiny_qwen
 from tests.support.tiny_vision import tiny_idefics3
@@ -27,11 +27,7 @@ from tests.support.tiny_vision import tiny_idefics3
 ROOT = Path(__file__).parents[2]
 KEY = "k"
 # The first answer of a tiny model takes no time, and other endings a share of that.
-PATIENT = {
-    "LENVM_TIMEOUT_S": "30",
-    "LENVM_WAIT_FLOOR_S": "30",
-    "LENVM_ENDINGS_PATIENCE": "100",
-}
+PATIENT = WAITS | {"LENVM_ENDINGS_PATIENCE": "100", "LENVM_ENDINGS_PAUSE_S": "30"}
 # Room for six of the sixteen requests that run at a time: all kinds of them are preempted.
 LITTLE_MEMORY = ("--block-size", "32", "--num-gpu-blocks-override", "18")
 DOORS = (
@@ -166,7 +162,7 @@ def small(stack: ExitStack, folder: Path) -> Pair:
     """The real small model and its value model, whose server may die; with the playground."""
     flag = ("--logits-processors", "lenvm_vllm:LenvmLogitsProcessor")  # the long form does, too
     flags = (*flag, "--served-model-name", NAME, "--max-model-len", "2048")
-    env = {"LENVM_PLAYGROUND": "true", "LENVM_WAIT_FLOOR_S": "30"}
+    env = WAITS | {"LENVM_PLAYGROUND": "true"}
     return start(stack, folder, MODEL, CHECKPOINT, *flags, env=env)
 
 

@@ -25,6 +25,7 @@ from lenvm_vllm.commands.demo.questions import (
 from lenvm_vllm.commands.processes import free_port
 from tests.e2e.pairs import Pair
 from tests.lenvm_vllm.commands.test_ended import gone, in_background, line
+from tests.support.servers import WAITS
 from value_server.contract.listen import check_port
 
 pytestmark = pytest.mark.e2e
@@ -58,7 +59,7 @@ def below(process: psutil.Process, name: str) -> list[psutil.Process]:
 
 def assert_it_serves(url: str) -> None:
     """Guided by values, with the playground."""
-    assert httpx.get(f"{url}/lenvm").status_code == 200
+    assert httpx.get(f"{url}/lenvm", timeout=60).status_code == 200
     body = {"model": NAME, "prompt": "Hi", "length_target": {"tokens": 9, "tolerance": 0}}
     reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
     assert reply["usage"]["completion_tokens"] == 9
@@ -70,6 +71,8 @@ def test_nothing_is_left(
     number: signal.Signals, starting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LENVM_SERVER_UDS", str(tmp_path / "elsewhere"))
+    for name, value in WAITS.items():
+        monkeypatch.setenv(name, value)
     port, value_port = free_port(), free_port()
     with in_background(*demo(port, value_port)) as (process, shell):
         assert line(shell).startswith("starting")

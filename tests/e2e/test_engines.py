@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.systems.timing import wait_until
 from lenvm_vllm.commands.processes import free_port
-from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
+from tests.support.servers import BARE_FLAG, WAITS, value_serve, vllm_serve
 from tests.support.tiny import THINKING, tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
 
@@ -72,7 +72,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     model = tiny_llm(folder / "model", more=THINKING)
     adapter = tiny_adapter(model, folder / "adapter")
     url = f"http://127.0.0.1:{(port := free_port())}"
-    env = {"LENVM_URL": url, "LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30"}
+    env = WAITS | {"LENVM_URL": url}
     own = f"own={tiny_checkpoint(folder / 'own-value', seed=1, more=THINKING)}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(value_serve(checkpoint, model, folder / "values.log", port, own))
@@ -317,12 +317,11 @@ def test_session_of_a_client_who_hangs_up_is_freed(engines: Engines) -> None:
             complete(client, length_target=5)  # an engine closes sessions with its next guided step
         return metric(engines.values, "lenvm_sessions")
 
-    wait_until(lambda: sessions() <= 2, 30.0)  # of these two; vLLM may notice the client late
+    wait_until(lambda: sessions() <= 2)  # of these two; vLLM may notice the client late
 
 
 def test_offline_class(engines: Engines) -> None:
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    environment["LENVM_WAIT_FLOOR_S"] = "30"  # as long as a busy machine may need
+    environment = os.environ | WAITS | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
         [sys.executable, "-c", OFFLINE, str(engines.folder / "model"), engines.url],
         capture_output=True,

@@ -81,7 +81,7 @@ def file(number: int) -> bytes:
 
 
 def settings(world: World) -> dict[str, Any]:
-    return {"url": world.url, "wait_floor_s": 30, "timeout_s": 30}
+    return {"url": world.url, "wait_floor_s": 30, "timeout_s": 240}
 
 
 def vllm_config(world: World, v2: bool = False) -> Any:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from lenvm_vllm.commands.processes import free_port
-from tests.support.servers import BARE_FLAG, value_serve, vllm_serve
+from tests.support.servers import BARE_FLAG, WAITS, value_serve, vllm_serve
 from tests.support.tiny import tiny_checkpoint
 from tests.support.tiny_llm import tiny_llm
 
@@ -38,9 +38,7 @@ def ports() -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def engine(folder: Path, ports: tuple[int, int]) -> Iterator[httpx.Client]:
     urls = ",".join(url_of(port) for port in ports)
-    # A busy machine is no fault of a server's.
-    patience = {"LENVM_TIMEOUT_S": "30", "LENVM_WAIT_FLOOR_S": "30"}
-    env = {"LENVM_URL": urls, "LENVM_FORECAST": "true"} | patience
+    env = WAITS | {"LENVM_URL": urls, "LENVM_FORECAST": "true"}
     with (
         vllm_serve(folder / "model", folder / "vllm.log", *BARE_FLAG, env=env) as url,
         httpx.Client(base_url=url, timeout=120, trust_env=False) as client,
@@ -53,7 +51,7 @@ def url_of(port: int) -> str:
 
 
 def figure(base: str, name: str) -> float:
-    text = httpx.get(f"{base}/metrics", trust_env=False).text
+    text = httpx.get(f"{base}/metrics", timeout=60, trust_env=False).text
     return sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)))
 
 

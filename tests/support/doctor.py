@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.servers import WAITS
+
 ROOT = Path(__file__).parents[2]
 DOCTOR = (sys.executable, "-m", "lenvm_vllm.commands.cli", "doctor")
 
@@ -16,7 +18,7 @@ def look(*flags: str, **environment: str) -> tuple[int, str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "LENVM_TOKEN": "secret"} | environment,
+        env=os.environ | WAITS | {"HF_HUB_OFFLINE": "1", "LENVM_TOKEN": "secret"} | environment,
         check=False,
     )
     assert "Traceback" not in run.stderr

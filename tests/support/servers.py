@@ -6,6 +6,9 @@ from pathlib import Path
 
 from lenvm_vllm.commands import servers
 
+# For a plugin beside a value server that answers, however long either of them stands still: it has
+# an eighth of the first to tell of its model.
+WAITS = {"LENVM_TIMEOUT_S": "240", "LENVM_WAIT_FLOOR_S": "30"}
 BARE_FLAG = ("--logits-processors", "lenvm_vllm")
 TINY = ("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512")
 
