@@ -90,7 +90,7 @@ class Client:
 
     def _running(self) -> float:
         """Requests that vLLM computes, as it tells."""
-        lines = httpx.get(f"{self.url}/metrics", trust_env=False).text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text.splitlines()
         return sum(float(one.split()[-1]) for one in lines if one.startswith(RUNNING))
 
     def _post(self, fields: dict[str, Any]) -> tuple[int, dict[str, Any]]:

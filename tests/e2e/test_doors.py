@@ -92,7 +92,8 @@ def test_doors_that_write_no_text(client: httpx.Client) -> None:
 @pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES, MESSAGES, BATCH, GENERATE])
 def test_without_a_key(client: httpx.Client, path: str) -> None:
     body = {"model": "tiny", "prompt": "hi", "length_target": 0}
-    assert httpx.post(f"{client.base_url}{path}", json=body, trust_env=False).status_code == 401
+    url = f"{client.base_url}{path}"
+    assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 401
 
 
 def test_a_400_reaches_a_page(client: httpx.Client) -> None:
@@ -192,7 +193,7 @@ def test_a_forecast_of_parts(client: httpx.Client) -> None:
 
 
 def test_the_playground_needs_no_key_but_its_requests_do(client):
-    with httpx.Client(base_url=client.base_url, trust_env=False) as stranger:
+    with httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as stranger:
         page = stranger.get("/lenvm")
         assert page.status_code == 200
         assert page.headers["content-security-policy"].startswith("default-src 'none'")

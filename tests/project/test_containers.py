@@ -47,7 +47,9 @@ def test_hub_of_the_container_test_is_one_for_its_client(tmp_path: Path) -> None
         endpoint = f"http://127.0.0.1:{server.server_port}"
         got = snapshot_download("some/model", endpoint=endpoint, cache_dir=tmp_path / "cache")
         part = httpx.get(
-            f"{endpoint}/some/model/resolve/main/config.json", headers={"Range": "bytes=2-5"}
+            f"{endpoint}/some/model/resolve/main/config.json",
+            headers={"Range": "bytes=2-5"},
+            timeout=60,
         )
         server.shutdown()
     names = {path.name for path in folder.iterdir()}

@@ -186,7 +186,7 @@ def test_the_server_serves(fresh: Callable[[str], Fresh], tmp_path: Path) -> Non
     command = [str(env.folder / "bin" / "lenvm"), "serve", str(checkpoint), "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with Server(command, url, "/ready", tmp_path / "log", {"PYTHONPATH": ""}):
-        reply = httpx.post(f"{url}/v1/predict", json={"prompt": "hello"})
+        reply = httpx.post(f"{url}/v1/predict", json={"prompt": "hello"}, timeout=60)
         assert reply.status_code == 200
         shown = env.run("lenvm", "predict", "hello", "--url", url)
         assert shown.returncode == 0, shown.stderr

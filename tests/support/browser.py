@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from lenvm_vllm.commands.processes import free_port
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+expect.set_options(timeout=60_000)  # milliseconds that a busy machine may need
 
 
 @contextlib.contextmanager
