@@ -35,7 +35,7 @@ V = 400
 EOS = 0
 GAMMA = 0.99
 NO_LIMIT = 1e6
-SECONDS = 30.0  # longer than anything here takes
+SECONDS = 120.0  # longer than anything here takes
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def in_thread(server: uvicorn.Server, port: int = 0) -> Iterator[tuple[str, thre
         finally:
             server.should_exit = True
             thread.join(SECONDS)
+
+
+@contextlib.contextmanager
+def asking(
+    url: str, path: str, content: bytes, method: str = "POST", **headers: str
+) -> Iterator[None]:
+    """A request whose client leaves at the end of the block, without an answer."""
+    place = httpx.URL(url)
+    with contextlib.closing(HTTPConnection(place.host, place.port, timeout=SECONDS)) as connection:
+        connection.request(method, path, content, headers)
+        yield
 
 
 def as_client(url: str, token: str = "", **options: Any) -> httpx.Client:

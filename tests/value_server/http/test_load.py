@@ -14,16 +14,17 @@ import uvicorn
 
 from tests.support.blocked import SECONDS, BlockedEngine, wait_until
 from tests.support.slots import check_integrity
-from tests.support.value_servers import as_client, in_thread, naive, step, step_body
+from tests.support.value_servers import as_client, asking, in_thread, naive, step, step_body
 from value_server.contract import wire
+from value_server.http import routes
 from value_server.http.app import create_app
 from value_server.http.models import ServedModel
-from value_server.http.routes import UNTAKEN_S
 from value_server.http.text import Texts
 
 
 @dataclass(frozen=True)
 class Served:
+    model: ServedModel
     engine: BlockedEngine
     url: str
     client: httpx.Client
@@ -35,25 +36,30 @@ class Served:
                 return float(found.split()[-1])
         return 0.0
 
-    def leave(self, path: str, **body: object) -> None:
-        """Send a request, close the connection half a second later, wait till that is noticed."""
-        left = 'lenvm_errors_total{type="client_gone"}'
-        before = self.figure(left)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{self.url}{path}", timeout=httpx.Timeout(SECONDS, read=0.5), **body)  # type: ignore[arg-type]
+    def leave(self, path: str, in_pass: bool = False, **body: Any) -> None:
+        """Send a request, close the connection once it is in the queue, or in a pass, and wait till
+        that is noticed."""
+        left, batcher = 'lenvm_errors_total{type="client_gone"}', self.model.batcher
+        before, depth = self.figure(left), batcher.depth
+        request = httpx.Request("POST", self.url, **body)
+        kind = request.headers.get("Content-Type", wire.MEDIA_TYPE)
+        with asking(self.url, path, request.content, **{"Content-Type": kind}):
+            wait_until(lambda: batcher.depth == depth + 1)
+            if in_pass:
+                self.engine.wait_for_pass()
         wait_until(lambda: self.figure(left) == before + 1)
 
 
 @pytest.fixture
 def served() -> Iterator[Served]:
     engine = BlockedEngine(prefill_tokens=64)
-    app = create_app({"": ServedModel.of(engine, Texts(None), max_waiting=8)})
+    app = create_app({"": (model := ServedModel.of(engine, Texts(None), max_waiting=8))})
     with (
         in_thread(uvicorn.Server(uvicorn.Config(app, log_level="warning"))) as (url, _),
         as_client(url) as client,
     ):
         try:
-            yield Served(engine, url, client)
+            yield Served(model, engine, url, client)
         finally:
             engine.allow()
     check_integrity(engine.cache)
@@ -73,9 +79,9 @@ def check_step(served: Served, name: str, tokens: list[int]) -> None:
 def test_client_who_leaves_stops_its_prefill(served: Served, path: str) -> None:
     text = [i % 200 for i in range(400)]
     if path == wire.STEP_PATH:
-        served.leave(path, content=body("a", text))
+        served.leave(path, in_pass=True, content=body("a", text))
     else:
-        served.leave(path, json={"token_ids": text})
+        served.leave(path, in_pass=True, json={"token_ids": text})
     served.engine.allow()  # the pass that had begun
     check_step(served, "b", [7])
     assert served.engine.forwarded == 64 + 3
@@ -109,7 +115,7 @@ def test_who_finds_the_queue_full_is_told_at_once(served: Served) -> None:
         else:
             fields = {"json": {"token_ids": [number]}}
         path = wire.STEP_PATH if number % 3 else wire.PREDICT_PATH
-        return httpx.post(f"{served.url}{path}", timeout=SECONDS, **fields), time.monotonic()
+        return served.client.post(path, **fields), time.monotonic()
 
     with ThreadPoolExecutor(60) as pool:
         futures = [pool.submit(post, number) for number in range(60)]
@@ -137,9 +143,12 @@ def test_who_finds_the_queue_full_is_told_at_once(served: Served) -> None:
     check_step(served, "later", [3])
 
 
-def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
+def test_a_step_waits_no_longer_than_its_budget(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a pass runs, steps are answered without values; those of later steps are there. A long
     text has its own once it is computed, and the other row does not wait for it."""
+    monkeypatch.setattr(routes, "UNTAKEN_S", SECONDS)  # else a busy machine may not take the first
     ask = partial(step, served.client)
     text = [i % 200 for i in range(200)]
     assert ask(("a", 0, text, []), budget_ms=0.0).held == [200]
@@ -165,13 +174,12 @@ def test_a_step_waits_no_longer_than_its_budget(served: Served) -> None:
 def test_a_message_that_waits_for_no_values_is_answered_though_nothing_is_taken(
     served: Served,
 ) -> None:
-    """Else its client would think that the server is lost, behind a long pass."""
+    """Else its client would think that the server is lost, behind a long pass; this one ends only
+    after that."""
     ask, text = partial(step, served.client), [i % 200 for i in range(100)]
     ask(("a", 0, [1, 2, 3], []), budget_ms=0.0)
     served.engine.wait_for_pass()
-    begin = time.monotonic()
     assert ask(("b", 0, text, []), budget_ms=0.0).held == [0]
-    assert time.monotonic() - begin < UNTAKEN_S + 1
     served.engine.allow()
     wait_until(lambda: served.engine.forwarded == 3 + 100)  # it is computed all the same
     assert ask(("b", 100, [], [1]), budget_ms=1000 * SECONDS).held == [100]
