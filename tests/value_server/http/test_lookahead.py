@@ -102,7 +102,7 @@ def test_keys_are_those_of_the_model(client: httpx.Client) -> None:
 
 
 def test_keys_ask_for_the_token(client: httpx.Client) -> None:
-    with httpx.Client(base_url=client.base_url) as other:
+    with as_client(str(client.base_url)) as other:
         assert other.get(wire.KEYS_PATH).status_code == 401
 
 

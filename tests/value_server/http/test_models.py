@@ -52,7 +52,7 @@ def asked(url: str, **options: Any) -> list[NDArray[np.float32]]:
 
 def figure(url: str, line: str) -> float:
     """A number of /metrics."""
-    found = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    found = httpx.get(f"{url}/metrics", timeout=SECONDS, trust_env=False).text.splitlines()
     return float(next(each for each in found if each.startswith(line + " ")).split()[-1])
 
 

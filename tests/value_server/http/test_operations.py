@@ -77,7 +77,7 @@ def test_a_server_whose_model_fails_for_good_ends(checkpoint: Path, tmp_path: Pa
     program = (sys.executable, "-m", "tests.support.failing_server")
     log = tmp_path / "log"
     with (
-        served(checkpoint, "--drain-s", "3", log=log, program=program, FAILS=str(fails)) as (
+        served(checkpoint, "--drain-s", "15", log=log, program=program, FAILS=str(fails)) as (
             url,
             process,
         ),

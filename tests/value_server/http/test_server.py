@@ -189,7 +189,7 @@ def test_oversized_body_declared_or_streamed(client: httpx.Client) -> None:
 def test_token_is_asked_for(client: httpx.Client) -> None:
     for given in ({"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sécret"}, {}):
         headers = {k: v.encode() for k, v in given.items()}
-        with httpx.Client(base_url=client.base_url, headers=headers) as other:
+        with httpx.Client(base_url=client.base_url, headers=headers, timeout=60) as other:
             for path in (wire.MODEL_PATH, "/metrics", "/docs"):
                 reply = other.get(path)
                 assert reply.status_code == 401
