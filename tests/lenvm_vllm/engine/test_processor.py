@@ -21,6 +21,7 @@ from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.v1 import V1Batch
 from lenvm_vllm.plugin import PROCESSOR
 from lenvm_vllm.text.tokenizer import tokenizer_of
+from tests.support.blocked import SECONDS
 from tests.support.fakes import EOS, Server, V, config, entering, free, params, replicas_of
 from tests.support.tiny import tiny_tokenizer
 from tests.support.v1_batch import added, processor_with, suppressed, update
@@ -39,6 +40,7 @@ def test_the_constructor_connects_to_nothing() -> None:
             listener.accept()
         served.update_state(update(added=[added(0, params(9))]))
         assert EOS in suppressed(served, 1)[0]
+        listener.settimeout(SECONDS)  # which a thread does
         listener.accept()[0].close()
 
 

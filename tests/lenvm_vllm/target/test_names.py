@@ -53,10 +53,10 @@ def test_wrappers(request_: dict[str, Any], found: list[Any]) -> None:
 
 def test_a_body_is_searched_in_little_time() -> None:
     for hard in (b'"' + b"len" * 500_000, b'"len' * 400_000, b'"' + b" " * 2_000_000):
-        started = time.perf_counter()
+        started = time.thread_time()
         assert HINT.search(hard) is None
-        assert time.perf_counter() - started < 2
+        assert time.thread_time() - started < 2
     assert re.search(HINT, b'{"prompt": "a", "length_target": 5}')
-    started = time.perf_counter()
+    started = time.thread_time()
     assert not looks_like_target("lengthtarget" * 100_000)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
