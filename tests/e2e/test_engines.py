@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -217,14 +218,16 @@ def test_a_stream_tells_how_far_it_is(engines: Engines) -> None:
         "stream": True,
     }
     body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    body["return_token_ids"] = True
     with engines.little.stream("POST", "/v1/completions", json=body) as reply:
         expected = int(reply.headers["lenvm-predicted-tokens"])
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
-    done = [json.loads(line)["usage"]["completion_tokens"] for line in lines[:-1]]
-    assert done == sorted(done)
-    assert done[0] <= 2
+    chunks = [json.loads(line) for line in lines[:-1]]
+    done = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    came = [sum(len(c.get("token_ids") or ()) for c in chunk["choices"]) for chunk in chunks]
+    assert done == [*accumulate(came)]
     assert abs(done[-1] - expected) <= 2
-    assert len(set(done)) > 10
+    assert len(set(done)) > 1  # those that wait for a busy API server come together
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 2}])
