@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lenvm_vllm.commands import processes
 from tests.support.bare import hide_compilers
 
 # Of this process and those that it starts. The models are tiny, and two tests run at a time: one
@@ -15,6 +16,11 @@ from tests.support.bare import hide_compilers
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+# A port is free until its server listens there, seconds later: each process takes others.
+worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+processes._PORTS = iter([port for port in processes._PORTS if port % workers == worker])
 
 settings.register_profile(
     "repeatable",

@@ -72,7 +72,7 @@ class Pair:
         self.pid = self.start_values()
         model = self.client.get("/v1/models").json()["data"][0]["id"]
         ask = {"model": model, "prompt": "Hi", "length_target": 8}
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 180
         while True:
             (choice,) = self.client.post("/v1/completions", json=ask).json()["choices"]
             if choice["length_result"]["steered_steps"]:

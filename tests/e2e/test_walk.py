@@ -143,7 +143,7 @@ def test_from_samples_to_a_steered_answer(
 
 def until_steered(served: Served, ask: dict[str, Any]) -> dict[str, Any]:
     """The first answer of a vLLM that has found its value server."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while True:
         answer = served.chat(**ask)
         if answer["choices"][0]["length_result"]["steered_steps"] > 30:

@@ -75,7 +75,7 @@ def served(
 
 
 def _wait_ready(client: httpx.Client, process: subprocess.Popen[str], log: Path) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while time.monotonic() < limit:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.TransportError):
