@@ -143,7 +143,9 @@ class Settings(BaseSettings):
 def load_settings(additional_config: Any = None) -> Settings:
     """Environment and the `lenvm` block of vLLM's additional_config; its unknown keys are errors.
 
-    Raises pydantic.ValidationError (a ValueError) naming the key.
+    Raises ValueError naming the key, or a block that has none.
     """
     block = additional_config.get("lenvm", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(block, Mapping):
+        raise ValueError(f"additional_config.lenvm: {block!r}, must be an object of settings")
     return Settings(**block)

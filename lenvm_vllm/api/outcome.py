@@ -107,7 +107,7 @@ class Report:
         in another unit also its words or characters, and how many of them are expected still."""
         if (step := self.known.step(self.key, ids, len(ids))) is None:
             return None
-        known = step.valued and not math.isnan(step.expected)
+        known = step.valued and math.isfinite(step.expected)
         expected = round(step.expected, 1) if known else None
         p_end = None if math.isnan(step.p_end) else round(step.p_end, 6)
         told = {"tokens": step.counted, "expected": expected, "p_end": p_end}

@@ -40,6 +40,7 @@ class Served:
 @dataclass(eq=False)
 class Replica:
     """served: of a live one. search: for a lost one. trouble: the kind that the log has told.
+    is_back: whether the log says that it is back since; until it answers, nothing more is told.
 
     call: whose answer nobody has read yet. patience: how long its answers are waited for.
     closed: sessions of it that are over, and it has not been told.
@@ -51,6 +52,7 @@ class Replica:
     served: Served | None = None
     search: "Future[Served] | None" = None
     trouble: str | None = None
+    is_back: bool = False
     call: "Call | None" = None
     patience: Patience = field(default_factory=Patience)
     closed: list[str] = field(default_factory=list)

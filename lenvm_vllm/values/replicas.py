@@ -198,6 +198,7 @@ class Replicas:
         except ValueServerError as error:
             self._lose(replica, error)
             return None
+        replica.trouble = None
         if call.candidates:
             # Where its time was up the server answered with what it had, and without any values,
             # as where no text has room, at once: neither tells how long values usually take. Only
@@ -275,15 +276,15 @@ class Replicas:
         self._error = None
         self._gamma = self._gamma or replica.served.info.gamma
         replica.patience.forget()
-        if replica.trouble is not None:
+        if replica.trouble is not None and not replica.is_back:
             logger.info("value server %s is back", replica.url)
-        replica.trouble = None
+        replica.is_back = True
 
     def _lose(self, replica: Replica, error: ValueServerError) -> None:
         replica.served, replica.closed = None, []
         self._error = error.bare()
         if replica.trouble != type(error).__name__:
-            replica.trouble = type(error).__name__
+            replica.trouble, replica.is_back = type(error).__name__, False
             logger.warning("value server %s: %s: %s", replica.url, replica.trouble, error)
 
     def _common(self, infos: list[wire.ModelInfo]) -> wire.ModelInfo:

@@ -46,6 +46,12 @@ def test_servers_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
             load_settings({"lenvm": {"adapters": wrong}})
 
 
+@pytest.mark.parametrize("wrong", [None, [], "http://a:1"])
+def test_a_block_without_keys_is_named(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"additional_config\.lenvm: .*, must be an object"):
+        load_settings({"lenvm": wrong})
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -58,7 +58,7 @@ class Agreement:
 def agreement(
     model: ValueModel, rollouts: Sequence[Rollout], asked: Agreement, reading: Reading
 ) -> dict[str, float]:
-    """On finished rollouts. Raises ValueError where no position is among them."""
+    """On finished rollouts. Raises ValueError where not two positions are among them."""
     number, longest = asked.lookahead_positions, reading.max_length
     teacher = reading.load(asked.teacher) if asked.teacher else model
     check_branches(teacher)
@@ -95,8 +95,8 @@ def told(
 
 
 def compare(shares: Floats, u: Floats, guess: Floats) -> dict[str, float]:
-    """The figures; all (N, K). Raises ValueError without a position."""
-    check(len(u) > 0, "lookahead_positions", 0, "more: none was chosen")
+    """The figures; all (N, K). Raises ValueError where positions are too few for a variance."""
+    check(len(u) > 1, "lookahead_positions", len(u), "more: so few were chosen")
     mean, guessed = (shares * u).sum(-1), (shares * guess).sum(-1)
     c, other = u - mean[:, None], guess - guessed[:, None]
     moved = [_moved(shares, values, u) for values in (guess, u)]

@@ -1,6 +1,7 @@
 """Several value servers as one: whose a session is, and who notices when one is lost."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -25,12 +26,13 @@ URLS = ("http://a", "http://b", "http://c")
 class Server:
     """Holds texts as a value server does; candidate x is x tokens from the end.
 
-    error: what it raises instead, as long as it is set.
+    error: what it raises instead, as long as it is set; step_error: in steps alone.
     """
 
     def __init__(self, **info: Any) -> None:
         self.info = msgspec.structs.replace(INFO, **info)
         self.error: Exception | None = None
+        self.step_error: Exception | None = None
         self.rests = False
         self.held: dict[str, int] = {}
         self.steps: list[wire.StepRequest] = []
@@ -42,6 +44,8 @@ class Server:
 
     def step(self, request: wire.StepRequest) -> wire.StepReply:
         self._or_fail(None)
+        if self.step_error is not None:
+            raise self.step_error
         request = wire.decode_request(wire.encode(request))
         self.steps.append(request)
         for session in request.closed:
@@ -175,6 +179,32 @@ def test_one_that_comes_back_gets_new_sessions_only() -> None:
         ask(replicas, [f"new{len(lost.steps)}{i}" for i in range(20)])
     assert not set(lost.held) & set(names)
     check(ask(replicas, names, start=2), names)
+
+
+def test_one_that_is_found_and_answers_no_step_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "vllm.lenvm")
+    server = Server()
+    replicas = Replicas({"http://a": server})
+
+    def ask_when_found() -> None:
+        while not replicas.live:
+            with contextlib.suppress(CircuitOpen):
+                replicas.model(ours, soon())
+        ask(replicas, ["s"])
+
+    for outage in range(1, 3):
+        for _ in range(3):
+            server.step_error = Unreachable("out of memory")
+            ask_when_found()
+        server.step_error = None
+        ask_when_found()
+        assert len(caplog.messages) == 2 * outage
+    assert caplog.messages[:2] == [
+        "value server http://a: Unreachable: out of memory",
+        "value server http://a is back",
+    ]
 
 
 def test_a_search_keeps_no_step_waiting() -> None:

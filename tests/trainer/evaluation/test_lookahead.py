@@ -64,6 +64,12 @@ def test_a_tilt_is_as_far_as_asked_for(sign: int) -> None:
         assert (sign * ((q - SHARES) * U).sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("positions", [0, 1])
+def test_positions_that_cannot_vary_are_refused(positions: int) -> None:
+    with pytest.raises(ValueError, match=f"^lookahead_positions: {positions}, must be more"):
+        compare(SHARES[:positions], U[:positions], U[:positions])
+
+
 def test_where_nothing_differs_no_tilt_moves() -> None:
     np.testing.assert_allclose(tilted(SHARES, np.ones_like(U), NATS, 1), SHARES)
 
