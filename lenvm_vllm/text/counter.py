@@ -7,6 +7,7 @@ whole only what goes on with it may come, so that a text is always valid UTF-8.
 
 import codecs
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -72,24 +73,40 @@ class TokenUnits:
         self.texts = texts
         self.strips = strips
         self.pieces = pieces
+        self._closing = frozenset(closing)
         size = max(texts, default=-1) + 1
         self._characters = np.full(size, _FORBIDDEN, np.int16)
         self._words = np.full((len(_PLACES), size), _FORBIDDEN, np.int16)
         self._goes_on = np.zeros(size, bool)  # with the word that the text ends with
         self._closes = np.zeros(size, bool)  # the sentence that the text ends with
+        self._know(texts)
+        for token, piece in pieces.items():
+            self._goes_on[token] = bool(_IN_WORD.match(_text_of(piece)[0] or _stand_in(piece)))
+
+    def but(self, texts: dict[int, str]) -> "TokenUnits":
+        """The same with other texts of some tokens: those of a whole vocabulary take seconds."""
+        changed = copy(self)
+        changed.texts = self.texts | texts
+        new = max(changed.texts, default=-1) + 1 - len(self._characters)
+        changed._characters = np.pad(self._characters, (0, new), constant_values=_FORBIDDEN)
+        changed._words = np.pad(self._words, ((0, 0), (0, new)), constant_values=_FORBIDDEN)
+        changed._goes_on, changed._closes = (
+            np.pad(own, (0, new)) for own in (self._goes_on, self._closes)
+        )
+        changed._know(texts)
+        return changed
+
+    def _know(self, texts: dict[int, str]) -> None:
         for token, text in texts.items():
-            if token in pieces or _LOST in text:
+            if token in self.pieces or _LOST in text:
                 continue
             self._characters[token] = min(len(text), _FORBIDDEN)
             self._words[:, token] = [
                 min(follow_words(text, place)[0], _FORBIDDEN) for place in _PLACES
             ]
             self._goes_on[token] = bool(_IN_WORD.match(text))
-        for token, piece in pieces.items():
-            self._goes_on[token] = bool(_IN_WORD.match(_text_of(piece)[0] or _stand_in(piece)))
-        for token in closing:
-            text = texts[token]
-            self._closes[token] = text == text.rstrip() and ends_sentence(f"word{text}")
+            closes = token in self._closing and text == text.rstrip()
+            self._closes[token] = closes and ends_sentence(f"word{text}")
 
     # They are cached as long as the object, which is as long as the process.
 

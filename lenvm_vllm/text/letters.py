@@ -1,6 +1,5 @@
 """The served model's tokens as text: where sentences end, which characters are cut, and what
-each token adds to a length. Made at the engine's start; where special tokens are shown, at the
-first request that shows them."""
+each token adds to a length. Made at the engine's start."""
 
 import logging
 import re
@@ -27,6 +26,7 @@ class Letters:
         """tokenizer: None where vLLM serves none. markers: of what is not in the client's text."""
         self._tokenizer, self._markers = tokenizer, markers
         self._texts: dict[int, str] = {}
+        self._plain: TokenUnits | None = None  # of no request in particular
         self._units: dict[tuple[bool, bool], TokenUnits] = {}
         self.sentences, self.characters = None, Characters({})
         try:
@@ -34,8 +34,7 @@ class Letters:
                 self._texts = texts_of(tokenizer)
                 self.sentences = Sentences(tokenizer, self._texts)
                 self.characters = Characters.of(tokenizer, self._texts)
-                for calls in {False, bool(markers.calls)}:
-                    self._units_of(False, calls)
+                self._plain = self._make_plain(self.sentences)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             logger.warning(
@@ -56,23 +55,23 @@ class Letters:
         specials: whether special tokens are shown to the client. calls: whether tool calls are
         taken out of its text.
         """
-        if unit == UNITS[0] or not self._units:
+        if unit == UNITS[0] or self._plain is None:
             return None
         return Counter(self._units_of(specials, calls and bool(self._markers.calls)), unit)
 
     def _units_of(self, specials: bool, calls: bool) -> TokenUnits:
+        assert self._plain is not None
         if (shown := (specials, calls)) not in self._units:
-            self._units[shown] = self._find_units(*shown)
+            markers = self._markers
+            # The parts of a longer marker may be text.
+            aside = [m[0] for m in (markers.think_start, markers.think_end) if len(m) == 1]
+            aside += markers.calls if calls else ()
+            texts = specials_of(self._tokenizer) if specials else {}
+            self._units[shown] = self._plain.but(texts | dict.fromkeys(aside, ""))
         return self._units[shown]
 
-    def _find_units(self, specials: bool, calls: bool) -> TokenUnits:
-        assert self.sentences is not None
-        markers = self._markers
-        # The parts of a longer marker may be text.
-        aside = [m[0] for m in (markers.think_start, markers.think_end) if len(m) == 1]
-        aside += markers.calls if calls else ()
-        shown = specials_of(self._tokenizer) if specials else {}
-        texts = self._texts | shown | dict.fromkeys(aside, "")
+    def _make_plain(self, sentences: Sentences) -> TokenUnits:
+        texts = self._texts
         word = next((i for i, text in texts.items() if _SPACED.match(text)), None)
         strips = word is not None and not decoded(self._tokenizer, [word]).startswith(" ")
-        return TokenUnits(texts, self.characters.pieces, self.sentences.ids, strips)
+        return TokenUnits(texts, self.characters.pieces, sentences.ids, strips)

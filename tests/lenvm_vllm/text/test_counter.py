@@ -13,7 +13,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from lenvm_vllm.engine.rows import EngineRows
 from lenvm_vllm.engine.state import RequestState
 from lenvm_vllm.target.request import LengthTarget
-from lenvm_vllm.text.counter import Closed, _most_of
+from lenvm_vllm.text.counter import Closed, TokenUnits, _most_of
 from lenvm_vllm.text.letters import Letters
 from lenvm_vllm.text.parts import Markers
 from lenvm_vllm.values.client import TimedOut
@@ -134,6 +134,20 @@ def test_special_tokens_count_where_they_are_shown() -> None:
         got = client(tokenizer, tokenizer.encode("a"), skip_special_tokens=not specials)
         got.update([token], False)
         assert counter.amount == len(got.output_text) == characters
+
+
+def test_other_texts_of_some_tokens_are_as_if_all_were_made_anew() -> None:
+    plain = letters("byte-level")._plain
+    assert plain is not None
+    size = len(plain.texts)
+    closer = plain._closes.nonzero()[0][0].item()
+    some = {END: "</s>", closer: "", 640: "", 2215: " a. ", size + 3: " two words."}
+    changed = plain.but(some)
+    anew = TokenUnits(plain.texts | some, plain.pieces, plain._closing, plain.strips)
+    assert changed.texts == anew.texts
+    for name in ("_characters", "_words", "_goes_on", "_closes"):
+        assert (getattr(changed, name) == getattr(anew, name)).all()
+        assert (getattr(changed, name)[..., :size] != getattr(plain, name)).any()
 
 
 def test_a_space_is_there_behind_words_however_long_ago() -> None:
