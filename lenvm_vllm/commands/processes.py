@@ -20,7 +20,7 @@ from typing import Self
 
 import httpx
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 900
 STOP_TIMEOUT_S = 15
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 STARTED: list["Server"] = []  # by this process, each once; benchmarks tell them
