@@ -8,7 +8,7 @@ words, have one word between two spaces.
 """
 
 import unicodedata
-from functools import cache
+from functools import lru_cache
 
 import regex
 
@@ -38,7 +38,7 @@ _IDEOGRAPHS = regex.compile(
 )
 
 
-@cache
+@lru_cache(1 << 16)  # a request may have all of Unicode
 def _kind(character: str) -> int:
     if character.isspace():
         return _SPACE
