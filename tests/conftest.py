@@ -47,7 +47,7 @@ def group_of(item: pytest.Item) -> str:
 def order_of(item: pytest.Item) -> tuple[bool, bool, str, str]:
     """Those that take minutes first, those that share servers before all and side by side."""
     group, pair = group_of(item), item.get_closest_marker("pair")
-    short = not any(item.iter_markers("e2e")) and not any(item.iter_markers("slow"))
+    short = not any(item.get_closest_marker(name) for name in ("e2e", "slow"))
     return not group.startswith(VLLM), short, group, pair.args[0] if pair else ""
 
 

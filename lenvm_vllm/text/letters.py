@@ -25,16 +25,16 @@ class Letters:
     def __init__(self, tokenizer: Any, markers: Markers) -> None:
         """tokenizer: None where vLLM serves none. markers: of what is not in the client's text."""
         self._tokenizer, self._markers = tokenizer, markers
-        self._texts: dict[int, str] = {}
-        self._plain: TokenUnits | None = None  # of no request in particular
+        self._plain: TokenUnits | None = None  # before what a request shows or sets aside
         self._units: dict[tuple[bool, bool], TokenUnits] = {}
         self.sentences, self.characters = None, Characters({})
         try:
             if tokenizer is not None:
-                self._texts = texts_of(tokenizer)
-                self.sentences = Sentences(tokenizer, self._texts)
-                self.characters = Characters.of(tokenizer, self._texts)
-                self._plain = self._make_plain(self.sentences)
+                texts = texts_of(tokenizer)
+                self.sentences = Sentences(tokenizer, texts)
+                self.characters = Characters.of(tokenizer, texts)
+                pieces, closing = self.characters.pieces, self.sentences.ids
+                self._plain = TokenUnits(texts, pieces, closing, _strips(tokenizer, texts))
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             logger.warning(
@@ -57,21 +57,21 @@ class Letters:
         """
         if unit == UNITS[0] or self._plain is None:
             return None
-        return Counter(self._units_of(specials, calls and bool(self._markers.calls)), unit)
+        calls = calls and bool(self._markers.calls)
+        return Counter(self._units_of(self._plain, specials, calls), unit)
 
-    def _units_of(self, specials: bool, calls: bool) -> TokenUnits:
-        assert self._plain is not None
+    def _units_of(self, plain: TokenUnits, specials: bool, calls: bool) -> TokenUnits:
         if (shown := (specials, calls)) not in self._units:
             markers = self._markers
             # The parts of a longer marker may be text.
             aside = [m[0] for m in (markers.think_start, markers.think_end) if len(m) == 1]
             aside += markers.calls if calls else ()
             texts = specials_of(self._tokenizer) if specials else {}
-            self._units[shown] = self._plain.but(texts | dict.fromkeys(aside, ""))
+            self._units[shown] = plain.but(texts | dict.fromkeys(aside, ""))
         return self._units[shown]
 
-    def _make_plain(self, sentences: Sentences) -> TokenUnits:
-        texts = self._texts
-        word = next((i for i, text in texts.items() if _SPACED.match(text)), None)
-        strips = word is not None and not decoded(self._tokenizer, [word]).startswith(" ")
-        return TokenUnits(texts, self.characters.pieces, sentences.ids, strips)
+
+def _strips(tokenizer: Any, texts: dict[int, str]) -> bool:
+    """Whether a text that nothing stands before loses a space."""
+    word = next((token for token, text in texts.items() if _SPACED.match(text)), None)
+    return word is not None and not decoded(tokenizer, [word]).startswith(" ")

@@ -278,7 +278,7 @@ class Replicas:
         replica.patience.forget()
         if replica.trouble is not None and not replica.is_back:
             logger.info("value server %s is back", replica.url)
-        replica.is_back = True
+            replica.is_back = True
 
     def _lose(self, replica: Replica, error: ValueServerError) -> None:
         replica.served, replica.closed = None, []

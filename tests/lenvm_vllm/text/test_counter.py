@@ -40,32 +40,6 @@ def letters(name: str) -> Letters:
     return Letters(real(name), Markers())
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", 0),
-        (" \n", 0),
-        ("Hello, world - again.", 4),
-        ("it's e.g. x=1", 3),
-        ("你好，世界。", 4),  # noqa: RUF001
-        ("“你好”", 2),
-        ("第3章", 3),
-        ("AI模型 and GPU", 5),
-        ("カタカナー", 5),
-        ("ﾊﾟ", 1),
-        ("안녕 하세요", 2),
-        ("สวัสดี ครับ", 2),
-        ("😀 你好😀", 3),
-        ("«Да», сказал он", 3),
-    ],
-)
-def test_what_a_word_is(text: str, words: int) -> None:
-    assert count(text, WORDS) == words
-    for cut in range(len(text) + 1):
-        before, place = follow_words(text[:cut])
-        assert before + follow_words(text[cut:], place)[0] == words
-
-
 def test_what_begins_a_character_tells_the_most_that_it_can_add() -> None:
     for code in range(0x80, 0x110000):
         if not 0xD800 <= code < 0xE000:

@@ -14,6 +14,18 @@ from tests.support.replicated import SECONDS, Server, ask, check, names_of, ours
 from value_server.contract import wire
 
 
+class Hanging(Server):
+    """Tells its model once it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.release = threading.Event()
+
+    def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
+        assert self.release.wait(SECONDS)
+        return super().model(fingerprint)
+
+
 def test_one_that_is_found_and_answers_no_step_fills_no_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -41,26 +53,21 @@ def test_one_that_is_found_and_answers_no_step_fills_no_log(
 
 
 def test_a_search_keeps_no_step_waiting() -> None:
-    release = threading.Event()
-
-    class Hanging(Server):
-        def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
-            if self.held:  # the second time
-                assert release.wait(SECONDS)
-            return super().model(fingerprint)
-
-    servers = {"http://a": Server(), "http://b": Hanging()}
+    lost = Hanging()
+    lost.release.set()
+    servers = {"http://a": Server(), "http://b": lost}
     replicas = Replicas(servers)
     replicas.model(ours, soon())
     names = names_of(20)
     ask(replicas, names)
-    servers["http://b"].error = TimedOut("slow")
+    lost.error = TimedOut("slow")
+    lost.release.clear()
     assert len(ask(replicas, names, start=2)) < 20
     mine = [name for name in names if name in servers["http://a"].held]
     for _ in range(3):
         replicas.model(ours)
         check(ask(replicas, mine, start=2), mine)
-    release.set()
+    lost.release.set()
 
 
 def wait_in_vain(replicas: Replicas) -> None:
@@ -72,18 +79,12 @@ def wait_in_vain(replicas: Replicas) -> None:
 
 
 def test_where_nobody_lives_a_search_is_waited_for_once() -> None:
-    release = threading.Event()
-
-    class Hanging(Server):
-        def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
-            assert release.wait(SECONDS)
-            return super().model(fingerprint)
-
-    replicas = Replicas({"http://a": Hanging()})
+    lost = Hanging()
+    replicas = Replicas({"http://a": lost})
     wait_in_vain(replicas)
     with pytest.raises(CircuitOpen):
         replicas.model(ours, time.perf_counter() + 1e6)  # would not come back
-    release.set()
+    lost.release.set()
     while not replicas.live:
         with contextlib.suppress(CircuitOpen):
             replicas.model(ours)
@@ -91,13 +92,6 @@ def test_where_nobody_lives_a_search_is_waited_for_once() -> None:
 
 def test_of_several_searches_that_hang_each_is_waited_for_once() -> None:
     """Also where they begin one after the other: steps waited for the two by turns."""
-    release = threading.Event()
-
-    class Hanging(Server):
-        def model(self, fingerprint: Callable[[], str | None]) -> wire.ModelInfo:
-            assert release.wait(SECONDS)
-            return super().model(fingerprint)
-
     servers = {"http://a": Hanging(), "http://b": Hanging()}
     replicas = Replicas(servers)
     for late in (True, False):
@@ -105,7 +99,8 @@ def test_of_several_searches_that_hang_each_is_waited_for_once() -> None:
         wait_in_vain(replicas)
     with pytest.raises(CircuitOpen):
         replicas.model(ours, time.perf_counter() + 1e6)  # would not come back
-    release.set()
+    for server in servers.values():
+        server.release.set()
 
 
 def test_nobody_answers() -> None:
